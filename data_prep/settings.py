@@ -1,0 +1,92 @@
+"""The [dataset.NAME] tables of a grid file. Free of torch, h5py and mpi4py: planning reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hpc.atomic import fingerprint
+from hpc.command import UserError
+from hpc.config import Settings, did_you_mean, parse, read_toml
+
+VOID = 255  # the label value in shards that counts nowhere, whatever the source calls void
+MAX_CLASSES = 255
+
+
+class DatasetSettings(Settings):
+    """What every source has."""
+
+    source: str
+    shards: str = ""  # folder of the packed data set; data/NAME where not given
+    codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
+    shard_mb: Annotated[int, Field(ge=1, le=100_000)] = 512
+
+    def identity(self) -> str:
+        """Hash of the settings that change what is packed, whatever the paths."""
+        paths = {"root", "shards", "shard_mb", "codec"}
+        return fingerprint(self.model_dump(mode="json", exclude=paths))[:16]
+
+
+class FolderSettings(DatasetSettings):
+    """Images and label maps (8-bit, value = class index) of equal stem in pairs of folders."""
+
+    source: Literal["folder"]
+    root: str
+    classes: tuple[str, ...]
+    void: Annotated[int, Field(ge=0, le=255)] | None = 255  # the label value that counts nowhere
+    train_images: str = "train"
+    train_labels: str = "trainannot"
+    val_images: str = "val"
+    val_labels: str = "valannot"
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> FolderSettings:
+        if not 2 <= len(self.classes) <= MAX_CLASSES:
+            raise ValueError(f"classes must name 2 to {MAX_CLASSES} classes")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes must be distinct")
+        if self.void is not None and self.void < len(self.classes):
+            raise ValueError(f"void = {self.void} is the index of a class")
+        return self
+
+
+class SyntheticSettings(DatasetSettings):
+    """Street-like scenes with 8 classes whose areas span three orders of magnitude."""
+
+    source: Literal["synthetic"]
+    root: str = ""  # where the JPEG and PNG files are written; SHARDS/source where not given
+    train: Annotated[int, Field(ge=1)] = 200  # images
+    val: Annotated[int, Field(ge=1)] = 50
+    size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (128, 192)  # h, w
+    seed: int = 0
+
+
+SOURCES: dict[str, type[DatasetSettings]] = {
+    "folder": FolderSettings,
+    "synthetic": SyntheticSettings,
+}
+
+
+def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
+    """One [dataset.NAME] table, its paths absolute. Relative paths start at the working
+    directory; `~` is the home. Raises `UserError`."""
+    where = f"{where}: [dataset.{name}]"
+    if not isinstance(table, dict):
+        raise UserError(f"{where} must be a table")
+    source = table.get("source")
+    if source not in SOURCES:
+        raise UserError(f"{where}: unknown source {source!r}; {did_you_mean(str(source), SOURCES)}")
+    settings = parse(SOURCES[source], table, where)
+    shards = Path(settings.shards or f"data/{name}").expanduser().absolute()
+    root = Path(getattr(settings, "root", "") or shards / "source").expanduser().absolute()
+    return settings.model_copy(update={"shards": str(shards), "root": str(root)})
+
+
+def read_datasets(config: str | Path) -> dict[str, DatasetSettings]:
+    """All data sets of a grid file by name. Raises `UserError`."""
+    tables = read_toml(config).get("dataset", {})
+    if not isinstance(tables, dict) or not tables:
+        raise UserError(f"{config}: no data set; add a table [dataset.NAME] with a source")
+    return {name: parse_dataset(name, table, str(config)) for name, table in tables.items()}

@@ -1,0 +1,55 @@
+"""The edge of every command: where a user's mistake becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what, where, and what to do."""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR_EXIT_CODE, f"error: {message} (see {self.prog} --help)\n")
+
+
+def argument_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose errors are one line, and that has `--debug` like every command of ours."""
+    parser = _OneLineParser(prog=prog, description=description)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks and control characters escaped, so that it stays one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call `main(argv)` and leave the process: its return value or 0, 2 for a `UserError`,
+    130 after Ctrl-C. The traceback of a `UserError` is shown only with `--debug`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = main(arguments) or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader (`| head`) left; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -1,0 +1,120 @@
+"""TOML files -> frozen models. Unknown keys and wrong values are refused in one line that names
+the file, the key and, where one is near, the valid name."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from hpc.command import UserError
+
+
+class Settings(BaseModel):
+    """Base of every configuration table: frozen, no unknown keys, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_toml_spelling(cls, table: Any) -> Any:
+        # TOML writes 1 where 1.0 is meant, and lists where tuples are meant
+        return _loosen(cls, table) if isinstance(table, dict) else table
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file; `UserError` if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; TOML files must be") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the valid names nearest to `name`, or all of them."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"valid: {', '.join(names)}" if names else "none is valid here"
+
+
+def parse(model: type[SettingsT], table: Any, where: str) -> SettingsT:
+    """`table` as a `model`. `where` is how messages name its place, as in `grid.toml: [protocol]`.
+
+    Raises `UserError` for the first thing that is wrong.
+    """
+    if not isinstance(table, dict):
+        raise UserError(f"{where} must be a table, not {table!r}")
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(model, error)}") from error
+
+
+def _loosen(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
+    loose = {}
+    for key, value in table.items():
+        field = model.model_fields.get(key)
+        kinds = _kinds(field) if field else set()
+        if float in kinds and int not in kinds and type(value) is int:
+            value = float(value)
+        elif tuple in kinds and isinstance(value, list):
+            value = _tuples(value)
+        loose[key] = value
+    return loose
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _kinds(field: FieldInfo) -> set[Any]:
+    """The plain types that an annotation such as `float | None` or `tuple[int, ...]` admits."""
+    annotation = field.annotation
+    origin = getattr(annotation, "__origin__", None)
+    if origin is tuple:
+        return {tuple}
+    members = get_args(annotation) or (annotation,)
+    return {getattr(member, "__origin__", member) for member in members}
+
+
+def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = "" if isinstance(given, dict) or problem["type"] == "value_error" else f", not {given!r}"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    current: Any = model
+    for part in path:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        current = _nested_model(field.annotation) if field else None
+    return list(current.model_fields) if current is not None else []
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

@@ -1,0 +1,127 @@
+"""What is trained: a cell, the bundle it shares a backbone with, their signatures, and every path
+of a run. Free of torch, h5py and mpi4py: planning reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hpc.atomic import fingerprint
+from hpc.config import Settings
+from jobs.losses.names import LossSpec
+from jobs.models.names import MODELS
+from jobs.protocol import Protocol
+
+# Raised when the same settings begin to mean something else, so that old results are not reused.
+FORMAT = 1
+KEY_LENGTH = 16
+
+
+class Cell(Settings):
+    """One (data set, model, loss, seed) under one protocol. `data` identifies the data set's
+    result-changing settings, whatever its path."""
+
+    dataset: str
+    data: str
+    model: str
+    loss: LossSpec
+    seed: int
+    protocol: Protocol
+
+    @property
+    def name(self) -> str:
+        """The name that people use: `camvid/fcn_resnet101/DLNWCE/0`."""
+        return f"{self.dataset}/{self.model}/{self.loss.name}/{self.seed}"
+
+    @cached_property
+    def signature(self) -> str:
+        """Hash of the resolved settings that change the result; the identity of the cell."""
+        return _key({**self._shared(), "model": self.model, "loss": asdict(self.loss)})
+
+    @cached_property
+    def bundle_key(self) -> str:
+        """Equal for the cells that may share a backbone's pass. A cell that trains the whole
+        network shares with none; COCO's backbones differ between the models' own files."""
+        shared = self._shared()
+        shared["backbone"] = MODELS[self.model].backbone
+        if self.protocol.train == "all":
+            shared["alone"] = self.signature
+        elif self.protocol.weights == "coco":
+            shared["weights_of"] = self.model
+        return _key(shared)
+
+    @cached_property
+    def backbone_key(self) -> str:
+        """Names the backbone that `weights = "pretrain"` trains: one a data set and backbone."""
+        shared = self._shared()
+        del shared["seed"]
+        for settings in ("weights", "train", "backbone_batchnorm", "bins", "eval_size",
+                         "naive_ramp", "alternating_ramp", "epochs", "batch_size",
+                         "learning_rate"):  # fmt: skip
+            del shared["protocol"][settings]
+        return _key({**shared, "backbone": MODELS[self.model].backbone})
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "dataset": self.dataset,
+            "data": self.data,
+            "seed": self.seed,
+            "protocol": self.protocol.result_changing(),
+        }
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return fingerprint(settings)[:KEY_LENGTH]
+
+
+def bundles(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Cells by bundle key; bundles and cells keep the order of the grid."""
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.bundle_key, []).append(cell)
+    return grouped
+
+
+class RunPaths:
+    """Every path of a run directory. The one place that knows their names."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.tasks = self.root / "tasks"
+        self.submitted = self.root / "submitted"
+        self.logs = self.root / "logs"
+        self.queue = self.root / "queue"
+        self.counts = self.root / "counts"
+        self.progress = self.root / "progress"
+        self.failures = self.root / "failures"
+        self.results = self.root / "results.h5"
+        self.report = self.root / "report"
+        self.rendezvous = self.root / "rendezvous"
+
+    def task(self, name: str) -> Path:
+        return self.tasks / f"{name}.json"
+
+    def progress_of(self, task: str) -> Path:
+        return self.progress / f"{task}.json"
+
+    def generations(self, bundle: str) -> Path:
+        return self.root / "generations" / bundle
+
+    def checkpoints(self, bundle: str) -> Path:
+        return self.root / "checkpoints" / bundle
+
+    def counts_of(self, task: str, generation: int) -> Path:
+        return self.counts / f"{task}-g{generation}.h5"
+
+    def failure(self, cell: str) -> Path:
+        return self.failures / f"{cell}.json"
+
+    def head(self, cell: str) -> Path:
+        return self.root / "heads" / f"{cell}.pt"
+
+    def backbone(self, key: str) -> Path:
+        return self.root / "backbones" / f"{key}.pt"

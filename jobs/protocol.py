@@ -1,0 +1,77 @@
+"""The [protocol] table of a grid file: how every cell is trained and evaluated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hpc.config import Settings
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Size = Annotated[tuple[Positive, Positive], Field(description="height, width in pixels")]
+
+# Settings that change how fast or how safely a cell is trained, not what it becomes.
+RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes"})
+
+
+class Pretrain(Settings):
+    """[protocol.pretrain]: the whole network that `weights = "pretrain"` trains first with CE.
+    Resize, crop, flip, momentum, weight decay and decay are those of the protocol."""
+
+    epochs: Positive = 20
+    batch_size: Positive = 8
+    learning_rate: Rate = 0.02
+    seed: int = 0
+
+
+class Protocol(Settings):
+    """[protocol]. The defaults are the paper's."""
+
+    epochs: Positive = 30
+    batch_size: Positive = 12  # over all ranks; a last incomplete batch is dropped
+    learning_rate: Rate = 1e-3
+    decay: Literal["linear", "polynomial"] = "linear"
+    decay_power: Rate = 0.9  # of the polynomial decay
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1e-4
+
+    resize: tuple[Positive, Positive] = (260, 1040)  # short side is drawn from this range, pixels
+    crop: Size = (480, 480)
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    eval_size: Annotated[int, Field(ge=0)] = 520  # short side in validation; 0 is the own size
+
+    weights: str = "imagenet"  # imagenet | coco | none | pretrain | a file's path
+    train: Literal["head", "all"] = "head"
+    backbone_batchnorm: Literal["eval", "train"] = "eval"  # of a frozen backbone
+    batchnorm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    precision: Literal["fp32", "mixed"] = "fp32"  # mixed is fp16 with a gradient scaler, on a GPU
+
+    naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
+    alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
+    bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
+    pretrain: Pretrain = Pretrain()
+
+    threads: Positive = 2  # CPU threads a rank
+    workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
+    deterministic: bool = False  # deterministic algorithms on a GPU
+    checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> Protocol:
+        if self.resize[0] > self.resize[1]:
+            raise ValueError(f"resize must be [smallest, largest], not {list(self.resize)}")
+        for key in ("naive_ramp", "alternating_ramp"):
+            start, end = getattr(self, key)
+            if not 0 < start < end:
+                raise ValueError(f"{key} must be [start, end] with 0 < start < end")
+        return self
+
+    def result_changing(self) -> dict[str, Any]:
+        """The settings that decide what a cell becomes, as plain values for a fingerprint."""
+        fields = self.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
+        if self.weights != "pretrain":
+            del fields["pretrain"]
+        return fields
