@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from hpc.atomic import fingerprint
 from hpc.config import Settings
 from jobs.losses.names import LossSpec
@@ -23,6 +25,8 @@ KEY_LENGTH = 16
 class Cell(Settings):
     """One (data set, model, loss, seed) under one protocol. `data` identifies the data set's
     result-changing settings, whatever its path."""
+
+    model_config = ConfigDict(strict=False)  # a record: JSON has lists where there were tuples
 
     dataset: str
     data: str
