@@ -101,7 +101,9 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
         return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = "" if isinstance(given, dict) or problem["type"] == "value_error" else f", not {given!r}"
+    shown = (
+        "" if isinstance(given, dict) or problem["type"] == "value_error" else f", not {given!r}"
+    )
     return f"{key}: {message}{shown}" if key else message
 
 

@@ -1,0 +1,1 @@
+"""Integer counts of an evaluation, and the scores that follow from them."""

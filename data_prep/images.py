@@ -1,0 +1,130 @@
+"""One image or label map as it lies in a public data set: its header, its pixels, its refusal.
+
+EXIF orientation is ignored everywhere: label maps are drawn on the sensor's own rows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_prep.settings import VOID
+from hpc.command import UserError
+
+Codec = Literal["raw", "encoded"]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+
+
+class BadFile(UserError):
+    """An image or label map that cannot be packed. The message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of an image file tell."""
+
+    height: int
+    width: int
+    keeps_jpeg: bool  # its own bytes can be kept: a JPEG in RGB or grey
+
+
+def read_header(path: Path) -> Header:
+    """Size and kind of an image without decoding it. Raises `BadFile`."""
+    with _opened(path, str(path)) as image:
+        _refuse_deep(image, str(path))
+        keeps_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
+        return Header(image.height, image.width, keeps_jpeg)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content. Raises `BadFile`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}") from error
+
+
+def decode_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
+    """The image in `data`, converted to RGB, as a fresh uint8 array [H, W, 3].
+
+    Raises `BadFile` (naming `name`) for what is truncated, no image, or deeper than 8 bits."""
+    with _opened(io.BytesIO(data), name) as image:
+        _refuse_deep(image, name)
+        return np.array(image.convert("RGB"))
+
+
+def read_index_map(path: Path) -> NDArray[np.uint8]:
+    """The values of a label map as they are in its file, uint8 [H, W].
+
+    Raises `BadFile` unless it is single-channel 8-bit (grey, or palette indices) and lossless."""
+    data = read_bytes(path)
+    with _opened(io.BytesIO(data), str(path)) as image:
+        # Pillow stretches 2- and 4-bit grey to 0..255: the values would be no indices
+        stretched = image.mode == "L" and "L;" in _raw_mode(image)
+        if image.mode not in ("L", "P") or stretched:
+            raise BadFile(
+                f"{path} is no label map: it must have one channel of 8 bits, not mode "
+                f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
+            )
+        if image.format in ("JPEG", "WEBP"):
+            raise BadFile(f"{path}: {image.format} blurs label values; save label maps as PNG")
+        return np.array(image)
+
+
+def map_labels(
+    values: NDArray[np.uint8], num_classes: int, void: int | None, path: Path
+) -> NDArray[np.uint8]:
+    """`values` with the source's `void` turned into VOID. Raises `BadFile` for any other value
+    that is no class index."""
+    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
+    strange = [int(v) for v in present if v >= num_classes and v != void]
+    if strange:
+        shown = "no void" if void is None else f"void is {void}"
+        raise BadFile(
+            f"{path} holds the label value {strange[0]}, but classes are 0 to {num_classes - 1} "
+            f"and {shown}; mend the label map, or classes and void of the data set"
+        )
+    if void is None or void == VOID:
+        return values
+    return np.where(values == void, np.uint8(VOID), values)
+
+
+@contextmanager
+def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (BadFile, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises nearly any type on damaged bytes
+        reason = (
+            "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        )
+        raise BadFile(f"{name} cannot be read as an image ({reason}); replace the file") from error
+
+
+def _refuse_deep(image: Image.Image, name: str) -> None:
+    # Pillow reads 16-bit RGB as mode RGB and drops half of each value without a word
+    if image.mode not in _EIGHT_BIT_MODES or ";16" in _raw_mode(image):
+        raise BadFile(
+            f"{name} has more than 8 bits a channel (mode {_raw_mode(image) or image.mode}); "
+            "convert it to 8 bits"
+        )
+    if not image.width or not image.height:
+        raise BadFile(f"{name} has no pixels; replace the file")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How pixels lie in the file, such as `RGB;16B` or `L;4`; empty where Pillow does not say."""
+    tiles = getattr(image, "tile", None) or []
+    arguments = tiles[0][3] if tiles else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""

@@ -1,0 +1,97 @@
+"""How samples lie in a shard: their bytes in the arenas, and the index's table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import Codec
+
+BAND_ROWS = 64  # rows that share a CRC: a window of a large image is checked without all of it
+CODECS: tuple[Codec, ...] = ("raw", "encoded")  # their numbers in the index
+
+
+class Layout(NamedTuple):
+    """How a sample's bytes lie in an arena; an encoded image is one row of all its bytes."""
+
+    rows: int
+    row_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in the arena."""
+        return self.rows * self.row_bytes
+
+    @property
+    def num_bands(self) -> int:
+        """How many CRCs it has."""
+        return -(-self.rows // BAND_ROWS)
+
+    def bands(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The bands of rows, as [first, stop), that cover the rows [first, stop)."""
+        starts = range(first // BAND_ROWS * BAND_ROWS, stop, BAND_ROWS)
+        return [(row, min(row + BAND_ROWS, self.rows)) for row in starts]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a sample before its pixels are read."""
+
+    id: str
+    height: int
+    width: int
+    codec: Codec
+    pixels_size: int  # bytes in the arena
+
+    @property
+    def pixels(self) -> Layout:
+        """The image in its arena."""
+        if self.codec == "encoded":
+            return Layout(1, self.pixels_size)
+        return Layout(self.height, self.width * 3)
+
+    @property
+    def labels(self) -> Layout:
+        """The label map in its arena."""
+        return Layout(self.height, self.width)
+
+
+def index_table(entries: Sequence[Entry]) -> NDArray[np.void]:
+    """The rows of the dataset `index`; offsets follow from the sizes."""
+    longest = max(len(entry.id.encode()) for entry in entries)
+    codec = h5py.enum_dtype({name: number for number, name in enumerate(CODECS)}, basetype="u1")
+    columns = [
+        ("id", h5py.string_dtype("utf-8", longest)),
+        ("pixels_offset", "<u8"),
+        ("pixels_size", "<u8"),
+        ("labels_offset", "<u8"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("codec", codec),
+    ]
+    pixels = accumulate((e.pixels.size for e in entries), initial=0)
+    labels = accumulate((e.labels.size for e in entries), initial=0)
+    rows = [
+        (e.id.encode(), p, e.pixels.size, q, e.height, e.width, CODECS.index(e.codec))
+        for e, p, q in zip(entries, pixels, labels, strict=False)  # the last sums begin no entry
+    ]
+    return np.array(rows, np.dtype(columns))
+
+
+def read_entry(row: Any) -> Entry:
+    """The entry that a row of the index describes."""
+    size, codec = int(row["pixels_size"]), CODECS[int(row["codec"])]
+    return Entry(row["id"].decode(), int(row["height"]), int(row["width"]), codec, size)
+
+
+def index_sha256(table: Any, pixels_crc: Any, labels_crc: Any) -> str:
+    """SHA-256 of the index with all CRCs: it pins the content without reading the arenas."""
+    parts = (part.tobytes() for part in (table, pixels_crc, labels_crc))
+    return hashlib.sha256(b"".join(parts)).hexdigest()

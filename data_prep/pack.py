@@ -1,0 +1,186 @@
+"""Packs the data sets of a grid file into shards: `python -m data_prep.pack CONFIG`.
+
+Uses all cores, or the ranks of `mpiexec`. It may be killed at any point and run again: shards that
+are good stay, and the manifest, without which nothing is read, comes last."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from data_prep.manifest import MANIFEST, SPLITS, Manifest, SplitSummary
+from data_prep.packing import Packed, already_packed, pack_shard
+from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
+from data_prep.processes import in_processes, sensible_processes, with_progress
+from data_prep.settings import DatasetSettings, read_datasets
+from hpc.atomic import TEMPORARY_PREFIX
+from hpc.command import UserError, argument_parser, run
+from hpc.config import did_you_mean
+from hpc.mpi import World, world
+
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(h5|json)")
+_DEAD_AFTER = 3600.0  # seconds since anything was written to a temporary file
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns its exit code."""
+    parser = argument_parser("python -m data_prep.pack", __doc__)
+    parser.add_argument("config", help="grid file with [dataset.NAME] tables")
+    parser.add_argument("--dataset", metavar="NAME", help="only this data set")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad files out, list them")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: all usable cores")
+    options = parser.parse_args(argv)
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes must be at least 1, not {options.processes}")
+    ranks = world()
+    with ranks.abort_on_error():
+        for name, settings in _chosen(options.config, options.dataset).items():
+            manifest = pack(
+                name, settings, skip_bad=options.skip_bad, processes=options.processes, ranks=ranks
+            )
+            if ranks.rank == 0:
+                print(_report(manifest), flush=True)
+    return 0
+
+
+def pack(
+    name: str,
+    settings: DatasetSettings,
+    *,
+    skip_bad: bool = False,
+    processes: int | None = None,
+    ranks: World | None = None,
+) -> Manifest:
+    """Pack train and val of one data set into `settings.shards`; its manifest, on every rank.
+
+    Shards of an unchanged source are kept; if all are, this is quick. `processes` (default: all
+    usable cores, if there is enough to do) counts where there is one rank. All ranks must call it.
+    Raises `UserError` for anything the source has wrong; nothing is then recorded as packed."""
+    ranks = ranks or World()
+    source = find_source(settings) if ranks.rank == 0 else None
+    finished = ranks.bcast(_finished(name, source) if source else None)
+    if finished:
+        return finished
+    plan = ranks.bcast(plan_shards(source) if source else None)
+    assert plan is not None
+    packed = _pack_missing(name, plan, skip_bad, processes, ranks)
+    manifest = _conclude(name, source, plan, packed, skip_bad) if source else None
+    manifest = ranks.bcast(manifest)
+    assert manifest is not None
+    return manifest
+
+
+def _chosen(config: str, only: str | None) -> dict[str, DatasetSettings]:
+    datasets = read_datasets(config)
+    if only is None:
+        return datasets
+    if only not in datasets:
+        raise UserError(f"{config}: no data set {only!r}; {did_you_mean(only, datasets)}")
+    return {only: datasets[only]}
+
+
+def _finished(name: str, source: Source) -> Manifest | None:
+    """The manifest of an earlier run, if it describes the source as it is now."""
+    folder = Path(source.settings.shards)
+    try:
+        manifest = Manifest.load(folder)
+        manifest.check_files()
+    except UserError:
+        return None
+    if (manifest.name, manifest.source_stamp) != (name, source.stamp):
+        return None
+    _remove_stale(manifest)
+    return manifest
+
+
+def _pack_missing(
+    name: str, plan: Plan, skip_bad: bool, processes: int | None, ranks: World
+) -> list[Packed]:
+    """Pack what is not packed yet; on rank 0 the outcome of all shards."""
+    kept, todo = ranks.bcast(_divide(plan, skip_bad) if ranks.rank == 0 else ([], []))
+    mine = todo[ranks.rank :: ranks.size]
+    workers = _workers(processes, mine) if ranks.size == 1 else 1
+    work = in_processes(partial(pack_shard, skip_bad=skip_bad), mine, workers)
+    done = list(with_progress(work, len(mine), f"{name}: shards") if ranks.rank == 0 else work)
+    gathered = ranks.gather(done) or []
+    return sorted([*kept, *chain.from_iterable(gathered)], key=lambda p: (p.split, p.number))
+
+
+def _workers(asked: int | None, todo: Sequence[ShardPlan]) -> int:
+    return asked or sensible_processes(sum(shard.bytes for shard in todo))
+
+
+def _divide(plan: Plan, skip_bad: bool) -> tuple[list[Packed], list[ShardPlan]]:
+    kept, todo = list[Packed](), list[ShardPlan]()
+    for shard in plan.shards:
+        packed = already_packed(shard, skip_bad)
+        if packed:
+            kept.append(packed)
+        else:
+            todo.append(shard)
+    if plan.shards:
+        folder = plan.shards[0].path.parent
+        check_room(folder, sum(shard.bytes for shard in todo))
+        if todo:  # from here on an older manifest no longer describes the folder
+            (folder / MANIFEST).unlink(missing_ok=True)
+    return kept, todo
+
+
+def _conclude(
+    name: str, source: Source, plan: Plan, packed: list[Packed], skip_bad: bool
+) -> Manifest:
+    splits = {}
+    for split in SPLITS:
+        of_split = [p for p in packed if p.split == split]
+        bad = (*plan.bad[split], *(message for p in of_split for message in p.bad))
+        if bad and not skip_bad:
+            _refuse(bad)
+        shards = tuple(p.summary for p in of_split if p.summary)
+        if not shards:
+            raise UserError(f"{name}: no sample of {split} is left; {bad[0]}")
+        splits[split] = SplitSummary(shards, bad)
+    folder = Path(source.settings.shards)
+    manifest = Manifest(folder, name, source.classes, splits, source.stamp)
+    manifest.save()
+    _remove_stale(manifest)
+    return manifest
+
+
+def _refuse(bad: Sequence[str]) -> None:
+    others = f" (and {len(bad) - 1} more bad files)" if len(bad) > 1 else ""
+    raise UserError(f"{bad[0]}{others}; --skip-bad packs the rest")
+
+
+def _remove_stale(manifest: Manifest) -> None:
+    """Remove shards that the manifest does not name, and what killed writers left."""
+    named = {shard.file for half in manifest.splits.values() for shard in half.shards}
+    for file in manifest.folder.iterdir():
+        shard = file.with_suffix(".h5").name
+        stale = _OURS.fullmatch(file.name) and shard not in named
+        if stale or (file.name.startswith(TEMPORARY_PREFIX) and _is_dead(file)):
+            file.unlink(missing_ok=True)
+
+
+def _is_dead(temporary: Path) -> bool:
+    try:
+        return time.time() - temporary.stat().st_mtime > _DEAD_AFTER
+    except FileNotFoundError:  # its writer has just renamed it
+        return False
+
+
+def _report(manifest: Manifest) -> str:
+    lines = []
+    for split, half in manifest.splits.items():
+        size = sum(shard.bytes for shard in half.shards)
+        shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
+        lines.append(f"{manifest.name} {split}: {half.images} images, {shards}")
+        lines += [f"  left out: {message}" for message in half.left_out]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""A data set that lies in pairs of folders: images and label maps of equal stem, of any size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import SUFFIXES, map_labels, read_index_map
+from data_prep.manifest import SPLITS
+from data_prep.settings import FolderSettings
+from data_prep.sources.sample import Sample
+from hpc.command import UserError
+
+_SHOWN = 3  # file names in a message
+
+
+def classes(settings: FolderSettings) -> tuple[str, ...]:
+    """The class names of the grid file."""
+    return settings.classes
+
+
+def prepare(settings: FolderSettings) -> None:
+    """Raises `UserError` if a folder is missing or empty or its files do not pair."""
+    for split in SPLITS:
+        samples(settings, split)
+
+
+def samples(settings: FolderSettings, split: str) -> list[Sample]:
+    """The pairs of `split`, sorted by id. Raises `UserError` as `prepare` does."""
+    names = {
+        "train": (settings.train_images, settings.train_labels),
+        "val": (settings.val_images, settings.val_labels),
+    }[split]
+    image_folder, label_folder = (Path(settings.root) / name for name in names)
+    images, labels = _by_stem(image_folder), _by_stem(label_folder)
+    if not images:
+        raise UserError(f"{image_folder} holds no images ({', '.join(SUFFIXES)})")
+    _refuse_unpaired(images, labels, "label map", label_folder)
+    _refuse_unpaired(labels, images, "image", image_folder)
+    stems = sorted(images, key=str.encode)
+    return [Sample(stem, images[stem], labels[stem]) for stem in stems]
+
+
+def read_label(settings: FolderSettings, path: Path) -> NDArray[np.uint8]:
+    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    return map_labels(read_index_map(path), len(settings.classes), settings.void, path)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    try:
+        files = sorted(f for f in folder.iterdir() if _is_image(f))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {folder}: {error.strerror}; check root and the folder names "
+            "of the data set"
+        ) from error
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in found:
+            raise UserError(f"{found[file.stem]} and {file.name} have the same stem; keep one")
+        found[_checked(file)] = file
+    return found
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+
+
+def _checked(file: Path) -> str:
+    try:
+        file.stem.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(file)!r}: the file name is not UTF-8; rename it") from error
+    return file.stem
+
+
+def _refuse_unpaired(
+    have: dict[str, Path], other: dict[str, Path], missing: str, where: Path
+) -> None:
+    alone = sorted(have.keys() - other.keys(), key=str.encode)
+    if alone:
+        names = ", ".join(have[stem].name for stem in alone[:_SHOWN])
+        more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+        raise UserError(
+            f"{names}{more} in {have[alone[0]].parent}: no {missing} of the same stem in {where}; "
+            "add or remove files so that they pair"
+        )

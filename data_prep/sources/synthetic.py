@@ -1,0 +1,78 @@
+"""Drawn street scenes, written as JPEG and PNG files like a real data set and packed like one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_prep.images import map_labels, read_index_map
+from data_prep.manifest import SPLITS
+from data_prep.settings import VOID, SyntheticSettings
+from data_prep.sources.sample import Sample
+from data_prep.sources.scenes import CLASSES, draw_scene
+from hpc.atomic import Damaged, read_json, write_json
+from hpc.command import UserError
+
+JPEG_QUALITY = 92
+_DRAWING = 1  # raise it when the same numbers give other pictures
+_DONE = "scenes.json"
+
+
+def classes(settings: SyntheticSettings) -> tuple[str, ...]:
+    """The eight classes of the scenes."""
+    return CLASSES
+
+
+def prepare(settings: SyntheticSettings) -> None:
+    """Draw and write all files, unless they are there. Raises `UserError` if it cannot write."""
+    if _is_done(settings):
+        return
+    root = Path(settings.root)
+    try:
+        (root / _DONE).unlink(missing_ok=True)
+        for split in SPLITS:
+            for folder in _folders(settings, split):
+                folder.mkdir(parents=True, exist_ok=True)
+            for index, sample in enumerate(samples(settings, split)):
+                _write(settings, split, index, sample)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {root}: {error.strerror}") from error
+    write_json(root / _DONE, _wanted(settings))
+
+
+def samples(settings: SyntheticSettings, split: str) -> list[Sample]:
+    """The scenes of `split`, sorted by id."""
+    images, labels = _folders(settings, split)
+    count = {"train": settings.train, "val": settings.val}[split]
+    stems = (f"{split}_{index:06d}" for index in range(count))
+    return [Sample(stem, images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
+
+
+def read_label(settings: SyntheticSettings, path: Path) -> NDArray[np.uint8]:
+    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    return map_labels(read_index_map(path), len(CLASSES), VOID, path)
+
+
+def _write(settings: SyntheticSettings, split: str, index: int, sample: Sample) -> None:
+    picture, label = draw_scene(settings.seed, SPLITS.index(split), index, settings.size)
+    Image.fromarray(picture).save(sample.image, quality=JPEG_QUALITY)
+    Image.fromarray(label).save(sample.label)
+
+
+def _folders(settings: SyntheticSettings, split: str) -> tuple[Path, Path]:
+    return Path(settings.root) / split, Path(settings.root) / f"{split}annot"
+
+
+def _is_done(settings: SyntheticSettings) -> bool:
+    try:
+        return read_json(Path(settings.root) / _DONE) == _wanted(settings)
+    except (OSError, Damaged):
+        return False
+
+
+def _wanted(settings: SyntheticSettings) -> dict[str, object]:
+    drawing = {"seed": settings.seed, "size": list(settings.size), "drawing": _DRAWING}
+    return {**drawing, "train": settings.train, "val": settings.val}

@@ -1,0 +1,111 @@
+"""Pre-trained weights: where they lie on disk, and whether they are what they should be. Compute
+nodes have no internet, so the login node fetches them: `python -m data_prep.weights CONFIG`."""
+
+from __future__ import annotations
+
+import shutil
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc.atomic import Damaged, file_sha256, new_file
+from hpc.command import UserError, argument_parser, run
+from hpc.config import did_you_mean, read_toml
+from hpc.env import torch_home
+
+SOURCE = "https://download.pytorch.org/models"
+_IMAGENET = {
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+    "mobilenet_v3_large": "mobilenet_v3_large-8738ca79.pth",
+}
+# (weights, model) -> file. ImageNet's are the first published ones, those of the paper's time;
+# COCO's are COCO_WITH_VOC_LABELS_V1. A file's name ends with the start of its SHA-256.
+FILES = {
+    **{
+        ("imagenet", f"{head}_{backbone}"): file
+        for backbone, file in _IMAGENET.items()
+        for head in ("fcn", "deeplabv3")
+    },
+    ("coco", "fcn_resnet50"): "fcn_resnet50_coco-1167a1af.pth",
+    ("coco", "fcn_resnet101"): "fcn_resnet101_coco-7ecb50ca.pth",
+    ("coco", "deeplabv3_resnet50"): "deeplabv3_resnet50_coco-cd0a2569.pth",
+    ("coco", "deeplabv3_resnet101"): "deeplabv3_resnet101_coco-586e9e4e.pth",
+    ("coco", "deeplabv3_mobilenet_v3_large"): "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+}
+WITHOUT_FILE = ("none", "pretrain")
+
+
+def weights_path(weights: str, model: str) -> Path:
+    """Where the file lies that `weights` (imagenet, coco or a path) means for `model`. Raises
+    `UserError` if no such weights are published."""
+    if (weights, model) in FILES:
+        return torch_home() / "hub" / "checkpoints" / FILES[weights, model]
+    if weights in ("imagenet", "coco"):
+        models = [name for kind, name in FILES if kind == weights]
+        raise UserError(
+            f"no {weights!r} weights are published for {model!r}; {did_you_mean(model, models)}"
+        )
+    return Path(weights).expanduser().absolute()
+
+
+def require_weights(weights: str, model: str) -> Path:
+    """The same, of a file that exists. Raises `UserError`; does not read the file."""
+    path = weights_path(weights, model)
+    if path.is_file():
+        return path
+    if (weights, model) in FILES:
+        raise UserError(
+            f"weights = {weights!r} needs {path}; fetch it where there is internet with "
+            f"`python -m data_prep.weights CONFIG`, or copy {SOURCE}/{path.name} there"
+        )
+    raise UserError(
+        f"weights = {weights!r} is neither imagenet, coco, none or pretrain nor a file that exists"
+    )
+
+
+def check_published(path: Path) -> None:
+    """Raise `Damaged` if a published file's content does not fit the hash in its name."""
+    expected = path.stem.rsplit("-", 1)[-1]
+    if not file_sha256(path).startswith(expected):
+        raise Damaged(f"{path} is damaged (its SHA-256 does not start with {expected}); delete it")
+
+
+def fetch(path: Path) -> None:
+    """Download a published file to `path`, whole and checked or not at all."""
+    try:
+        with new_file(path) as temporary, urllib.request.urlopen(f"{SOURCE}/{path.name}") as source:
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            expected = path.stem.rsplit("-", 1)[-1]
+            if not file_sha256(temporary).startswith(expected):
+                raise UserError(f"{SOURCE}/{path.name} was not received whole; try again")
+    except OSError as error:
+        raise UserError(f"cannot fetch {SOURCE}/{path.name}: {error}") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fetch and check what the models of a grid file need."""
+    parser = argument_parser("python -m data_prep.weights", __doc__)
+    parser.add_argument("config", type=Path, help="the grid file")
+    arguments = parser.parse_args(argv)
+    grid = read_toml(arguments.config)
+    weights = str(grid.get("protocol", {}).get("weights", "imagenet"))
+    if weights in WITHOUT_FILE:
+        print(f"weights = {weights!r} needs no file")
+        return 0
+    for path in sorted({weights_path(weights, str(model)) for model in grid.get("models", [])}):
+        published = path.name in FILES.values()
+        if published and not path.is_file():
+            print(f"fetching {path.name}")
+            fetch(path)
+        elif published:
+            check_published(path)
+        elif not path.is_file():
+            raise UserError(f"weights = {weights!r}: there is no such file")
+        print(f"ready: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

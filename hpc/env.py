@@ -1,0 +1,86 @@
+"""What the launcher says about this process: the one reader of the environment. Stdlib only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """This process's place in its job.
+
+    `start_id` is equal on all ranks of one start of a job and differs from every other start, so
+    that ranks find each other and not those of a start before; it is "" where the launcher gives
+    none (`mpiexec`) or where there is only one rank.
+    """
+
+    launcher: Launcher
+    rank: int
+    world_size: int
+    local_rank: int
+    node: str
+    job_id: str
+    start_id: str
+    master: tuple[str, int] | None = None  # address and port of rank 0, where the launcher chose
+    agent_store: bool = False  # torchrun's agent serves that port itself; every rank is a client
+
+
+def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
+    """Who am I? torchrun's variables come first, since they are the most explicit; Slurm's count
+    only inside an `srun` step: a batch shell has them too, but is one process."""
+    node = socket.gethostname()
+    if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= environ.keys():
+        master = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+        agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return RankEnv("torchrun", *_place(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+                       node=node, job_id=_slurm_job(environ), master=master, agent_store=agent,
+                       start_id=environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # fmt: skip
+    if environ.get("SUBMITIT_EXECUTOR") == "local":
+        job = environ["SUBMITIT_LOCAL_JOB_ID"]
+        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+        return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id=job,
+                       start_id=f"{environ.get('LOSSGRID_JOB_ID', node)}-{job}")  # fmt: skip
+    if "SLURM_STEP_ID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        parts = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
+        start = "-".join([*parts, environ["SLURM_STEP_ID"]])
+        return RankEnv("slurm", *_place(environ, *names), node=node, job_id=_slurm_job(environ),
+                       start_id=start)  # fmt: skip
+    for rank, size, local in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ):
+        if rank in environ and size in environ:
+            return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
+                           job_id=_slurm_job(environ), start_id="")  # fmt: skip
+    return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
+
+
+def _place(environ: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int]:
+    return int(environ[rank]), int(environ[size]), int(environ.get(local, environ[rank]))
+
+
+def _slurm_job(environ: Mapping[str, str]) -> str:
+    """The id that `scontrol requeue` takes; of an array's element `ARRAY_TASK`."""
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID", "")
+
+
+def torch_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where torch keeps downloaded weights, by torch's own rule."""
+    cache = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(environ.get("TORCH_HOME") or Path(cache) / "torch").expanduser()
+
+
+def default_config(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The grid file that `$LOSSGRID_CONFIG` names, if it is set."""
+    name = environ.get("LOSSGRID_CONFIG")
+    return Path(name).expanduser() if name else None

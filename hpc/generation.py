@@ -1,0 +1,61 @@
+"""One writer: every start of a job claims the next generation number for the entries it will
+write, and looks for a higher claim on any of them before it publishes or deletes. A process that
+was cut off and outlives its successor's start can do no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Superseded(RuntimeError):
+    """A later start has claimed what this process was about to write."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A claim: its number in `folder`, and the names of the entries it covers."""
+
+    folder: Path
+    number: int
+    entries: frozenset[str]
+
+    def is_superseded(self) -> bool:
+        """Whether a later claim shares an entry with this one."""
+        later = (n for n in _numbers(self.folder) if n > self.number)
+        return any(not self.entries.isdisjoint(_entries(self.folder / str(n))) for n in later)
+
+    def check(self) -> None:
+        """Raise `Superseded` if a later claim shares an entry with this one."""
+        if self.is_superseded():
+            raise Superseded(f"generation {self.number} in {self.folder} has a successor")
+
+
+def claim(folder: Path, entries: Iterable[str]) -> Generation:
+    """Take the next number in `folder`; two processes never get the same one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = frozenset(entries)
+    draft = folder / f".tmp-{uuid.uuid4().hex}"
+    draft.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    try:
+        number = max(_numbers(folder), default=0) + 1
+        while True:
+            try:
+                os.link(draft, folder / str(number))  # exclusive, and never half written
+                return Generation(folder, number, names)
+            except FileExistsError:
+                number += 1
+    finally:
+        draft.unlink()
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def _entries(path: Path) -> frozenset[str]:
+    return frozenset(json.loads(path.read_text(encoding="utf-8")))

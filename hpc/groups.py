@@ -1,0 +1,173 @@
+"""The torch process group of a job, and the few collectives that we use. One rank is the same
+path: it has a process group of size one."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpc.atomic import write_text
+from hpc.command import UserError
+from hpc.env import RankEnv
+
+TIMEOUT = datetime.timedelta(minutes=10)  # minutes, so that nobody waits for the dead
+_POLL_SECONDS = 0.1
+
+
+class Group:
+    """All ranks of one job."""
+
+    def __init__(self, env: RankEnv, device: torch.device) -> None:
+        self.env = env
+        self.rank = env.rank
+        self.world_size = env.world_size
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """torch's object, for modules that communicate themselves."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""
+        total = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def max(self, value: int) -> int:
+        """The largest of all ranks' integers: how ranks agree on what to do next."""
+        if self.world_size == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return int(agreed)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value, on all ranks."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
+    """Start torch's process group for this job and end it with the block.
+
+    `rendezvous` is a folder that all ranks see, where rank 0 leaves its address: it takes a free
+    port itself, so two jobs on one node cannot collide.
+    """
+    device = _own_device(env)
+    store = _store(env, rendezvous)
+    # integers that ranks agree on lie in main memory, hence gloo beside NCCL
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
+    )
+    try:
+        yield Group(env, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(env: RankEnv) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    device = torch.device("cuda", env.local_rank % visible)
+    major, minor = torch.cuda.get_device_capability(device)
+    kernels = torch.cuda.get_arch_list()
+    if f"sm_{major}{minor}" not in kernels and not any(
+        k.startswith(f"sm_{major}") for k in kernels
+    ):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+            f"(sm_{major}{minor}), only {', '.join(kernels)}; install a build that has them "
+            "(for V100 torch 2.10 or older from the default wheels)"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def _store(env: RankEnv, rendezvous: Path) -> dist.Store:
+    if env.world_size == 1:
+        return dist.HashStore()
+    if env.master is not None:
+        return _torchrun_store(env)
+    if env.launcher == "mpi":
+        return _mpi_store(env)
+    address = rendezvous / f"{env.start_id}.addr"
+    if env.rank == 0:
+        store = _listen(env)
+        write_text(address, f"{_own_address()} {store.port}")
+        return store
+    host, port = _wait_for(address).split()
+    return dist.TCPStore(host, int(port), env.world_size, is_master=False, timeout=TIMEOUT)
+
+
+def _torchrun_store(env: RankEnv) -> dist.Store:
+    assert env.master is not None
+    host, port = env.master
+    serves = env.rank == 0 and not env.agent_store
+    store = dist.TCPStore(host, port, env.world_size, is_master=serves, timeout=TIMEOUT)
+    return dist.PrefixStore(f"lossgrid-{env.start_id}", store)
+
+
+def _mpi_store(env: RankEnv) -> dist.Store:
+    """Ranks that `mpiexec` started find each other through MPI itself."""
+    from hpc.mpi import world  # mpi4py only where MPI is there
+
+    communicator = world()
+    store = _listen(env) if env.rank == 0 else None
+    host, port = communicator.bcast((_own_address(), store.port) if store is not None else ("", 0))
+    if store is not None:
+        return store
+    return dist.TCPStore(host, port, env.world_size, is_master=False, timeout=TIMEOUT)
+
+
+def _listen(env: RankEnv) -> dist.TCPStore:
+    return dist.TCPStore(
+        "", 0, env.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
+    )
+
+
+def _own_address() -> str:
+    """An address that other nodes can reach: what our own host name resolves to."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _wait_for(address: Path) -> str:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        try:
+            return address.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            time.sleep(_POLL_SECONDS)
+            if address.parent.exists():
+                list(address.parent.iterdir())  # makes NFS look again
+    raise UserError(f"rank 0 did not leave its address in {address} within {TIMEOUT}")

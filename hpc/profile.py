@@ -1,0 +1,152 @@
+"""The cluster profile: what a site is like, and what a job of ours takes of it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hpc.command import UserError
+from hpc.config import Settings, did_you_mean, parse, read_toml
+
+_PROFILES = Path("configs/clusters")
+_OUR_OPTIONS = {"array", "dependency", "error", "job-name", "open-mode", "output", "signal"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one job gets. `memory_gb` None is the site's default; `minutes` is the time limit."""
+
+    nodes: int = 1
+    tasks_per_node: int = 1
+    cpus_per_task: int = 1
+    gpus_per_node: int = 0
+    memory_gb: float | None = None
+    minutes: int = 60
+
+
+class ClusterProfile(Settings):
+    """What a site is like, and how much of it a job takes. Empty text means: not given to Slurm."""
+
+    kind: Literal["auto", "slurm", "local"] = "auto"
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    gres: str = ""  # how the site names GPUs (gpu:v100:4), in place of --gpus-per-node
+    mail_user: str = ""
+    mail_type: str = ""
+    extra: dict[str, str | int | bool] = Field({})  # any other sbatch option; true is a bare flag
+
+    nodes: int = Field(1, ge=1)
+    tasks_per_node: int = Field(1, ge=1)
+    cpus_per_task: int = Field(1, ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    memory_gb: float | None = Field(None, gt=0)  # a node
+    minutes: int = Field(60, ge=1)  # time limit
+    lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
+    array_parallelism: int = Field(256, ge=1)  # jobs of one array that run at the same time
+    cells_per_job: int = Field(0, ge=0)  # how many units the caller puts into one job; 0: all
+
+    setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
+    python: str = ""  # the command that starts Python on a node; default: this interpreter
+    mpi: str = ""  # srun --mpi: pmi2, pmix, ...; default: the site's
+    network_interface: str = ""  # which NCCL and gloo use: ib0, ...; default: they choose
+    local_jobs: int = Field(1, ge=1)  # jobs the local queue runs at the same time
+
+    @field_validator("*")
+    @classmethod
+    def _one_line(cls, value: Any) -> Any:
+        # a line break would end the `#SBATCH` line and start a command
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError("must be one line of plain text")
+        return value
+
+    @field_validator("python")
+    @classmethod
+    def _is_a_command(cls, value: str) -> str:
+        shlex.split(value)  # ValueError where a quote is not closed
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _free_options(cls, extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for key, value in extra.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
+                raise ValueError(f"{key!r} is not an sbatch option; write it without dashes")
+            if key.replace("_", "-") in _OUR_OPTIONS:
+                raise ValueError(f"{key!r} is set by us and cannot be given")
+            if not str(value).isprintable():
+                raise ValueError(f"{key!r} must be one line of plain text")
+        return extra
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClusterProfile:
+        if self.lead_seconds >= 60 * self.minutes:
+            raise ValueError("lead_seconds must be less than the time limit (minutes)")
+        if self.gres and not self.gpus_per_node:
+            raise ValueError("gres needs gpus_per_node, the number of GPUs that it means")
+        return self
+
+    def training(self) -> Resources:
+        """All that the profile grants."""
+        return Resources(
+            nodes=self.nodes,
+            tasks_per_node=self.tasks_per_node,
+            cpus_per_task=self.cpus_per_task,
+            gpus_per_node=self.gpus_per_node,
+            memory_gb=self.memory_gb,
+            minutes=self.minutes,
+        )
+
+    def single(self) -> Resources:
+        """One node, one task, no GPU."""
+        return Resources(
+            cpus_per_task=self.cpus_per_task, memory_gb=self.memory_gb, minutes=self.minutes
+        )
+
+    def python_command(self) -> str:
+        """The shell words that start Python in a job."""
+        return self.python or shlex.quote(sys.executable)
+
+    def setup_lines(self) -> list[str]:
+        """The shell lines that come before a job."""
+        if not self.network_interface:
+            return list(self.setup)
+        name = shlex.quote(self.network_interface)
+        return [*self.setup, f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
+
+
+def read_profile(
+    name: str | None, inline: dict[str, Any] | None = None, near: Path | None = None
+) -> ClusterProfile:
+    """The profile called `name` (configs/clusters/NAME.toml in the working directory, or in
+    `clusters/` beside the file in the folder `near`) or at the path `name`, with the keys of
+    `inline` in place of its own. Without a name, `inline` and the defaults.
+
+    Raises `UserError` for a profile that is not there, with the nearest names, or is not valid.
+    """
+    table: dict[str, Any] = {}
+    if name:
+        path = _profile_path(name, near)
+        table = read_toml(path)
+        parse(ClusterProfile, table, str(path))
+    return parse(ClusterProfile, {**table, **(inline or {})}, "[cluster]")
+
+
+def _profile_path(name: str, near: Path | None) -> Path:
+    if name.endswith(".toml") or "/" in name:
+        paths = [Path(name), *([near / name] if near else [])]
+        return next((path for path in paths if path.exists()), paths[0])
+    folders = [_PROFILES, *([near / "clusters", near] if near else [])]
+    found = [folder / f"{name}.toml" for folder in folders if (folder / f"{name}.toml").is_file()]
+    if not found:
+        valid = {path.stem for folder in folders[:2] for path in folder.glob("*.toml")}
+        raise UserError(f"there is no cluster profile {name!r}; {did_you_mean(name, valid)}")
+    return found[0]

@@ -1,0 +1,70 @@
+"""The one interface to whatever starts jobs: Slurm where there is one, or a queue of our own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from hpc.call import ModuleCall
+from hpc.command import UserError, one_line
+from hpc.localqueue import LocalQueue
+from hpc.profile import ClusterProfile, Resources
+from hpc.slurm import SlurmQueue
+from hpc.tickets import State
+
+
+class Queue(Protocol):
+    """Jobs go in as calls and come back as ids; ids are all that one has to remember."""
+
+    def submit(
+        self,
+        calls: Sequence[ModuleCall],
+        resources: Resources,
+        name: str,
+        after: Sequence[str] = (),
+    ) -> list[str]:
+        """Queue one job a call, all with the same resources; their ids, in the order of `calls`.
+
+        They start when every job in `after` has ended, however it ended. Raises `UserError` if
+        the queue refuses them.
+        """
+
+    def states(self, ids: Iterable[str]) -> dict[str, State]:
+        """The state of each job: `waiting`, `running`, or `gone`: ended or unknown. Raises
+        `QueueUnreachable` rather than calling a job gone because the queue did not answer.
+        """
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        """End jobs: the waiting ones never start, the running ones get SIGTERM, time to save,
+        and then SIGKILL. Jobs that are gone are left alone.
+        """
+
+    def log_files(self, job_id: str) -> list[Path]:
+        """The stderr logs that a job has written so far, one a rank, in order of rank."""
+
+    def ensure_runner(self) -> None:
+        """Make sure that something starts the waiting jobs. For callers that wait in a loop."""
+
+
+def open_queue(profile: ClusterProfile, folder: str | Path, queue_folder: str | Path) -> Queue:
+    """The queue a profile means. `folder` takes submission files and logs, `queue_folder` the
+    tickets of the local queue; on a cluster both must be visible on all nodes.
+
+    `kind = "auto"` is Slurm if there is an `sbatch` on PATH. Opening starts nothing.
+    """
+    _refuse_odd_folder(Path(folder).absolute())
+    if profile.kind == "slurm" or (profile.kind == "auto" and shutil.which("sbatch")):
+        return SlurmQueue(profile, folder)
+    return LocalQueue(profile, folder, queue_folder)
+
+
+def _refuse_odd_folder(folder: Path) -> None:
+    # submitit and Slurm replace %x in the name of a log, a backslash switches that off
+    odd = [c for c in str(folder) if c in "%\\" or not c.isprintable()]
+    if odd:
+        raise UserError(
+            f"the folder {one_line(str(folder))} has {odd[0]!r} in its path, which cannot be"
+            " in the name of a log; choose another one"
+        )

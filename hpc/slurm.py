@@ -1,0 +1,194 @@
+"""The queue on Slurm: submits through submitit.
+
+Nothing here asks sacct: states come from one squeue call, and the truth about work is in files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cached_property
+from io import StringIO
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
+
+from hpc.call import ModuleCall
+from hpc.command import UserError, one_line
+from hpc.profile import ClusterProfile, Resources
+from hpc.tickets import State
+
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_DEFAULT_MAX_ARRAY_SIZE = 1001
+_ANSWER_SECONDS = 60.0
+
+
+class QueueUnreachable(UserError):
+    """The queue did not answer. Nothing is known about its jobs; asking again later is right."""
+
+
+class SlurmQueue:
+    """A `hpc.queue.Queue` on Slurm. Submission files and logs go to `folder`."""
+
+    def __init__(self, profile: ClusterProfile, folder: str | Path) -> None:
+        for command in ("sbatch", "srun", "squeue"):
+            if not shutil.which(command):
+                raise UserError(f"there is no {command} on PATH; is this a Slurm login node?")
+        self.profile = profile
+        self.folder = Path(folder).absolute()
+
+    def submit(
+        self,
+        calls: Sequence[ModuleCall],
+        resources: Resources,
+        name: str,
+        after: Sequence[str] = (),
+    ) -> list[str]:
+        """One array (several, if it is longer than the site allows); a single call is a plain job.
+        If Slurm refuses any, none is left in the queue.
+        """
+        parameters = self._parameters(resources, name, self._not_gone(after))
+        size = self._max_array_size if len(calls) > 1 else 1
+        ids: list[str] = []
+        try:
+            for start in range(0, len(calls), size):
+                ids += self._submit_array(calls[start : start + size], parameters)
+        except UserError:
+            self.cancel(ids)
+            raise
+        return ids
+
+    def states(self, ids: Iterable[str]) -> dict[str, State]:
+        """The state of each job, by one squeue call."""
+        ids = list(ids)
+        seen = _squeue(sorted({job_id.partition("_")[0] for job_id in ids})) if ids else {}
+        return {job_id: seen.get(job_id, "gone") for job_id in ids}
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        """Let Slurm end jobs; those that are gone are left alone."""
+        if ids := list(ids):
+            _answer(["scancel", "--quiet", *ids], gone_is_fine=True)
+
+    def log_files(self, job_id: str) -> list[Path]:
+        """The stderr logs of a job's ranks; rank 0's also holds what the batch script wrote."""
+        logs = (JobPaths(self.folder, job_id, rank).stderr for rank in count())
+        return list(takewhile(Path.exists, logs))
+
+    def ensure_runner(self) -> None:
+        """Nothing to do: Slurm runs."""
+
+    def _submit_array(self, calls: Sequence[ModuleCall], parameters: dict[str, Any]) -> list[str]:
+        executor = submitit.SlurmExecutor(self.folder, python=self.profile.python_command())
+        executor.update_parameters(**parameters)
+        try:
+            with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints the error too
+                jobs = executor.submit_array(calls)
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UserError(f"sbatch refused the job: {one_line(str(error))}") from error
+        return [job.job_id for job in jobs]
+
+    def _parameters(self, wanted: Resources, name: str, after: list[str]) -> dict[str, Any]:
+        site = self.profile
+        by_gres = bool(site.gres and wanted.gpus_per_node)
+        given = {
+            "partition": site.partition,
+            "account": site.account,
+            "qos": site.qos,
+            "constraint": site.constraint,
+            "exclude": site.exclude,
+            "mail_user": site.mail_user,
+            "mail_type": site.mail_type,
+            "gres": site.gres if by_gres else "",
+            "gpus_per_node": 0 if by_gres else wanted.gpus_per_node,
+            "mem": f"{round(1024 * wanted.memory_gb)}M" if wanted.memory_gb else "",
+            "dependency": f"afterany:{':'.join(after)}" if after else "",
+            "setup": site.setup_lines(),
+        }
+        return {key: value for key, value in given.items() if value} | {
+            "job_name": re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:64].strip("-") or "job",
+            "nodes": wanted.nodes,
+            "ntasks_per_node": wanted.tasks_per_node,
+            "cpus_per_task": wanted.cpus_per_task,
+            "time": wanted.minutes,
+            "signal_delay_s": site.lead_seconds,
+            "array_parallelism": site.array_parallelism,
+            "additional_parameters": {"requeue": True, **_options(site.extra)},
+            "srun_args": self._srun_options(wanted),
+        }
+
+    def _srun_options(self, wanted: Resources) -> list[str]:
+        return [
+            "--kill-on-bad-exit=1",  # ranks that wait for a dead one must not wait for ever
+            f"--cpus-per-task={wanted.cpus_per_task}",  # not inherited from sbatch since 22.05
+            "--open-mode=append",  # a requeued job goes on in the same log
+            *([f"--mpi={self.profile.mpi}"] if self.profile.mpi else []),
+        ]
+
+    def _not_gone(self, ids: Sequence[str]) -> list[str]:
+        # sbatch may refuse a dependency on a job that Slurm has forgotten
+        return [job_id for job_id, state in self.states(ids).items() if state != "gone"]
+
+    @cached_property
+    def _max_array_size(self) -> int:
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
+        return max(1, int(found.group(1))) if found else _DEFAULT_MAX_ARRAY_SIZE
+
+
+def requeue(job_id: str) -> bool:
+    """Put a job back into the queue under the same id; for rank 0 of that job, which then gets
+    SIGTERM, and SIGKILL some seconds later. `job_id` is `ARRAY_TASK` for an array's element: the
+    raw id of its last element is the array's, and would requeue them all.
+
+    Returns False, with nothing done, for a job that Slurm is ending already: a preempted one Slurm
+    requeues itself, and a cancelled one would rise from the dead.
+    """
+    if _answer(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]).strip() != "RUNNING":
+        return False
+    _answer(["scontrol", "requeue", job_id])
+    return True
+
+
+def _options(extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+    return {key: value for key, value in extra.items() if value is not False}
+
+
+@contextmanager
+def _outside_a_job() -> Iterator[None]:
+    """In a job (or an salloc shell) its SLURM_ variables would shape the new job as well."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    with submitit.helpers.clean_env():
+        os.environ.update(kept)
+        yield
+
+
+def _squeue(job_ids: list[str]) -> dict[str, State]:
+    command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(job_ids)}"]
+    lines = _answer(command, gone_is_fine=True).splitlines()
+    rows = (line.split() for line in lines if line.strip())
+    # squeue lists only jobs that have not ended, and one that is being cleared away still runs
+    return {job_id: "waiting" if word in _WAITING else "running" for job_id, word in rows}
+
+
+def _answer(command: list[str], gone_is_fine: bool = False) -> str:
+    """What a Slurm command prints; nothing where it fails because a job is gone and may be."""
+    # SQUEUE_STATES and its like are for people, and would hide jobs from us
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise QueueUnreachable(f"{command[0]} does not answer: {error}") from error
+    if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}")
+    return done.stdout

@@ -1,0 +1,122 @@
+"""The files of the local queue, and the processes behind them.
+
+A job is a ticket: `ID.json` says what to do, `ID.started` and `ID.ended` appear once each, so a job
+starts at most once, whatever dies in between. All processes of a job inherit the open and locked
+`ID.lock` as standard input, and the kernel frees the lock with the last of them: so it tells
+whether a job lives even if its runner was killed, process ids were reused, or another host asks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from hpc.atomic import read_json, write_json
+
+State = Literal["waiting", "running", "gone"]
+Outcome = Literal["succeeded", "failed", "cancelled"]
+
+
+class Tickets:
+    """The files of one queue. What changes them takes `locked`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, job_id: str, kind: str) -> Path:
+        """The file of a kind: json, started, ended, cancelled or lock."""
+        return self.folder / f"{job_id}.{kind}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else adds, starts, cancels or ends a job meanwhile."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "tickets.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def runner_lock(self) -> Iterator[IO[str] | None]:
+        """The lock of the one runner, or None if there is a runner already."""
+        with (self.folder / "lock").open("a") as file:
+            yield file if take_lock(file) else None
+
+    def add(self, tickets: Sequence[dict[str, Any]]) -> list[str]:
+        """Queue jobs; their ids."""
+        numbers = [int(file.stem.removeprefix("local-")) for file in self.folder.glob("*.json")]
+        first = max(numbers, default=0) + 1
+        ids = [f"local-{number:06d}" for number in range(first, first + len(tickets))]
+        for job_id, ticket in zip(ids, tickets, strict=True):
+            write_json(self.path(job_id, "json"), ticket)
+        return ids
+
+    def gpus(self, job_id: str) -> list[str]:
+        """The GPUs that a started job was given."""
+        return read_json(self.path(job_id, "started"))["gpus"]
+
+    def end(self, job_id: str, outcome: Outcome) -> None:
+        """Record that a job has ended: succeeded, failed or cancelled."""
+        write_json(self.path(job_id, "ended"), {"outcome": outcome, "time": time.time()})
+
+    def open_ids(self) -> list[str]:
+        """The jobs without an end record, in order."""
+        names = {file.name for file in self.folder.iterdir()}
+        ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        return sorted(job_id for job_id in ids if f"{job_id}.ended" not in names)
+
+    def state(self, job_id: str) -> State:
+        """What a job does. A running one whose processes have all died is gone."""
+        if self.path(job_id, "ended").exists() or not self.path(job_id, "json").exists():
+            return "gone"
+        if not self.path(job_id, "started").exists():
+            return "waiting"
+        with self.path(job_id, "lock").open() as file:
+            return "gone" if take_lock(file, fcntl.LOCK_SH) else "running"
+
+
+def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file if nobody else has; whether that worked."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def standard_input(file: IO[str]) -> Iterator[None]:
+    """Processes started meanwhile, and theirs, have `file` as standard input: the one descriptor
+    that submitit's controller passes on."""
+    saved = os.dup(0)
+    try:
+        os.dup2(file.fileno(), 0)
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+
+
+def processes(lock: Path) -> dict[int, int]:
+    """All processes of a job, with their parents: those that hold its lock as standard input."""
+    held = lock.stat()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.path.samestat(held, (entry / "fd/0").stat()):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                found[int(entry.name)] = int(fields[1])
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    return found
+
+
+def send(number: int, to: Iterable[int]) -> None:
+    """Send a signal to processes; those that have ended meanwhile are left out."""
+    for process in to:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)

@@ -1,0 +1,123 @@
+"""The batch of step i: a function of (seed, i) alone, whichever step training starts at, however
+many loader processes prepare it, and however many ranks share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.shards import SplitReader
+from hpc.command import UserError
+from hpc.preempt import leave_signals_to_the_rank
+from jobs.augment import Draw, augment, resize_short_side
+from jobs.protocol import Protocol
+
+# The order of an epoch is drawn under a sample number that no sample has.
+_ORDER = 2**32 - 1
+_PREFETCH_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of a global batch. images: uint8 [b, 3, h, w]; target: uint8 [b, h, w];
+    positions: the places of its images in the global batch."""
+
+    images: Tensor
+    target: Tensor
+    positions: range
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Indexed by step."""
+
+    def __init__(
+        self, reader: SplitReader, protocol: Protocol, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch(len(reader), protocol)
+        self._reader = reader
+        self._protocol = protocol
+        self._seed = seed
+        self._positions = share(protocol.batch_size, rank, world_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
+        first = within * self._protocol.batch_size
+        samples = [int(order[first + position]) for position in self._positions]
+        pairs = [self._sample(epoch, sample) for sample in samples]
+        height, width = self._protocol.crop
+        images = np.zeros((len(pairs), height, width, 3), np.uint8)
+        target = np.zeros((len(pairs), height, width), np.uint8)
+        for k, (image, label) in enumerate(pairs):
+            images[k], target[k] = image, label
+        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return Batch(channels_first, torch.from_numpy(target), self._positions)
+
+    def _sample(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = self._reader.image(sample), self._reader.label(sample)
+        return augment(image, label, self._protocol, Draw(self._seed, epoch, sample))
+
+
+class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
+    """Validation images one by one: uint8 [3, h, w] and the label map uint8 [h, w]."""
+
+    def __init__(self, reader: SplitReader, short_side: int) -> None:
+        self._reader = reader
+        self._short_side = short_side
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self._reader.image(index), self._reader.label(index)
+        image, label = resize_short_side(image, label, self._short_side)
+        image = np.array(image.transpose(2, 0, 1))  # contiguous, and ours to write to
+        return torch.from_numpy(image), torch.from_numpy(np.array(label))
+
+
+def steps_per_epoch(images: int, protocol: Protocol) -> int:
+    """Batches in an epoch; a last incomplete one is dropped. `UserError` if there is none."""
+    if images < protocol.batch_size:
+        raise UserError(
+            f"batch_size = {protocol.batch_size} is larger than the training set of {images} "
+            "images; choose a smaller one in [protocol]"
+        )
+    return images // protocol.batch_size
+
+
+def share(batch_size: int, rank: int, world_size: int) -> range:
+    """The places in the global batch that belong to `rank`: contiguous, even up to one."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """The batches of steps `start` to `stop` - 1, in order, prepared ahead by `workers`
+    processes."""
+    return _loader(batches, range(start, stop), workers)
+
+
+def load_images(
+    images: EvaluationImages, indices: range, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The evaluation images of `indices`, in order."""
+    return _loader(images, indices, workers)
+
+
+def _loader(dataset: Dataset, indices: range, workers: int) -> Iterator:
+    return iter(
+        DataLoader(
+            dataset,
+            sampler=indices,
+            batch_size=None,  # an item is a whole batch already
+            num_workers=min(workers, len(indices)),
+            prefetch_factor=_PREFETCH_STEPS if min(workers, len(indices)) else None,
+            worker_init_fn=leave_signals_to_the_rank,
+            collate_fn=_as_it_is,
+        )
+    )
+
+
+def _as_it_is(item: object) -> object:
+    return item

@@ -1,0 +1,73 @@
+"""The counts of all cells of one job: one HDF5 file, never modified, and its index in JSON. A cell
+is done when an index names it and the file it points to verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.atomic import Damaged, file_sha256, new_file, read_json, write_json
+
+
+@dataclass(frozen=True)
+class CountsIndex:
+    """What one counts file holds. `cells` are records with `signature`, `name` and more, in the
+    order of the arrays' first axis."""
+
+    path: Path
+    sha256: str
+    size: int
+    cells: tuple[Mapping[str, Any], ...]
+    record: Mapping[str, Any]
+
+    def is_whole(self) -> bool:
+        """Whether the file is there with its full length: cheap, for planning and status."""
+        try:
+            return self.path.stat().st_size == self.size
+        except FileNotFoundError:
+            return False
+
+    def verify(self) -> None:
+        """Read all of it. Raises `Damaged`."""
+        if not self.is_whole() or file_sha256(self.path) != self.sha256:
+            raise Damaged(
+                f"{self.path} is damaged (its checksum does not fit); delete it and run grid again"
+            )
+
+
+def write_counts(
+    path: Path, cells: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write the arrays, whose first axis is `cells`, and then the index that makes them count."""
+    import h5py  # planning reads indices and must not pay for it
+
+    with new_file(path) as temporary, h5py.File(temporary, "w", track_order=False) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, track_times=False)
+    index = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "cells": list(cells)}
+    write_json(path.with_suffix(".json"), {**index, "record": dict(record)})
+
+
+def find_counts(folder: Path) -> Iterator[CountsIndex]:
+    """The indices of a folder in order of their names. Raises `Damaged` for one that is broken."""
+    for path in sorted(folder.glob("*.json")):
+        index = read_json(path)
+        yield CountsIndex(
+            path=path.with_suffix(".h5"),
+            sha256=index["sha256"],
+            size=index["bytes"],
+            cells=tuple(index["cells"]),
+            record=index["record"],
+        )
+
+
+def read_counts(index: CountsIndex) -> dict[str, Any]:
+    """The arrays of a counts file, verified. Raises `Damaged`."""
+    import h5py
+
+    index.verify()
+    with h5py.File(index.path, "r") as file:
+        return {name: file[name][...] for name in file}

@@ -1,0 +1,100 @@
+"""Backbones and heads: torchvision's own modules, so that published weights fit, with batch norm
+and dropout that do not depend on how the batch is spread over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import segmentation
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+
+from jobs.models.batchnorm import replace_batchnorm
+from jobs.models.dropout import replace_dropout
+from jobs.models.names import MODELS
+
+FEATURES = {"resnet50": 2048, "resnet101": 2048, "mobilenet_v3_large": 960}  # output channels
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BUILDERS = {
+    "resnet50": segmentation.deeplabv3_resnet50,
+    "resnet101": segmentation.deeplabv3_resnet101,
+    "mobilenet_v3_large": segmentation.deeplabv3_mobilenet_v3_large,
+}
+_HEADS = {"fcn": FCNHead, "deeplabv3": DeepLabHead}
+
+
+class Backbone(nn.Module):
+    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / 8 or 16, W / 8 or 16].
+    Its state has torchvision's names behind `backbone.`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.backbone = _BUILDERS[name](weights=None, weights_backbone=None, num_classes=2).backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(images)["out"]
+
+
+class Network(nn.Module):
+    """A whole network: images -> logits at the backbone's stride."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.backbone(images))
+
+
+def build_backbone(
+    name: str, seed: int, momentum: float, group: dist.ProcessGroup | None = None
+) -> Backbone:
+    """A backbone with random weights drawn from (seed, name)."""
+    with seeded(f"{seed}/{name}"):
+        backbone = Backbone(name)
+    replace_batchnorm(backbone, momentum, group)
+    return backbone
+
+
+def build_head(
+    model: str, num_classes: int, seed: int, momentum: float,
+    group: dist.ProcessGroup | None = None,
+) -> nn.Module:  # fmt: skip
+    """The head of `model`, its weights drawn from (seed, model), so that losses are compared on
+    common random numbers. Features [B, F, h, w] -> logits [B, num_classes, h, w]."""
+    architecture = MODELS[model]
+    with seeded(f"{seed}/{model}"):
+        head = _HEADS[architecture.head](FEATURES[architecture.backbone], num_classes)
+    replace_batchnorm(head, momentum, group)
+    replace_dropout(head)
+    return head
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [B, 3, H, W] -> float, with ImageNet's mean and standard deviation."""
+    mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, dtype=dtype, device=images.device)[:, None, None]
+    return (images.to(dtype) / 255 - mean) / std
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, to `size` (height, width) in pixels, as torchvision's segmentation models do."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+@contextmanager
+def seeded(text: str) -> Iterator[None]:
+    """Draw torch's random numbers from `text` inside the block; the global state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        yield

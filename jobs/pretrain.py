@@ -1,0 +1,103 @@
+"""Where no weights exist (`weights = "pretrain"`): one whole network with an FCN head is trained
+with CE under a seed of its own, once a data set and backbone. Its backbone is what the cells share.
+
+    python -m jobs.pretrain TASK.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.manifest import Manifest
+from data_prep.shards import SplitReader
+from hpc import checkpoint
+from hpc.atomic import file_sha256, write_json
+from hpc.command import UserError, argument_parser, run
+from hpc.env import read_env
+from hpc.groups import Group, process_group
+from hpc.preempt import StopRequest, stop_request
+from jobs.backbone import load_backbone
+from jobs.cell import Cell
+from jobs.losses.names import parse_loss
+from jobs.metrics.counts import Counts
+from jobs.metrics.scores import scores
+from jobs.models.build import Network
+from jobs.models.names import MODELS
+from jobs.run import Run
+from jobs.task import Task, read_task
+from jobs.train import configure_torch, count, leave, make_trainees, train
+from jobs.trainee import Trainee
+
+
+def pretraining_cell(cell: Cell) -> Cell:
+    """The cell that trains the backbone of `cell`: the protocol's own augmentation and optimiser,
+    with the epochs, batch, rate and seed of [protocol.pretrain]."""
+    pretrain = cell.protocol.pretrain
+    changes = pretrain.model_dump(exclude={"seed"})
+    protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
+    model = f"fcn_{MODELS[cell.model].backbone}"
+    update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
+    return Cell(**{**dict(cell), **update})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pre-train the backbone of a task file's cell."""
+    parser = argument_parser("python -m jobs.pretrain", __doc__)
+    parser.add_argument("task", type=Path, help="a task file of a run directory")
+    task = read_task(parser.parse_args(argv).task)
+    configure_torch(task)
+    with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
+        pretrain_backbone(task, group, stop)
+    return 0
+
+
+def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
+    """Train the network of the task's one cell and publish its backbone, or save and return."""
+    (consumer,) = task.cells
+    trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
+    manifest = Manifest.load(task.data)
+    start = load_backbone(trained.cells[0], task.paths, group)
+    job = Run(trained, group, stop, {"data set": manifest.fingerprint})
+    _, trainees = make_trainees(trained, manifest, start, group)
+    step, total = train(
+        job, trainees, None, SplitReader(manifest, "train"), job.resume(trainees, None)
+    )
+    if trainees[0].failure:
+        raise UserError(f"pre-training stopped: {trainees[0].failure}; lower its learning_rate")
+    counts = count(job, trainees, None, manifest, total) if step == total else None
+    if counts is None:
+        return leave(job, step, total)
+    if group.is_main:
+        publish_backbone(job, trainees[0], consumer, manifest, counts[0])
+    group.barrier()
+    job.beat("done", total, total, force=True)
+    return None
+
+
+def publish_backbone(
+    job: Run, trainee: Trainee, consumer: Cell, manifest: Manifest, counts: Counts | None
+) -> None:
+    """The backbone's weights under torchvision's names, and a record of how good they are."""
+    path = job.task.paths.backbone(consumer.backbone_key)
+    assert isinstance(trainee.network, Network)
+    job.generation.check()
+    checkpoint.write_tensors(path, trainee.network.backbone.state_dict())
+    record = {
+        "sha256": file_sha256(path),
+        "manifest": manifest.fingerprint,
+        "dataset": consumer.dataset,
+        "model": trainee.cell.model,
+        "protocol": trainee.cell.protocol.model_dump(mode="json"),
+        "seed": trainee.cell.seed,
+        "scores": scores(counts) if counts is not None else {},
+        "provenance": job.provenance,
+    }
+    write_json(path.with_suffix(".json"), record)
+    done = [trainee.cell.signature]
+    checkpoint.prune(job.task.paths.checkpoints(job.bundle_key), job.generation, done)
+    job.say("done: the backbone is trained")
+
+
+if __name__ == "__main__":
+    run(main)

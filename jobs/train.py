@@ -1,0 +1,252 @@
+"""The main job: train one bundle of cells and leave their counts. Read this file first.
+
+    python -m jobs.train TASK.json          one rank; under srun, torchrun or mpiexec, many
+
+The frozen backbone runs once a step for all cells; each head runs its own forward and backward
+pass on its features. Resuming is what happens when a checkpoint is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_prep.manifest import Manifest
+from data_prep.shards import SplitReader
+from hpc import checkpoint, slurm
+from hpc.command import argument_parser, run
+from hpc.env import read_env
+from hpc.groups import Group, process_group
+from hpc.preempt import StopRequest, signal, stop_request
+from jobs.backbone import LoadedBackbone, freeze, load_backbone
+from jobs.batches import TrainingBatches, load_steps
+from jobs.cell import Cell
+from jobs.counts_file import write_counts
+from jobs.evaluate import evaluate, stack
+from jobs.losses.combine import class_weights
+from jobs.metrics.counts import Counts
+from jobs.models.build import Backbone, normalise
+from jobs.run import Action, Run
+from jobs.task import Task, read_task
+from jobs.trainee import Trainee, is_mixed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train the cells of a task file."""
+    parser = argument_parser("python -m jobs.train", __doc__)
+    parser.add_argument("task", type=Path, help="a task file of a run directory")
+    task = read_task(parser.parse_args(argv).task)
+    configure_torch(task)
+    with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
+        train_bundle(task, group, stop)
+    return 0
+
+
+def configure_torch(task: Task) -> None:
+    """Threads come from the protocol, not from what the node happens to have: bits depend on
+    them."""
+    protocol = task.cells[0].protocol
+    torch.set_num_threads(protocol.threads)
+    torch.use_deterministic_algorithms(protocol.deterministic)
+
+
+def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
+    """Train, evaluate and publish the cells of `task`, or save them and return if asked to stop."""
+    manifest = Manifest.load(task.data)
+    backbone = load_backbone(task.cells[0], task.paths, group)
+    inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
+    job = Run(task, group, stop, inputs)
+    frozen, trainees = make_trainees(task, manifest, backbone, group)
+    step, total = job.resume(trainees, frozen), 0
+
+    step, total = train(job, trainees, frozen, SplitReader(manifest, "train"), step)
+    if step < total:
+        return leave(job, step, total)
+    counts = count(job, trainees, frozen, manifest, total)
+    if counts is None:
+        return leave(job, step, total)
+    if group.is_main:
+        publish(job, trainees, counts, manifest, backbone)
+    group.barrier()
+    job.beat("done", total, total, force=True)
+    return None
+
+
+def make_trainees(
+    task: Task, manifest: Manifest, backbone: LoadedBackbone, group: Group
+) -> tuple[Backbone | None, list[Trainee]]:
+    """The frozen backbone, if it is frozen, and a trainee for every cell that has not failed."""
+    whole = task.cells[0].protocol.train == "all"
+    if not whole:
+        freeze(backbone.module, task.cells[0])
+    weights = class_weights(manifest.splits["train"].class_pixels)
+    trainees = [
+        Trainee(cell, len(manifest.classes), weights, group, backbone.module if whole else None)
+        for cell in task.cells
+        if not task.paths.failure(cell.signature).exists()
+    ]
+    return (None if whole else backbone.module), trainees
+
+
+def train(
+    job: Run,
+    trainees: Sequence[Trainee],
+    backbone: Backbone | None,
+    reader: SplitReader,
+    start: int,
+) -> tuple[int, int]:
+    """Train from step `start` to the end or to a stop. Returns the steps done and their total;
+    the last state is in a checkpoint."""
+    cell, group = job.task.cells[0], job.group
+    batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
+    total = cell.protocol.epochs * batches.steps_per_epoch
+    job.begin(start)
+    step = start
+    for batch in load_steps(batches, start, total, cell.protocol.workers):
+        active = still_training(trainees)
+        if not active:
+            break
+        job.beat("training", step, total)
+        inputs = features(backbone, batch.images.to(group.device), cell, group)
+        target = batch.target.to(group.device).long()
+        for trainee in active:
+            trainee.step(inputs, batch, target, step, total)
+            if trainee.failure:
+                job.give_up(trainee, step)
+        step += 1
+        action = job.agree()
+        if action is not Action.GO_ON or step == total:
+            job.save(step, still_training(trainees), backbone)
+        if action is Action.STOP:
+            break
+    return (step, total) if still_training(trainees) else (total, total)
+
+
+def still_training(trainees: Sequence[Trainee]) -> list[Trainee]:
+    """The cells that have not failed."""
+    return [trainee for trainee in trainees if trainee.failure is None]
+
+
+def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group) -> Tensor:
+    """What the trainees take: the frozen backbone's output for uint8 images [b, 3, h, w], without
+    a gradient; or, where the whole network trains, the normalised images themselves."""
+    inputs = normalise(images)
+    if backbone is None:
+        return inputs
+    mixed = is_mixed(cell.protocol, group)
+    with torch.no_grad(), torch.autocast(group.device.type, torch.float16, enabled=mixed):
+        return backbone(inputs)
+
+
+def count(
+    job: Run, trainees: Sequence[Trainee], backbone: Backbone | None, manifest: Manifest, total: int
+) -> list[Counts | None] | None:
+    """The counts of the cells that still train, or None if asked to stop."""
+    active = still_training(trainees)
+    for module in [backbone, *(trainee.network for trainee in active)]:
+        if module is not None:
+            module.eval()
+
+    def forward(images: Tensor) -> list[Tensor]:
+        job.beat("evaluating", total, total)
+        inputs = images if backbone is None else backbone(images)
+        return [trainee.network(inputs) for trainee in active]
+
+    return evaluate(
+        forward,
+        len(active),
+        SplitReader(manifest, "val"),
+        len(manifest.classes),
+        job.task.cells[0].protocol,
+        job.group,
+        lambda: bool(job.stop),
+    )
+
+
+def publish(
+    job: Run,
+    trainees: Sequence[Trainee],
+    counts: Sequence[Counts | None],
+    manifest: Manifest,
+    backbone: LoadedBackbone,
+) -> None:
+    """Leave heads and counts, which make the cells done, and remove their checkpoints."""
+    paths, finished = job.task.paths, []
+    for trainee, cell_counts in zip(still_training(trainees), counts, strict=True):
+        if cell_counts is None:
+            trainee.failure = "the trained network's output is not finite"
+            job.give_up(trainee, -1)
+            continue
+        finished.append((trainee, cell_counts))
+    job.generation.check()
+    for trainee, _ in finished:
+        save_head(job, trainee, manifest, backbone)
+    if finished:
+        write_counts(
+            paths.counts_of(job.task.name, job.generation.number),
+            [cell_record(trainee.cell, backbone) for trainee, _ in finished],
+            stack([cell_counts for _, cell_counts in finished]),
+            job_record(job, manifest),
+        )
+    done = [cell.signature for cell in job.task.cells]
+    checkpoint.prune(paths.checkpoints(job.bundle_key), job.generation, done)
+    job.say(f"done: {len(finished)} cells")
+
+
+def cell_record(cell: Cell, backbone: LoadedBackbone) -> dict[str, Any]:
+    """How a counts file names a cell."""
+    return {
+        "signature": cell.signature,
+        "name": cell.name,
+        "dataset": cell.dataset,
+        "model": cell.model,
+        "loss": asdict(cell.loss),
+        "seed": cell.seed,
+        "backbone": backbone.sha256,
+    }
+
+
+def job_record(job: Run, manifest: Manifest) -> dict[str, Any]:
+    """What holds for all cells of a counts file."""
+    return {
+        "task": job.task.name,
+        "generation": job.generation.number,
+        "classes": list(manifest.classes),
+        "manifest": manifest.fingerprint,
+        "protocol": job.task.cells[0].protocol.model_dump(mode="json"),
+        "provenance": job.provenance,
+        "source": job.task.source,
+        "time": time.time(),
+    }
+
+
+def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBackbone) -> None:
+    """The trained part of a cell as a file that loads on its own with `weights_only=True`."""
+    content = {
+        "cell": trainee.cell.model_dump(mode="json"),
+        "classes": list(manifest.classes),
+        "backbone_sha256": backbone.sha256,
+        "weights": trainee.network.state_dict(),
+    }
+    checkpoint.write_tensors(job.task.paths.head(trainee.cell.signature), content)
+
+
+def leave(job: Run, step: int, total: int) -> None:
+    """After a stop: all is saved; hand the job back to Slurm if its time was up."""
+    name = job.stop.signal.name if job.stop.signal else "another rank's signal"
+    job.say(f"stopped by {name} after step {step} of {total}; run grid again to resume")
+    job.beat("stopped", step, total, force=True)
+    env = job.group.env
+    # preempted jobs are requeued by Slurm itself, cancelled ones by nobody
+    if job.group.is_main and env.job_id and job.stop.signal is signal.SIGUSR2:
+        slurm.requeue(env.job_id)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,122 @@
+"""One cell in training: its network, optimiser, loss, and the step that updates it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc.groups import Group
+from jobs.batches import Batch
+from jobs.cell import Cell
+from jobs.losses.combine import combined_loss
+from jobs.models.build import Backbone, Network, build_head, upsample
+from jobs.models.dropout import set_dropout_position
+from jobs.protocol import Protocol
+
+
+class Trainee:
+    """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network on
+    images. State is the network's, the momentum and the gradient scaler's; the rest is a function
+    of the step."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        num_classes: int,
+        class_weights: np.ndarray,
+        group: Group,
+        backbone: Backbone | None = None,
+    ) -> None:
+        protocol = cell.protocol
+        head = build_head(
+            cell.model, num_classes, cell.seed, protocol.batchnorm_momentum, group.process_group
+        )
+        self.cell = cell
+        self.network: nn.Module = (head if backbone is None else Network(backbone, head)).to(
+            group.device
+        )
+        self.failure: str | None = None  # why this cell stopped, if it did
+        self._group = group
+        self._class_weights = torch.from_numpy(class_weights).to(group.device)
+        # Looking for unused parameters costs little and keeps torch from regrouping gradients
+        # after the first step, which would let a resumed run add them in another order.
+        self._parallel = DistributedDataParallel(
+            self.network, broadcast_buffers=False, find_unused_parameters=True
+        )
+        self._optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=protocol.learning_rate,
+            momentum=protocol.momentum,
+            weight_decay=protocol.weight_decay,
+        )
+        self._scaler = torch.amp.GradScaler(group.device.type, enabled=is_mixed(protocol, group))
+        self.network.train()
+
+    def step(self, inputs: Tensor, batch: Batch, target: Tensor, step: int, total: int) -> float:
+        """One update on this rank's share of the batch. inputs: features or normalised images;
+        target: int64 [b, h, w] on the device. Returns the loss of the global batch.
+
+        A loss that is not finite stops this cell, before it touches any state; see `failure`.
+        """
+        cell, position = self.cell, step / total
+        set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
+        with torch.autocast(self._group.device.type, torch.float16, enabled=self._is_mixed()):
+            logits = self._parallel(inputs)
+        logits = upsample(logits.float() if self._is_mixed() else logits, _size(target))
+        loss = combined_loss(
+            logits, target, cell.loss, position, self._class_weights, self._group.sum
+        )
+        value = float(self._group.sum(loss))
+        if not math.isfinite(value):
+            self.failure = f"the loss was {value} at step {step} of {total}"
+            return value
+        self._update(loss, learning_rate(cell.protocol, step, total))
+        return value
+
+    def _update(self, loss: Tensor, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
+        self._scaler.scale(loss * self._group.world_size).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def _is_mixed(self) -> bool:
+        return self._scaler.is_enabled()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes: tensors and plain values."""
+        return {
+            "network": self.network.state_dict(),
+            "momentum": self._optimizer.state_dict()["state"],
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state` gave."""
+        self.network.load_state_dict(state["network"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+        self._scaler.load_state_dict(state["scaler"])
+
+
+def learning_rate(protocol: Protocol, step: int, total: int) -> float:
+    """The rate of optimiser step `step`, the first being 0: (1 - i/I), linear, or to a power."""
+    power = 1.0 if protocol.decay == "linear" else protocol.decay_power
+    return protocol.learning_rate * (1 - step / total) ** power
+
+
+def is_mixed(protocol: Protocol, group: Group) -> bool:
+    """Whether fp16 with a gradient scaler is used: where the protocol asks for it and there is a
+    GPU. A processor computes in fp32; the provenance records which it was."""
+    return protocol.precision == "mixed" and group.device.type == "cuda"
+
+
+def _size(target: Tensor) -> tuple[int, int]:
+    return target.shape[-2], target.shape[-1]

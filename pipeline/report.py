@@ -1,0 +1,134 @@
+"""`python -m pipeline.report [CONFIG]`: results.h5 -> table.csv, table.md, table.tex and one
+self-contained page, index.html."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpc import command
+from hpc.atomic import write_text
+from pipeline import figures, page
+from pipeline.drawing import PNG_DPI
+from pipeline.grid import find_config, read_grid
+from pipeline.results import Results, read_results
+from pipeline.tables import (
+    LABELS,
+    PAPER_SCORES,
+    Row,
+    best,
+    blocks,
+    rows,
+    shown,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+CSS_DPI = 96  # what a browser takes for an inch
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """What a report consists of."""
+
+    csv: Path
+    markdown: Path
+    latex: Path
+    page: Path
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the report of a grid's results and print its table."""
+    parser = command.argument_parser("python -m pipeline.report", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
+    run = read_grid(find_config(parser.parse_args(argv).config)).run
+    paths = write_report(run.results, run.report)
+    console = Console()
+    console.print(printed_table(rows(read_results(run.results))))
+    # soft_wrap: a path that is broken over two lines cannot be opened
+    console.print(Text(f"page: {paths.page}"), soft_wrap=True)
+
+
+def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
+    """Write the report of `results.h5` into `folder`; equal results give equal files.
+
+    Raises `UserError` if the results are missing and `Damaged` if they are not as written.
+    """
+    results = read_results(results_path)
+    table = rows(results)
+    folder = Path(folder)
+    paths = ReportPaths(
+        folder / "table.csv", folder / "table.md", folder / "table.tex", folder / "index.html"
+    )
+    write_text(paths.csv, to_csv(table))
+    write_text(paths.markdown, to_markdown(table))
+    write_text(paths.latex, to_latex(table))
+    write_text(paths.page, page.render(results, table, sections(results, table)))
+    return paths
+
+
+def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
+    """The page's figures by topic; a topic without figures is left out."""
+    by_name = {dataset.name: dataset for dataset in results.datasets}
+    of_block = [
+        (f"{dataset} · {model}", by_name[dataset], block)
+        for (dataset, model), block in blocks(table).items()
+    ]
+    losses = figures.scheduled(results.record.get("losses", []))
+    moving = [loss["name"] for loss in losses]
+    topics = {
+        "trade-off": [_svg(n, figures.trade_off(block, moving)) for n, _, block in of_block],
+        "recall": [_png(n, figures.recall_heatmap(data, block)) for n, data, block in of_block],
+        "calibration": [_svg(n, figures.reliability_diagrams(block)) for n, _, block in of_block],
+        "confusion": [
+            _png(n, figures.confusion_matrices(data, block)) for n, data, block in of_block
+        ],
+        "classes": [_svg(d.name, figures.class_frequencies(d)) for d in results.datasets],
+        "schedules": [_svg("", figures.loss_schedules(losses))] if losses else [],
+    }
+    return [page.Section(topic, drawn) for topic, drawn in topics.items() if drawn]
+
+
+def printed_table(table: Sequence[Row]) -> Table:
+    """The paper's scores for the terminal, the best of every block in bold."""
+    printed = Table("data set", "model", "loss", "seeds")
+    for score in PAPER_SCORES:
+        printed.add_column(LABELS[score], justify="right")
+    for block in blocks(table).values():
+        for row in block:
+            printed.add_row(*_printed_cells(row, block), end_section=row is block[-1])
+    return printed
+
+
+def _printed_cells(row: Row, block: Sequence[Row]) -> list[Text]:
+    # `Text`, since a plain string with brackets would be read as markup
+    names = [Text(name) for name in (row.dataset, row.model, row.loss, str(len(row.seeds)))]
+    return names + [
+        Text(shown(row.scores[score]), style="bold" if row.loss in best(block, score) else "")
+        for score in PAPER_SCORES
+    ]
+
+
+def _svg(title: str, image: bytes) -> page.Drawn:
+    return page.Drawn(title, _data_uri("image/svg+xml", image))
+
+
+def _png(title: str, image: bytes) -> page.Drawn:
+    # drawn finer than the screen, so that it stays sharp; a PNG's width is in bytes 16 to 19
+    pixels = int.from_bytes(image[16:20], "big")
+    return page.Drawn(title, _data_uri("image/png", image), round(pixels * CSS_DPI / PNG_DPI))
+
+
+def _data_uri(kind: str, image: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(image).decode('ascii')}"
+
+
+if __name__ == "__main__":
+    command.run(main)

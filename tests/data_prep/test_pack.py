@@ -1,0 +1,177 @@
+"""Packing: the same shards however it is run, quick when nothing changed, harmless when killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import Manifest
+from data_prep.pack import pack
+from hpc.command import UserError
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.h5")}
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.h5")}
+
+
+def test_processes_and_ranks_give_the_same_bytes(many_rooms, command, mpiexec):
+    found = {}
+    ways = {
+        "one process": ((), ("--processes", 1)),
+        "four processes": ((), ("--processes", 4)),
+        "three ranks": ((mpiexec, "-n", "3"), ()),
+    }
+    for way, (launcher, options) in ways.items():
+        shutil.rmtree(many_rooms.shards, ignore_errors=True)
+        done = command("data_prep.pack", many_rooms.config(), *options, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("rooms train: 11 images, 11 shards") == 1  # one rank reports
+        found[way] = (_shards(many_rooms.shards), Manifest.load(many_rooms.shards).fingerprint)
+    assert len(found["one process"][0]) == 12
+    assert found["one process"] == found["four processes"] == found["three ranks"]
+
+
+def test_a_bad_file_stops_all_ranks_with_one_line(many_rooms, command, mpiexec):
+    path = many_rooms.root / "train" / "room3.png"
+    path.write_bytes(path.read_bytes()[:5000])
+    done = command("data_prep.pack", many_rooms.config(), launcher=(mpiexec, "-n", "2"))
+    assert done.returncode == 2
+    assert "room3.png cannot be read as an image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (many_rooms.shards / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_midway_then_run_again(many_rooms, command, processes):
+    config = many_rooms.config()
+    line = [sys.executable, "-m", "data_prep.pack", config, "--processes", str(processes)]
+    packing = subprocess.Popen(line, stderr=subprocess.DEVNULL, start_new_session=True)
+    _wait(lambda: len(list(many_rooms.shards.glob("train-*.json"))) >= 3)
+    packing.kill()
+    packing.wait()
+    _wait(lambda: not _session_of(packing.pid))  # its workers left with it
+    before = _times(many_rooms.shards)
+    recorded = [p.with_suffix(".h5").name for p in many_rooms.shards.glob("train-*.json")]
+    assert not (many_rooms.shards / "manifest.json").exists()
+
+    done = command("data_prep.pack", config)
+    assert done.returncode == 0, done.stderr
+    after = _times(many_rooms.shards)
+    assert [after[name] for name in recorded] == [before[name] for name in recorded]
+
+    resumed = _shards(many_rooms.shards)
+    shutil.rmtree(many_rooms.shards)
+    pack("rooms", many_rooms.settings, processes=1)
+    assert _shards(many_rooms.shards) == resumed
+
+
+def test_a_second_run_writes_nothing(rooms):
+    first = pack("rooms", rooms.settings)
+    files = {p.name: p.stat().st_mtime_ns for p in rooms.shards.iterdir()}
+    assert pack("rooms", rooms.settings) == first
+    assert {p.name: p.stat().st_mtime_ns for p in rooms.shards.iterdir()} == files
+
+
+def test_only_the_shards_of_changed_files_are_written_again(many_rooms):
+    pack("rooms", many_rooms.settings, processes=1)
+    before = _times(many_rooms.shards)
+    many_rooms.label("room4.png", (520, 500), values=(1,))
+    pack("rooms", many_rooms.settings, processes=1)
+    changed = {name for name, when in _times(many_rooms.shards).items() if when != before[name]}
+    assert len(changed) == 1
+
+
+def test_a_missing_shard_is_packed_again(rooms):
+    first = pack("rooms", rooms.settings)
+    (rooms.shards / "val-00000.h5").unlink()
+    assert pack("rooms", rooms.settings) == first
+    assert (rooms.shards / "val-00000.h5").exists()
+
+
+def test_an_interrupted_change_leaves_no_manifest_of_what_was(rooms, monkeypatch):
+    pack("rooms", rooms.settings)
+    rooms.label("a.png", (20, 31), values=(0,))
+    monkeypatch.setattr("data_prep.packing.file_sha256", lambda path: os.kill(os.getpid(), 2))
+    with pytest.raises(KeyboardInterrupt):
+        pack("rooms", rooms.settings)
+    with pytest.raises(UserError, match="no packed data set"):
+        Manifest.load(rooms.shards)
+    assert not list(rooms.shards.glob(".tmp-*"))
+
+
+def test_shards_that_no_manifest_names_are_removed_and_other_files_stay(many_rooms):
+    pack("rooms", many_rooms.settings, processes=1)
+    (many_rooms.shards / "notes.txt").write_text("mine")
+    dead, alive = many_rooms.shards / ".tmp-host-dead", many_rooms.shards / ".tmp-host-alive"
+    dead.touch()
+    os.utime(dead, (0, 0))
+    alive.touch()
+    many_rooms.table["shard_mb"] = 100
+    pack("rooms", many_rooms.settings, processes=1)
+    names = {"manifest.json", "notes.txt", alive.name}
+    names |= {f"{split}-00000.{end}" for split in ("train", "val") for end in ("h5", "json")}
+    assert {p.name for p in many_rooms.shards.iterdir()} == names
+
+
+def test_room_on_disk_is_checked_before_anything_is_written(rooms, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(UserError, match=r"no room for the shards in .*/shards: .* GB needed"):
+        pack("rooms", rooms.settings)
+    assert not list(rooms.shards.iterdir())
+
+
+def test_one_data_set_of_several_can_be_packed(rooms, command):
+    config = rooms.config()
+    config.write_text(
+        config.read_text() + '\n[dataset.absent]\nsource = "folder"\nroot = "absent"\n'
+        'classes = ["a", "b"]\n'
+    )
+    assert command("data_prep.pack", config, "--dataset", "rooms").returncode == 0
+    misspelt = command("data_prep.pack", config, "--dataset", "room")
+    assert misspelt.returncode == 2 and "did you mean 'rooms'" in misspelt.stderr
+    both = command("data_prep.pack", config)
+    assert both.returncode == 2 and "absent/train: No such file or directory" in both.stderr
+
+
+def test_ctrl_c_ends_with_130(many_rooms):
+    line = [sys.executable, "-m", "data_prep.pack", many_rooms.config(), "--processes", "2"]
+    packing = subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    _wait(lambda: list(many_rooms.shards.glob("train-*.json")))
+    os.killpg(packing.pid, signal.SIGINT)  # as a terminal does: every process gets it
+    _, errors = packing.communicate(timeout=30)
+    assert packing.returncode == 130
+    assert "interrupted" in errors
+
+
+def _wait(happened, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def _session_of(leader: int) -> list[int]:
+    """Living processes of the session that `leader` began."""
+    living = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(session) == leader and state != "Z":
+            living.append(int(path.parent.name))
+    return living

@@ -1,0 +1,330 @@
+"""The Slurm queue with only the commands of Slurm faked: scripts on PATH that note what they were
+asked, and an srun that runs its command."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc.call import ModuleCall, last_error
+from hpc.command import UserError
+from hpc.localqueue import LocalQueue
+from hpc.profile import ClusterProfile, Resources, read_profile
+from hpc.queue import open_queue
+from hpc.slurm import QueueUnreachable, SlurmQueue, requeue
+
+COMMANDS = {
+    "sbatch": """
+        if [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
+        number=$(($(cat number 2>/dev/null || echo 0) + 1)); echo $number >number
+        cp "$1" script.$number
+        env | grep ^SLURM_ >environment.$number
+        echo "Submitted batch job $number" """,
+    "squeue": """
+        if [ -e error ]; then cat error >&2; exit 1; fi
+        env | grep ^SQUEUE_
+        cat queue 2>/dev/null || true """,
+    "scontrol": """
+        echo "MaxArraySize            = $(cat max_array_size 2>/dev/null || echo 1001)" """,
+    "scancel": "",
+    "srun": """
+        while [[ $1 == --* ]]; do
+            case $1 in --output) out=$2; shift;; --error) err=$2; shift;; esac
+            shift
+        done
+        name() { sed "s/%A/$SLURM_ARRAY_JOB_ID/; s/%a/$SLURM_ARRAY_TASK_ID/; s/%t/0/" <<<"$1"; }
+        exec "$@" >"$(name "$out")" 2>"$(name "$err")" """,
+}
+PROGRAM = """
+from hpc.command import UserError
+def main(arguments):
+    print("ran with", arguments)
+    if arguments == ["mistake"]:
+        raise UserError("no manifest")
+"""
+
+
+class FakeSlurm:
+    """The folder in which the fake commands find their answers and leave what they were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        for name, body in COMMANDS.items():
+            note = f'cd {shlex.quote(str(folder))}; printf "%s\\n" "{name} $*" >>asked\n'
+            if name == "srun":
+                note = ""  # stays where the job runs
+            script = folder / "bin" / name
+            script.write_text(f"#!/bin/bash\n{note}{body}\n")
+            script.chmod(0o755)
+
+    def answer(self, name: str, text: str = "") -> None:
+        (self.folder / name).write_text(text)
+
+    def asked(self, command: str) -> list[list[str]]:
+        lines = (self.folder / "asked").read_text().splitlines()
+        return [line.split()[1:] for line in lines if line.split()[0] == command]
+
+    def script(self, number: int = 1) -> str:
+        return (self.folder / f"script.{number}").read_text()
+
+    def options(self, number: int = 1) -> dict[str, str]:
+        words = [
+            shlex.split(line.removeprefix("#SBATCH "))[0]
+            for line in self.script(number).splitlines()
+            if line.startswith("#SBATCH ")
+        ]
+        pairs = [word.removeprefix("--").partition("=") for word in words]
+        return {key: value for key, _, value in pairs}
+
+    def run(self, number: int, environment: dict[str, str]) -> int:
+        variables = {**os.environ, "SLURM_PROCID": "0", **environment}
+        script = self.folder / f"script.{number}"
+        return subprocess.run(["bash", str(script)], env=variables).returncode
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "fake slurm")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "slurm_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(fake.folder / "bin"), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return fake
+
+
+@pytest.fixture
+def logs(tmp_path) -> Path:
+    return tmp_path / "a b'c\"$x" / "logs"
+
+
+def open_slurm(logs, **settings) -> SlurmQueue:
+    queue = open_queue(ClusterProfile(**settings), logs, logs / "queue")
+    assert isinstance(queue, SlurmQueue)
+    return queue
+
+
+def call(*arguments: str) -> ModuleCall:
+    return ModuleCall("slurm_program", arguments)
+
+
+def test_many_calls_are_one_array(slurm, logs):
+    queue = open_slurm(logs, array_parallelism=2)
+    ids = queue.submit([call("a"), call("b"), call("c")], Resources(), "train")
+    assert ids == ["1_0", "1_1", "1_2"]
+    assert len(slurm.asked("sbatch")) == 1
+    assert slurm.options()["array"] == "0-2%2"
+
+
+def test_one_call_is_a_plain_job(slurm, logs):
+    assert open_slurm(logs).submit([call("a")], Resources(), "reduce") == ["1"]
+    assert "array" not in slurm.options()
+
+
+def test_no_call_asks_slurm_nothing(slurm, logs):
+    queue = open_slurm(logs)
+    assert queue.submit([], Resources(), "nothing") == []
+    queue.cancel([])
+    assert queue.states([]) == {}
+    assert not (slurm.folder / "asked").exists()
+
+
+def test_an_array_longer_than_the_site_allows_is_split(slurm, logs):
+    slurm.answer("max_array_size", "2")
+    ids = open_slurm(logs).submit([call(str(i)) for i in range(5)], Resources(), "long")
+    assert ids == ["1_0", "1_1", "2_0", "2_1", "3"]
+
+
+def test_the_profile_reaches_sbatch(slurm, logs):
+    queue = open_slurm(
+        logs,
+        partition="gpu",
+        account="us",
+        constraint="v100&big",
+        extra={"reservation": "it's", "exclusive": True, "overcommit": False},
+        nodes=2,
+        tasks_per_node=4,
+        cpus_per_task=10,
+        gpus_per_node=4,
+        memory_gb=1.5,
+        minutes=1200,
+        lead_seconds=90,
+        mpi="pmi2",
+        network_interface="ib0",
+        setup=("module load cuda",),
+    )
+    queue.submit([call("a")], queue.profile.training(), "a name; $(rm) é\n")
+    assert slurm.options() == {
+        "account": "us",
+        "constraint": "v100&big",
+        "cpus-per-task": "10",
+        "error": str(logs / "%j_0_log.err"),
+        "exclusive": "",
+        "gpus-per-node": "4",
+        "job-name": "a-name-rm",
+        "mem": "1536M",
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "open-mode": "append",
+        "output": str(logs / "%j_0_log.out"),
+        "partition": "gpu",
+        "requeue": "",
+        "reservation": "it's",
+        "signal": "USR2@90",
+        "time": "1200",
+        "wckey": "submitit",
+    }
+    srun = shlex.split(slurm.script().splitlines()[-1])
+    wanted = ["--kill-on-bad-exit=1", "--cpus-per-task=10", "--open-mode=append", "--mpi=pmi2"]
+    assert set(wanted) <= set(srun)
+    assert "\nmodule load cuda\nexport NCCL_SOCKET_IFNAME=ib0 GLOO" in slurm.script()
+
+
+def test_preparing_and_reporting_take_one_task_and_no_gpu(slurm, logs):
+    queue = open_slurm(logs, nodes=2, tasks_per_node=4, gpus_per_node=4, gres="gpu:v100:4")
+    queue.submit([call("a")], queue.profile.single(), "prep")
+    queue.submit([call("a")], queue.profile.training(), "train")
+    assert not {"gres", "gpus-per-node"} & slurm.options(1).keys()
+    assert (slurm.options(1)["nodes"], slurm.options(1)["ntasks-per-node"]) == ("1", "1")
+    assert slurm.options(2)["gres"] == "gpu:v100:4"
+    assert "gpus-per-node" not in slurm.options(2)
+
+
+def test_a_job_waits_for_those_that_slurm_still_knows(slurm, logs):
+    slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n")
+    open_slurm(logs).submit([call("a")], Resources(), "report", after=["7_0", "7_1", "3"])
+    assert slurm.options()["dependency"] == "afterany:7_0:7_1"
+
+
+def test_one_squeue_tells_all_states(slurm, logs, monkeypatch):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")  # a person's own taste must not count
+    slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETING\n9 REQUEUED\n")
+    queue = open_slurm(logs)
+    assert queue.states(["7_0", "7_1", "7_2", "8", "9"]) == {
+        "7_0": "running",
+        "7_1": "waiting",
+        "7_2": "gone",
+        "8": "running",
+        "9": "waiting",
+    }
+    (asked,) = slurm.asked("squeue")
+    assert "--array" in asked
+    assert "--jobs=7,8,9" in asked
+
+
+def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, logs):
+    queue = open_slurm(logs)
+    slurm.answer("error", "slurm_load_jobs error: Invalid job id specified\n")
+    assert queue.states(["7"]) == {"7": "gone"}
+    slurm.answer("error", "slurm_load_jobs error: Unable to contact slurm controller\n")
+    with pytest.raises(QueueUnreachable, match="Unable to contact"):
+        queue.states(["7"])
+
+
+def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
+    open_slurm(logs).cancel(["7_0", "8"])
+    assert slurm.asked("scancel") == [["--quiet", "7_0", "8"]]
+
+
+def test_a_refusal_is_one_line_and_leaves_nothing_queued(slurm, logs):
+    slurm.answer("refuse")
+    queue = open_slurm(logs)
+    with pytest.raises(UserError, match=r"sbatch refused the job: .*invalid partition"):
+        queue.submit([call("a")], Resources(), "a")
+
+
+def test_a_refusal_in_the_middle_cancels_what_was_queued(slurm, logs):
+    slurm.answer("max_array_size", "2")
+    sbatch = slurm.folder / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text() + "\n[ $number = 2 ] && touch refuse\n:\n")
+    with pytest.raises(UserError, match="refused"):
+        open_slurm(logs).submit([call(str(i)) for i in range(6)], Resources(), "long")
+    assert slurm.asked("scancel") == [["--quiet", "1_0", "1_1", "2_0", "2_1"]]
+
+
+def test_the_script_runs_the_call_under_an_awkward_path(slurm, logs):
+    queue = open_slurm(logs)
+    ids = queue.submit([call("x", "y z"), call("mistake")], Resources(), "train")
+    element = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1"}
+    assert slurm.run(1, {**element, "SLURM_ARRAY_TASK_ID": "0"}) == 0
+    assert slurm.run(1, {**element, "SLURM_ARRAY_TASK_ID": "1"}) == 2
+    assert "ran with ['x', 'y z']" in (logs / "1_0_0_log.out").read_text()
+    assert queue.log_files(ids[1]) == [logs / "1_1_0_log.err"]
+    assert last_error(queue.log_files(ids[1])) == "error: no manifest"
+
+
+def test_submitting_from_inside_a_job_leaves_its_variables_behind(slurm, logs, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setenv("SLURM_CONF", "/site/slurm.conf")
+    open_slurm(logs).submit([call("a")], Resources(), "a")
+    assert (slurm.folder / "environment.1").read_text() == "SLURM_CONF=/site/slurm.conf\n"
+    assert os.environ["SLURM_CPUS_PER_TASK"] == "3"
+
+
+def test_only_a_running_job_is_requeued(slurm):
+    slurm.answer("queue", "RUNNING\n")
+    assert requeue("7_1")
+    assert slurm.asked("scontrol") == [["requeue", "7_1"]]
+    slurm.answer("queue", "COMPLETING\n")  # cancelled or preempted: Slurm's own affair
+    assert not requeue("7_1")
+    assert len(slurm.asked("scontrol")) == 1
+
+
+def test_auto_means_slurm_only_where_there_is_sbatch(slurm, logs, monkeypatch):
+    assert isinstance(open_queue(ClusterProfile(kind="local"), logs, logs), LocalQueue)
+    shutil.rmtree(slurm.folder / "bin")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert isinstance(open_queue(ClusterProfile(), logs, logs), LocalQueue)
+    with pytest.raises(UserError, match="no sbatch on PATH"):
+        open_queue(ClusterProfile(kind="slurm"), logs, logs)
+
+
+def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "grids" / "clusters"
+    folder.mkdir(parents=True)
+    (folder / "mine.toml").write_text("nodes = 2\nminutes = 30\n")
+    found = read_profile("mine", {"minutes": 5}, near=tmp_path / "grids")
+    assert (found.nodes, found.minutes) == (2, 5)
+    assert read_profile(str(folder / "mine.toml")).nodes == 2
+    assert read_profile(None, {"nodes": 3}).nodes == 3
+    with pytest.raises(UserError, match=r"no cluster profile 'nine'; did you mean 'mine'\?"):
+        read_profile("nine", near=tmp_path / "grids")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"partion": "gpu"}, r"\[cluster\]: unknown key 'partion'; did you mean 'partition'"),
+        ({"partition": "a\n#SBATCH --x"}, "one line"),
+        ({"extra": {"output": "x"}}, "'output' is set by us"),
+        ({"extra": {"a b": "x"}}, "not an sbatch option"),
+        ({"gres": "gpu:4"}, "gres needs gpus_per_node"),
+        ({"python": "'/opt/my python"}, "python: No closing quotation"),
+        ({"minutes": 2}, "lead_seconds must be less"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(table, message):
+    with pytest.raises(UserError, match=message):
+        read_profile(None, table)
+
+
+def test_the_profiles_that_come_with_the_project_are_valid(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert read_profile("local").kind == "local"
+    v100 = read_profile("v100").training()
+    assert (v100.nodes, v100.tasks_per_node, v100.gpus_per_node) == (2, 4, 4)
+
+
+def test_planning_needs_no_heavy_library():
+    check = (
+        "import sys, hpc.queue; print({'torch', 'h5py', 'mpi4py', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

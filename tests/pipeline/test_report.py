@@ -1,0 +1,173 @@
+"""The report: three tables and one page that needs nothing but itself."""
+
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import simulated
+from PIL import Image
+from rich.console import Console
+
+from hpc.command import UserError
+from pipeline import figures
+from pipeline.report import main, printed_table, write_report
+from pipeline.results import write_results
+from pipeline.tables import rows
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the text that a reader sees."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def results():
+    made_up = simulated.made_up_results(
+        grid="$(touch x)",
+        classes=[SCRIPT, *simulated.CLASSES[1:]],
+        missing=["camvid/fcn_resnet101/WDLNWCE/2"],
+        notes=["The backbone was pre-trained here"],
+    )
+    made_up.datasets[0].cells[1]["notes"].append("mixed provenance")
+    return made_up
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, results):
+    folder = tmp_path_factory.mktemp("$(touch x)")
+    write_results(folder / "results.h5", results)
+    return write_report(folder / "results.h5", folder / "report")
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(report.page.read_text(encoding="utf-8"))
+
+
+def test_the_page_asks_for_nothing_outside_itself(page):
+    sources = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href")]
+    assert sources
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+    assert "link" not in dict(page.tags)
+
+
+def test_names_are_text_and_never_markup(page):
+    assert "script" not in dict(page.tags)
+    assert SCRIPT in page.text  # in the list of classes, as text
+    assert "$(touch x)" in page.text
+
+
+def test_missing_cells_and_notes_are_named(page):
+    assert "1 cell missing." in page.text
+    assert "camvid/fcn_resnet101/WDLNWCE/2" in page.text
+    assert "The backbone was pre-trained here" in page.text
+    assert "mixed provenance (1 cell)" in page.text
+    assert "camvid/fcn_resnet101/WCE/1" in page.text
+
+
+def test_the_page_says_what_was_compared_and_defines_its_scores(page):
+    text = re.sub(r"\s+", " ", page.text)
+    assert "2 losses compared on 1 data set and 1 model with 2 seeds: 4 trained cells." in text
+    assert "pretrain.epochs" in text
+    assert "over N = 10 equal bins" in text
+    assert "★ best Srec" in text
+
+
+def test_every_link_inside_the_page_leads_somewhere(page):
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {a["href"][1:] for tag, a in page.tags if tag == "a"} <= ids
+
+
+def test_every_figure_has_words_for_those_who_cannot_see_it(page):
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 6
+    assert all(attrs["alt"] for attrs in images)
+
+
+def test_the_same_results_give_the_same_report(report, tmp_path):
+    again = write_report(report.page.parent.parent / "results.h5", tmp_path)
+    for name in ("csv", "markdown", "latex", "page"):
+        assert getattr(again, name).read_bytes() == getattr(report, name).read_bytes()
+
+
+def test_a_grid_of_which_nothing_is_done_has_a_page_too(results, tmp_path):
+    data = results.datasets[0]
+    empty = {name: array[:0] for name, array in data.counts.items()}
+    nothing = replace(results, datasets=[replace(data, cells=[], counts=empty)])
+    write_results(tmp_path / "results.h5", nothing)
+    paths = write_report(tmp_path / "results.h5", tmp_path)
+    assert "No cell is done yet." in paths.page.read_text(encoding="utf-8")
+
+
+def test_without_results_the_report_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="run `reduce` first"):
+        write_report(tmp_path / "results.h5", tmp_path)
+
+
+def test_a_grid_file_that_does_not_exist_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"no\.toml"):
+        main([str(tmp_path / "no.toml")])
+
+
+def test_the_terminal_shows_names_with_brackets_as_they_are(results):
+    table = [replace(row, loss="[red]x[/]") for row in rows(results)]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(printed_table(table))
+    assert "[red]x[/]" in console.file.getvalue()
+
+
+def test_a_rare_class_without_training_pixels_does_not_break_the_log_axis(results):
+    data = results.datasets[0]
+    pixels = data.train_class_pixels.copy()
+    pixels[3] = 0
+    assert figures.class_frequencies(replace(data, train_class_pixels=pixels)).startswith(b"<?xml")
+
+
+def test_heatmaps_grow_with_the_number_of_losses(results):
+    table = rows(results)
+    heights = [
+        Image.open(io.BytesIO(figures.recall_heatmap(results.datasets[0], block))).height
+        for block in (table, table * 4)
+    ]
+    assert heights[1] > heights[0]
+
+
+def test_only_losses_whose_weights_move_are_scheduled():
+    losses = [simulated.loss_record(name) for name in ("CE", "DLCE", "DLNCE", "DLACE")]
+    assert [loss["name"] for loss in figures.scheduled(losses)] == ["DLNCE", "DLACE"]
+
+
+def test_the_naive_and_the_alternating_schedule_are_drawn_as_the_paper_has_them():
+    time = np.array([0, 0.25, 0.3, 0.5, 0.6, 0.7, 0.9, 1.0])
+    naive = figures.weights_over(simulated.loss_record("DLNCE")["schedule"], time)[:, 1]
+    np.testing.assert_allclose(naive, np.clip((time - 0.3) / 0.6, 0, 1), atol=1e-12)
+    alternating = figures.weights_over(simulated.loss_record("DLACE")["schedule"], time)[:, 1]
+    ramp = np.clip((time - 0.5) / 0.4, 0, 1)
+    expected = np.clip(1 - time / 0.5, 0, 1) + 1 - np.cos(np.pi / 2 * ramp)
+    np.testing.assert_allclose(alternating, expected, atol=1e-12)
+
+
+def test_a_jump_is_drawn_as_a_jump():
+    schedule = [
+        {"at": 0.2, "weights": [1, 0, 0], "ramp": "linear"},
+        {"at": 0.5, "weights": [0, 1, 0], "ramp": "constant"},
+        {"at": 0.9, "weights": [0, 0, 1], "ramp": "linear"},
+    ]
+    weights = figures.weights_over(schedule, np.array([0.0, 0.49, 0.5, 0.7, 1.0]))
+    expected = [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]]
+    np.testing.assert_allclose(weights, expected, atol=1e-12)
