@@ -48,6 +48,8 @@ class LocalQueue:
     working directory of `submit` and in the environment of whoever started the runner.
     """
 
+    gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
+
     def __init__(
         self, profile: ClusterProfile, folder: str | Path, queue_folder: str | Path
     ) -> None:

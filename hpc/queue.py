@@ -18,6 +18,8 @@ from hpc.tickets import State
 class Queue(Protocol):
     """Jobs go in as calls and come back as ids; ids are all that one has to remember."""
 
+    gone_is_certain: bool  # whether a job that is gone can have no process left
+
     def submit(
         self,
         calls: Sequence[ModuleCall],

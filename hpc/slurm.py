@@ -37,6 +37,8 @@ class QueueUnreachable(UserError):
 class SlurmQueue:
     """A `hpc.queue.Queue` on Slurm. Submission files and logs go to `folder`."""
 
+    gone_is_certain = False  # a node that was cut off may still run what Slurm has given up
+
     def __init__(self, profile: ClusterProfile, folder: str | Path) -> None:
         for command in ("sbatch", "srun", "squeue"):
             if not shutil.which(command):

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import SplitReader
-from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
 from jobs.augment import Draw, augment, resize_short_side
 from jobs.protocol import Protocol
@@ -38,7 +37,7 @@ class TrainingBatches(Dataset[Batch]):
     def __init__(
         self, reader: SplitReader, protocol: Protocol, seed: int, rank: int, world_size: int
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch(len(reader), protocol)
+        self.steps_per_epoch = protocol.steps_per_epoch(len(reader))
         self._reader = reader
         self._protocol = protocol
         self._seed = seed
@@ -75,16 +74,6 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
         image, label = resize_short_side(image, label, self._short_side)
         image = np.array(image.transpose(2, 0, 1))  # contiguous, and ours to write to
         return torch.from_numpy(image), torch.from_numpy(np.array(label))
-
-
-def steps_per_epoch(images: int, protocol: Protocol) -> int:
-    """Batches in an epoch; a last incomplete one is dropped. `UserError` if there is none."""
-    if images < protocol.batch_size:
-        raise UserError(
-            f"batch_size = {protocol.batch_size} is larger than the training set of {images} "
-            "images; choose a smaller one in [protocol]"
-        )
-    return images // protocol.batch_size
 
 
 def share(batch_size: int, rank: int, world_size: int) -> range:

@@ -3,7 +3,7 @@ is done when an index names it and the file it points to verifies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,16 @@ def write_counts(
     write_json(path.with_suffix(".json"), {**index, "record": dict(record)})
 
 
-def find_counts(folder: Path) -> Iterator[CountsIndex]:
-    """The indices of a folder in order of their names. Raises `Damaged` for one that is broken."""
-    for path in sorted(folder.glob("*.json")):
-        index = read_json(path)
-        yield CountsIndex(
-            path=path.with_suffix(".h5"),
-            sha256=index["sha256"],
-            size=index["bytes"],
-            cells=tuple(index["cells"]),
-            record=index["record"],
-        )
+def read_index(path: Path) -> CountsIndex:
+    """The index of a counts file from its JSON. Raises `Damaged`."""
+    index = read_json(path)
+    return CountsIndex(
+        path=path.with_suffix(".h5"),
+        sha256=index["sha256"],
+        size=index["bytes"],
+        cells=tuple(index["cells"]),
+        record=index["record"],
+    )
 
 
 def read_counts(index: CountsIndex) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hpc.command import UserError
 from hpc.config import Settings
 
 Positive = Annotated[int, Field(ge=1)]
@@ -68,6 +69,16 @@ class Protocol(Settings):
             if not 0 < start < end:
                 raise ValueError(f"{key} must be [start, end] with 0 < start < end")
         return self
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Batches in an epoch of `images` training images; a last incomplete one is dropped.
+        Raises `UserError` if there is not one whole batch."""
+        if images < self.batch_size:
+            raise UserError(
+                f"batch_size = {self.batch_size} is larger than the training set of {images} "
+                "images; choose a smaller one in [protocol]"
+            )
+        return images // self.batch_size
 
     def result_changing(self) -> dict[str, Any]:
         """The settings that decide what a cell becomes, as plain values for a fingerprint."""

@@ -49,11 +49,15 @@ def main(argv: Sequence[str]) -> None:
     parser = command.argument_parser("python -m pipeline.report", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
     run = read_grid(find_config(parser.parse_args(argv).config)).run
-    paths = write_report(run.results, run.report)
+    print_report(run.results, write_report(run.results, run.report).page)
+
+
+def print_report(results_path: str | Path, page_path: Path) -> None:
+    """Print the table of `results.h5` and the path of its page."""
     console = Console()
-    console.print(printed_table(rows(read_results(run.results))))
+    console.print(printed_table(rows(read_results(results_path))))
     # soft_wrap: a path that is broken over two lines cannot be opened
-    console.print(Text(f"page: {paths.page}"), soft_wrap=True)
+    console.print(Text(f"page: {page_path}"), soft_wrap=True)
 
 
 def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:

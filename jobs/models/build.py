@@ -17,9 +17,8 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.batchnorm import replace_batchnorm
 from jobs.models.dropout import replace_dropout
-from jobs.models.names import MODELS
+from jobs.models.names import FEATURES, MODELS
 
-FEATURES = {"resnet50": 2048, "resnet101": 2048, "mobilenet_v3_large": 960}  # output channels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

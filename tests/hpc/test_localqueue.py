@@ -16,7 +16,7 @@ from hpc.command import UserError
 from hpc.localqueue import LocalQueue, Runner
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
-from hpc.tickets import processes
+from hpc.tickets import processes, take_lock
 
 PROGRAM = '''
 import os, signal, sys, time
@@ -98,6 +98,17 @@ def runners(place) -> list[int]:
         if b"hpc.localqueue" in words and str(place / "queue").encode() in words:
             found.append(int(entry.parent.name))
     return found
+
+
+def kill_runner(place):
+    os.kill(runners(place)[0], signal.SIGKILL)
+    # a free lock means that the kernel has cleared the old runner away
+    wait_for(lambda: lock_is_free(place / "queue" / "lock"))
+
+
+def lock_is_free(path) -> bool:
+    with path.open() as file:
+        return take_lock(file)
 
 
 def wait_for(condition, seconds=30.0):
@@ -182,8 +193,7 @@ def test_a_killed_runner_stops_no_job_and_the_next_carries_on(place):
     queue = open_local(place)
     ids = queue.submit([call("hold", place / "a"), call("note", place / "b", "x")], ONE, "two")
     wait_for(lambda: (place / "a").exists())
-    os.kill(runners(place)[0], signal.SIGKILL)
-    wait_for(lambda: not runners(place))
+    kill_runner(place)
     assert queue.states(ids) == {ids[0]: "running", ids[1]: "waiting"}
     queue.ensure_runner()
     wait_for(lambda: runners(place))
@@ -199,7 +209,7 @@ def test_a_job_that_died_unseen_is_gone_and_not_run_again(place):
     queue = open_local(place)
     (job,) = queue.submit([call("hold", place / "a")], ONE, "one")
     wait_for(lambda: (place / "a").exists())
-    os.kill(runners(place)[0], signal.SIGKILL)
+    kill_runner(place)
     for pid in processes(queue.tickets.path(job, "lock")):
         os.kill(pid, signal.SIGKILL)
     wait_until_gone(queue, [job])

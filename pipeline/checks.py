@@ -1,0 +1,60 @@
+"""What is refused before anything is queued: data sets, weights and room on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_prep.manifest import Manifest
+from data_prep.weights import WITHOUT_FILE, require_weights
+from hpc.checkpoint import KEPT
+from hpc.command import UserError
+from jobs.cell import Cell
+from jobs.models.names import BACKBONE_PARAMETERS, FEATURES, HEAD_PARAMETERS, MODELS
+from pipeline.grid import Grid
+
+_BYTES = 4  # a float32
+
+
+def check_inputs(grid: Grid, packed: bool) -> None:
+    """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
+    batch does not fit a training set. `packed` False: packing comes first, do not look yet."""
+    for name, settings in grid.datasets.items() if packed else ():
+        manifest = Manifest.load(settings.shards)
+        manifest.check_files()
+        protocol = grid.protocols[name]
+        protocol.steps_per_epoch(manifest.splits["train"].images)
+        if protocol.weights == "pretrain":
+            changes = {"batch_size": protocol.pretrain.batch_size}
+            protocol.model_copy(update=changes).steps_per_epoch(manifest.splits["train"].images)
+    for cell in grid.cells:
+        if cell.protocol.weights not in WITHOUT_FILE:
+            require_weights(cell.protocol.weights, cell.model)
+
+
+def check_room(grid: Grid, cells: Iterable[Cell]) -> None:
+    """Raise `UserError` if the run directory's disk cannot hold heads and checkpoints."""
+    needed = sum(bytes_of(cell) for cell in cells)
+    existing = next(p for p in (grid.run.root, *grid.run.root.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{grid.run.root} needs {_shown(needed)} for heads and checkpoints, but "
+            f"{Path(existing)} has {_shown(free)} free; make room or set run_dir to another disk"
+        )
+
+
+def bytes_of(cell: Cell) -> int:
+    """The most that a cell takes on disk: its trained weights, and while it trains the kept
+    checkpoints and the one being written, each with weights and momentum."""
+    architecture = MODELS[cell.model]
+    parameters = HEAD_PARAMETERS[architecture.head][FEATURES[architecture.backbone]]
+    if cell.protocol.train == "all":
+        parameters += BACKBONE_PARAMETERS[architecture.backbone]
+    copies = 1 + 2 * (KEPT + 1)
+    return int(parameters * _BYTES * copies)
+
+
+def _shown(number: float) -> str:
+    return f"{number / 1e9:.1f} GB"

@@ -1,0 +1,179 @@
+"""Reduce the counts of all finished cells into results.h5, over MPI ranks where there are any.
+
+python -m pipeline.reduce [CONFIG]
+mpiexec -n 4 python -m pipeline.reduce [CONFIG]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from data_prep.manifest import Manifest
+from hpc.atomic import Damaged, read_json
+from hpc.command import UserError, argument_parser, run
+from hpc.mpi import World, world
+from jobs.cell import Cell
+from jobs.counts_file import CountsIndex, read_counts
+from jobs.metrics.counts import NAMES, shapes
+from pipeline.grid import Grid, find_config, read_grid
+from pipeline.results import DatasetResults, Results, write_results
+from pipeline.state import finished_cells
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write results.h5 and say which cells are missing."""
+    parser = argument_parser("python -m pipeline.reduce", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    arguments = parser.parse_args(argv)
+    ranks = world()
+    with ranks.abort_on_error():
+        reduce_grid(read_grid(find_config(arguments.config)), ranks)
+    return 0
+
+
+def reduce_grid(grid: Grid, ranks: World) -> None:
+    """Every rank reads its share of the counts files; rank 0 adds up and writes."""
+    found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
+    assert found is not None
+    indices, problems = found
+    mine = _read(indices[ranks.rank :: ranks.size], problems)
+    gathered = ranks.gather((sorted(mine), problems))
+    datasets = []
+    for name in grid.datasets:
+        cells = [cell for cell in grid.cells if cell.dataset == name]
+        summed = _sum(grid, cells, mine, ranks)
+        if ranks.rank == 0:
+            assert gathered is not None
+            have = {signature for signatures, _ in gathered for signature in signatures}
+            datasets.append(_dataset(grid, name, cells, have, summed, indices))
+    if ranks.rank == 0:
+        assert gathered is not None
+        _write(grid, datasets, sorted({line for _, lines in gathered for line in lines}))
+
+
+def _find(grid: Grid) -> tuple[list[CountsIndex], list[str]]:
+    """The counts files that hold cells of this grid, and what was wrong with others."""
+    done, problems = finished_cells(grid.run)
+    wanted = {cell.signature for cell in grid.cells}
+    paths = {index.path: index for signature, index in done.items() if signature in wanted}
+    return [paths[path] for path in sorted(paths)], problems
+
+
+def _read(indices: Sequence[CountsIndex], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Arrays by cell signature; a damaged file becomes a line in `problems`."""
+    arrays: dict[str, dict[str, Any]] = {}
+    for index in indices:
+        try:
+            stacked = read_counts(index)
+        except Damaged as error:
+            problems.append(str(error))
+            continue
+        for position, cell in enumerate(index.cells):
+            arrays[cell["signature"]] = {name: stacked[name][position] for name in NAMES}
+    return arrays
+
+
+def _sum(
+    grid: Grid, cells: Sequence[Cell], mine: Mapping[str, Mapping[str, Any]], ranks: World
+) -> dict[str, Any]:
+    """The arrays of a data set's cells with the cells as first axis, summed over ranks; empty but
+    on rank 0. A cell that no rank has stays 0."""
+    manifest = Manifest.load(grid.datasets[cells[0].dataset].shards)
+    bins = grid.protocols[cells[0].dataset].bins
+    result = {}
+    for name, shape in shapes(len(manifest.classes), bins).items():
+        whole = np.zeros((len(cells), *shape), np.int64)
+        for position, cell in enumerate(cells):
+            if cell.signature in mine:
+                whole[position] = mine[cell.signature][name]
+        result[name] = ranks.sum_to_root(whole)
+    return result if ranks.rank == 0 else {}
+
+
+def _dataset(
+    grid: Grid,
+    name: str,
+    cells: Sequence[Cell],
+    have: set[str],
+    summed: Mapping[str, Any],
+    indices: Sequence[CountsIndex],
+) -> DatasetResults:
+    manifest = Manifest.load(grid.datasets[name].shards)
+    records = {cell["signature"]: (cell, index) for index in indices for cell in index.cells}
+    rows = [row for row, cell in enumerate(cells) if cell.signature in have]
+    for row in rows:
+        index = records[cells[row].signature][1]
+        if index.record["manifest"] != manifest.fingerprint:
+            raise UserError(
+                f"{index.path} was counted on other data than {manifest.folder} holds now; "
+                "restore the data set, or delete that file and run grid again"
+            )
+    return DatasetResults(
+        name=name,
+        classes=list(manifest.classes),
+        train_class_pixels=np.array(manifest.splits["train"].class_pixels, np.int64),
+        val_class_pixels=np.array(manifest.splits["val"].class_pixels, np.int64),
+        cells=[_cell(cells[row], *records[cells[row].signature]) for row in rows],
+        counts={key: array[rows] for key, array in summed.items()},
+    )
+
+
+def _cell(cell: Cell, record: Mapping[str, Any], index: CountsIndex) -> dict[str, Any]:
+    provenances = index.record["provenance"]
+    notes = [f"mixed provenance: {len(provenances)} kinds"] if len(provenances) > 1 else []
+    return {
+        "signature": cell.signature,
+        "name": cell.name,
+        "model": cell.model,
+        "loss": cell.loss.name,
+        "seed": cell.seed,
+        "notes": notes,
+        "backbone": record["backbone"],
+    }
+
+
+def _write(grid: Grid, datasets: list[DatasetResults], problems: list[str]) -> None:
+    have = {cell["signature"] for dataset in datasets for cell in dataset.cells}
+    missing = [cell.name for cell in grid.cells if cell.signature not in have]
+    record = {
+        "missing": missing,
+        "notes": [*_backbone_notes(grid), *problems],
+        "protocol": {n: p.model_dump(mode="json") for n, p in grid.protocols.items()},
+        "losses": [_loss(asdict(loss)) for loss in grid.losses],
+    }
+    write_results(grid.run.results, Results(grid.name, record, datasets))
+    for problem in problems:
+        print(f"warning: {problem}")
+    print(f"{grid.run.results}: {len(have)} of {len(grid.cells)} cells")
+    for name in missing:
+        print(f"missing: {name}")
+
+
+def _loss(loss: dict[str, Any]) -> dict[str, Any]:
+    names = [("W" if term["weighted"] else "") + term["kind"] for term in loss["terms"]]
+    return {"name": loss["name"], "terms": names, "schedule": list(loss["schedule"])}
+
+
+def _backbone_notes(grid: Grid) -> list[str]:
+    """A line for each backbone that was trained here and not elsewhere on more data."""
+    notes = {}
+    for cell in grid.cells:
+        path = grid.run.backbone(cell.backbone_key).with_suffix(".json")
+        if cell.protocol.weights == "pretrain" and path.exists():
+            record = read_json(path)
+            protocol = record["protocol"]
+            notes[cell.backbone_key] = (
+                f"The backbone of {record['model']} was trained on {record['dataset']} itself "
+                f"(whole network, CE, {protocol['epochs']} epochs, seed {record['seed']}; its "
+                f"accuracy {record['scores']['acc']:.2f}, recall {record['scores']['rec']:.2f}), "
+                f"then frozen for all cells; SHA-256 {record['sha256'][:12]}…"
+            )
+    return list(notes.values())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""Plans and states for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.checks import bytes_of
+from pipeline.grid import Grid, Plan
+from pipeline.state import STATES, CellState, Survey
+
+_COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+
+
+def describe_survey(grid: Grid, state: Survey) -> None:
+    """One line of how many cells are in which state, and a line for each problem."""
+    for problem in state.problems:
+        print(f"warning: {problem}")
+    print(f"{grid.name}: {len(grid.cells)} cells: {counts_line(state)}")
+
+
+def counts_line(state: Survey) -> str:
+    """`3 done, 5 running`."""
+    counts = [(state.count(name), name) for name in STATES]
+    return ", ".join(f"{count} {name}" for count, name in counts if count) or "none"
+
+
+def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) -> None:
+    """What a submission would do; nothing is written."""
+    describe_survey(grid, state)
+    print(f"stages: {', '.join(stages)}")
+    if "grid" not in stages:
+        return
+    table = Table("job", "data set", "models", "losses", "seed", "cells", "from step")
+    for task in plan.pretrain:
+        cell = task.cells[0]
+        seed = str(cell.protocol.pretrain.seed)
+        table.add_row(Text(task.name), Text(cell.dataset), "backbone", "CE", seed, "-", "-")
+    for task in plan.bundles:
+        models = sorted({cell.model for cell in task.cells})
+        losses = list(dict.fromkeys(cell.loss.name for cell in task.cells))
+        words = (task.name, task.cells[0].dataset, "\n".join(models), " ".join(losses))
+        step = state.steps.get(task.cells[0].signature, 0)
+        numbers = (task.cells[0].seed, len(task.cells), step)
+        table.add_row(*(Text(word) for word in words), *(str(number) for number in numbers))
+    Console().print(table)
+    cells = [cell for task in plan.bundles for cell in task.cells]
+    room = sum(bytes_of(cell) for cell in cells) / 1e9
+    print(
+        f"would submit {len(plan.bundles)} jobs for {len(cells)} cells and {len(plan.pretrain)} "
+        f"to pre-train backbones; at most {room:.1f} GB in {grid.run.root}"
+    )
+
+
+def cells_table(cells: Sequence[CellState]) -> Table:
+    """One row a cell: state, step, rate, time left, and why."""
+    table = Table("cell", "state", "step", "steps/s", "time left", "why")
+    for cell in cells:
+        table.add_row(
+            Text(cell.cell.name),
+            Text(cell.state, style=_COLOURS.get(cell.state, "")),
+            f"{cell.step}/{cell.total}" if cell.total else str(cell.step or ""),
+            f"{cell.rate:.2f}" if cell.rate else "",
+            time_left(cell),
+            Text(cell.why),
+        )
+    return table
+
+
+def time_left(cell: CellState) -> str:
+    """`1:02:03` at the present rate, where there is one."""
+    if not cell.rate:
+        return ""
+    seconds = int((cell.total - cell.step) / cell.rate)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

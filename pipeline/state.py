@@ -1,0 +1,165 @@
+"""What state each cell is in, from its files and one question to the queue. No database: counts,
+failures, checkpoints, heartbeats and submission records are all there is."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from hpc import checkpoint
+from hpc.atomic import Damaged, read_json
+from hpc.call import last_error
+from hpc.queue import Queue
+from jobs.cell import Cell, RunPaths
+from jobs.counts_file import CountsIndex, read_index
+from pipeline.grid import Grid
+
+State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
+STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "missing")
+
+# A job that the queue has forgotten but whose heart beat this recently is still ending.
+DEAD_AFTER_SECONDS = 30.0
+_ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One task of a submission record: which job it became. `job` is "" if the submission was
+    interrupted before the queue answered."""
+
+    task: str
+    kind: str
+    cells: tuple[str, ...]
+    backbone: str
+    job: str
+
+
+@dataclass(frozen=True)
+class CellState:
+    """A cell's state; the step its newest checkpoint or heartbeat names, of a total (0 where not
+    known yet), steps a second, and why, where there is something to say."""
+
+    cell: Cell
+    state: State
+    step: int = 0
+    total: int = 0
+    rate: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that planning and status need to know of a run."""
+
+    cells: tuple[CellState, ...]
+    steps: Mapping[str, int]  # newest checkpoint by cell signature
+    pretraining: Mapping[str, str]  # backbone key -> the job that trains it now
+    active_jobs: tuple[str, ...]
+    problems: tuple[str, ...]  # lines about damaged files
+
+    def count(self, state: State) -> int:
+        """How many cells are in `state`."""
+        return sum(1 for cell in self.cells if cell.state == state)
+
+
+def survey(grid: Grid, queue: Queue) -> Survey:
+    """Look at the run directory and ask the queue once."""
+    done, problems = finished_cells(grid.run)
+    open_tasks = [t for t in submissions(grid.run) if _is_open(t, done, grid.run)]
+    jobs = queue.states({task.job for task in open_tasks if task.job})
+    beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
+    active = {
+        t.job
+        for t in open_tasks
+        if jobs.get(t.job, "gone") != "gone"
+        or not (queue.gone_is_certain or _heart_stopped(beats[t.task]))
+    }
+    steps: dict[str, int] = {}
+    for key in {c.bundle_key for c in grid.cells if c.signature not in done}:
+        steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
+    latest = {cell: task for task in open_tasks for cell in task.cells if task.kind == "bundle"}
+    states = []
+    for cell in grid.cells:
+        state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
+        if cell.signature in done:
+            states.append(replace(state, state="done"))
+            continue
+        task = latest.get(cell.signature)
+        beat = beats[task.task] if task else {}
+        states.append(_unfinished(state, grid.run, task, jobs, active, beat, queue))
+    pretraining = {
+        t.backbone: t.job for t in open_tasks if t.kind == "pretrain" and t.job in active
+    }
+    return Survey(tuple(states), steps, pretraining, tuple(sorted(active)), tuple(problems))
+
+
+def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell by signature, and a line for each damaged one."""
+    done: dict[str, CountsIndex] = {}
+    problems = []
+    for path in sorted(run.counts.glob("*.json")):
+        try:
+            index = read_index(path)
+            if not index.is_whole():
+                raise Damaged(f"{index.path} is missing or cut short; its cells count as missing")
+        except Damaged as error:
+            problems.append(str(error))
+            continue
+        for cell in index.cells:
+            done[cell["signature"]] = index
+    return done, problems
+
+
+def submissions(run: RunPaths) -> Iterator[Submitted]:
+    """The tasks of all submission records, oldest first."""
+    for path in sorted(run.submitted.glob("*.json")):
+        for task in read_json(path)["tasks"]:
+            yield Submitted(**{**task, "cells": tuple(task["cells"])})
+
+
+def _is_open(task: Submitted, done: Mapping[str, Any], run: RunPaths) -> bool:
+    if task.kind == "pretrain":
+        return not run.backbone(task.backbone).with_suffix(".json").exists()
+    return any(cell not in done for cell in task.cells)
+
+
+def _heartbeat(run: RunPaths, task: str) -> dict[str, Any]:
+    try:
+        return read_json(run.progress_of(task))
+    except (FileNotFoundError, Damaged):
+        return {}
+
+
+def _heart_stopped(beat: Mapping[str, Any]) -> bool:
+    """The second proof of death, beside being gone from the queue."""
+    if beat.get("stage") in ("done", "stopped", None):
+        return True
+    return time.time() - beat["time"] > DEAD_AFTER_SECONDS
+
+
+def _unfinished(
+    state: CellState,
+    run: RunPaths,
+    task: Submitted | None,
+    jobs: Mapping[str, str],
+    active: Iterable[str],
+    beat: Mapping[str, Any],
+    queue: Queue,
+) -> CellState:
+    failure = run.failure(state.cell.signature)
+    if failure.exists():
+        return replace(state, state="failed", why=read_json(failure)["reason"])
+    if task is None:
+        return state
+    known = replace(state, step=max(state.step, beat.get("step", 0)), total=beat.get("total", 0))
+    if task.job in active:
+        if jobs.get(task.job) == "waiting":
+            return replace(known, state="waiting")
+        return replace(known, state="running", rate=beat.get("steps_per_second", 0.0))
+    error = last_error(queue.log_files(task.job)) if task.job else None
+    if error and _ERROR_LINE.search(error):
+        return replace(known, state="failed", why=error)
+    return replace(known, state="interrupted" if beat else "missing", step=state.step)

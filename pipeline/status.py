@@ -1,0 +1,37 @@
+"""Show the cells of a grid with their state, step, rate and time left.
+
+python -m pipeline.status [CONFIG]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from hpc.command import argument_parser, run
+from hpc.queue import open_queue
+from pipeline.grid import find_config, read_grid
+from pipeline.show import cells_table, describe_survey
+from pipeline.state import STATES, survey
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the state of a grid; changes nothing."""
+    parser = argument_parser("python -m pipeline.status", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--cluster", metavar="PROFILE", help="the profile it was submitted with")
+    parser.add_argument("--state", choices=STATES, help="only the cells in this state")
+    arguments = parser.parse_args(argv)
+    grid = read_grid(find_config(arguments.config), arguments.cluster)
+    state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
+    shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
+    Console().print(cells_table(shown))
+    if state.pretraining:
+        print(f"pre-training: {', '.join(sorted(state.pretraining))}")
+    describe_survey(grid, state)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

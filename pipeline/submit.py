@@ -1,0 +1,209 @@
+"""Submit the stages of a grid: pack its data sets, train what is missing, reduce, report.
+
+    python -m pipeline.submit {prep,grid,reduce,report,all} [CONFIG]
+
+Running `grid` again submits what is missing and resumes what was interrupted. Without CONFIG it is
+$LOSSGRID_CONFIG, or ./lossgrid.toml.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hpc.atomic import write_bytes, write_json
+from hpc.call import ModuleCall
+from hpc.command import UserError, argument_parser, run
+from hpc.queue import Queue, open_queue
+from jobs.task import Task, write_task
+from pipeline.checks import check_inputs, check_room
+from pipeline.grid import Grid, Plan, find_config, make_plan, read_grid
+from pipeline.show import describe_plan, describe_survey
+from pipeline.state import Survey, survey
+from pipeline.wait import wait_for
+
+STAGES = ("prep", "grid", "reduce", "report", "all")
+_PROGRAMS = {"bundle": "jobs.train", "pretrain": "jobs.pretrain"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit one stage, or all, of a grid file."""
+    parser = argument_parser("python -m pipeline.submit", __doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
+    parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
+    parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    arguments = parser.parse_args(argv)
+    grid = read_grid(find_config(arguments.config), arguments.cluster)
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    stages = STAGES[:-1] if arguments.stage == "all" else (arguments.stage,)
+    if arguments.dry_run:
+        state = survey(grid, queue)
+        describe_plan(grid, state, plan_of(grid, state), stages)
+        return 0
+    jobs = submit(grid, queue, stages)
+    return wait_for(grid, queue, jobs, stages) if arguments.wait else 0
+
+
+def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
+    """Submit `stages`, each after the one before. Returns the job ids by stage."""
+    with one_at_a_time(grid.run.root):
+        if "grid" in stages:  # before anything is queued
+            check_inputs(grid, packed="prep" not in stages)
+        config = _keep_config(grid)
+        jobs: dict[str, list[str]] = {}
+        after: list[str] = []
+        for stage in stages:
+            if stage == "grid":
+                jobs[stage] = submit_grid(grid, queue, after)
+                after = [*jobs[stage], *after]
+            else:
+                call = ModuleCall(_STAGE_PROGRAMS[stage], (str(config),))
+                jobs[stage] = queue.submit([call], grid.cluster.single(), stage, after)
+                after = jobs[stage]
+    return jobs
+
+
+_STAGE_PROGRAMS = {
+    "prep": "data_prep.pack",
+    "reduce": "pipeline.reduce",
+    "report": "pipeline.report",
+}
+
+
+def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
+    """Submit the tasks that are missing. Returns the ids of all jobs that work on the grid now,
+    old and new."""
+    state = survey(grid, queue)
+    plan = plan_of(grid, state)
+    check_room(grid, [cell for task in plan.bundles for cell in task.cells])
+    describe_survey(grid, state)
+    if not plan.bundles:
+        return list(state.active_jobs)
+    record = Submission(grid)
+    for task in (*plan.pretrain, *plan.bundles):
+        record.add(task)
+    record.write()
+    backbones = dict(state.pretraining)
+    for task in plan.pretrain:
+        (job,) = _send(grid, queue, [task], after, record)
+        backbones[task.cells[0].backbone_key] = job
+    for needs, tasks in _by_backbone(plan, backbones).items():
+        _send(grid, queue, tasks, [*after, *needs], record)
+    num_cells = sum(len(task.cells) for task in plan.bundles)
+    more = f", and {len(plan.pretrain)} to pre-train their backbones" if plan.pretrain else ""
+    print(f"submitted {len(plan.bundles)} jobs for {num_cells} cells{more}")
+    return [*state.active_jobs, *record.jobs()]
+
+
+def plan_of(grid: Grid, state: Survey) -> Plan:
+    """The tasks for all cells that are neither done, failed for good, nor on their way."""
+    wanted = [
+        cell.cell
+        for cell in state.cells
+        if cell.state in ("missing", "interrupted")
+        or (cell.state == "failed" and not grid.run.failure(cell.cell.signature).exists())
+    ]
+    ready = {
+        cell.backbone_key
+        for cell in wanted
+        if grid.run.backbone(cell.backbone_key).with_suffix(".json").exists()
+    }
+    return make_plan(grid, wanted, state.steps, {*ready, *state.pretraining}, source_of_code())
+
+
+def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...], list[Task]]:
+    """Tasks by the pre-training jobs they wait for."""
+    grouped: dict[tuple[str, ...], list[Task]] = {}
+    for task in plan.bundles:
+        cell = task.cells[0]
+        pretrain = cell.protocol.weights == "pretrain"
+        job = backbones.get(cell.backbone_key) if pretrain else None
+        grouped.setdefault((job,) if job else (), []).append(task)
+    return grouped
+
+
+def _send(
+    grid: Grid, queue: Queue, tasks: Sequence[Task], after: Sequence[str], record: Submission
+) -> list[str]:
+    calls = [ModuleCall(_PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
+    jobs = queue.submit(calls, grid.cluster.training(), f"{grid.name}-{tasks[0].kind}", after)
+    record.sent(tasks, jobs)
+    return jobs
+
+
+class Submission:
+    """The record of one submission. It is written before the queue is asked, so that a crash in
+    between leaves a trace, and again with the job ids."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.token = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        self._path = grid.run.submitted / f"{self.token}.json"
+        self._tasks: dict[str, dict[str, Any]] = {}
+
+    def add(self, task: Task) -> None:
+        """Note a task that is about to be sent."""
+        self._tasks[task.name] = {
+            "task": task.name,
+            "kind": task.kind,
+            "cells": [cell.signature for cell in task.cells],
+            "backbone": task.cells[0].backbone_key if task.kind == "pretrain" else "",
+            "job": "",
+        }
+
+    def sent(self, tasks: Sequence[Task], jobs: Sequence[str]) -> None:
+        """Note which jobs tasks became, on disk at once."""
+        for task, job in zip(tasks, jobs, strict=True):
+            self._tasks[task.name]["job"] = job
+        self.write()
+
+    def write(self) -> None:
+        write_json(self._path, {"token": self.token, "tasks": list(self._tasks.values())})
+
+    def jobs(self) -> list[str]:
+        """The ids of all jobs sent."""
+        return [task["job"] for task in self._tasks.values() if task["job"]]
+
+
+@contextmanager
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Two submissions of one run at the same moment: the second waits for the first to end."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / "submit.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except PermissionError as error:
+        raise UserError(f"{root} cannot be written to; set run_dir to a folder of yours") from error
+
+
+def _keep_config(grid: Grid) -> Path:
+    """A copy of the grid file in the run directory: jobs that start later see what was
+    submitted."""
+    path = grid.run.root / "grid.toml"
+    write_bytes(path, grid.path.read_bytes())
+    return path.absolute()
+
+
+def source_of_code() -> dict[str, str]:
+    """The commit of this program and what differs from it, where it runs from a git checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    answers = {}
+    for key, words in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
+        answers[key] = done.stdout.decode(errors="replace").strip()
+    return answers
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""Staying until the jobs of a submission have ended, and saying how it went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.status import Status
+
+from hpc.call import last_error
+from hpc.localqueue import LocalQueue
+from hpc.queue import Queue
+from pipeline.grid import Grid
+from pipeline.show import counts_line, time_left
+from pipeline.state import CellState, survey
+
+_LOCAL_POLL_SECONDS = 0.5
+_CLUSTER_POLL_SECONDS = 15.0
+_LINE_SECONDS = 30.0  # between lines where there is no terminal
+
+
+def wait_for(
+    grid: Grid, queue: Queue, jobs: Mapping[str, Sequence[str]], stages: Sequence[str]
+) -> int:
+    """Wait until all `jobs` (ids by stage) have ended. Prints the report's table and page if there
+    is one. Returns 0 if everything asked for is there, 1 if not."""
+    everything = {job for ids in jobs.values() for job in ids}
+    try:
+        _watch(grid, queue, everything)
+    except KeyboardInterrupt:
+        print("the jobs go on; see `python -m pipeline.status`", file=sys.stderr)
+        raise
+    failed = _failures(grid, queue, jobs, stages)
+    for line in failed:
+        print(line, file=sys.stderr)
+    page = grid.run.report / "index.html"
+    if "report" in stages and page.exists():
+        from pipeline.report import print_report  # reads HDF5 and draws, so not for planning
+
+        print_report(grid.run.results, page)
+    return 1 if failed else 0
+
+
+def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
+    poll = _LOCAL_POLL_SECONDS if isinstance(queue, LocalQueue) else _CLUSTER_POLL_SECONDS
+    console = Console()
+    shown_at, shown = 0.0, ""
+    with Status("waiting", console=console) as status:
+        while any(state != "gone" for state in queue.states(jobs).values()):
+            queue.ensure_runner()
+            line = _progress_line(grid, queue)
+            status.update(line)
+            due = time.monotonic() - shown_at > _LINE_SECONDS
+            if not console.is_terminal and due and line != shown:
+                print(line, flush=True)
+                shown_at, shown = time.monotonic(), line
+            time.sleep(poll)
+
+
+def _progress_line(grid: Grid, queue: Queue) -> str:
+    state = survey(grid, queue)
+    running = [cell for cell in state.cells if cell.state == "running" and cell.total]
+    text = f"{grid.name}: {counts_line(state)}"
+    if state.pretraining:
+        text += "; pre-training"
+    if running:
+        slowest = min(running, key=_done_share)
+        text += f"; {_done_share(slowest):.0%} of the slowest job"
+        if left := time_left(slowest):
+            text += f", {left} left"
+    return text
+
+
+def _done_share(cell: CellState) -> float:
+    return cell.step / cell.total
+
+
+def _failures(
+    grid: Grid, queue: Queue, jobs: Mapping[str, Sequence[str]], stages: Sequence[str]
+) -> list[str]:
+    """A line for each stage's job that ended with an error and each cell that is not done."""
+    lines = []
+    for stage, ids in jobs.items():
+        for job in ids if stage != "grid" else ():
+            error = last_error(queue.log_files(job))
+            if error and error.startswith("error: "):
+                lines.append(f"{stage}: {error}")
+    if "grid" in stages:
+        unfinished = [cell for cell in survey(grid, queue).cells if cell.state != "done"]
+        lines += [f"{cell.cell.name}: {cell.state} {cell.why}".rstrip() for cell in unfinished]
+    return lines
