@@ -34,7 +34,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _fsync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
@@ -58,7 +58,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         _fsync(temporary)
         if path.exists():  # rename would silently replace an empty folder
             raise FileExistsError(f"{path} exists already")
-        os.rename(temporary, path)
+        temporary.rename(path)
         _fsync(path.parent)
     except FileExistsError:
         raise
@@ -108,7 +108,7 @@ def fingerprint(value: Any) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

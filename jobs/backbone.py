@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data_prep.weights import WITHOUT_FILE, require_weights
+from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.atomic import Damaged, file_sha256, read_json
 from hpc.command import UserError
 from hpc.groups import Group
@@ -43,7 +43,10 @@ def weights_file(cell: Cell, paths: RunPaths) -> Path:
     """The file that holds the weights of the cell's backbone; a pre-trained one is checked."""
     weights = cell.protocol.weights
     if weights not in WITHOUT_FILE:
-        return require_weights(weights, cell.model)
+        path = require_weights(weights, cell.model)
+        if path.name in FILES.values():
+            check_published(path)
+        return path
     path = paths.backbone(cell.backbone_key)
     try:
         if file_sha256(path) != read_json(path.with_suffix(".json"))["sha256"]:
@@ -75,6 +78,9 @@ def backbone_state(path: Path, backbone: Backbone) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a file of weights: {error!r:.200}") from error
     expected = backbone.state_dict()
     for name, tensor in expected.items():
+        if name.endswith("num_batches_tracked"):
+            # torchvision's ImageNet files are older than this counter, and nothing reads it
+            named.setdefault(name, tensor)
         if name not in named:
             raise UserError(f"{path} has no {name!r}; are these weights of another network?")
         if named[name].shape != tensor.shape:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import SplitReader
+from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
 from jobs.augment import Draw, augment, resize_short_side
 from jobs.protocol import Protocol
@@ -95,17 +96,33 @@ def load_images(
 
 
 def _loader(dataset: Dataset, indices: range, workers: int) -> Iterator:
-    return iter(
-        DataLoader(
-            dataset,
-            sampler=indices,
-            batch_size=None,  # an item is a whole batch already
-            num_workers=min(workers, len(indices)),
-            prefetch_factor=_PREFETCH_STEPS if min(workers, len(indices)) else None,
-            worker_init_fn=leave_signals_to_the_rank,
-            collate_fn=_as_it_is,
-        )
+    workers = min(workers, len(indices))
+    items = DataLoader(
+        _Guarded(dataset),
+        sampler=indices,
+        batch_size=None,  # an item is a whole batch already
+        num_workers=workers,
+        prefetch_factor=_PREFETCH_STEPS if workers else None,
+        worker_init_fn=leave_signals_to_the_rank,
+        collate_fn=_as_it_is,
     )
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+class _Guarded(Dataset):
+    """Hands a `UserError` over as an item: torch would wrap it in the worker's traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> object:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
 
 
 def _as_it_is(item: object) -> object:

@@ -35,6 +35,7 @@ def pretraining_cell(cell: Cell) -> Cell:
     with the epochs, batch, rate and seed of [protocol.pretrain]."""
     pretrain = cell.protocol.pretrain
     changes = pretrain.model_dump(exclude={"seed"})
+    changes["threads"] = pretrain.threads or cell.protocol.threads
     protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
     model = f"fcn_{MODELS[cell.model].backbone}"
     update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m jobs.pretrain", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
     task = read_task(parser.parse_args(argv).task)
-    configure_torch(task)
+    configure_torch(pretraining_cell(task.cells[0]).protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         pretrain_backbone(task, group, stop)
     return 0

@@ -26,6 +26,7 @@ class Pretrain(Settings):
     batch_size: Positive = 8
     learning_rate: Rate = 0.02
     seed: int = 0
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: those of [protocol]
 
 
 class Protocol(Settings):
@@ -83,6 +84,7 @@ class Protocol(Settings):
     def result_changing(self) -> dict[str, Any]:
         """The settings that decide what a cell becomes, as plain values for a fingerprint."""
         fields = self.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
+        del fields["pretrain"]["threads"]
         if self.weights != "pretrain":
             del fields["pretrain"]
         return fields

@@ -32,6 +32,7 @@ from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, normalise
+from jobs.protocol import Protocol
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
 from jobs.trainee import Trainee, is_mixed
@@ -42,16 +43,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m jobs.train", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
     task = read_task(parser.parse_args(argv).task)
-    configure_torch(task)
+    configure_torch(task.cells[0].protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         train_bundle(task, group, stop)
     return 0
 
 
-def configure_torch(task: Task) -> None:
+def configure_torch(protocol: Protocol) -> None:
     """Threads come from the protocol, not from what the node happens to have: bits depend on
     them."""
-    protocol = task.cells[0].protocol
     torch.set_num_threads(protocol.threads)
     torch.use_deterministic_algorithms(protocol.deterministic)
 

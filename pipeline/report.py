@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +56,10 @@ def main(argv: Sequence[str]) -> None:
 def print_report(results_path: str | Path, page_path: Path) -> None:
     """Print the table of `results.h5` and the path of its page."""
     console = Console()
-    console.print(printed_table(rows(read_results(results_path))))
+    if not console.is_terminal:
+        console.width = 100  # a log has no width; this is what the table needs
+    for (dataset, model), block in blocks(rows(read_results(results_path))).items():
+        console.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
     # soft_wrap: a path that is broken over two lines cannot be opened
     console.print(Text(f"page: {page_path}"), soft_wrap=True)
 
@@ -100,24 +104,23 @@ def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
     return [page.Section(topic, drawn) for topic, drawn in topics.items() if drawn]
 
 
-def printed_table(table: Sequence[Row]) -> Table:
-    """The paper's scores for the terminal, the best of every block in bold."""
-    printed = Table("data set", "model", "loss", "seeds")
-    for score in PAPER_SCORES:
-        printed.add_column(LABELS[score], justify="right")
-    for block in blocks(table).values():
-        for row in block:
-            printed.add_row(*_printed_cells(row, block), end_section=row is block[-1])
-    return printed
-
-
-def _printed_cells(row: Row, block: Sequence[Row]) -> list[Text]:
+def printed_table(title: str, block: Sequence[Row]) -> Table:
+    """The paper's scores of one data set and model for the terminal, the best in bold. Narrow
+    enough for 100 columns."""
     # `Text`, since a plain string with brackets would be read as markup
-    names = [Text(name) for name in (row.dataset, row.model, row.loss, str(len(row.seeds)))]
-    return names + [
-        Text(shown(row.scores[score]), style="bold" if row.loss in best(block, score) else "")
-        for score in PAPER_SCORES
-    ]
+    printed = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    printed.add_column("loss", no_wrap=True)
+    for score in PAPER_SCORES:
+        printed.add_column(LABELS[score], justify="right", no_wrap=True)
+    for row in block:
+        printed.add_row(
+            Text(row.loss),
+            *(
+                Text(shown(row.scores[s]), style="bold" if row.loss in best(block, s) else "")
+                for s in PAPER_SCORES
+            ),
+        )
+    return printed
 
 
 def _svg(title: str, image: bytes) -> page.Drawn:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.losses.functional import LOSSES, GlobalSum, alone
+from jobs.losses.functional import LOSSES, VOID, GlobalSum, alone
 from jobs.losses.names import LossSpec
 from jobs.losses.schedule import term_weights
 
@@ -39,6 +39,8 @@ def combined_loss(
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    # an infinite logit of a void pixel would give the softmax a gradient of nan there
+    logits = logits.masked_fill((target == VOID).unsqueeze(1), 0.0)
     log_probs = torch.log_softmax(logits, dim=1)
     value = log_probs.new_zeros(())
     for term, share in zip(loss.terms, term_weights(loss.schedule, position), strict=True):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import simulated
+from tests.pipeline import simulated
 from PIL import Image
 from rich.console import Console
 
@@ -127,8 +127,9 @@ def test_a_grid_file_that_does_not_exist_is_a_users_mistake(tmp_path):
 def test_the_terminal_shows_names_with_brackets_as_they_are(results):
     table = [replace(row, loss="[red]x[/]") for row in rows(results)]
     console = Console(file=io.StringIO(), width=200)
-    console.print(printed_table(table))
+    console.print(printed_table("[b]streets[/b]", table))
     assert "[red]x[/]" in console.file.getvalue()
+    assert "[b]streets[/b]" in console.file.getvalue()
 
 
 def test_a_rare_class_without_training_pixels_does_not_break_the_log_axis(results):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import simulated
+from tests.pipeline import simulated
 
 from jobs.metrics.counts import NAMES, Counts
 from jobs.metrics.scores import SCORES, scores

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import simulated
+from tests.pipeline import simulated
 
 from hpc.atomic import Damaged
 from hpc.command import UserError

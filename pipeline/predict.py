@@ -1,0 +1,106 @@
+"""Label images with a trained cell: a label map, a coloured one and a confidence map an image.
+
+    python -m pipeline.predict CELL IMAGES... --out DIR
+
+CELL is a cell's name (camvid/fcn_resnet101/DLNWCE/0), the start of its signature, or the path of a
+trained head.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.images import decode_rgb, read_bytes
+from hpc.atomic import new_file
+from hpc.command import UserError, argument_parser, run
+from hpc.config import did_you_mean
+from hpc.env import read_env
+from hpc.groups import process_group
+from jobs.cell import RunPaths
+from jobs.predictor import Prediction, Predictor
+from pipeline.grid import Grid, find_config, read_grid
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write IMAGE.png (class indices, with a palette) and IMAGE-confidence.png (0 to 255 for 0 to
+    1) for each image."""
+    parser = argument_parser("python -m pipeline.predict", __doc__)
+    parser.add_argument("cell", help="name, start of signature, or path of a trained head")
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the maps")
+    parser.add_argument("--config", help="the grid file that the cell belongs to")
+    arguments = parser.parse_args(argv)
+    head, paths = find_head(arguments.cell, arguments.config)
+    _refuse_equal_stems(arguments.images)
+    with process_group(read_env(), paths.rendezvous) as group:
+        predictor = Predictor(head, paths, group)
+        for path in arguments.images:
+            image = decode_rgb(read_bytes(path), str(path))
+            write_maps(predictor.predict(image), arguments.out, path.stem, len(predictor.classes))
+    shown = ", ".join(f"{index} {name}" for index, name in enumerate(predictor.classes))
+    print(f"{len(arguments.images)} images labelled in {arguments.out}; classes: {shown}")
+    return 0
+
+
+def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
+    """The file of a cell's trained head, and the run it belongs to."""
+    if cell.endswith(".pt"):
+        head = Path(cell).absolute()
+        if not head.is_file():
+            raise UserError(f"there is no trained head {cell}")
+        return head, RunPaths(head.parent.parent)
+    grid = read_grid(find_config(config))
+    signature = _signature(grid, cell)
+    head = grid.run.head(signature)
+    if not head.is_file():
+        raise UserError(f"{cell} is not trained yet; see `python -m pipeline.status {grid.path}`")
+    return head, grid.run
+
+
+def _signature(grid: Grid, cell: str) -> str:
+    names = {c.name: c.signature for c in grid.cells}
+    if cell in names:
+        return names[cell]
+    matches = [signature for signature in names.values() if signature.startswith(cell)]
+    if len(matches) == 1:
+        return matches[0]
+    hint = did_you_mean(cell, names)
+    raise UserError(f"{grid.path} has {len(matches) or 'no'} cells {cell!r}; {hint}")
+
+
+def _refuse_equal_stems(images: Sequence[Path]) -> None:
+    stem, times = Counter(path.stem for path in images).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"{times} images are called {stem!r}; their maps would overwrite each other"
+        )
+
+
+def write_maps(prediction: Prediction, folder: Path, stem: str, num_classes: int) -> None:
+    """`STEM.png`, whose values are class indices and whose palette tells them apart, and
+    `STEM-confidence.png`, 8-bit grey."""
+    labels = Image.fromarray(prediction.labels)
+    labels.putpalette(palette(num_classes))
+    confidence = np.round(prediction.confidence * 255).astype(np.uint8)
+    for name, image in ((stem, labels), (f"{stem}-confidence", Image.fromarray(confidence))):
+        with new_file(folder / f"{name}.png") as temporary:
+            image.save(temporary, format="PNG")
+
+
+def palette(num_classes: int) -> list[int]:
+    """RGB of each class, one after the other: hues apart, in two brightnesses."""
+    colours: list[int] = []
+    for index in range(num_classes):
+        rgb = colorsys.hsv_to_rgb(index / num_classes, 0.65, 0.95 if index % 2 else 0.7)
+        colours += [round(255 * channel) for channel in rgb]
+    return colours
+
+
+if __name__ == "__main__":
+    run(main)
