@@ -76,7 +76,7 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table")
     source = table.get("source")
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         raise UserError(f"{where}: unknown source {source!r}; {did_you_mean(str(source), SOURCES)}")
     settings = parse(SOURCES[source], table, where)
     shards = Path(settings.shards or f"data/{name}").expanduser().absolute()

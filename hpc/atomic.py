@@ -3,20 +3,23 @@ parent. Readers never see half of one, and every JSON record carries a checksum.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hpc.command import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
+_DEAD_AFTER_SECONDS = 3600.0  # since a temporary folder or anything in it was last written
 
 
 class Damaged(UserError):
@@ -29,7 +32,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     there becomes `path` in one step, replacing an older one. On an error nothing is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = _temporary_name(path)
     try:
         yield temporary
@@ -48,7 +51,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if it does, `FileExistsError`, and the older one stays untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = _temporary_name(path)
     try:
         temporary.mkdir()
@@ -63,9 +66,30 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except FileExistsError:
         raise
     except OSError as error:
+        if error.errno == errno.ENOTEMPTY:  # another writer was quicker than our look
+            raise FileExistsError(f"{path} exists already") from error
         raise _explained(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Delete a folder so that readers see it whole or not at all, even if we are killed meanwhile;
+    nothing happens where there is none."""
+    temporary = _temporary_name(Path(path))
+    with suppress(FileNotFoundError):
+        Path(path).rename(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_dead_folders(parent: str | Path) -> None:
+    """Delete the temporary folders that killed processes left in `parent`: those to which nothing
+    was written for an hour."""
+    for folder in Path(parent).glob(f"{TEMPORARY_PREFIX}*/"):
+        with suppress(FileNotFoundError):  # its writer has just renamed it
+            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - written > _DEAD_AFTER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -115,6 +139,13 @@ def file_sha256(path: str | Path) -> str:
 def _temporary_name(path: Path) -> Path:
     # host and random part: two nodes that write the same name must not share a temporary file
     return path.parent / f"{TEMPORARY_PREFIX}{socket.gethostname()}-{uuid.uuid4().hex}"
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explained(error, path) from error
 
 
 def _fsync(path: Path) -> None:

@@ -9,13 +9,21 @@ An entry holds tensors and plain values only. The index is read without torch, b
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.atomic import Damaged, file_sha256, new_file, new_folder, read_json, write_json
+from hpc.atomic import (
+    Damaged,
+    file_sha256,
+    new_file,
+    new_folder,
+    read_json,
+    remove_dead_folders,
+    remove_folder,
+    write_json,
+)
 from hpc.generation import Generation
 
 KEPT = 2  # of each entry: the newest, and one to fall back to
@@ -83,7 +91,12 @@ def _dump(state: Mapping[str, Any], path: Path) -> None:
     import torch
 
     with path.open("wb") as file:  # a path's name would become part of the content
-        torch.save(dict(state), file)
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides that the disk is full
+                raise error.__context__ from error
+            raise
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -117,27 +130,29 @@ def newest_steps(folder: Path) -> dict[str, int]:
 
 def load_latest(
     folder: Path, entries: Iterable[str]
-) -> tuple[int, dict[str, dict[str, Any]], Mapping[str, Any], list[str]]:
+) -> tuple[int, dict[str, dict[str, Any]], list[Mapping[str, Any]], list[str]]:
     """The newest step at which all `entries` have an intact checkpoint, with their states, the
-    record, and a line for each damaged file that was passed over. Step 0 and no states where
-    there is none. Entries may lie in different folders of the same step.
+    records of the folders they lie in, and a line for each damaged file that was passed over.
+    Step 0 and no states where there is none, or nothing is wanted. Entries may lie in different
+    folders of the same step.
     """
     wanted = list(entries)
-    checkpoints, problems = find(folder)
+    checkpoints, problems = find(folder) if wanted else ([], [])
     for step in sorted({checkpoint.step for checkpoint in checkpoints}, reverse=True):
         states: dict[str, dict[str, Any]] = {}
-        record: Mapping[str, Any] = {}
+        records: list[Mapping[str, Any]] = []
         for checkpoint in (c for c in checkpoints if c.step == step):
             for entry in wanted:
                 if entry in checkpoint.hashes and entry not in states:
                     try:
                         states[entry] = checkpoint.load(entry)
-                        record = record or checkpoint.record
+                        if checkpoint.record not in records:
+                            records.append(checkpoint.record)
                     except Damaged as error:
                         problems.append(str(error))
         if len(states) == len(wanted):
-            return step, states, record, problems
-    return 0, {}, {}, problems
+            return step, states, records, problems
+    return 0, {}, [], problems
 
 
 def prune(folder: Path, generation: Generation, finished: Iterable[str]) -> None:
@@ -154,4 +169,5 @@ def prune(folder: Path, generation: Generation, finished: Iterable[str]) -> None
         ours = generation.entries.issuperset(checkpoint.hashes)
         if ours and not needed and checkpoint.generation <= generation.number:
             generation.check()
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            remove_folder(checkpoint.path)
+    remove_dead_folders(folder)

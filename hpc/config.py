@@ -4,6 +4,7 @@ the file, the key and, where one is near, the valid name."""
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from hpc.command import UserError
 
@@ -33,12 +35,12 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file; `UserError` if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; TOML files must be") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -61,7 +63,7 @@ def parse(model: type[SettingsT], table: Any, where: str) -> SettingsT:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(model, error)}") from error
+        raise UserError(f"{where}: {_first_problem(model, table, error)}") from error
 
 
 def _loosen(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
@@ -91,20 +93,43 @@ def _kinds(field: FieldInfo) -> set[Any]:
     return {getattr(member, "__origin__", member) for member in members}
 
 
-def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
-    problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
+def _first_problem(model: type[BaseModel], table: dict[str, Any], error: ValidationError) -> str:
+    problems = error.errors()
+    # a misspelled key is missing as well: say what it is, not what it is not
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    path = _place(problem, table)
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    messages = dict.fromkeys(_in_toml_words(p) for p in problems if _place(p, table) == path)
+    message = " or ".join(messages)
     given = problem["input"]
-    shown = (
-        "" if isinstance(given, dict) or problem["type"] == "value_error" else f", not {given!r}"
-    )
-    return f"{key}: {message}{shown}" if key else message
+    told = isinstance(given, dict) or problem["type"] in ("value_error", "too_short", "too_long")
+    return f"{key}: {message}{'' if told else f', not {given!r}'}" if key else message
+
+
+def _place(problem: ErrorDetails, table: dict[str, Any]) -> list[str]:
+    """The keys that lead to a problem, without the names of the kinds that a value may have."""
+    path: list[str] = []
+    value: Any = table
+    for part in problem["loc"]:
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            if problem["type"] != "missing":
+                continue
+        path.append(str(part))
+    return path
+
+
+def _in_toml_words(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = re.sub(r" or instance of \w+$", "", message)
+    for python, toml in (("tuple", "list"), ("Tuple", "List"), ("dictionary", "table")):
+        message = message.replace(python, toml)
+    return message
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -11,6 +11,12 @@ from typing import Literal
 
 Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
 
+# Of Open MPI; of MPICH and Intel MPI.
+_MPI_NAMES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
 
 @dataclass(frozen=True)
 class RankEnv:
@@ -18,7 +24,8 @@ class RankEnv:
 
     `start_id` is equal on all ranks of one start of a job and differs from every other start, so
     that ranks find each other and not those of a start before; it is "" where the launcher gives
-    none (`mpiexec`) or where there is only one rank.
+    none (`mpiexec`) or where there is only one rank. `job_id` is Slurm's, as `scontrol requeue`
+    takes it; "" outside of Slurm.
     """
 
     launcher: Launcher
@@ -34,7 +41,8 @@ class RankEnv:
 
 def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     """Who am I? torchrun's variables come first, since they are the most explicit; Slurm's count
-    only inside an `srun` step: a batch shell has them too, but is one process."""
+    only inside an `srun` step: a batch shell has them too, but is one process. `mpiexec` in an
+    allocation brings its ranks up in a step of its own, which has one task a node."""
     node = socket.gethostname()
     if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= environ.keys():
         master = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
@@ -45,21 +53,20 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     if environ.get("SUBMITIT_EXECUTOR") == "local":
         job = environ["SUBMITIT_LOCAL_JOB_ID"]
         names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
-        return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id=job,
+        return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id="",
                        start_id=f"{environ.get('LOSSGRID_JOB_ID', node)}-{job}")  # fmt: skip
-    if "SLURM_STEP_ID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in environ else None
+    for rank, size, local in _MPI_NAMES:
+        # under `srun --mpi=pmi2` they and Slurm's agree, and Slurm's say more
+        if rank in environ and environ.get(size, tasks) != tasks:
+            return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
+                           job_id=_slurm_job(environ), start_id="")  # fmt: skip
+    if tasks is not None:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         parts = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
         start = "-".join([*parts, environ["SLURM_STEP_ID"]])
         return RankEnv("slurm", *_place(environ, *names), node=node, job_id=_slurm_job(environ),
                        start_id=start)  # fmt: skip
-    for rank, size, local in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
-        if rank in environ and size in environ:
-            return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
-                           job_id=_slurm_job(environ), start_id="")  # fmt: skip
     return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
 
 
@@ -68,7 +75,7 @@ def _place(environ: Mapping[str, str], rank: str, size: str, local: str) -> tupl
 
 
 def _slurm_job(environ: Mapping[str, str]) -> str:
-    """The id that `scontrol requeue` takes; of an array's element `ARRAY_TASK`."""
+    """The id that `scontrol requeue` takes: of an array's element it is `ARRAY_TASK`."""
     if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID", "")

@@ -8,8 +8,11 @@ import json
 import os
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from hpc.command import UserError
 
 
 class Superseded(RuntimeError):
@@ -36,12 +39,14 @@ class Generation:
 
 
 def claim(folder: Path, entries: Iterable[str]) -> Generation:
-    """Take the next number in `folder`; two processes never get the same one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Take the next number in `folder`; two processes never get the same one. Raises `UserError`
+    if the folder cannot be written to.
+    """
     names = frozenset(entries)
     draft = folder / f".tmp-{uuid.uuid4().hex}"
-    draft.write_text(json.dumps(sorted(names)), encoding="utf-8")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(sorted(names)), encoding="utf-8")
         number = max(_numbers(folder), default=0) + 1
         while True:
             try:
@@ -49,8 +54,14 @@ def claim(folder: Path, entries: Iterable[str]) -> Generation:
                 return Generation(folder, number, names)
             except FileExistsError:
                 number += 1
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; make room or mend permissions, "
+            "run again"
+        ) from error
     finally:
-        draft.unlink()
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _numbers(folder: Path) -> list[int]:

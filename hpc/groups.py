@@ -148,17 +148,21 @@ def _mpi_store(env: RankEnv) -> dist.Store:
 
 
 def _listen(env: RankEnv) -> dist.TCPStore:
+    # the name is for our own connection; the store listens on all interfaces
     return dist.TCPStore(
-        "", 0, env.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
+        "localhost", 0, env.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
     )
 
 
 def _own_address() -> str:
-    """An address that other nodes can reach: what our own host name resolves to."""
+    """How other nodes reach this one: what our host name resolves to. Where that is ourselves
+    only, as Debian has it, it is the name, which other nodes resolve better."""
+    name = socket.gethostname()
     try:
-        return socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(name)
     except OSError:
         return "127.0.0.1"
+    return name if address.startswith("127.") else address
 
 
 def _wait_for(address: Path) -> str:

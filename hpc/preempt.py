@@ -39,8 +39,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def leave_signals_to_the_rank(_worker: int = 0) -> None:
-    """For loader workers, which inherit the rank's handlers: TERM ends them, as their parent
-    expects; the signals sent to the whole job are the rank's to answer."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGUSR2, signal.SIGINT):
+    """For loader processes. Slurm and terminals signal every process of a job; a loader that died
+    of it would take the rank with it, before it has saved. Loaders end when their rank does."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

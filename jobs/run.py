@@ -69,7 +69,7 @@ class Run:
         """Take up the newest checkpoint that all cells share. Returns the number of steps done."""
         folder = self.task.paths.checkpoints(self.bundle_key)
         names = [trainee.cell.signature for trainee in trainees]
-        step, states, record, problems = checkpoint.load_latest(folder, names)
+        step, states, records, problems = checkpoint.load_latest(folder, names)
         step = self.group.broadcast(step)
         for problem in problems:
             self.say(f"warning: {problem}; an older checkpoint is used")
@@ -77,14 +77,15 @@ class Run:
             self.say("starting at step 0" if not problems else "warning: no checkpoint is intact; "
                      "starting over at step 0")  # fmt: skip
             return 0
-        self._require_same_inputs(record["inputs"])
+        for record in records:
+            self._require_same_inputs(record["inputs"])
         for trainee in trainees:
             state = states[trainee.cell.signature]
             trainee.load(state)
             if backbone is not None and state["backbone"]:
                 backbone.load_state_dict(state["backbone"], strict=False)
-        history = list(record["provenance"])
-        self.provenance = history + [p for p in self.provenance if p not in history]
+        starts = [p for record in records for p in record["provenance"]] + self.provenance
+        self.provenance = [p for i, p in enumerate(starts) if p not in starts[:i]]
         self.say(f"resuming at step {step}")
         return step
 

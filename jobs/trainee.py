@@ -61,7 +61,7 @@ class Trainee:
         """One update on this rank's share of the batch. inputs: features or normalised images;
         target: int64 [b, h, w] on the device. Returns the loss of the global batch.
 
-        A loss that is not finite stops this cell, before it touches any state; see `failure`.
+        A loss that is not finite stops this cell before any weight moves; see `failure`.
         """
         cell, position = self.cell, step / total
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)

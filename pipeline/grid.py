@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ DEFAULT_CONFIG = Path("lossgrid.toml")
 CONFIGS = Path("configs")
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class GridFile(Settings):
@@ -46,7 +48,7 @@ class KnotTable(Settings):
     """One entry of a [[loss]]'s schedule, see `Knot`."""
 
     at: Annotated[float, Field(ge=0.0, le=1.0)]
-    weights: Annotated[tuple[float, ...], Field(min_length=1)]
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
     ramp: Ramp = "linear"
 
 
@@ -70,8 +72,17 @@ class Grid:
     seeds: tuple[int, ...]
     protocols: Mapping[str, Protocol]
     cells: tuple[Cell, ...]
-    cluster: ClusterProfile
+    profile: Mapping[str, Any] | str  # a [cluster] table, or a profile's name or path
     run: RunPaths
+
+    @cached_property
+    def cluster(self) -> ClusterProfile:
+        """The cluster profile. Read when it is asked for: only what submits needs it, and a job
+        that reads the run's copy of the grid file may not find the profile that lay beside it.
+        """
+        if isinstance(self.profile, str):
+            return read_profile(self.profile or None, near=self.path.parent)
+        return parse(ClusterProfile, self.profile, f"{self.path}: [cluster]")
 
 
 def find_config(given: str | Path | None) -> Path:
@@ -101,6 +112,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     if not file.dataset:
         raise UserError(f"{path}: no data set; add a table [dataset.NAME] with a source")
     datasets = {n: parse_dataset(n, table, str(path)) for n, table in file.dataset.items()}
+    _refuse_shared_shards(path, datasets)
     protocols = _protocols(path, file, datasets)
     losses = {n: tuple(_losses(path, file, p)) for n, p in protocols.items()}
     cells = tuple(
@@ -118,7 +130,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         seeds=file.seeds,
         protocols=protocols,
         cells=cells,
-        cluster=_cluster(path, file, cluster),
+        profile=cluster or file.cluster,
         run=RunPaths(Path(file.run_dir or f"runs/{_folder(file.name)}").expanduser().absolute()),
     )
 
@@ -134,22 +146,46 @@ def _refuse_repeats(path: Path, lists: Mapping[str, tuple[Any, ...]]) -> None:
                 raise UserError(f"{path}: {key} names {value!r} twice; once is enough")
 
 
+def _refuse_shared_shards(path: Path, datasets: Mapping[str, DatasetSettings]) -> None:
+    owners: dict[str, str] = {}
+    for name, settings in datasets.items():
+        owner = owners.setdefault(settings.shards, name)
+        if owner != name:
+            raise UserError(
+                f"{path}: the data sets {owner!r} and {name!r} have the same shards folder "
+                f"{settings.shards}; give each its own"
+            )
+
+
 def _protocols(
     path: Path, file: GridFile, datasets: Mapping[str, DatasetSettings]
 ) -> dict[str, Protocol]:
     """[protocol] for each data set, with [protocol.per_dataset.NAME] in place of its own keys."""
     table = dict(file.protocol)
-    special = table.pop("per_dataset", {})
-    parse(Protocol, table, f"{path}: [protocol]")
+    special = _table(table.pop("per_dataset", {}), f"{path}: [protocol.per_dataset]")
+    protocols = dict.fromkeys(datasets, parse(Protocol, table, f"{path}: [protocol]"))
     for name, changes in special.items():
         where = f"{path}: [protocol.per_dataset.{name}]"
         if name not in datasets:
             raise UserError(f"{where}: no such data set; {did_you_mean(name, datasets)}")
-        parse(Protocol, {**table, **changes}, where)
-    return {
-        name: parse(Protocol, {**table, **special.get(name, {})}, f"{path}: [protocol]")
-        for name in datasets
+        protocols[name] = parse(Protocol, _changed(table, _table(changes, where)), where)
+    return protocols
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a table, not {value!r}")
+    return value
+
+
+def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the keys of `changes` in place of its own, in nested tables too."""
+    nested = {
+        key: _changed(table[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(table.get(key), dict)
     }
+    return {**table, **changes, **nested}
 
 
 def _losses(path: Path, file: GridFile, protocol: Protocol) -> Iterator[LossSpec]:
@@ -160,8 +196,11 @@ def _losses(path: Path, file: GridFile, protocol: Protocol) -> Iterator[LossSpec
         name = str(error)
         hint = did_you_mean(name, example_names())
         raise UserError(f"{path}: unknown loss {name!r}; {hint}") from error
+    taken = list(file.losses)
     for table in file.loss:
-        yield _composed_loss(parse(LossTable, table, f"{path}: [[loss]]"), path, file.losses)
+        composed = _composed_loss(parse(LossTable, table, f"{path}: [[loss]]"), path, taken)
+        taken.append(composed.name)
+        yield composed
     if not file.losses and not file.loss:
         raise UserError(f"{path}: no loss; add losses = [...] or a table [[loss]]")
 
@@ -169,7 +208,7 @@ def _losses(path: Path, file: GridFile, protocol: Protocol) -> Iterator[LossSpec
 def _composed_loss(table: LossTable, path: Path, taken: Collection[str]) -> LossSpec:
     where = f"{path}: [[loss]] {table.name!r}"
     if table.name in taken:
-        raise UserError(f"{where}: losses has that name already; choose another")
+        raise UserError(f"{where}: another loss has that name already; choose another")
     terms = []
     for name in table.terms:
         try:
@@ -189,12 +228,6 @@ def _composed_loss(table: LossTable, path: Path, taken: Collection[str]) -> Loss
         raise UserError(f"{where}: the places of the schedule (at) must rise")
     schedule = tuple(Knot(knot.at, knot.weights, knot.ramp) for knot in knots)
     return LossSpec(table.name, tuple(terms), schedule)
-
-
-def _cluster(path: Path, file: GridFile, given: str | None) -> ClusterProfile:
-    if given or isinstance(file.cluster, str):
-        return read_profile(given or str(file.cluster) or None, near=path.parent)
-    return read_profile(None, file.cluster)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,9 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     """Every rank reads its share of the counts files; rank 0 adds up and writes."""
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
-    indices, problems = found
-    mine = _read(indices[ranks.rank :: ranks.size], problems)
+    chosen, problems = found
+    indices = sorted({index.path: index for index in chosen.values()}.values(), key=_path)
+    mine = _read(indices[ranks.rank :: ranks.size], chosen, problems)
     gathered = ranks.gather((sorted(mine), problems))
     datasets = []
     for name in grid.datasets:
@@ -49,22 +51,37 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
         if ranks.rank == 0:
             assert gathered is not None
             have = {signature for signatures, _ in gathered for signature in signatures}
-            datasets.append(_dataset(grid, name, cells, have, summed, indices))
+            datasets.append(_dataset(grid, name, cells, have, summed, chosen))
     if ranks.rank == 0:
         assert gathered is not None
         _write(grid, datasets, sorted({line for _, lines in gathered for line in lines}))
 
 
-def _find(grid: Grid) -> tuple[list[CountsIndex], list[str]]:
-    """The counts files that hold cells of this grid, and what was wrong with others."""
+def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell of this grid by signature, and what was wrong with
+    others. Raises `UserError` for a file that was counted on other data."""
     done, problems = finished_cells(grid.run)
-    wanted = {cell.signature for cell in grid.cells}
-    paths = {index.path: index for signature, index in done.items() if signature in wanted}
-    return [paths[path] for path in sorted(paths)], problems
+    chosen = {cell.signature: done[cell.signature] for cell in grid.cells if cell.signature in done}
+    manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
+    for cell in grid.cells:
+        index, manifest = chosen.get(cell.signature), manifests[cell.dataset]
+        if index and index.record["manifest"] != manifest.fingerprint:
+            raise UserError(
+                f"{index.path} was counted on other data than {manifest.folder} holds now; "
+                "restore the data set, or delete that file and run grid again"
+            )
+    return chosen, problems
 
 
-def _read(indices: Sequence[CountsIndex], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Arrays by cell signature; a damaged file becomes a line in `problems`."""
+def _path(index: CountsIndex) -> Path:
+    return index.path
+
+
+def _read(
+    indices: Sequence[CountsIndex], chosen: Mapping[str, CountsIndex], problems: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Arrays by cell signature; a damaged file becomes a line in `problems`. A cell that lies in
+    several files counts once, from the one chosen for it."""
     arrays: dict[str, dict[str, Any]] = {}
     for index in indices:
         try:
@@ -72,8 +89,9 @@ def _read(indices: Sequence[CountsIndex], problems: list[str]) -> dict[str, dict
         except Damaged as error:
             problems.append(str(error))
             continue
-        for position, cell in enumerate(index.cells):
-            arrays[cell["signature"]] = {name: stacked[name][position] for name in NAMES}
+        for position, signature in enumerate(cell["signature"] for cell in index.cells):
+            if signature in chosen and chosen[signature].path == index.path:
+                arrays[signature] = {name: stacked[name][position] for name in NAMES}
     return arrays
 
 
@@ -100,29 +118,22 @@ def _dataset(
     cells: Sequence[Cell],
     have: set[str],
     summed: Mapping[str, Any],
-    indices: Sequence[CountsIndex],
+    chosen: Mapping[str, CountsIndex],
 ) -> DatasetResults:
     manifest = Manifest.load(grid.datasets[name].shards)
-    records = {cell["signature"]: (cell, index) for index in indices for cell in index.cells}
     rows = [row for row, cell in enumerate(cells) if cell.signature in have]
-    for row in rows:
-        index = records[cells[row].signature][1]
-        if index.record["manifest"] != manifest.fingerprint:
-            raise UserError(
-                f"{index.path} was counted on other data than {manifest.folder} holds now; "
-                "restore the data set, or delete that file and run grid again"
-            )
     return DatasetResults(
         name=name,
         classes=list(manifest.classes),
         train_class_pixels=np.array(manifest.splits["train"].class_pixels, np.int64),
         val_class_pixels=np.array(manifest.splits["val"].class_pixels, np.int64),
-        cells=[_cell(cells[row], *records[cells[row].signature]) for row in rows],
+        cells=[_cell(cells[row], chosen[cells[row].signature]) for row in rows],
         counts={key: array[rows] for key, array in summed.items()},
     )
 
 
-def _cell(cell: Cell, record: Mapping[str, Any], index: CountsIndex) -> dict[str, Any]:
+def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
+    (record,) = (record for record in index.cells if record["signature"] == cell.signature)
     provenances = index.record["provenance"]
     notes = [f"mixed provenance: {len(provenances)} kinds"] if len(provenances) > 1 else []
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ def survey(grid: Grid, queue: Queue) -> Survey:
     jobs = queue.states({task.job for task in open_tasks if task.job})
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     active = {
-        t.job
+        t
         for t in open_tasks
         if jobs.get(t.job, "gone") != "gone"
         or not (queue.gone_is_certain or _heart_stopped(beats[t.task]))
@@ -90,10 +90,14 @@ def survey(grid: Grid, queue: Queue) -> Survey:
         task = latest.get(cell.signature)
         beat = beats[task.task] if task else {}
         states.append(_unfinished(state, grid.run, task, jobs, active, beat, queue))
+    # one that the queue has lost is not waited for, even if its heart still beats
     pretraining = {
-        t.backbone: t.job for t in open_tasks if t.kind == "pretrain" and t.job in active
+        t.backbone: t.job
+        for t in open_tasks
+        if t.kind == "pretrain" and jobs.get(t.job, "gone") != "gone"
     }
-    return Survey(tuple(states), steps, pretraining, tuple(sorted(active)), tuple(problems))
+    active_jobs = sorted({task.job for task in active if task.job})
+    return Survey(tuple(states), steps, pretraining, tuple(active_jobs), tuple(problems))
 
 
 def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
@@ -145,7 +149,7 @@ def _unfinished(
     run: RunPaths,
     task: Submitted | None,
     jobs: Mapping[str, str],
-    active: Iterable[str],
+    active: Collection[Submitted],
     beat: Mapping[str, Any],
     queue: Queue,
 ) -> CellState:
@@ -155,7 +159,7 @@ def _unfinished(
     if task is None:
         return state
     known = replace(state, step=max(state.step, beat.get("step", 0)), total=beat.get("total", 0))
-    if task.job in active:
+    if task in active:
         if jobs.get(task.job) == "waiting":
             return replace(known, state="waiting")
         return replace(known, state="running", rate=beat.get("steps_per_second", 0.0))

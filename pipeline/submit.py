@@ -178,11 +178,14 @@ def one_at_a_time(root: Path) -> Iterator[None]:
     """Two submissions of one run at the same moment: the second waits for the first to end."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / "submit.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except PermissionError as error:
-        raise UserError(f"{root} cannot be written to; set run_dir to a folder of yours") from error
+        lock = (root / "submit.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {root}: {error.strerror}; set run_dir to a folder of yours"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _keep_config(grid: Grid) -> Path:

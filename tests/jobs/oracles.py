@@ -89,7 +89,7 @@ def alternating_ramp(i, total):
 
 def numeric_gradient(function, logits, step=1e-5):
     """Central differences of `function` in every logit."""
-    logits = np.array(logits, np.float64)
+    logits = np.asarray(logits).astype(np.float64)
     gradient = np.zeros_like(logits)
     for place in np.ndindex(logits.shape):
         above, below = logits.copy(), logits.copy()

@@ -12,6 +12,8 @@ from jobs.losses.names import parse_loss
 from tests.jobs import oracles
 from tests.jobs.oracles import VOID, a_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL"]
 PAIRS = ["DLCE", "WDLWCE", "DLNWCE", "WDLNCE", "FLACE", "WDLAWCE", "WFLCE"]
 WEIGHTS = (0.4, 2.5, 0.3, 0.8)  # of four classes
@@ -151,13 +153,13 @@ def test_focal_loss_of_two_classes_is_the_sigmoid_one_of_torchvision():
     assert float(value) == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize("position", [0.0, 0.4, 0.8])
 @pytest.mark.parametrize("name", [*SINGLE, *PAIRS])
-def test_gradients_pass_gradcheck(name, position):
-    logits, target = a_batch(6, images=2, size=(3, 4))
+def test_gradients_pass_gradcheck(name):
+    logits, target = a_batch(6, images=3, size=(2, 3))
     target[1] = VOID
+    assert (target[[0, 2]] == VOID).any()
     assert torch.autograd.gradcheck(
-        lambda x: loss_of(name, x, target, position), logits.requires_grad_()
+        lambda x: loss_of(name, x, target, position=0.6), logits.requires_grad_()
     )
 
 
@@ -238,7 +240,7 @@ def test_labels_whose_class_weighs_nothing_are_finite(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", [*SINGLE, *PAIRS])
+@pytest.mark.parametrize("name", [*SINGLE, "WDLNWCE"])
 def test_half_precision_logits_do_not_overflow(name, dtype):
     """60 000 pixels with large logits: in half precision their sums would be infinite."""
     logits, target = a_batch(14, images=1, size=(200, 300))

@@ -1,0 +1,136 @@
+"""How a command ends: one line for the user's mistake, a traceback only for ours."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc.command import UserError, argument_parser, one_line, run
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = """
+import os, signal, sys
+from hpc.command import UserError, argument_parser, run
+def main(argv):
+    parser = argument_parser("program", "Does things.")
+    parser.add_argument("what")
+    what = parser.parse_args(argv).what
+    if what == "mistake":
+        raise UserError("data/x is damaged;\\ndelete it")
+    if what == "bug":
+        raise ValueError("a bug")
+    if what == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    if what == "talk":
+        for _ in range(100_000):
+            print("a line")
+    return 3 if what == "three" else None
+run(main)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A program of ours that does what its argument says."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+
+    def call(*arguments):
+        line = [sys.executable, str(path), *arguments]
+        environ = {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=30)
+
+    return call
+
+
+def test_a_command_without_a_mistake_ends_with_0_or_its_own_code(program):
+    assert program("nothing").returncode == 0
+    assert program("three").returncode == 3
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(program):
+    done = program("mistake")
+    assert done.returncode == 2
+    assert done.stderr == "error: data/x is damaged;\\ndelete it\n"
+    assert done.stdout == ""
+
+
+def test_debug_shows_where_it_came_from(program):
+    done = program("mistake", "--debug")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert "hpc.command.UserError: data/x is damaged;" in done.stderr
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(program):
+    done = program("bug")
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: a bug\n")
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["x", "--nonsense"], ["x", "y"]])
+def test_wrong_arguments_are_one_line_and_exit_code_2(program, arguments):
+    done = program(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("(see program --help)\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_tells_what_it_does(program):
+    done = program("--help")
+    assert done.returncode == 0
+    assert "Does things." in done.stdout and "--debug" in done.stdout
+
+
+def test_an_interrupt_ends_without_a_traceback(program):
+    done = program("interrupt")
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "interrupted\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    talker = subprocess.Popen(
+        [sys.executable, str(path), "talk"],
+        env={"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert talker.stdout and talker.stderr
+    assert talker.stdout.readline() == "a line\n"
+    talker.stdout.close()  # as `head -1` does
+    assert talker.wait(timeout=30) == 0
+    assert talker.stderr.read() == ""
+    talker.stderr.close()
+
+
+def test_what_has_been_printed_is_out_before_the_command_ends(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda argv: print("table", *argv), ["a"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "table a\n"
+
+
+def test_control_characters_of_a_file_name_stay_on_the_line():
+    assert one_line("a\nb\tc\x1b[31m") == "a\\nb\\tc\\x1b[31m"
+    assert one_line("Größe: 3 µm") == "Größe: 3 µm"
+    assert one_line("bad \udcff name").isprintable()
+
+
+def test_without_arguments_those_of_the_process_are_used(monkeypatch, capsys):
+    def main(argv):
+        raise UserError(f"no {argument_parser('program', None).parse_args(argv)}")
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no Namespace(debug=False)\n"

@@ -1,0 +1,142 @@
+"""Tables become models, or one line that names the file, the key, and the nearest valid name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from hpc.command import UserError
+from hpc.config import Settings, did_you_mean, parse, read_toml
+
+
+class Engine(Settings):
+    cylinders: Annotated[int, Field(ge=1)] = 4
+    fuel: Literal["petrol", "diesel"] = "petrol"
+
+
+class Car(Settings):
+    name: str
+    price: float = 1.0
+    tank: float | None = None
+    doors: Annotated[tuple[str, ...], Field(min_length=1)] = ("left", "right")
+    size: tuple[float, float] = (1.0, 2.0)
+    fast: bool = False
+    engine: Engine = Engine()
+    extra: dict[str, str | int] = Field({})
+
+    @model_validator(mode="after")
+    def _is_affordable(self) -> Car:
+        if self.price > 1000:
+            raise ValueError("price must not be more than 1000")
+        return self
+
+
+def refusal(**table):
+    with pytest.raises(UserError) as refused:
+        parse(Car, {"name": "a", **table}, "cars.toml: [car]")
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith("cars.toml: [car]: ")
+    return message.removeprefix("cars.toml: [car]: ")
+
+
+def test_tomls_spelling_is_understood():
+    car = parse(Car, {"name": "a", "price": 3, "tank": 4, "doors": ["l"], "size": [1, 2.5]}, "x")
+    assert (car.price, car.tank, car.doors, car.size) == (3.0, 4.0, ("l",), (1.0, 2.5))
+    assert type(car.price) is type(car.tank) is float
+
+
+def test_nested_tables_keep_their_defaults():
+    car = parse(Car, {"name": "a", "engine": {"fuel": "diesel"}}, "x")
+    assert car.engine == Engine(cylinders=4, fuel="diesel")
+
+
+def test_what_was_read_cannot_be_changed():
+    car = parse(Car, {"name": "a"}, "x")
+    with pytest.raises(ValidationError):
+        car.name = "b"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"colour": 3}, ("unknown key 'colour'; valid: doors, engine, extra, fast, name, price, "
+          "size, tank")),
+        ({"prices": 3}, "unknown key 'prices'; did you mean 'price'?"),
+        ({"engine": {"cylinder": 3}}, "unknown key 'engine.cylinder'; did you mean 'cylinders'?"),
+        ({"engine": {"x": 3}}, "unknown key 'engine.x'; valid: cylinders, fuel"),
+        ({"price": "3"}, "price: Input should be a valid number, not '3'"),
+        ({"price": True}, "price: Input should be a valid number, not True"),
+        ({"fast": 1}, "fast: Input should be a valid boolean, not 1"),
+        ({"doors": 3}, "doors: Input should be a valid list, not 3"),
+        ({"doors": ["left", 3]}, "doors.1: Input should be a valid string, not 3"),
+        ({"doors": []}, "doors: List should have at least 1 item, not 0"),
+        ({"size": [1, 2, 3]}, "size: List should have at most 2 items, not 3"),
+        ({"engine": 3}, "engine: Input should be a valid table, not 3"),
+        ({"engine": {"cylinders": 0}}, ("engine.cylinders: Input should be greater than or equal"
+          " to 1, not 0")),
+        ({"engine": {"fuel": "coal"}}, ("engine.fuel: Input should be 'petrol' or 'diesel', not"
+          " 'coal'")),
+        ({"extra": {"roof": 1.5}}, ("extra.roof: Input should be a valid string or Input should be"
+          " a valid integer, not 1.5")),
+        ({"price": 2000}, "price must not be more than 1000"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_place(table, message):
+    assert refusal(**table) == message
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match=r"^f: the key 'name' is missing$"):
+        parse(Car, {"price": 3}, "f")
+
+
+def test_a_misspelled_key_is_called_misspelled_rather_than_missing():
+    with pytest.raises(UserError, match=r"^f: unknown key 'nmae'; did you mean 'name'\?$"):
+        parse(Car, {"nmae": "a"}, "f")
+
+
+def test_what_is_no_table_is_refused():
+    with pytest.raises(UserError, match=r"^f: \[car\] must be a table, not \[1\]$"):
+        parse(Car, [1], "f: [car]")
+
+
+def test_names_are_suggested_nearest_first_or_all_of_them():
+    assert did_you_mean("ressnet50", ["resnet101", "resnet50", "unet"]) == (
+        "did you mean 'resnet50' or 'resnet101'?"
+    )
+    assert did_you_mean("zzz", ["b", "a"]) == "valid: a, b"
+    assert did_you_mean("zzz", []) == "none is valid here"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = ", "is not valid TOML: Invalid value (at end of document)"),
+        (b"a = 1\na = 2\n", "is not valid TOML: Cannot overwrite a value"),
+        ("name = 'Zürich'".encode("latin-1"), "is not UTF-8 text; TOML files must be"),
+        (b"a = " + b"[" * 5000, "is not valid TOML: "),
+    ],
+)
+def test_a_file_that_is_no_toml(tmp_path, content, message):
+    path = tmp_path / "grid.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read_toml(path)
+    assert str(refused.value).startswith(f"{path} {message}")
+
+
+def test_a_file_that_is_not_there_or_is_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*/none.toml: No such file or directory"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        read_toml(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa = 'x'\n", b"a = 'x'\r\n"])
+def test_a_file_saved_on_windows_is_read(tmp_path, content):
+    path = tmp_path / "grid.toml"
+    path.write_bytes(content)
+    assert read_toml(path) == {"a": "x"}

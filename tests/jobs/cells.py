@@ -1,0 +1,42 @@
+"""Cells, and batches of features to train them on without a data set."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from jobs.batches import Batch, share
+from jobs.cell import Cell
+from jobs.losses.names import parse_loss
+from jobs.protocol import Protocol
+
+MODEL = "fcn_mobilenet_v3_large"
+CLASS_WEIGHTS = np.array([0.3, 1.7, 1.0])
+VOID = 255
+
+
+def a_cell(loss="WCE", model=MODEL, seed=0, **protocol):
+    return Cell(
+        dataset="streets",
+        data="0123456789abcdef",
+        model=model,
+        loss=parse_loss(loss),
+        seed=seed,
+        protocol=Protocol(**{"weights": "none", **protocol}),
+    )
+
+
+def a_share(step, rank=0, world_size=1, images=5, void=()):
+    """A rank's inputs, batch and target at a step: features of a backbone at stride 16, and label
+    maps of 3 classes. The images at the places `void` have no label."""
+    generator = torch.Generator().manual_seed(step)
+    features = torch.randn(images, 960, 3, 4, generator=generator, dtype=torch.float64).relu()
+    target = torch.randint(3, (images, 24, 32), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.1] = VOID
+    for image in void:
+        target[image] = VOID
+    places = share(images, rank, world_size)
+    mine = slice(places.start, places.stop)
+    nothing = torch.zeros(len(places), 3, 24, 32, dtype=torch.uint8)
+    inputs = features[mine].to(torch.get_default_dtype())
+    return inputs, Batch(nothing, target[mine].to(torch.uint8), places), target[mine]

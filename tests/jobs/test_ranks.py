@@ -1,0 +1,174 @@
+"""A cell trains to the same weights on 1, 2 and 4 ranks, up to rounding, whatever its loss.
+
+Five images a batch, so that ranks have uneven shares; the first two have no label at all, so that
+on two and on four ranks the first one has nothing to learn from. Dropout is on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hpc.groups import Group
+from jobs.trainee import Trainee
+from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
+from tests.jobs.ranks import on_ranks
+
+FCN, DEEPLAB = "fcn_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"
+LOSSES = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "DLCE", "WDLWCE", "WDLNWCE", "FLACE"]
+FIRST, TOTAL = 2, 5  # both ramps are under way at each of the steps 2, 3 and 4 of 5
+
+
+class Case(NamedTuple):
+    """What is trained, and how."""
+
+    model: str
+    loss: str
+    steps: int = 3
+    precision: str = "float64"
+    images: int = 5
+    own_means: bool = False  # the wrong way: a mean of the ranks' own means
+
+    @property
+    def void(self) -> tuple[int, ...]:
+        """The places of the images without a label."""
+        return (0, 1) if self.images == 5 else ()
+
+
+SHORT = ["CE", "DL", "WDL", "FL", "WFL", "DLCE", "WDLWCE", "FLACE"]  # the larger head takes longer
+EXACT = [Case(FCN, loss) for loss in LOSSES]
+EXACT += [Case(DEEPLAB, loss, steps=1 if loss in SHORT else 3) for loss in LOSSES]
+SINGLE = [Case(m, loss, precision="float32") for m in (FCN, DEEPLAB) for loss in ("WCE", "WDL")]
+EMPTY_SHARE = [Case(m, "WDLWCE", images=3) for m in (FCN, DEEPLAB)]
+OWN_MEANS = [case._replace(own_means=True) for case in EXACT if case.model == FCN]
+CASES = [*EXACT, *SINGLE, *EMPTY_SHARE, *OWN_MEANS]
+
+
+class OwnMeans(Group):
+    """Takes every rank's own sums for an equal part of all."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value.detach() * self.world_size
+
+
+class Trained(NamedTuple):
+    """What became of a case on a rank."""
+
+    losses: list[float]
+    gradient: torch.Tensor  # of the first step
+    before: torch.Tensor  # all weights
+    after: torch.Tensor
+
+
+class Outcome(NamedTuple):
+    """How far a rank is from the one-rank run, relative to what that run did."""
+
+    losses: float
+    gradient: float
+    update: float
+    weights: str  # a hash of all bits
+
+
+def train(group, case):
+    torch.set_default_dtype(getattr(torch, case.precision))
+    if case.own_means:
+        group = OwnMeans(group.env, group.device)
+    trainee = Trainee(a_cell(case.loss, case.model, learning_rate=0.1), 3, CLASS_WEIGHTS, group)
+    parameters, losses = list(trainee.network.parameters()), []
+    before = flat(parameters)
+    for step in range(FIRST, FIRST + case.steps):
+        share = a_share(step, group.rank, group.world_size, case.images, case.void)
+        losses.append(trainee.step(*share, step, TOTAL))
+        if step == FIRST:
+            gradient = flat(parameter.grad for parameter in parameters)
+    return Trained(losses, gradient, before, flat(parameters))
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def lead(group, folder):
+    """One rank trains all cases and leaves what became of them."""
+    for number, case in enumerate(CASES):
+        if not case.own_means:
+            torch.save(tuple(train(group, case)), folder / f"{number}.pt")
+
+
+def follow(group, folder):
+    """Each rank trains its share of all cases and measures its distance from the one rank."""
+    outcomes = []
+    for case in CASES:
+        number = CASES.index(case._replace(own_means=False))
+        one = Trained(*torch.load(folder / f"{number}.pt", weights_only=True))
+        mine = train(group, case)
+        losses = torch.tensor([mine.losses, one.losses], dtype=torch.float64)
+        weights = hashlib.sha256(mine.after.numpy().tobytes()).hexdigest()
+        outcomes.append((
+            relative(losses[0] - losses[1], losses[1]),
+            relative(mine.gradient - one.gradient, one.gradient),
+            relative(mine.after - one.after, one.after - one.before),
+            weights,
+        ))  # fmt: skip
+    return outcomes
+
+
+def relative(difference, scale):
+    return float(difference.norm() / scale.norm())
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """The folder of what one rank found on the whole batches."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    on_ranks(1, tmp_path_factory.mktemp("rank"), lead, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, one_rank, tmp_path_factory):
+    """The outcome of a case on each of two or four ranks."""
+    found = on_ranks(request.param, tmp_path_factory.mktemp("ranks"), follow, one_rank)
+    return lambda case: [Outcome(*outcomes[CASES.index(case)]) for outcomes in found]
+
+
+def named(case):
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize("case", EXACT, ids=named)
+def test_ranks_change_nothing_but_rounding(ranks, case):
+    for outcome in ranks(case):
+        assert outcome.losses < 1e-10
+        assert outcome.gradient < 1e-10
+        assert outcome.update < 1e-10
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=named)
+def test_ranks_change_little_in_single_precision(ranks, case):
+    for outcome in ranks(case):
+        assert outcome.losses < 1e-4
+        assert outcome.gradient < 1e-4
+        assert outcome.update < 1e-4
+
+
+@pytest.mark.parametrize("case", EMPTY_SHARE, ids=named)
+def test_a_rank_without_an_image_takes_part(ranks, case):
+    """Three images on four ranks."""
+    for outcome in ranks(case):
+        assert max(outcome.losses, outcome.gradient, outcome.update) < 1e-10
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_all_ranks_hold_the_same_bits(ranks, case):
+    assert len({outcome.weights for outcome in ranks(case)}) == 1
+
+
+@pytest.mark.parametrize("case", OWN_MEANS, ids=named)
+def test_a_mean_of_the_ranks_own_means_would_train_another_network(ranks, case):
+    for outcome in ranks(case):
+        assert outcome.gradient > 0.1
+        assert outcome.update > 0.1

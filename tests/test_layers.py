@@ -1,0 +1,210 @@
+"""Imports go downward, planning stays cheap, and the lowest layer knows nothing of the science."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+ROW = re.compile(r"^\| ([a-z_.]+) \| ([a-z_., ]*)\|$", re.MULTILINE)
+
+Table = dict[str, set[str]]
+
+
+def layer_table(design: str) -> Table:
+    """What each layer may import, as the table under `## Layers` says."""
+    section = design.split("## Layers", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
+    return {
+        m[1]: {word for word in re.split(r"[, ]+", m[2]) if word} for m in ROW.finditer(section)
+    }
+
+
+def layer_of(module: str, table: Table) -> str | None:
+    """The innermost layer that a module belongs to; None if it is not one of ours."""
+    owners = [layer for layer in table if f"{module}.".startswith(f"{layer}.")]
+    return max(owners, key=len, default=None)
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """The modules that a file of `package` imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join(
+                [*(above if node.level else []), *([node.module] if node.module else [])]
+            )
+            # `from jobs import losses` imports a package, `from jobs.cell import Cell` does not
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def upward_imports(root: Path, table: Table) -> list[str]:
+    """A line for each import under `root` that the table does not allow."""
+    found = []
+    for top in sorted({layer.split(".")[0] for layer in table}):
+        for path in sorted((root / top).rglob("*.py")):
+            package = ".".join(path.relative_to(root).parent.parts)
+            own = layer_of(f"{package}.{path.stem}", table)
+            assert own is not None
+            for module in imported(path.read_text(encoding="utf-8"), package):
+                target = layer_of(module, table)
+                if target is not None and not may_import(own, target, table):
+                    found.append(f"{path.relative_to(root)} imports {module}")
+    return found
+
+
+def may_import(layer: str, target: str, table: Table) -> bool:
+    """A layer may import itself, its own parts, what its row names, and their parts."""
+    return any(f"{target}.".startswith(f"{allowed}.") for allowed in {layer, *table[layer]})
+
+
+TABLE = layer_table((REPOSITORY / "docs/design.md").read_text(encoding="utf-8"))
+
+
+def test_the_table_names_every_package():
+    packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
+    assert {layer for layer in TABLE if "." not in layer} == packages
+    inner = {f"jobs.{path.parent.name}" for path in REPOSITORY.glob("jobs/*/__init__.py")}
+    assert {layer for layer in TABLE if "." in layer} == inner
+    assert TABLE["pipeline"] == {"jobs", "data_prep", "hpc"}
+    assert TABLE["hpc"] == TABLE["jobs.losses"] == set()
+
+
+def test_imports_go_downward_only():
+    assert upward_imports(REPOSITORY, TABLE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("hpc/queue.py", "import jobs.cell"),
+        ("hpc/queue.py", "from data_prep import settings"),
+        ("data_prep/pack.py", "def later():\n    from jobs.cell import Cell"),
+        ("data_prep/sources/folder.py", "if True:\n    import pipeline"),
+        ("jobs/cell.py", "from pipeline.grid import read_grid"),
+        ("jobs/losses/combine.py", "from jobs.protocol import Protocol"),
+        ("jobs/losses/combine.py", "from ..cell import Cell"),
+        ("jobs/losses/combine.py", "from .. import cell"),
+        ("jobs/losses/combine.py", "from jobs.models.names import MODELS"),
+        ("jobs/metrics/counts.py", "class C:\n    def f(self):\n        import hpc.atomic"),
+    ],
+)
+def test_a_made_up_upward_import_is_caught(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f"import json\n{line}\n")
+    assert len(upward_imports(tmp_path, TABLE)) == 1
+    assert upward_imports(tmp_path, TABLE)[0].startswith(f"{file} imports ")
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("pipeline/grid.py", "from jobs.losses.names import Knot"),
+        ("jobs/train.py", "from jobs.losses import combine"),
+        ("jobs/losses/combine.py", "from . import functional"),
+        ("jobs/losses/combine.py", "from jobs.losses.names import Knot"),
+        ("hpc/queue.py", "import jobsets, pipelines.grid"),
+    ],
+)
+def test_a_downward_import_is_not(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{line}\n")
+    assert upward_imports(tmp_path, TABLE) == []
+
+
+CHEAP = """
+import importlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+if sys.argv[1] != "-":
+    from pipeline import submit
+    from pipeline.grid import make_plan, read_grid
+    grid = read_grid(sys.argv[1])
+    plan = make_plan(grid, grid.cells, {}, (), {})
+    assert sum(len(task.cells) for task in plan.bundles) == len(grid.cells) > 0
+    assert len(plan.pretrain) == 1
+    assert submit.main(["grid", sys.argv[1], "--dry-run"]) == 0
+loaded = {name.split(".")[0] for name in sys.modules}
+print("heavy:", *sorted(loaded & {"torch", "torchvision", "h5py", "mpi4py"}))
+"""
+
+PLANNING = (
+    "pipeline.submit",
+    "pipeline.status",
+    "pipeline.grid",
+    "pipeline.checks",
+    "pipeline.state",
+    "pipeline.wait",
+    "jobs.cell",
+    "jobs.protocol",
+    "jobs.task",
+    "jobs.losses.names",
+    "jobs.models.names",
+    "data_prep.settings",
+    "data_prep.manifest",
+    "data_prep.weights",
+    "hpc.queue",
+    "hpc.checkpoint",
+    "hpc.env",
+)
+
+
+def _fresh(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The planning program in a Python of its own."""
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    line = [sys.executable, "-c", CHEAP, *arguments]
+    return subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=60)
+
+
+def test_planning_imports_neither_torch_nor_hdf5_nor_mpi(tmp_path):
+    packages = [
+        ".".join(path.relative_to(REPOSITORY).parent.parts)
+        for top in ("hpc", "data_prep", "jobs", "pipeline")
+        for path in (REPOSITORY / top).rglob("__init__.py")
+    ]
+    assert "data_prep.sources" in packages
+    done = _fresh(str(REPOSITORY / "configs/demo.toml"), *PLANNING, *packages, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy:"
+    assert "would submit" in done.stdout
+    assert list(tmp_path.iterdir()) == []  # a dry run writes nothing
+
+
+def test_a_program_that_does_import_one_is_noticed(tmp_path):
+    done = _fresh("-", "pipeline.results", folder=tmp_path)
+    assert done.stdout.splitlines()[-1] == "heavy: h5py"
+
+
+SCIENCE = re.compile(
+    r"\b(segment\w*|pixels?|label(s| maps?)?|loss(es)?|dice|focal|logits?|void|crops?|"
+    r"class(es)? (weights?|pixels?)|confusion|backbones?|bundles?|cells?|shards?|epochs?|seeds?|"
+    r"data ?sets?|images?|resnet\w*|deeplab\w*|fcn|cityscapes|camvid|voc|coco)\b",
+    re.IGNORECASE,
+)
+
+
+def words_of_segmentation(text: str) -> list[str]:
+    return [match[0] for match in SCIENCE.finditer(text)]
+
+
+def test_what_a_cluster_gives_holds_no_word_of_segmentation():
+    files = sorted((REPOSITORY / "hpc").rglob("*.py"))
+    assert len(files) > 10
+    found = {path.name: words_of_segmentation(path.read_text()) for path in files}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def test_such_a_word_would_be_found():
+    assert words_of_segmentation("the label maps of a data set") == ["label maps", "data set"]
+    assert words_of_segmentation("Resume each cell of the bundle") == ["cell", "bundle"]
+    assert words_of_segmentation("cells_per_job, lossless, @classmethod, a class") == []
