@@ -15,7 +15,7 @@ from pathlib import Path
 from hpc.command import UserError
 
 
-class Superseded(RuntimeError):
+class Superseded(UserError):
     """A later start has claimed what this process was about to write."""
 
 

@@ -8,6 +8,7 @@ pass on its features. Resuming is what happens when a checkpoint is there.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,6 +54,8 @@ def configure_torch(protocol: Protocol) -> None:
     """Threads come from the protocol, not from what the node happens to have: bits depend on
     them."""
     torch.set_num_threads(protocol.threads)
+    if protocol.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
     torch.use_deterministic_algorithms(protocol.deterministic)
 
 

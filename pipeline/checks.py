@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import SPLITS, Manifest
+from data_prep.settings import DatasetSettings
+from data_prep.sources import SOURCES
 from data_prep.weights import WITHOUT_FILE, require_weights
 from hpc.checkpoint import KEPT
 from hpc.command import UserError
@@ -19,18 +21,31 @@ _BYTES = 4  # a float32
 
 def check_inputs(grid: Grid, packed: bool) -> None:
     """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
-    batch does not fit a training set. `packed` False: packing comes first, do not look yet."""
-    for name, settings in grid.datasets.items() if packed else ():
-        manifest = Manifest.load(settings.shards)
-        manifest.check_files()
+    batch does not fit a training set. `packed` False: packing comes first, so look at the
+    source."""
+    for name, settings in grid.datasets.items():
+        images = _packed_images(settings) if packed else _source_images(settings)
         protocol = grid.protocols[name]
-        protocol.steps_per_epoch(manifest.splits["train"].images)
+        protocol.steps_per_epoch(images)
         if protocol.weights == "pretrain":
             changes = {"batch_size": protocol.pretrain.batch_size}
-            protocol.model_copy(update=changes).steps_per_epoch(manifest.splits["train"].images)
+            protocol.model_copy(update=changes).steps_per_epoch(images)
     for cell in grid.cells:
         if cell.protocol.weights not in WITHOUT_FILE:
             require_weights(cell.protocol.weights, cell.model)
+
+
+def _packed_images(settings: DatasetSettings) -> int:
+    manifest = Manifest.load(settings.shards)
+    manifest.check_files()
+    return manifest.splits["train"].images
+
+
+def _source_images(settings: DatasetSettings) -> int:
+    source = SOURCES[settings.source]
+    for split in SPLITS:
+        source.samples(settings, split)  # lists folders, and refuses what does not pair
+    return len(source.samples(settings, "train"))
 
 
 def check_room(grid: Grid, cells: Iterable[Cell]) -> None:

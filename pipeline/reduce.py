@@ -54,7 +54,8 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
             datasets.append(_dataset(grid, name, cells, have, summed, chosen))
     if ranks.rank == 0:
         assert gathered is not None
-        _write(grid, datasets, sorted({line for _, lines in gathered for line in lines}))
+        problems = sorted({line for _, lines in gathered for line in lines})
+        _write(grid, datasets, problems, [index.record["source"] for index in indices])
 
 
 def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
@@ -147,7 +148,12 @@ def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
     }
 
 
-def _write(grid: Grid, datasets: list[DatasetResults], problems: list[str]) -> None:
+def _write(
+    grid: Grid,
+    datasets: list[DatasetResults],
+    problems: list[str],
+    sources: Sequence[Mapping[str, str]],
+) -> None:
     have = {cell["signature"] for dataset in datasets for cell in dataset.cells}
     missing = [cell.name for cell in grid.cells if cell.signature not in have]
     record = {
@@ -155,6 +161,7 @@ def _write(grid: Grid, datasets: list[DatasetResults], problems: list[str]) -> N
         "notes": [*_backbone_notes(grid), *problems],
         "protocol": {n: p.model_dump(mode="json") for n, p in grid.protocols.items()},
         "losses": [_loss(asdict(loss)) for loss in grid.losses],
+        "commit": ", ".join(sorted({_commit(source) for source in sources} - {""})),
     }
     write_results(grid.run.results, Results(grid.name, record, datasets))
     for problem in problems:
@@ -162,6 +169,10 @@ def _write(grid: Grid, datasets: list[DatasetResults], problems: list[str]) -> N
     print(f"{grid.run.results}: {len(have)} of {len(grid.cells)} cells")
     for name in missing:
         print(f"missing: {name}")
+
+
+def _commit(source: Mapping[str, str]) -> str:
+    return source.get("commit", "") + (" with changes" if source.get("diff") else "")
 
 
 def _loss(loss: dict[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
     """Submit `stages`, each after the one before. Returns the job ids by stage."""
     with one_at_a_time(grid.run.root):
-        if "grid" in stages:  # before anything is queued
+        if "grid" in stages or "prep" in stages:  # before anything is queued
             check_inputs(grid, packed="prep" not in stages)
         config = _keep_config(grid)
         jobs: dict[str, list[str]] = {}
