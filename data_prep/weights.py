@@ -75,15 +75,20 @@ def _hash_prefix(path: Path) -> str:
 
 def fetch(path: Path) -> None:
     """Download a published file to `path`, whole and checked or not at all."""
-    import torch.hub  # planning looks for files here and must not pay for it
+    # planning looks for files here and must not pay for these
+    from http.client import HTTPException
+    from urllib.error import URLError
 
-    try:
-        with new_file(path) as temporary:
-            torch.hub.download_url_to_file(
-                f"{SOURCE}/{path.name}", str(temporary), hash_prefix=_hash_prefix(path)
-            )
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not fit
-        raise UserError(f"cannot fetch {SOURCE}/{path.name}: {error}") from error
+    import torch.hub
+
+    url = f"{SOURCE}/{path.name}"
+    with new_file(path) as temporary:
+        try:
+            torch.hub.download_url_to_file(url, str(temporary), hash_prefix=_hash_prefix(path))
+        # inside, as these are OSErrors, which `new_file` takes for a full disk;
+        # RuntimeError: the hash does not fit
+        except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
+            raise UserError(f"cannot fetch {url}: {error}") from error
 
 
 def main(argv: Sequence[str]) -> int:

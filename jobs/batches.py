@@ -3,7 +3,7 @@ many loader processes prepare it, and however many ranks share it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,12 +90,12 @@ def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) ->
 
 def load_images(
     images: EvaluationImages, indices: range, workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """The evaluation images of `indices`, in order."""
     return _loader(images, indices, workers)
 
 
-def _loader(dataset: Dataset, indices: range, workers: int) -> Iterator:
+def _loader(dataset: Dataset, indices: range, workers: int) -> Generator:
     workers = min(workers, len(indices))
     items = DataLoader(
         _Guarded(dataset),

@@ -68,6 +68,10 @@ class Cell(Settings):
             del shared["protocol"][settings]
         return _key({**shared, "backbone": MODELS[self.model].backbone})
 
+    def __copy__(self) -> Cell:
+        # without the keys that were computed: `model_copy(update=...)` is another cell
+        return self.model_construct(**{name: getattr(self, name) for name in Cell.model_fields})
+
     def _shared(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from hpc.atomic import Damaged, file_sha256, new_file, read_json, write_json
+from hpc.atomic import Damaged, file_sha256, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def write_counts(
     """Write the arrays, whose first axis is `cells`, and then the index that makes them count."""
     import h5py  # planning reads indices and must not pay for it
 
-    with new_file(path) as temporary, h5py.File(temporary, "w", track_order=False) as file:
+    whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
+    with h5py.File(whole, "w", track_order=False) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
+    write_bytes(path, whole.getvalue())
     index = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "cells": list(cells)}
     write_json(path.with_suffix(".json"), {**index, "record": dict(record)})
 

@@ -4,6 +4,7 @@ rank i mod world_size, none padded or repeated."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -41,20 +42,23 @@ def evaluate(
     counts = [Counts.zeros(num_classes, protocol.bins) for _ in range(num_cells)]
     broken = [False] * num_cells
     mine = range(group.rank, len(reader), group.world_size)
-    images = load_images(EvaluationImages(reader, protocol.eval_size), mine, protocol.workers)
-    for _ in range(0, len(reader), group.world_size):
-        if group.max(stop()):
-            return None
-        pair = next(images, None)
-        if pair is None:  # the last round may leave some ranks without an image
-            continue
-        image, target = pair
-        logits = forward(normalise(image[None].to(group.device)))
-        for cell, output in enumerate(logits):
-            broken[cell] |= not bool(torch.isfinite(output).all())
-            if not broken[cell]:
-                scores = upsample(output.float(), (target.shape[0], target.shape[1]))[0]
-                counts[cell] += count_image(scores, target.to(group.device), protocol.bins)
+    loaded = load_images(EvaluationImages(reader, protocol.eval_size), mine, protocol.workers)
+    # closed on an error too: its traceback would keep the loaders alive, and Python, which they
+    # do not let go by a signal, waiting for them at its exit
+    with closing(loaded) as images:
+        for _ in range(0, len(reader), group.world_size):
+            if group.max(stop()):
+                return None
+            pair = next(images, None)
+            if pair is None:  # the last round may leave some ranks without an image
+                continue
+            image, target = pair
+            logits = forward(normalise(image[None].to(group.device)))
+            for cell, output in enumerate(logits):
+                broken[cell] |= not bool(torch.isfinite(output).all())
+                if not broken[cell]:
+                    scores = upsample(output.float(), (target.shape[0], target.shape[1]))[0]
+                    counts[cell] += count_image(scores, target.to(group.device), protocol.bins)
     agreed = [bool(group.max(b)) for b in broken]
     return [None if b else _sum_over_ranks(c, group) for b, c in zip(agreed, counts, strict=True)]
 

@@ -39,7 +39,7 @@ def pretraining_cell(cell: Cell) -> Cell:
     protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
     model = f"fcn_{MODELS[cell.model].backbone}"
     update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
-    return Cell(**{**dict(cell), **update})
+    return cell.model_copy(update=update)
 
 
 def main(argv: Sequence[str]) -> int:

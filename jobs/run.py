@@ -72,10 +72,10 @@ class Run:
         step, states, records, problems = checkpoint.load_latest(folder, names)
         step = self.group.broadcast(step)
         for problem in problems:
-            self.say(f"warning: {problem}; an older checkpoint is used")
+            self.say(f"warning: {problem}; passed over")
         if step == 0:
-            self.say("starting at step 0" if not problems else "warning: no checkpoint is intact; "
-                     "starting over at step 0")  # fmt: skip
+            self.say("warning: no checkpoint is intact" if problems else "there is no checkpoint")
+            self.say("starting at step 0")
             return 0
         for record in records:
             self._require_same_inputs(record["inputs"])

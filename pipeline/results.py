@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc.atomic import Damaged, new_file
+from hpc.atomic import Damaged, write_bytes
 from hpc.command import UserError
 from jobs.metrics.counts import NAMES, Counts, shapes
 
@@ -64,13 +65,15 @@ def write_results(path: str | Path, results: Results) -> None:
     """
     for dataset in results.datasets:
         _check(dataset)
-    with new_file(path) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+    whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
+    with h5py.File(whole, "w", libver=("v110", "v110")) as file:
         file.attrs["format"] = FORMAT
         file.attrs["grid"] = results.grid
         file.attrs["record"] = _json(results.record)
         file.attrs["sha256"] = _checksum(results)
         for index, dataset in enumerate(results.datasets):
             _write_dataset(file.create_group(str(index)), dataset)
+    write_bytes(path, whole.getvalue())
 
 
 def read_results(path: str | Path) -> Results:

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.manifest import MANIFEST
 from hpc.atomic import write_bytes, write_json
 from hpc.call import ModuleCall
-from hpc.command import UserError, argument_parser, run
+from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room
@@ -44,13 +45,25 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
-    stages = STAGES[:-1] if arguments.stage == "all" else (arguments.stage,)
+    stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
         state = survey(grid, queue)
         describe_plan(grid, state, plan_of(grid, state), stages)
         return 0
     jobs = submit(grid, queue, stages)
     return wait_for(grid, queue, jobs, stages) if arguments.wait else 0
+
+
+def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
+    """The stages that a command means: `all` is every one, and `grid` packs first what is not
+    packed yet."""
+    if stage == "all":
+        return STAGES[:-1]
+    unpacked = [n for n, d in grid.datasets.items() if not (Path(d.shards) / MANIFEST).exists()]
+    if stage == "grid" and unpacked:
+        print(f"not packed yet, so that comes first: {', '.join(map(one_line, unpacked))}")
+        return ("prep", "grid")
+    return (stage,)
 
 
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:

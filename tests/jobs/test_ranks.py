@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,10 +38,11 @@ class Case(NamedTuple):
         return (0, 1) if self.images == 5 else ()
 
 
-SHORT = ["CE", "DL", "WDL", "FL", "WFL", "DLCE", "WDLWCE", "FLACE"]  # the larger head takes longer
 EXACT = [Case(FCN, loss) for loss in LOSSES]
-EXACT += [Case(DEEPLAB, loss, steps=1 if loss in SHORT else 3) for loss in LOSSES]
+# the larger head takes longer, and what follows its gradient is the same for all losses
+EXACT += [Case(DEEPLAB, loss, steps=3 if loss == "WDLNWCE" else 1) for loss in LOSSES]
 SINGLE = [Case(m, "WDLWCE", precision="float32") for m in (FCN, DEEPLAB)]
+# three images are too few for four ranks
 EMPTY_SHARE = [Case(m, "WDLWCE", images=3) for m in (FCN, DEEPLAB)]
 OWN_MEANS = [Case(FCN, loss, steps=1, own_means=True) for loss in LOSSES]
 CASES = [*EXACT, *SINGLE, *EMPTY_SHARE, *OWN_MEANS]
@@ -54,21 +56,18 @@ class OwnMeans(Group):
 
 
 class Trained(NamedTuple):
-    """What became of a case on a rank."""
+    """What became of a case on a rank, as one vector each."""
 
     losses: torch.Tensor  # of every step
     gradient: torch.Tensor  # of the first step
-    before: torch.Tensor  # all weights
-    after: torch.Tensor
+    update: torch.Tensor  # by which all steps together moved the weights
 
 
 class Outcome(NamedTuple):
-    """How far a rank is from the one-rank run, relative to what that run did."""
+    """What a rank found for a case."""
 
-    losses: float
-    gradient: float
-    update: float
-    bits: int  # of all weights, summed as integers
+    distances: list[float]  # from losses, gradient and update of one rank, relative to these
+    bits: int  # of the update, summed as integers
 
 
 def train(group, case):
@@ -83,7 +82,7 @@ def train(group, case):
         losses.append(trainee.step(*share, step, TOTAL))
         if step == FIRST:
             gradient = flat(parameter.grad for parameter in parameters)
-    return Trained(torch.tensor(losses), gradient, before, flat(parameters))
+    return Trained(torch.tensor(losses), gradient, flat(parameters).sub_(before))
 
 
 def flat(tensors):
@@ -94,7 +93,8 @@ def lead(group, folder):
     """One rank trains all cases and leaves what became of them."""
     for number, case in enumerate(CASES):
         if not case.own_means:
-            torch.save(tuple(train(group, case)), folder / f"{number}.pt")
+            for name, vector in train(group, case)._asdict().items():
+                np.save(folder / f"{number}-{name}.npy", vector.numpy())
 
 
 def follow(group, folder):
@@ -102,20 +102,20 @@ def follow(group, folder):
     outcomes = []
     for case in CASES:
         number = CASES.index(case._replace(own_means=False, steps=3) if case.own_means else case)
-        one = Trained(*torch.load(folder / f"{number}.pt", weights_only=True, mmap=True))
         mine = train(group, case)
-        bits = mine.after.view(torch.int64 if case.precision == "float64" else torch.int32)
-        outcomes.append((
-            relative(mine.losses - one.losses[: case.steps], one.losses),
-            relative(mine.gradient - one.gradient, one.gradient),
-            relative(mine.after - one.after, one.after - one.before),
-            int(bits.sum()),
-        ))  # fmt: skip
+        distances = [
+            distance(vector, torch.from_numpy(np.load(folder / f"{number}-{name}.npy")))
+            for name, vector in mine._asdict().items()
+            if not case.own_means or name == "gradient"
+        ]
+        integers = torch.int64 if case.precision == "float64" else torch.int32
+        outcomes.append((distances, int(mine.update.view(integers).sum())))
     return outcomes
 
 
-def relative(difference, scale):
-    return float(difference.norm() / scale.norm())
+def distance(found, expected):
+    scale = float(expected.norm())
+    return float(expected.sub_(found).norm()) / scale
 
 
 @pytest.fixture(scope="module")
@@ -137,27 +137,17 @@ def named(case):
     return "-".join(map(str, case))
 
 
-@pytest.mark.parametrize("case", EXACT, ids=named)
+@pytest.mark.parametrize("case", [*EXACT, *EMPTY_SHARE], ids=named)
 def test_ranks_change_nothing_but_rounding(ranks, case):
     for outcome in ranks(case):
-        assert outcome.losses < 1e-10
-        assert outcome.gradient < 1e-10
-        assert outcome.update < 1e-10
+        assert len(outcome.distances) == 3
+        assert max(outcome.distances) < 1e-10
 
 
 @pytest.mark.parametrize("case", SINGLE, ids=named)
 def test_ranks_change_little_in_single_precision(ranks, case):
     for outcome in ranks(case):
-        assert outcome.losses < 1e-4
-        assert outcome.gradient < 1e-4
-        assert outcome.update < 1e-4
-
-
-@pytest.mark.parametrize("case", EMPTY_SHARE, ids=named)
-def test_a_rank_without_an_image_takes_part(ranks, case):
-    """Three images on four ranks."""
-    for outcome in ranks(case):
-        assert max(outcome.losses, outcome.gradient, outcome.update) < 1e-10
+        assert max(outcome.distances) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -167,5 +157,6 @@ def test_all_ranks_hold_the_same_bits(ranks, case):
 
 @pytest.mark.parametrize("case", OWN_MEANS, ids=named)
 def test_a_mean_of_the_ranks_own_means_would_train_another_network(ranks, case):
+    """Only the gradient of the first step is compared."""
     for outcome in ranks(case):
-        assert outcome.gradient > 0.1
+        assert outcome.distances[0] > 0.1
