@@ -27,9 +27,11 @@ def check_inputs(grid: Grid, packed: bool) -> None:
         images = _packed_images(settings) if packed else _source_images(settings)
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
-        if protocol.weights == "pretrain":
-            changes = {"batch_size": protocol.pretrain.batch_size}
-            protocol.model_copy(update=changes).steps_per_epoch(images)
+        if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
+            raise UserError(
+                f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than the "
+                f"training set of {images} images; choose a smaller one"
+            )
     for cell in grid.cells:
         if cell.protocol.weights not in WITHOUT_FILE:
             require_weights(cell.protocol.weights, cell.model)

@@ -1,9 +1,17 @@
-"""Grid files for the tests of planning: small, whole, and changed as one asks."""
+"""Grid files for the tests of planning: small, whole, and changed as one asks; and the counts that
+finished jobs leave."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from data_prep.manifest import Manifest
+from jobs.cell import Cell
+from jobs.counts_file import write_counts
+from jobs.metrics.counts import NAMES, Counts
 from pipeline.grid import Grid, read_grid
 
 TEXT = """\
@@ -49,3 +57,26 @@ def grid_file(folder: Path, *changes: tuple[str, str], more: str = "", top: str 
 def small_grid(folder: Path, *changes: tuple[str, str], more: str = "", top: str = "") -> Grid:
     """That file, read."""
     return read_grid(grid_file(folder, *changes, more=more, top=top))
+
+
+def counts_of(cell: Cell, manifest: Manifest) -> Counts:
+    """Made-up counts, another for each cell; the same for the same cell."""
+    generator = np.random.default_rng(int(cell.signature, 16))
+    zeros = Counts.zeros(len(manifest.classes), cell.protocol.bins).as_arrays()
+    return Counts.from_arrays(
+        {name: generator.integers(0, 2**40, array.shape) for name, array in zeros.items()}
+    )
+
+
+def finish(grid: Grid, cells: Sequence[Cell], task: str, generation: int = 1, **record) -> Path:
+    """Leave what a job leaves that has trained `cells`: their counts. Returns the file's path."""
+    manifest = Manifest.load(grid.datasets[cells[0].dataset].shards)
+    counts = [counts_of(cell, manifest).as_arrays() for cell in cells]
+    arrays = {name: np.stack([one[name] for one in counts]) for name in NAMES}
+    entries = [
+        {"signature": cell.signature, "name": cell.name, "backbone": "0123"} for cell in cells
+    ]
+    about = {"manifest": manifest.fingerprint, "provenance": [{"torch": "2"}], "source": {}}
+    path = grid.run.counts_of(task, generation)
+    write_counts(path, entries, arrays, {**about, **record})
+    return path

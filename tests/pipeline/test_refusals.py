@@ -202,7 +202,10 @@ def test_a_batch_larger_than_the_training_set(tmp_path, refusal):
     run_packing(path)
     assert refusal(submit.main, "grid", path) == expected
     pretrain = (WEIGHTS, 'weights = "pretrain"\npretrain = {batch_size = 9}')
-    assert "batch_size = 9 is" in refusal(submit.main, "grid", grid_file(tmp_path, pretrain))
+    said = refusal(submit.main, "grid", grid_file(tmp_path, pretrain))
+    assert said.startswith(
+        "[protocol.pretrain] batch_size = 9 is larger than the training set of 6"
+    )
 
 
 def run_packing(path: Path) -> None:
@@ -311,7 +314,7 @@ def user(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no grid file {path}; there are configs/camvid.toml, configs/demo.toml"),
+        (None, "there is no grid file {path}; there are configs/camvid.toml, "),
         (b"name = small\n", "{path} is not valid TOML: Invalid value (at line 1, column 8)"),
         ("name = 'Zürich'\n".encode("latin-1"), "{path} is not UTF-8 text; TOML files must be"),
         (b"name = 'x'\nseed = [0]\n", "{path}: unknown key 'seed'; did you mean 'seeds'?"),
