@@ -29,8 +29,8 @@ def check_inputs(grid: Grid, packed: bool) -> None:
         protocol.steps_per_epoch(images)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
             raise UserError(
-                f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than the "
-                f"training set of {images} images; choose a smaller one"
+                f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than "
+                f"the training set of {images} images; choose a smaller one"
             )
     for cell in grid.cells:
         if cell.protocol.weights not in WITHOUT_FILE:

@@ -195,8 +195,9 @@ def test_a_start_that_was_cut_off_can_neither_save_nor_delete(run):
     run.save(10, stale, "a", "b")
     run.save(20, stale, "a", "b")
     successor = run.start("b", "c")
-    with pytest.raises(Superseded):
-        run.save(30, stale, "a", "b")
+    for step in (20, 30):
+        with pytest.raises(Superseded):
+            run.save(step, stale, "a", "b")
     with pytest.raises(Superseded):
         checkpoint.prune(run.folder, stale, finished=["a", "b"])
     assert run.folders == ["step-000000010-g1", "step-000000020-g1"]  # nor a temporary one
@@ -233,6 +234,16 @@ def test_jobs_with_other_units_of_the_same_folder_do_not_disturb_each_other(run)
     ]
     checkpoint.prune(run.folder, first, finished=["a"])
     assert run.folders == ["step-000000025-g2", "step-000000035-g2"]
+
+
+def test_nobody_tidies_up_after_others(run, monkeypatch):
+    others, mine = run.start("b"), run.start("a")
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint, "prune", lambda *_, **__: None)  # it has not come to that yet
+        for step in (10, 20, 30):
+            run.save(step, others, "b")
+    checkpoint.prune(run.folder, mine, finished=["a", "b"])
+    assert len(run.folders) == 3
 
 
 def test_after_a_split_the_part_that_goes_on_leaves_the_others_progress(run):

@@ -259,6 +259,27 @@ def test_certain_and_wrong_by_far_is_finite(name):
     assert torch.isfinite(value) and torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_an_impossible_class_at_a_void_pixel_is_nothing_to_a_loss_function(kind):
+    logits, target = a_batch(16)
+    log_probs = torch.log_softmax(logits, dim=1)
+    other = log_probs.masked_fill((target == VOID).unsqueeze(1), -float("inf"))
+    found = []
+    for scores in (log_probs, other):
+        scores = scores.requires_grad_()
+        value = LOSSES[kind](scores, target, torch.tensor(WEIGHTS), lambda x: x)
+        found.append((value, *torch.autograd.grad(value, scores)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_focal_loss_of_a_nearly_certain_pixel_keeps_its_digits():
+    """1 - p from log p = -1e-4 has three digits in single precision if p is computed first."""
+    log_probs = torch.full((1, 1, 1, 1), -1e-4)
+    value = LOSSES["FL"](log_probs, torch.zeros(1, 1, 1).long(), None, lambda x: x)
+    assert float(value) == pytest.approx(np.expm1(-1e-4) ** 2 * 1e-4, rel=1e-6, abs=0)
+
+
 # --- many ranks -------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data_prep.manifest import Manifest
 from jobs.cell import Cell
@@ -60,11 +61,12 @@ def small_grid(folder: Path, *changes: tuple[str, str], more: str = "", top: str
 
 
 def counts_of(cell: Cell, manifest: Manifest) -> Counts:
-    """Made-up counts, another for each cell; the same for the same cell."""
+    """Made-up counts, another for each cell, the same for the same cell; beyond what a float64
+    holds, so that any detour over floats is seen."""
     generator = np.random.default_rng(int(cell.signature, 16))
     zeros = Counts.zeros(len(manifest.classes), cell.protocol.bins).as_arrays()
     return Counts.from_arrays(
-        {name: generator.integers(0, 2**40, array.shape) for name, array in zeros.items()}
+        {name: generator.integers(0, 2**62, array.shape) for name, array in zeros.items()}
     )
 
 
@@ -80,3 +82,12 @@ def finish(grid: Grid, cells: Sequence[Cell], task: str, generation: int = 1, **
     path = grid.run.counts_of(task, generation)
     write_counts(path, entries, arrays, {**about, **record})
     return path
+
+
+def pairs(folder: Path, stems: str, size=(32, 40)) -> None:
+    """Images and label maps of the stems, in `train` and `val` and their `annot`."""
+    for split in ("train", "val"):
+        for name, shape in ((split, (*size, 3)), (f"{split}annot", size)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for stem in stems:
+                Image.fromarray(np.zeros(shape, np.uint8)).save(folder / name / f"{stem}.png")

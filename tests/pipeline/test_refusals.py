@@ -10,15 +10,13 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep import pack as packing
 from hpc.command import UserError, run
 from pipeline import reduce, status, submit
 from pipeline.grid import find_config
-from tests.pipeline.grids import grid_file, small_grid
+from tests.pipeline.grids import grid_file, pairs, small_grid
 
 REPOSITORY = Path(__file__).parents[2]
 LOSS = '\n[[loss]]\nname = "mine"\n'
@@ -151,15 +149,6 @@ def test_a_run_directory_that_cannot_be(tmp_path, refusal):
     )
     path = grid_file(tmp_path, (run_dir, 'run_dir = "run%j"'))
     assert "has '%' in its path" in refusal(submit.main, "grid", path)
-
-
-def pairs(folder: Path, stems: str, size=(32, 40)) -> None:
-    """Images and label maps of the stems, in `train` and `val` and their `annot`."""
-    for split in ("train", "val"):
-        for name, shape in ((split, (*size, 3)), (f"{split}annot", size)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for stem in stems:
-                Image.fromarray(np.zeros(shape, np.uint8)).save(folder / name / f"{stem}.png")
 
 
 def folder_grid(tmp_path: Path) -> Path:

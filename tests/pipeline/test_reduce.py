@@ -1,0 +1,229 @@
+"""The counts of all jobs become one file: the same bytes on one rank and on many, with what is
+missing named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import Manifest
+from data_prep.pack import pack
+from hpc.atomic import write_json
+from hpc.command import UserError
+from jobs.cell import Cell
+from pipeline import reduce
+from pipeline.grid import Grid, read_grid
+from pipeline.results import Results, read_results
+from tests.pipeline.grids import counts_of, finish, grid_file, pairs
+
+REPOSITORY = Path(__file__).parents[2]
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+ROOMS = """
+[dataset.rooms]
+source = "folder"
+root = "{packed}/rooms"
+shards = "{packed}/rooms/shards"
+classes = ["wall", "floor"]
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """The packed data sets of the grid."""
+    folder = tmp_path_factory.mktemp("packed")
+    pairs(folder / "rooms", "ab")
+    path = grid_file(folder, more=ROOMS.format(packed=folder))
+    for name, settings in read_grid(path).datasets.items():
+        pack(name, settings, processes=1)
+    return folder
+
+
+@pytest.fixture
+def grid(tmp_path, packed) -> Grid:
+    """Two data sets of 8 and 2 classes, 8 cells each; nothing is trained yet."""
+    change = (f'shards = "{tmp_path}/streets"', f'shards = "{packed}/streets"')
+    return read_grid(grid_file(tmp_path, change, more=ROOMS.format(packed=packed)))
+
+
+def cells_of(grid: Grid, dataset: str, seed: int) -> list[Cell]:
+    return [cell for cell in grid.cells if (cell.dataset, cell.seed) == (dataset, seed)]
+
+
+@pytest.fixture
+def half_done(grid) -> Grid:
+    """A run as it may be: some cells are trained, one job's counts are damaged, and some cells lie
+    in two files, since a job that was cut off finished after its successor had begun."""
+    finish(grid, cells_of(grid, "streets", 0), "streets-seed0")
+    finish(grid, cells_of(grid, "streets", 1)[:2], "streets-seed1")
+    finish(grid, cells_of(grid, "streets", 1)[1:3], "streets-seed1-late")
+    finish(grid, cells_of(grid, "rooms", 0), "rooms-seed0")
+    flip(finish(grid, cells_of(grid, "rooms", 1), "rooms-seed1"))
+    return grid
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def reduced(grid: Grid) -> Results:
+    assert reduce.main([str(grid.path)]) == 0
+    return read_results(grid.run.results)
+
+
+def on_ranks(number: int, grid: Grid) -> subprocess.CompletedProcess[str]:
+    if not MPIEXEC.exists():
+        pytest.skip("no mpiexec beside this Python")
+    line = [MPIEXEC, "-n", str(number), sys.executable, "-m", "pipeline.reduce", str(grid.path)]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI"))}
+    return subprocess.run(
+        line, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60
+    )
+
+
+def assert_has_counts_of(results: Results, cells: list[Cell], grid: Grid) -> None:
+    """The results hold exactly these cells, in this order, each with its own counts."""
+    for dataset in results.datasets:
+        expected = [cell for cell in cells if cell.dataset == dataset.name]
+        assert [cell["signature"] for cell in dataset.cells] == [c.signature for c in expected]
+        manifest = Manifest.load(grid.datasets[dataset.name].shards)
+        assert dataset.classes == list(manifest.classes)
+        for place, cell in enumerate(expected):
+            assert dataset.counts_of(place).equals(counts_of(cell, manifest))
+
+
+def test_all_cells_come_in_the_order_of_the_grid(grid, capsys):
+    for dataset in ("streets", "rooms"):
+        for seed in (1, 0):
+            finish(grid, cells_of(grid, dataset, seed)[::-1], f"{dataset}-{seed}")
+    results = reduced(grid)
+    assert results.grid == "small"
+    assert [dataset.name for dataset in results.datasets] == ["streets", "rooms"]
+    assert_has_counts_of(results, list(grid.cells), grid)
+    assert results.record["missing"] == results.record["notes"] == []
+    assert capsys.readouterr().out == f"{grid.run.results}: 16 of 16 cells\n"
+
+
+def test_what_is_not_trained_is_missing_by_name(half_done, capsys):
+    results = reduced(half_done)
+    missing = [*cells_of(half_done, "streets", 1)[3:], *cells_of(half_done, "rooms", 1)]
+    have = [cell for cell in half_done.cells if cell not in missing]
+    assert_has_counts_of(results, have, half_done)
+    in_order = [cell.name for cell in half_done.cells if cell in missing]
+    assert results.record["missing"] == in_order
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        f"{half_done.run.results}: 11 of 16 cells",
+        *(f"missing: {name}" for name in in_order),
+    ]
+
+
+def test_damaged_counts_are_named_here_and_in_the_results(half_done, capsys):
+    (note,) = reduced(half_done).record["notes"]
+    path = half_done.run.counts_of("rooms-seed1", 1)
+    assert note == f"{path} is damaged (its checksum does not fit); delete it and run grid again"
+    assert capsys.readouterr().out.splitlines()[0] == f"warning: {note}"
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_on_many_ranks_it_is_the_same_file_to_the_last_byte(half_done, capsys, number):
+    reduced(half_done)
+    alone, said = half_done.run.results.read_bytes(), capsys.readouterr().out
+    half_done.run.results.unlink()
+    done = on_ranks(number, half_done)
+    assert done.returncode == 0, done.stderr
+    assert half_done.run.results.read_bytes() == alone
+    assert done.stdout == said
+
+
+def test_reducing_again_takes_up_what_came_since(half_done):
+    before = reduced(half_done)
+    late = cells_of(half_done, "streets", 1)[3:]
+    finish(half_done, late, "streets-seed1-last")
+    after = reduced(half_done)
+    assert len(after.datasets[0].cells) == len(before.datasets[0].cells) + len(late)
+
+
+def test_with_nothing_trained_there_are_results_of_nothing(grid, capsys):
+    results = reduced(grid)
+    assert [len(dataset.cells) for dataset in results.datasets] == [0, 0]
+    assert results.datasets[0].counts["confusion"].shape == (0, 8, 8)
+    assert len(results.record["missing"]) == 16
+    assert f"{grid.run.results}: 0 of 16 cells\n" in capsys.readouterr().out
+
+
+def test_cells_of_other_grids_are_left_out(grid, tmp_path, packed):
+    finish(grid, cells_of(grid, "streets", 0), "streets-seed0")
+    change = (f'shards = "{tmp_path}/streets"', f'shards = "{packed}/streets"')
+    fewer = read_grid(grid_file(tmp_path, change, ('["CE", "DLNWCE"]', '["CE"]')))
+    results = reduced(fewer)
+    assert [cell["loss"] for cell in results.datasets[0].cells] == ["CE", "CE"]
+    have = [cell for cell in fewer.cells if cell.seed == 0]
+    assert_has_counts_of(results, have, fewer)
+
+
+def repacked(grid: Grid, tmp_path: Path) -> Grid:
+    """The grid on a copy of the data set whose classes have other names."""
+    source = Path(grid.datasets["streets"].shards)
+    shutil.copytree(source, tmp_path / "other")
+    manifest = Manifest.load(tmp_path / "other")
+    names = tuple(f"other {name}" for name in manifest.classes)
+    Manifest(manifest.folder, manifest.name, names, manifest.splits).save()
+    text = grid.path.read_text()
+    grid.path.write_text(text.replace(f'shards = "{source}"', f'shards = "{tmp_path}/other"'))
+    return read_grid(grid.path)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_counts_of_other_data_are_refused(grid, tmp_path, number):
+    path = finish(grid, cells_of(grid, "streets", 0), "streets-seed0")
+    changed = repacked(grid, tmp_path)
+    expected = (
+        f"{path} was counted on other data than {tmp_path}/other holds now; restore the data set, "
+        "or delete that file and run grid again"
+    )
+    if number == 1:
+        with pytest.raises(UserError) as refused:
+            reduce.main([str(changed.path)])
+        assert str(refused.value) == expected
+    else:
+        done = on_ranks(number, changed)
+        assert done.returncode == 2
+        assert f"error: {expected}\n" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not grid.run.results.exists()
+
+
+def test_a_change_of_provenance_is_noted_with_the_cell(grid):
+    changed = [{"torch": "2.10.0"}, {"torch": "2.11.0"}]
+    finish(grid, cells_of(grid, "streets", 0), "streets-seed0", provenance=changed)
+    finish(grid, cells_of(grid, "streets", 1), "streets-seed1")
+    cells = reduced(grid).datasets[0].cells
+    notes = {seed: {n for c in cells if c["seed"] == seed for n in c["notes"]} for seed in (0, 1)}
+    assert notes == {0: {"mixed provenance: 2 kinds"}, 1: set()}
+
+
+def test_a_backbone_that_was_trained_here_is_told_of(tmp_path, packed):
+    changes = (
+        (f'shards = "{tmp_path}/streets"', f'shards = "{packed}/streets"'),
+        ('weights = "none"', 'weights = "pretrain"'),
+    )
+    grid = read_grid(grid_file(tmp_path, *changes))
+    record = {
+        "sha256": "0123456789abcdef",
+        "model": "fcn_mobilenet_v3_large",
+        "dataset": "streets",
+        "protocol": {"epochs": 7},
+        "seed": 3,
+        "scores": {"acc": 0.75, "rec": 0.5},
+    }
+    write_json(grid.run.backbone(grid.cells[0].backbone_key).with_suffix(".json"), record)
+    (note,) = reduced(grid).record["notes"]
+    assert "was trained on streets itself" in note
+    assert "7 epochs, seed 3; its accuracy 0.75, recall 0.50" in note
