@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
 from hpc import checkpoint
-from hpc.atomic import file_sha256, write_json
+from hpc.atomic import file_sha256, read_json, write_json
 from hpc.command import UserError, argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
@@ -57,6 +57,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     """Train the network of the task's one cell and publish its backbone, or save and return."""
     (consumer,) = task.cells
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
+    _refuse_failed(trained)
     manifest = Manifest.load(task.data)
     start = load_backbone(trained.cells[0], task.paths, group)
     job = Run(trained, group, stop, {"data set": manifest.fingerprint})
@@ -74,6 +75,16 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     group.barrier()
     job.beat("done", total, total, force=True)
     return None
+
+
+def _refuse_failed(trained: Task) -> None:
+    """A start that failed would fail again; its record says why."""
+    failure = trained.paths.failure(trained.cells[0].signature)
+    if failure.exists():
+        raise UserError(
+            f"pre-training stopped before: {read_json(failure)['reason']}; lower learning_rate in "
+            f"[protocol.pretrain], or delete {failure} to try it again"
+        )
 
 
 def publish_backbone(

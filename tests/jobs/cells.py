@@ -26,11 +26,14 @@ def a_cell(loss="WCE", model=MODEL, seed=0, **protocol):
     )
 
 
-def a_share(step, rank=0, world_size=1, images=5, void=()):
-    """A rank's inputs, batch and target at a step: features of a backbone at stride 16, and label
-    maps of 3 classes. The images at the places `void` have no label."""
+FEATURES, IMAGES = (960, 3, 4), (3, 24, 32)  # of a mobile backbone, and its inputs
+
+
+def a_share(step, rank=0, world_size=1, images=5, void=(), size=FEATURES):
+    """A rank's inputs, batch and target at a step: features, or images, and label maps of 3
+    classes. The images at the places `void` have no label."""
     generator = torch.Generator().manual_seed(step)
-    features = torch.randn(images, 960, 3, 4, generator=generator, dtype=torch.float64).relu()
+    whole = torch.randn(images, *size, generator=generator, dtype=torch.float64).relu()
     target = torch.randint(3, (images, 24, 32), generator=generator)
     target[torch.rand(target.shape, generator=generator) < 0.1] = VOID
     for image in void:
@@ -38,5 +41,5 @@ def a_share(step, rank=0, world_size=1, images=5, void=()):
     places = share(images, rank, world_size)
     mine = slice(places.start, places.stop)
     nothing = torch.zeros(len(places), 3, 24, 32, dtype=torch.uint8)
-    inputs = features[mine].to(torch.get_default_dtype())
+    inputs = whole[mine].to(torch.get_default_dtype())
     return inputs, Batch(nothing, target[mine].to(torch.uint8), places), target[mine]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 
 import pytest
 import torch
@@ -192,6 +193,23 @@ def test_a_file_that_is_no_state(load, tmp_path, content):
     path = tmp_path / "own.pth"
     path.write_bytes(content())
     assert refusal(load, path).startswith(f"{path} is not a file of weights: ")
+
+
+class RunsCode:
+    """Pickles to a call, as any pickled object may."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_loading_weights_runs_no_code_of_the_file(load, tmp_path):
+    state = drawn(models.mobilenet_v3_large).state_dict()
+    path = saved({**state, "extra": RunsCode(tmp_path / "made")}, tmp_path / "own.pth")
+    assert "is not a file of weights" in refusal(load, path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_file_that_is_not_there(load, tmp_path):

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from hpc.groups import Group
+from jobs.models.build import build_backbone
 from jobs.trainee import Trainee
-from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
+from tests.jobs.cells import CLASS_WEIGHTS, FEATURES, IMAGES, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 
-FCN, DEEPLAB = "fcn_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"
+MOBILE = "mobilenet_v3_large"
+FCN, DEEPLAB = f"fcn_{MOBILE}", f"deeplabv3_{MOBILE}"
 LOSSES = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "DLCE", "WDLWCE", "WDLNWCE", "FLACE"]
 FIRST, TOTAL = 2, 5  # both ramps are under way at each of the steps 2, 3 and 4 of 5
 
@@ -30,6 +32,7 @@ class Case(NamedTuple):
     steps: int = 3
     precision: str = "float64"
     images: int = 5
+    train: str = "head"  # or all, from images
     own_means: bool = False  # the wrong way: a mean of the ranks' own means
 
     @property
@@ -41,11 +44,12 @@ class Case(NamedTuple):
 EXACT = [Case(FCN, loss) for loss in LOSSES]
 # the larger head takes longer, and what follows its gradient is the same for all losses
 EXACT += [Case(DEEPLAB, loss, steps=3 if loss == "WDLNWCE" else 1) for loss in LOSSES]
-SINGLE = [Case(m, "WDLWCE", precision="float32") for m in (FCN, DEEPLAB)]
+SINGLE = [Case(FCN, "WDLWCE", 3, "float32"), Case(DEEPLAB, "WDLWCE", 1, "float32")]
 # three images are too few for four ranks
-EMPTY_SHARE = [Case(m, "WDLWCE", images=3) for m in (FCN, DEEPLAB)]
-OWN_MEANS = [Case(FCN, loss, steps=1, own_means=True) for loss in LOSSES]
-CASES = [*EXACT, *SINGLE, *EMPTY_SHARE, *OWN_MEANS]
+EMPTY_SHARE = [Case(FCN, "WDLWCE", images=3), Case(DEEPLAB, "WDLWCE", steps=1, images=3)]
+OWN_MEANS = [Case(FCN, loss, steps=1, own_means=True) for loss in ("CE", "WFL", "DL", "WDLWCE")]
+WHOLE = [Case(FCN, "WDLWCE", train="all"), Case(DEEPLAB, "CE", steps=1, train="all")]
+CASES = [*EXACT, *SINGLE, *EMPTY_SHARE, *OWN_MEANS, *WHOLE]
 
 
 class OwnMeans(Group):
@@ -74,11 +78,15 @@ def train(group, case):
     torch.set_default_dtype(getattr(torch, case.precision))
     if case.own_means:
         group = OwnMeans(group.env, group.device)
-    trainee = Trainee(a_cell(case.loss, case.model, learning_rate=0.1), 3, CLASS_WEIGHTS, group)
+    cell = a_cell(case.loss, case.model, learning_rate=0.1, train=case.train)
+    whole = case.train == "all"
+    backbone = build_backbone(MOBILE, 0, 0.1, group.process_group) if whole else None
+    trainee = Trainee(cell, 3, CLASS_WEIGHTS, group, backbone)
     parameters, losses = list(trainee.network.parameters()), []
     before = flat(parameters)
     for step in range(FIRST, FIRST + case.steps):
-        share = a_share(step, group.rank, group.world_size, case.images, case.void)
+        size = IMAGES if whole else FEATURES
+        share = a_share(step, group.rank, group.world_size, case.images, case.void, size)
         losses.append(trainee.step(*share, step, TOTAL))
         if step == FIRST:
             gradient = flat(parameter.grad for parameter in parameters)
@@ -137,7 +145,7 @@ def named(case):
     return "-".join(map(str, case))
 
 
-@pytest.mark.parametrize("case", [*EXACT, *EMPTY_SHARE], ids=named)
+@pytest.mark.parametrize("case", [*EXACT, *EMPTY_SHARE, *WHOLE], ids=named)
 def test_ranks_change_nothing_but_rounding(ranks, case):
     for outcome in ranks(case):
         assert len(outcome.distances) == 3

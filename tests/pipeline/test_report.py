@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tests.pipeline import simulated
 from PIL import Image
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from pipeline import figures
 from pipeline.report import main, printed_table, write_report
 from pipeline.results import write_results
 from pipeline.tables import rows
+from tests.pipeline import simulated
 
 SCRIPT = "<script>alert(1)</script>"
 

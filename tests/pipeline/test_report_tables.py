@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.pipeline import simulated
 
 from jobs.metrics.counts import NAMES, Counts
 from jobs.metrics.scores import SCORES, scores
@@ -24,6 +23,7 @@ from pipeline.tables import (
     to_latex,
     to_markdown,
 )
+from tests.pipeline import simulated
 
 NASTY = [
     "$(touch x)",

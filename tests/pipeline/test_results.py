@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.pipeline import simulated
 
 from hpc.atomic import Damaged
 from hpc.command import UserError
 from pipeline.results import read_results, write_results
+from tests.pipeline import simulated
 
 
 @pytest.fixture(scope="module")

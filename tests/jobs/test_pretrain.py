@@ -1,0 +1,26 @@
+"""Pre-training that has failed says why, however often it is submitted."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc.atomic import write_json
+from hpc.command import UserError
+from hpc.preempt import StopRequest
+from jobs.pretrain import pretrain_backbone, pretraining_cell
+from jobs.task import Task
+from tests.jobs.cells import a_cell
+
+
+def test_a_pre_training_that_diverged_is_not_started_again_in_silence(tmp_path, streets, alone):
+    cell = a_cell(weights="pretrain")
+    settings = {"kind": "pretrain", "name": "pretrain-0123", "data": str(streets.folder)}
+    task = Task(**settings, run=str(tmp_path), cells=(cell,))
+    failure = task.paths.failure(pretraining_cell(cell).signature)
+    write_json(failure, {"cell": "", "step": 2, "reason": "the loss was nan at step 2 of 6"})
+    with pytest.raises(UserError) as refused:
+        pretrain_backbone(task, alone, StopRequest())
+    assert str(refused.value) == (
+        "pre-training stopped before: the loss was nan at step 2 of 6; lower learning_rate in "
+        f"[protocol.pretrain], or delete {failure} to try it again"
+    )
