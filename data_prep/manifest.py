@@ -12,7 +12,7 @@ from hpc.atomic import Damaged, fingerprint, read_json, write_json
 from hpc.command import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = "lossgrid shards 1"
+FORMAT = "lossgrid shards 2"
 SPLITS = ("train", "val")
 
 
@@ -79,6 +79,7 @@ class Manifest:
     classes: tuple[str, ...]
     splits: dict[str, SplitSummary]
     source_stamp: str = ""  # names, sizes and times of the source files and the settings
+    identity: str = ""  # of the settings it was packed with, see `DatasetSettings.identity`
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +115,7 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "source_stamp": self.source_stamp,
+            "identity": self.identity,
             "classes": list(self.classes),
             "splits": splits,
         }
@@ -150,5 +152,10 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
         for split, half in record["splits"].items()
     }
     return Manifest(
-        folder, record["name"], tuple(record["classes"]), splits, record["source_stamp"]
+        folder,
+        record["name"],
+        tuple(record["classes"]),
+        splits,
+        record["source_stamp"],
+        record["identity"],
     )

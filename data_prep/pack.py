@@ -144,7 +144,8 @@ def _conclude(
             raise UserError(f"{name}: no sample of {split} is left; {bad[0]}")
         splits[split] = SplitSummary(shards, bad)
     folder = Path(source.settings.shards)
-    manifest = Manifest(folder, name, source.classes, splits, source.stamp)
+    identity = source.settings.identity()
+    manifest = Manifest(folder, name, source.classes, splits, source.stamp, identity)
     manifest.save()
     _remove_stale(manifest)
     return manifest

@@ -97,7 +97,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, help="the grid file")
     arguments = parser.parse_args(argv)
     grid = read_toml(arguments.config)
-    weights = str(grid.get("protocol", {}).get("weights", "imagenet"))
+    protocol = grid.get("protocol", {})
+    if not isinstance(protocol, dict):
+        raise UserError(f"{arguments.config}: [protocol] must be a table, not {protocol!r}")
+    weights = str(protocol.get("weights", "imagenet"))
     if weights in WITHOUT_FILE:
         print(f"weights = {weights!r} needs no file")
         return 0

@@ -19,6 +19,12 @@ from pipeline.grid import Grid
 _BYTES = 4  # a float32
 
 
+def check_sources(grid: Grid) -> None:
+    """Raise `UserError` if files that are to be packed are missing or do not pair."""
+    for settings in grid.datasets.values():
+        _source_images(settings)
+
+
 def check_inputs(grid: Grid, packed: bool) -> None:
     """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
     batch does not fit a training set. `packed` False: packing comes first, so look at the
@@ -40,6 +46,11 @@ def check_inputs(grid: Grid, packed: bool) -> None:
 def _packed_images(settings: DatasetSettings) -> int:
     manifest = Manifest.load(settings.shards)
     manifest.check_files()
+    if manifest.identity != settings.identity():
+        raise UserError(
+            f"{settings.shards} was packed with other settings than [dataset.{manifest.name}] has "
+            "now; run `python -m pipeline.submit prep` first"
+        )
     return manifest.splits["train"].images
 
 

@@ -24,7 +24,7 @@ from hpc.call import ModuleCall
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
-from pipeline.checks import check_inputs, check_room
+from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.grid import Grid, Plan, find_config, make_plan, read_grid
 from pipeline.show import describe_plan, describe_survey
 from pipeline.state import Survey, survey
@@ -69,7 +69,10 @@ def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
     """Submit `stages`, each after the one before. Returns the job ids by stage."""
     with one_at_a_time(grid.run.root):
-        if "grid" in stages or "prep" in stages:  # before anything is queued
+        # before anything is queued
+        if "prep" in stages:
+            check_sources(grid)
+        if "grid" in stages:
             check_inputs(grid, packed="prep" not in stages)
         config = _keep_config(grid)
         jobs: dict[str, list[str]] = {}

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from data_prep import pack as packing
+from data_prep.pack import pack
 from hpc.command import UserError, run
 from pipeline import reduce, status, submit
-from pipeline.grid import find_config
+from pipeline.checks import check_inputs
+from pipeline.grid import find_config, read_grid
 from tests.pipeline.grids import grid_file, pairs, small_grid
 
 REPOSITORY = Path(__file__).parents[2]
@@ -333,3 +335,18 @@ def test_an_argument_that_does_not_exist(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: argument stage: invalid choice: 'train' (choose from ")
     assert done.stderr.count("\n") == 1
+
+
+def test_shards_that_were_packed_with_other_settings_are_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = '[dataset.streets]\nsource = "synthetic"\ntrain = 8\nval = 5\nsize = [32, 48]\n'
+    head = 'name = "g"\nseeds = [0]\nmodels = ["fcn_mobilenet_v3_large"]\nlosses = ["CE"]\n'
+    protocol = '[protocol]\nbatch_size = 2\nweights = "none"\n[cluster]\nkind = "local"\n'
+    config = tmp_path / "grid.toml"
+    config.write_text(head + dataset + protocol)
+    grid = read_grid(config)
+    pack("streets", grid.datasets["streets"], processes=1)
+    check_inputs(grid, packed=True)
+    config.write_text(head + dataset.replace("train = 8", "train = 9") + protocol)
+    with pytest.raises(UserError, match="packed with other settings"):
+        check_inputs(read_grid(config), packed=True)
