@@ -60,7 +60,7 @@ class SyntheticSettings(DatasetSettings):
     train: Annotated[int, Field(ge=1)] = 200  # images
     val: Annotated[int, Field(ge=1)] = 50
     size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (128, 192)  # h, w
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 SOURCES: dict[str, type[DatasetSettings]] = {
@@ -75,6 +75,8 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     where = f"{where}: [dataset.{name}]"
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table")
+    if not name.strip() or "/" in name or name.startswith("."):
+        raise UserError(f"{where}: its name is a folder's too; use one without / or a leading dot")
     source = table.get("source")
     if not isinstance(source, str) or source not in SOURCES:
         raise UserError(f"{where}: unknown source {source!r}; {did_you_mean(str(source), SOURCES)}")

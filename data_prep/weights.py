@@ -100,11 +100,14 @@ def main(argv: Sequence[str]) -> int:
     protocol = grid.get("protocol", {})
     if not isinstance(protocol, dict):
         raise UserError(f"{arguments.config}: [protocol] must be a table, not {protocol!r}")
-    weights = str(protocol.get("weights", "imagenet"))
-    if weights in WITHOUT_FILE:
+    special = protocol.get("per_dataset", {})
+    tables = [protocol, *(t for t in special.values() if isinstance(t, dict) and "weights" in t)]
+    needed = {str(table.get("weights", "imagenet")) for table in tables}
+    models = [str(model) for model in grid.get("models", [])]
+    for weights in sorted(needed.intersection(WITHOUT_FILE)):
         print(f"weights = {weights!r} needs no file")
-        return 0
-    for path in sorted({weights_path(weights, str(model)) for model in grid.get("models", [])}):
+    paths = {weights_path(w, m) for w in needed.difference(WITHOUT_FILE) for m in models}
+    for path in sorted(paths):
         published = path.name in FILES.values()
         if published and not path.is_file():
             print(f"fetching {path.name}")
@@ -112,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         elif published:
             check_published(path)
         elif not path.is_file():
-            raise UserError(f"weights = {weights!r}: there is no such file")
+            raise UserError(f"weights = {str(path)!r}: there is no such file")
         print(f"ready: {path}")
     return 0
 

@@ -75,7 +75,10 @@ def backbone_state(path: Path, backbone: Backbone) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         named = {_backbone_name(name): tensor for name, tensor in state.items()}
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise UserError(f"{path} is not a file of weights: {error!r:.200}") from error
+        raise UserError(
+            f"{path} is not a file of weights: reading it gave {type(error).__name__}; give "
+            "a state dict that torch.save wrote"
+        ) from error
     expected = backbone.state_dict()
     for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):

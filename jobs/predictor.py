@@ -65,5 +65,7 @@ def _read(head: Path) -> dict[str, Any]:
         content = torch.load(head, map_location="cpu", weights_only=True)
         content["cell"], content["classes"], content["weights"], content["backbone_sha256"]
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise UserError(f"{head} is not a trained head: {error!r:.200}") from error
+        raise UserError(
+            f"{head} is not a trained head ({type(error).__name__}); give one of a run's heads/"
+        ) from error
     return content

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """Pre-train the backbone of a task file's cell."""
     parser = argument_parser("python -m jobs.pretrain", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
-    task = read_task(parser.parse_args(argv).task)
+    task = read_task(parser.parse_args(argv).task, "pretrain")
     configure_torch(pretraining_cell(task.cells[0]).protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         pretrain_backbone(task, group, stop)

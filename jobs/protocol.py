@@ -25,7 +25,7 @@ class Pretrain(Settings):
     epochs: Positive = 20
     batch_size: Positive = 8
     learning_rate: Rate = 0.02
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: those of [protocol]
 
 

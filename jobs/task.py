@@ -46,11 +46,14 @@ def write_task(task: Task) -> Path:
     return path
 
 
-def read_task(path: str | Path) -> Task:
-    """Raises `UserError` if there is no such task or it is damaged."""
+def read_task(path: str | Path, kind: str | None = None) -> Task:
+    """Raises `UserError` if there is no such task, it is damaged, or not of `kind`."""
     try:
-        return Task.model_validate(read_json(path))
+        task = Task.model_validate(read_json(path))
     except OSError as error:
         raise UserError(f"cannot read the task {path}: {error.strerror}") from error
     except ValidationError as error:
         raise Damaged(f"{path} is a task of another version; run grid again") from error
+    if kind not in (None, task.kind):
+        raise UserError(f"{path} is a task of kind {task.kind}, not {kind}; use its own program")
+    return task

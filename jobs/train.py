@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Train the cells of a task file."""
     parser = argument_parser("python -m jobs.train", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
-    task = read_task(parser.parse_args(argv).task)
+    task = read_task(parser.parse_args(argv).task, "bundle")
     configure_torch(task.cells[0].protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         train_bundle(task, group, stop)

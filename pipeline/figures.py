@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from jobs.losses.names import Knot
@@ -56,7 +56,7 @@ def class_frequencies(dataset: DatasetResults) -> bytes:
     )
     axes.set_yticks(height, labels=[dataset.classes[label] for label in order])
     axes.xaxis.set_major_locator(LogLocator(10))
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.grid(axis="y", visible=False)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.set_xlabel("share of labelled pixels")

@@ -223,6 +223,8 @@ def _composed_loss(table: LossTable, path: Path, taken: Collection[str]) -> Loss
     knots = [parse(KnotTable, k, f"{where}: schedule") for k in table.schedule or (equal,)]
     if any(len(knot.weights) != len(terms) for knot in knots):
         raise UserError(f"{where}: schedule needs {len(terms)} weights at each place, one a term")
+    if any(sum(knot.weights) == 0 for knot in knots):
+        raise UserError(f"{where}: the weights of a place are all 0; give one term a share")
     places = [knot.at for knot in knots]
     if any(a >= b for a, b in pairwise(places)):
         raise UserError(f"{where}: the places of the schedule (at) must rise")

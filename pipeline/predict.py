@@ -59,7 +59,9 @@ def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
     signature = _signature(grid, cell)
     head = grid.run.head(signature)
     if not head.is_file():
-        raise UserError(f"{cell} is not trained yet; see `python -m pipeline.status {grid.path}`")
+        raise UserError(
+            f"{cell} has no trained head {head}; see `python -m pipeline.status {grid.path}`"
+        )
     return head, grid.run
 
 

@@ -58,8 +58,13 @@ def print_report(results_path: str | Path, page_path: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100  # a log has no width; this is what the table needs
-    for (dataset, model), block in blocks(rows(read_results(results_path))).items():
+    results = read_results(results_path)
+    for (dataset, model), block in blocks(rows(results)).items():
         console.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
+    missing = results.record.get("missing", [])
+    if missing:
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        console.print(Text(f"missing: {len(missing)} cells without counts: {names}"))
     # soft_wrap: a path that is broken over two lines cannot be opened
     console.print(Text(f"page: {page_path}"), soft_wrap=True)
 

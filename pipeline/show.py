@@ -34,19 +34,21 @@ def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) 
     print(f"stages: {', '.join(stages)}")
     if "grid" not in stages:
         return
-    table = Table("job", "data set", "models", "losses", "seed", "cells", "from step")
+    table = Table("data set", "models", "losses", "seed", "cells", "from step")
+    table.add_column("job", overflow="fold")
     for task in plan.pretrain:
         cell = task.cells[0]
         seed = str(cell.protocol.pretrain.seed)
-        table.add_row(Text(task.name), Text(cell.dataset), "backbone", "CE", seed, "-", "-")
+        table.add_row(Text(cell.dataset), "backbone", "CE", seed, "-", "-", Text(task.name))
     for task in plan.bundles:
         models = sorted({cell.model for cell in task.cells})
         losses = list(dict.fromkeys(cell.loss.name for cell in task.cells))
-        words = (task.name, task.cells[0].dataset, "\n".join(models), " ".join(losses))
+        words = (task.cells[0].dataset, "\n".join(models), " ".join(losses))
         step = state.steps.get(task.cells[0].signature, 0)
         numbers = (task.cells[0].seed, len(task.cells), step)
-        table.add_row(*(Text(word) for word in words), *(str(number) for number in numbers))
-    Console().print(table)
+        cells_of_row = (*words, *map(str, numbers), task.name)
+        table.add_row(*(Text(cell) for cell in cells_of_row))
+    console().print(table)
     cells = [cell for task in plan.bundles for cell in task.cells]
     room = sum(bytes_of(cell) for cell in cells) / 1e9
     print(
@@ -55,9 +57,21 @@ def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) 
     )
 
 
+def console() -> Console:
+    """A console that is wide enough for whole names where there is no terminal to fit into."""
+    out = Console()
+    if not out.is_terminal:
+        out.width = 160
+    return out
+
+
 def cells_table(cells: Sequence[CellState]) -> Table:
     """One row a cell: state, step, rate, time left, and why."""
-    table = Table("cell", "state", "step", "steps/s", "time left", "why")
+    table = Table()
+    table.add_column("cell", overflow="fold")  # its name is what other commands take
+    for heading in ("state", "step", "steps/s", "time left"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why", overflow="fold")
     for cell in cells:
         table.add_row(
             Text(cell.cell.name),

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from hpc import checkpoint
@@ -103,24 +104,34 @@ def survey(grid: Grid, queue: Queue) -> Survey:
 def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
     """The counts file of each finished cell by signature, and a line for each damaged one."""
     done: dict[str, CountsIndex] = {}
-    problems = []
+    problems, broken = [], []
     for path in sorted(run.counts.glob("*.json")):
         try:
             index = read_index(path)
-            if not index.is_whole():
-                raise Damaged(f"{index.path} is missing or cut short; its cells count as missing")
         except Damaged as error:
             problems.append(str(error))
             continue
+        if not index.is_whole():
+            broken.append(index)
+            continue
         for cell in index.cells:
             done[cell["signature"]] = index
+    problems += [
+        f"{index.path} is missing or cut short; its cells count as missing"
+        for index in broken
+        if any(cell["signature"] not in done for cell in index.cells)  # else counted anew
+    ]
     return done, problems
 
 
 def submissions(run: RunPaths) -> Iterator[Submitted]:
     """The tasks of all submission records, oldest first."""
     for path in sorted(run.submitted.glob("*.json")):
-        for task in read_json(path)["tasks"]:
+        try:
+            tasks = read_json(path)["tasks"]
+        except Damaged:  # what it submitted is found by its files
+            continue
+        for task in tasks:
             yield Submitted(**{**task, "cells": tuple(task["cells"])})
 
 
@@ -135,6 +146,15 @@ def _heartbeat(run: RunPaths, task: str) -> dict[str, Any]:
         return read_json(run.progress_of(task))
     except (FileNotFoundError, Damaged):
         return {}
+
+
+def _reason(failure: Path) -> str:
+    """Why a cell stopped for good, and how to try it again."""
+    try:
+        reason = read_json(failure)["reason"]
+    except Damaged:
+        reason = "its record is damaged"
+    return f"{reason}; change its settings, or delete {failure} to try again"
 
 
 def _heart_stopped(beat: Mapping[str, Any]) -> bool:
@@ -155,7 +175,7 @@ def _unfinished(
 ) -> CellState:
     failure = run.failure(state.cell.signature)
     if failure.exists():
-        return replace(state, state="failed", why=read_json(failure)["reason"])
+        return replace(state, state="failed", why=_reason(failure))
     if task is None:
         return state
     known = replace(state, step=max(state.step, beat.get("step", 0)), total=beat.get("total", 0))

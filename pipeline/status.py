@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from hpc.command import argument_parser, run
 from hpc.queue import open_queue
 from pipeline.grid import find_config, read_grid
-from pipeline.show import cells_table, describe_survey
+from pipeline.show import cells_table, console, describe_survey
 from pipeline.state import STATES, survey
 
 
@@ -26,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
     shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
-    Console().print(cells_table(shown))
+    console().print(cells_table(shown))
     if state.pretraining:
         print(f"pre-training: {', '.join(sorted(state.pretraining))}")
     describe_survey(grid, state)

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
+        check(grid, stages)
         state = survey(grid, queue)
         describe_plan(grid, state, plan_of(grid, state), stages)
         return 0
@@ -66,14 +67,18 @@ def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
     return (stage,)
 
 
+def check(grid: Grid, stages: Sequence[str]) -> None:
+    """Refuse what cannot work before anything is queued. Raises `UserError`."""
+    if "prep" in stages:
+        check_sources(grid)
+    if "grid" in stages:
+        check_inputs(grid, packed="prep" not in stages)
+
+
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
     """Submit `stages`, each after the one before. Returns the job ids by stage."""
     with one_at_a_time(grid.run.root):
-        # before anything is queued
-        if "prep" in stages:
-            check_sources(grid)
-        if "grid" in stages:
-            check_inputs(grid, packed="prep" not in stages)
+        check(grid, stages)
         config = _keep_config(grid)
         jobs: dict[str, list[str]] = {}
         after: list[str] = []

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.status import Status
 
 from hpc.call import last_error
+from hpc.command import USER_ERROR_EXIT_CODE
 from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from pipeline.grid import Grid
@@ -25,22 +26,26 @@ def wait_for(
     grid: Grid, queue: Queue, jobs: Mapping[str, Sequence[str]], stages: Sequence[str]
 ) -> int:
     """Wait until all `jobs` (ids by stage) have ended. Prints the report's table and page if there
-    is one. Returns 0 if everything asked for is there, 1 if not."""
+    is one. Returns 0 if everything asked for is there, 1 if cells are missing, 2 if a stage was
+    refused."""
     everything = {job for ids in jobs.values() for job in ids}
     try:
         _watch(grid, queue, everything)
     except KeyboardInterrupt:
-        print("the jobs go on; see `python -m pipeline.status`", file=sys.stderr)
+        print(f"the jobs go on; see `python -m pipeline.status {grid.path}`", file=sys.stderr)
         raise
-    failed = _failures(grid, queue, jobs, stages)
-    for line in failed:
+    if error := _stage_error(queue, jobs):
+        print(error, file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    unfinished = _unfinished(grid, queue) if "grid" in stages else []
+    for line in unfinished:
         print(line, file=sys.stderr)
     page = grid.run.report / "index.html"
     if "report" in stages and page.exists():
         from pipeline.report import print_report  # reads HDF5 and draws, so not for planning
 
         print_report(grid.run.results, page)
-    return 1 if failed else 0
+    return 1 if unfinished else 0
 
 
 def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
@@ -77,17 +82,17 @@ def _done_share(cell: CellState) -> float:
     return cell.step / cell.total
 
 
-def _failures(
-    grid: Grid, queue: Queue, jobs: Mapping[str, Sequence[str]], stages: Sequence[str]
-) -> list[str]:
-    """A line for each stage's job that ended with an error and each cell that is not done."""
-    lines = []
+def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
+    """The error line of the first stage whose job failed; the later ones only fail after it."""
     for stage, ids in jobs.items():
         for job in ids if stage != "grid" else ():
             error = last_error(queue.log_files(job))
             if error and error.startswith("error: "):
-                lines.append(f"{stage}: {error}")
-    if "grid" in stages:
-        unfinished = [cell for cell in survey(grid, queue).cells if cell.state != "done"]
-        lines += [f"{cell.cell.name}: {cell.state} {cell.why}".rstrip() for cell in unfinished]
-    return lines
+                return f"{stage}: {error}"
+    return None
+
+
+def _unfinished(grid: Grid, queue: Queue) -> list[str]:
+    """A line for each cell that is not done."""
+    cells = survey(grid, queue).cells
+    return [f"{c.cell.name}: {c.state} {c.why}".rstrip() for c in cells if c.state != "done"]

@@ -350,3 +350,19 @@ def test_shards_that_were_packed_with_other_settings_are_not_trained_on(tmp_path
     config.write_text(head + dataset.replace("train = 8", "train = 9") + protocol)
     with pytest.raises(UserError, match="packed with other settings"):
         check_inputs(read_grid(config), packed=True)
+
+
+def test_a_place_of_a_schedule_without_any_weight_is_refused(tmp_path, refusal):
+    knots = "schedule = [{at = 0.0, weights = [0, 0]}]\n"
+    config = grid_file(tmp_path, more=TERMS + knots)
+    assert "weights of a place are all 0" in refusal(submit.main, "grid", config)
+
+
+def test_a_dry_run_refuses_what_a_submission_would(tmp_path, refusal):
+    config = grid_file(tmp_path, ("batch_size = 2", "batch_size = 9999"))
+    assert "batch_size = 9999" in refusal(submit.main, "all", config, "--dry-run")
+
+
+def test_a_data_set_cannot_be_named_out_of_its_folder(tmp_path, refusal):
+    config = grid_file(tmp_path, ("[dataset.streets]", '[dataset."../x"]'))
+    assert "without /" in refusal(submit.main, "prep", config)

@@ -203,7 +203,9 @@ def test_a_cell_whose_loss_was_not_finite_has_failed_for_good(grid, queue):
     finish(grid, cells[1:], "task1")
     queue.jobs["job1"] = "gone"
     assert words(grid, queue) == {"done": 3, "waiting": 4, "failed": 1}
-    assert states(grid, queue)[cells[0].name].why == "the loss was nan at step 2 of 6"
+    why = states(grid, queue)[cells[0].name].why
+    assert why.startswith("the loss was nan at step 2 of 6; ")
+    assert str(grid.run.failure(cells[0].signature)) in why  # what to delete to try again
     assert submit(grid, queue, ["grid"]) == {"grid": ["job2"]}  # it would fail again
     grid.run.failure(cells[0].signature).unlink()  # unless one asks for it
     submit(grid, queue, ["grid"])
