@@ -148,6 +148,11 @@ def _heartbeat(run: RunPaths, task: str) -> dict[str, Any]:
         return {}
 
 
+def names_error(line: str) -> bool:
+    """Whether a job's last line says that it failed: a refusal of ours, or a traceback's end."""
+    return _ERROR_LINE.search(line) is not None
+
+
 def _reason(failure: Path) -> str:
     """Why a cell stopped for good, and how to try it again."""
     try:
@@ -184,6 +189,6 @@ def _unfinished(
             return replace(known, state="waiting")
         return replace(known, state="running", rate=beat.get("steps_per_second", 0.0))
     error = last_error(queue.log_files(task.job)) if task.job else None
-    if error and _ERROR_LINE.search(error):
+    if error and names_error(error):
         return replace(known, state="failed", why=error)
     return replace(known, state="interrupted" if beat else "missing", step=state.step)

@@ -15,7 +15,7 @@ from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from pipeline.grid import Grid
 from pipeline.show import counts_line, time_left
-from pipeline.state import CellState, survey
+from pipeline.state import CellState, names_error, survey
 
 _LOCAL_POLL_SECONDS = 0.5
 _CLUSTER_POLL_SECONDS = 15.0
@@ -87,7 +87,7 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
     for stage, ids in jobs.items():
         for job in ids if stage != "grid" else ():
             error = last_error(queue.log_files(job))
-            if error and error.startswith("error: "):
+            if error and names_error(error):
                 return f"{stage}: {error}"
     return None
 
