@@ -173,6 +173,7 @@ def trade_off(block: Sequence[Row], scheduled_losses: Sequence[str]) -> bytes:
         for row in drawn:
             _draw_point(axes, row, score, ORANGE if row.loss in scheduled_losses else BLUE)
         axes.margins(0.12)
+        axes.ticklabel_format(useOffset=False)  # ticks are scores, not differences from one
         axes.set(xlabel="class-averaged recall", ylabel=label)
         places = [(row.scores["rec"].mean, row.scores[score].mean) for row in drawn]
         name_points(figure, axes, [row.loss for row in drawn], places)
