@@ -5,11 +5,12 @@ EXIF orientation is ignored everywhere: label maps are drawn on the sensor's own
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,12 @@ from hpc.command import UserError
 Codec = Literal["raw", "encoded"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+_OTHER_SPACES = {"LAB", "HSV", "La", "RGBa"}  # 8 bits too
+# no others, whatever a file's name: for EPS, say, Pillow would start Ghostscript
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+
+# what Pillow warns of is refused here or of no matter; threads cannot share `catch_warnings`
+warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 class BadFile(UserError):
@@ -56,6 +63,7 @@ def decode_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
     """The image in `data`, converted to RGB, as a fresh uint8 array [H, W, 3].
 
     Raises `BadFile` (naming `name`) for what is truncated, no image, or deeper than 8 bits."""
+    _check_png(data, name)
     with _opened(io.BytesIO(data), name) as image:
         _refuse_deep(image, name)
         return np.array(image.convert("RGB"))
@@ -66,7 +74,9 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
 
     Raises `BadFile` unless it is single-channel 8-bit (grey, or palette indices) and lossless."""
     data = read_bytes(path)
+    _check_png(data, str(path))
     with _opened(io.BytesIO(data), str(path)) as image:
+        _refuse_narrow_bmp(image, str(path))
         # Pillow stretches 2- and 4-bit grey to 0..255: the values would be no indices
         stretched = image.mode == "L" and "L;" in _raw_mode(image)
         if image.mode not in ("L", "P") or stretched:
@@ -100,18 +110,32 @@ def map_labels(
 @contextmanager
 def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_FORMATS) as image:
             yield image
-    except (BadFile, MemoryError):
+    except BadFile:
         raise
+    except MemoryError as error:  # no fault of the file: not to be left out as a bad one
+        raise UserError(
+            f"there is not enough memory to decode {name}; run again with fewer --processes"
+        ) from error
     except Exception as error:  # Pillow raises nearly any type on damaged bytes
         reason = (
             "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
         )
+        reason = str(reason) or type(error).__name__
         raise BadFile(f"{name} cannot be read as an image ({reason}); replace the file") from error
 
 
+def _check_png(data: bytes, name: str) -> None:
+    # decoding skips the CRCs of a PNG's pixels, and what follows them
+    with _opened(io.BytesIO(data), name) as image:
+        if image.format == "PNG":
+            image.verify()
+
+
 def _refuse_deep(image: Image.Image, name: str) -> None:
+    if image.mode in _OTHER_SPACES:
+        raise BadFile(f"{name} is in the colour space {image.mode}; convert it to 8-bit RGB")
     # Pillow reads 16-bit RGB as mode RGB and drops half of each value without a word
     if image.mode not in _EIGHT_BIT_MODES or ";16" in _raw_mode(image):
         raise BadFile(
@@ -120,11 +144,22 @@ def _refuse_deep(image: Image.Image, name: str) -> None:
         )
     if not image.width or not image.height:
         raise BadFile(f"{name} has no pixels; replace the file")
+    _refuse_narrow_bmp(image, name)
+
+
+def _refuse_narrow_bmp(image: Image.Image, name: str) -> None:
+    # Pillow reads the nibbles of a 4-bit grey BMP as if they were bytes
+    if image.format == "BMP" and image.mode == "L" and _tile_arguments(image)[1] < image.width:
+        raise BadFile(f"{name} is a grey BMP of less than 8 bits a pixel; save it as PNG")
 
 
 def _raw_mode(image: Image.Image) -> str:
     """How pixels lie in the file, such as `RGB;16B` or `L;4`; empty where Pillow does not say."""
-    tiles = getattr(image, "tile", None) or []
-    arguments = tiles[0][3] if tiles else ""
+    arguments = _tile_arguments(image)
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
+
+
+def _tile_arguments(image: Image.Image) -> Any:
+    tiles = getattr(image, "tile", None) or []
+    return tiles[0][3] if tiles else ""

@@ -1,4 +1,5 @@
-"""How samples lie in a shard: their bytes in the arenas, and the index's table."""
+"""How samples lie in a shard: their bytes in the arenas, the index's table, and the frame, which is
+every other byte of the file."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
@@ -91,7 +93,13 @@ def read_entry(row: Any) -> Entry:
     return Entry(row["id"].decode(), int(row["height"]), int(row["width"]), codec, size)
 
 
-def index_sha256(table: Any, pixels_crc: Any, labels_crc: Any) -> str:
-    """SHA-256 of the index with all CRCs: it pins the content without reading the arenas."""
-    parts = (part.tobytes() for part in (table, pixels_crc, labels_crc))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def frame_sha256(path: Path, arenas: Sequence[tuple[int, int]]) -> str:
+    """SHA-256 of a shard's bytes outside its arenas, each (offset, bytes): index, CRCs, HDF5's own
+    structures and padding. The CRCs among them pin the content without reading the arenas."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for offset, size in sorted(arenas):
+            digest.update(file.read(max(0, offset - file.tell())))
+            file.seek(offset + size)
+        digest.update(file.read())
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ Free of torch, h5py and mpi4py: planning reads it on the login node."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from hpc.atomic import Damaged, fingerprint, read_json, write_json
 from hpc.command import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = "lossgrid shards 2"
+FORMAT = "lossgrid shards 3"
 SPLITS = ("train", "val")
+_SHOWN = 3  # class names in a message
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ShardSummary:
     file: str  # name within the folder
     bytes: int
     sha256: str  # of the whole file
-    index_sha256: str  # of the index and all CRCs: says at opening that content is the manifest's
+    arenas: tuple[tuple[int, int], ...]  # of pixels and of labels: (offset, bytes)
+    frame_sha256: str  # of all bytes outside them: says at opening that content is the manifest's
     ids: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]  # (height, width)
     class_pixels: tuple[int, ...]  # one count a class
@@ -38,6 +41,7 @@ class ShardSummary:
     def from_record(cls, record: dict[str, Any]) -> ShardSummary:
         """The summary that `asdict` turned into plain values."""
         lists = {
+            "arenas": tuple((offset, size) for offset, size in record["arenas"]),
             "ids": tuple(record["ids"]),
             "sizes": tuple((height, width) for height, width in record["sizes"]),
             "class_pixels": tuple(record["class_pixels"]),
@@ -50,7 +54,7 @@ class SplitSummary:
     """The training or the validation half of a data set."""
 
     shards: tuple[ShardSummary, ...]
-    left_out: tuple[str, ...] = ()  # what `--skip-bad` left out: one message a sample
+    left_out: tuple[str, ...] = ()  # what `skip_bad` left out: one message a sample
 
     @property
     def images(self) -> int:
@@ -121,6 +125,34 @@ class Manifest:
         }
         write_json(self.folder / MANIFEST, record)
 
+    def require_labels(self) -> None:
+        """`UserError` if every pixel of a split is void."""
+        uses = {"train": "nothing to learn from", "val": "nothing to score"}
+        for split, half in self.splits.items():
+            if not any(half.class_pixels):
+                raise UserError(
+                    f"every pixel of {split} of the data set {self.name!r} is void: there is "
+                    f"{uses[split]}; mend its label maps, or its classes and void"
+                )
+
+    def warnings(self) -> list[str]:
+        """What to know before training on it, one line each: classes that no pixel of train or of
+        val is labelled with."""
+        effects = {
+            "train": "no cell can learn it",
+            "val": "scores are averaged over the classes that do occur",
+        }
+        absent = {
+            split: [c for c, n in zip(self.classes, half.class_pixels, strict=True) if not n]
+            for split, half in self.splits.items()
+        }
+        return [
+            f"{_listed(names)} of the data set {self.name!r} labels no pixel of {split}: "
+            f"{effects[split]}; add images that show it, or take it out of the classes"
+            for split, names in absent.items()
+            if names
+        ]
+
     def check_files(self) -> None:
         """`Damaged` for the first shard that is missing or of another length. Reads no content."""
         for half in self.splits.values():
@@ -136,6 +168,12 @@ def check_length(path: Path, expected: int) -> None:
         raise Damaged(f"{path} cannot be read: {error.strerror}; {remedy(path)}") from error
     if found != expected:
         raise Damaged(f"{path} has {found} bytes instead of {expected}; {remedy(path)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"each of the classes {shown}{more}" if len(names) > 1 else f"the class {shown}"
 
 
 def remedy(path: Path) -> str:

@@ -6,8 +6,10 @@ are good stay, and the manifest, without which nothing is read, comes last."""
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +20,7 @@ from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, pla
 from data_prep.processes import in_processes, sensible_processes, with_progress
 from data_prep.settings import DatasetSettings, read_datasets
 from hpc.atomic import TEMPORARY_PREFIX
-from hpc.command import UserError, argument_parser, run
+from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
 from hpc.mpi import World, world
 
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
             )
             if ranks.rank == 0:
                 print(_report(manifest), flush=True)
+                for warning in manifest.warnings():
+                    print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
     return 0
 
 
@@ -59,8 +63,10 @@ def pack(
 
     Shards of an unchanged source are kept; if all are, this is quick. `processes` (default: all
     usable cores, if there is enough to do) counts where there is one rank. All ranks must call it.
+    With `skip_bad`, here or in `settings`, bad files are left out instead of refused.
     Raises `UserError` for anything the source has wrong; nothing is then recorded as packed."""
     ranks = ranks or World()
+    skip_bad = skip_bad or settings.skip_bad
     source = find_source(settings) if ranks.rank == 0 else None
     finished = ranks.bcast(_finished(name, source) if source else None)
     if finished:
@@ -138,7 +144,7 @@ def _conclude(
         of_split = [p for p in packed if p.split == split]
         bad = (*plan.bad[split], *(message for p in of_split for message in p.bad))
         if bad and not skip_bad:
-            _refuse(bad)
+            _refuse(name, bad)
         shards = tuple(p.summary for p in of_split if p.summary)
         if not shards:
             raise UserError(f"{name}: no sample of {split} is left; {bad[0]}")
@@ -146,14 +152,17 @@ def _conclude(
     folder = Path(source.settings.shards)
     identity = source.settings.identity()
     manifest = Manifest(folder, name, source.classes, splits, source.stamp, identity)
+    manifest.require_labels()
     manifest.save()
     _remove_stale(manifest)
     return manifest
 
 
-def _refuse(bad: Sequence[str]) -> None:
+def _refuse(name: str, bad: Sequence[str]) -> None:
     others = f" (and {len(bad) - 1} more bad files)" if len(bad) > 1 else ""
-    raise UserError(f"{bad[0]}{others}; --skip-bad packs the rest")
+    raise UserError(
+        f"{bad[0]}{others}; --skip-bad, or skip_bad = true in [dataset.{name}], packs the rest"
+    )
 
 
 def _remove_stale(manifest: Manifest) -> None:
@@ -163,7 +172,8 @@ def _remove_stale(manifest: Manifest) -> None:
         shard = file.with_suffix(".h5").name
         stale = _OURS.fullmatch(file.name) and shard not in named
         if stale or (file.name.startswith(TEMPORARY_PREFIX) and _is_dead(file)):
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # what is packed may well lie on a read-only disk
+                file.unlink()
 
 
 def _is_dead(temporary: Path) -> bool:
@@ -178,8 +188,8 @@ def _report(manifest: Manifest) -> str:
     for split, half in manifest.splits.items():
         size = sum(shard.bytes for shard in half.shards)
         shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
-        lines.append(f"{manifest.name} {split}: {half.images} images, {shards}")
-        lines += [f"  left out: {message}" for message in half.left_out]
+        lines.append(f"{one_line(manifest.name)} {split}: {half.images} images, {shards}")
+        lines += [f"  left out: {one_line(message)}" for message in half.left_out]
     return "\n".join(lines)
 
 

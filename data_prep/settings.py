@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from hpc.atomic import fingerprint
 from hpc.command import UserError
-from hpc.config import Settings, did_you_mean, parse, read_toml
+from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
+
+Side = Annotated[int, Field(ge=32, le=32_768)]  # pixels of a drawn image
 
 VOID = 255  # the label value in shards that counts nowhere, whatever the source calls void
 MAX_CLASSES = 255
@@ -22,11 +24,13 @@ class DatasetSettings(Settings):
     shards: str = ""  # folder of the packed data set; data/NAME where not given
     codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
     shard_mb: Annotated[int, Field(ge=1, le=100_000)] = 512
+    skip_bad: bool = False  # leave bad files out and list them, instead of refusing all
 
     def identity(self) -> str:
         """Hash of the settings that change what is packed, whatever the paths."""
-        paths = {"root", "shards", "shard_mb", "codec"}
-        return fingerprint(self.model_dump(mode="json", exclude=paths))[:16]
+        # skip_bad: without bad files it changes nothing, and with some all is refused without it
+        others = {"root", "shards", "shard_mb", "codec", "skip_bad"}
+        return fingerprint(self.model_dump(mode="json", exclude=others))[:16]
 
 
 class FolderSettings(DatasetSettings):
@@ -57,10 +61,10 @@ class SyntheticSettings(DatasetSettings):
 
     source: Literal["synthetic"]
     root: str = ""  # where the JPEG and PNG files are written; SHARDS/source where not given
-    train: Annotated[int, Field(ge=1)] = 200  # images
-    val: Annotated[int, Field(ge=1)] = 50
-    size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (128, 192)  # h, w
-    seed: Annotated[int, Field(ge=0)] = 0
+    train: Annotated[int, Field(ge=1, le=100_000)] = 200  # images
+    val: Annotated[int, Field(ge=1, le=100_000)] = 50
+    size: tuple[Side, Side] = (128, 192)  # height, width
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 SOURCES: dict[str, type[DatasetSettings]] = {
@@ -79,10 +83,11 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
         raise UserError(f"{where}: its name is a folder's too; use one without / or a leading dot")
     source = table.get("source")
     if not isinstance(source, str) or source not in SOURCES:
-        raise UserError(f"{where}: unknown source {source!r}; {did_you_mean(str(source), SOURCES)}")
+        hint = did_you_mean(source if isinstance(source, str) else "", SOURCES)
+        raise UserError(f"{where}: unknown source {shown(source)}; {hint}")
     settings = parse(SOURCES[source], table, where)
-    shards = Path(settings.shards or f"data/{name}").expanduser().absolute()
-    root = Path(getattr(settings, "root", "") or shards / "source").expanduser().absolute()
+    shards = user_path(settings.shards or f"data/{name}", f"{where}: shards")
+    root = user_path(getattr(settings, "root", "") or str(shards / "source"), f"{where}: root")
     return settings.model_copy(update={"shards": str(shards), "root": str(root)})
 
 

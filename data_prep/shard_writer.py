@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.layout import Entry, Layout, index_sha256, index_table
+from data_prep.layout import Entry, Layout, frame_sha256, index_table
 
 # superblock and object headers of one fixed version, whatever the installed HDF5 prefers
 _LIBVER = ("v110", "v110")
@@ -28,17 +28,27 @@ Bytes = NDArray[np.uint8]
 class ShardWriter:
     """A context that writes one shard. `add` takes the samples in the order of `entries`.
 
-    `index_sha256` is known when the block has ended. A full disk is an `OSError`."""
+    `frame_sha256` is known when the block has ended. A full disk is an `OSError`."""
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._entries = list(entries)
         self._table = index_table(self._entries)
         self._crcs: dict[str, list[int]] = {"pixels": [], "labels": []}
         self._added = 0
-        self.index_sha256 = ""
+        self.frame_sha256 = ""
+        self._path = path
         _check_room(path, self._table.nbytes + _METADATA_BYTES)
         self._begin = _lay_out(path, self._entries, self._table)
         self._descriptor = os.open(path, os.O_WRONLY)
+
+    @property
+    def arenas(self) -> tuple[tuple[int, int], ...]:
+        """Where pixels and labels lie in the file: (offset, bytes)."""
+        sizes = {
+            "pixels": sum(entry.pixels.size for entry in self._entries),
+            "labels": sum(entry.labels.size for entry in self._entries),
+        }
+        return tuple((self._begin[arena], size) for arena, size in sizes.items())
 
     def add(self, pixels: Bytes, label: Bytes) -> None:
         """Append the next entry's sample: `pixels` uint8 [H, W, 3] or the JPEG's bytes [N],
@@ -76,7 +86,7 @@ class ShardWriter:
         crcs = {arena: np.array(found, "<u4") for arena, found in self._crcs.items()}
         for arena, found in crcs.items():
             _write(self._descriptor, memoryview(found.tobytes()), self._begin[f"{arena}_crc"])
-        self.index_sha256 = index_sha256(self._table, crcs["pixels"], crcs["labels"])
+        self.frame_sha256 = frame_sha256(self._path, self.arenas)
 
 
 def _lay_out(path: Path, entries: list[Entry], table: NDArray[np.void]) -> dict[str, int]:

@@ -6,9 +6,12 @@
     pixels_crc  CRC32 of each band of 64 rows, sample after sample (encoded: one for all bytes)
     labels_crc  the same for label maps
 
-HDF5 is asked once where the arenas begin; from then on a read is one `os.preadv` on the plain
-file, with no HDF5 lock or library state that a forked loader worker could inherit broken.
-`layout.py` holds the index's table, `shard_writer.py` the writer."""
+Every byte is under a checksum: those of the arenas under the CRC of their band, all others under
+the manifest's SHA-256 of the frame, which is checked before HDF5 opens the file.
+
+HDF5 is asked once for the index; from then on a read is one `os.preadv` on the plain file, with no
+HDF5 lock or library state that a forked loader worker could inherit broken. `layout.py` holds the
+index's table, `shard_writer.py` the writer."""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import BadFile, decode_rgb
-from data_prep.layout import BAND_ROWS, Entry, Layout, index_sha256, read_entry
+from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, read_entry
 from data_prep.manifest import Manifest, ShardSummary, check_length, remedy
 from hpc.atomic import Damaged
 
@@ -39,6 +42,9 @@ class ShardFile:
         self._path = path
         check_length(path, summary.bytes)
         try:
+            # HDF5 reads over damage to its own structures, or follows it anywhere
+            if frame_sha256(path, summary.arenas) != summary.frame_sha256:
+                raise ValueError(_frame_damage(summary))
             self._read_index(summary)
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -69,9 +75,7 @@ class ShardFile:
         with h5py.File(self._path, "r", locking=False) as file:
             table = file["index"][:]
             crcs = [file[name][:] for name in ("pixels_crc", "labels_crc")]
-            begins = [file[name].id.get_offset() for name in ("pixels", "labels")]
-        if index_sha256(table, *crcs) != summary.index_sha256:
-            raise ValueError("it is not the shard that the manifest describes")
+        begins = [offset for offset, _ in summary.arenas]
         self.entries = [read_entry(row) for row in table]
         self._pixels = _Arena(
             self._path, begins[0], table["pixels_offset"], [e.pixels for e in self.entries], crcs[0]
@@ -164,7 +168,10 @@ class _Arena:
         bands = layout.bands(first, stop)
         top, width = bands[0][0], layout.row_bytes
         data = np.empty((bands[-1][1] - top) * width, np.uint8)
-        found = _read_into(descriptor, data, self._begins[k] + top * width)
+        try:
+            found = _read_into(descriptor, data, self._begins[k] + top * width)
+        except OSError as error:
+            raise self._damaged(what, f"cannot be read: {error.strerror}") from error
         if found < data.size:
             raise self._damaged(what, f"the file ends {data.size - found} bytes early")
         for begin, end in bands:
@@ -175,6 +182,13 @@ class _Arena:
 
     def _damaged(self, what: str, reason: str) -> Damaged:
         return Damaged(f"{self._path}: {what} is damaged ({reason}); {remedy(self._path)}")
+
+
+def _frame_damage(summary: ShardSummary) -> str:
+    return (
+        "outside the bytes of its samples it is not the shard that the manifest describes, so none "
+        f"of them can be read, {summary.ids[0]!r} to {summary.ids[-1]!r}"
+    )
 
 
 def _read_into(descriptor: int, data: Bytes, offset: int) -> int:

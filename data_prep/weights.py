@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.atomic import Damaged, file_sha256, new_file
 from hpc.command import UserError, argument_parser, run
-from hpc.config import did_you_mean, read_toml
+from hpc.config import did_you_mean, read_toml, shown, user_path
 from hpc.env import torch_home
 
 SOURCE = "https://download.pytorch.org/models"
@@ -44,7 +44,7 @@ def weights_path(weights: str, model: str) -> Path:
         raise UserError(
             f"no {weights!r} weights are published for {model!r}; {did_you_mean(model, models)}"
         )
-    return Path(weights).expanduser().absolute()
+    return user_path(weights, "weights")
 
 
 def require_weights(weights: str, model: str) -> Path:
@@ -58,7 +58,8 @@ def require_weights(weights: str, model: str) -> Path:
             f"`python -m data_prep.weights CONFIG`, or copy {SOURCE}/{path.name} there"
         )
     raise UserError(
-        f"weights = {weights!r} is neither imagenet, coco, none or pretrain nor a file that exists"
+        f"weights = {shown(weights)} is neither imagenet, coco, none or pretrain nor a file that "
+        "exists"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,13 @@ def _refuse_unpaired(
     have: dict[str, Path], other: dict[str, Path], missing: str, where: Path
 ) -> None:
     alone = sorted(have.keys() - other.keys(), key=str.encode)
+    twins = {unicodedata.normalize("NFC", stem): file for stem, file in other.items()}
+    for stem in alone:
+        if twin := twins.get(unicodedata.normalize("NFC", stem)):
+            raise UserError(
+                f"{have[stem]} and {twin} look alike, but their names are two Unicode forms, "
+                f"{_form(stem)} and {_form(twin.stem)}; rename one of them (macOS writes NFD)"
+            )
     if alone:
         names = ", ".join(have[stem].name for stem in alone[:_SHOWN])
         more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
@@ -87,3 +95,7 @@ def _refuse_unpaired(
             f"{names}{more} in {have[alone[0]].parent}: no {missing} of the same stem in {where}; "
             "add or remove files so that they pair"
         )
+
+
+def _form(stem: str) -> str:
+    return next((f for f in ("NFC", "NFD") if unicodedata.is_normalized(f, stem)), "a mixture")

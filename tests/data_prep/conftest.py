@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.settings import DatasetSettings, parse_dataset
+from hpc.command import run
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("wall", "floor", "door")
@@ -60,7 +63,7 @@ class Folder:
         """A grid file with this data set as [dataset.rooms]."""
         lines = ["[dataset.rooms]"]
         for key, value in self.settings.model_dump().items():
-            lines.append(f"{key} = {list(value) if isinstance(value, tuple) else value!r}")
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
         path = self.root / "grid.toml"
         path.write_text("\n".join(lines))
         return path
@@ -97,13 +100,27 @@ def many_rooms(tmp_path: Path, _large_rooms: Path) -> Folder:
 def command():
     """Run `python -m MODULE ARGUMENTS` as a user does."""
 
-    def run(module: str, *arguments: object, launcher: tuple[str, ...] = (), **options):
+    def start(module: str, *arguments: object, launcher: tuple[str, ...] = (), **options):
         line = [*launcher, sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(
             line, cwd=REPOSITORY, text=True, capture_output=True, timeout=60, **options
         )
 
-    return run
+    return start
+
+
+@pytest.fixture
+def command_line(capsys):
+    """The same in this process, which is quicker: exit code, standard output, standard error."""
+
+    def call(module: str, *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(import_module(module).main, [str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture

@@ -139,7 +139,9 @@ def test_all_bad_files_are_counted_and_can_be_left_out(rooms, command):
     (rooms.root / "train" / "a.jpg").write_bytes(b"no picture")
     rooms.pair("c")
     assert "a.jpg cannot be read" in (message := _refusal(rooms))
-    assert message.endswith("(and 2 more bad files); --skip-bad packs the rest")
+    assert message.endswith(
+        "(and 2 more bad files); --skip-bad, or skip_bad = true in [dataset.rooms], packs the rest"
+    )
 
     done = command("data_prep.pack", rooms.config(), "--skip-bad")
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,9 @@ def test_a_label_value_that_is_no_class(rooms):
     with ShardWriter(path, [Entry("v", 2, 2, "raw", 12)]) as writer:
         writer.add(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 3, np.uint8))
     changes = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    shard = dataclasses.replace(shard, index_sha256=writer.index_sha256, **changes)
+    shard = dataclasses.replace(
+        shard, arenas=writer.arenas, frame_sha256=writer.frame_sha256, **changes
+    )
     val = dataclasses.replace(manifest.splits["val"], shards=(shard,))
     [problem] = verify(dataclasses.replace(manifest, splits={"val": val}))
     assert "label map 'v' holds 3, which is neither one of 3 classes nor void" in problem
