@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from hpc.command import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 _DEAD_AFTER_SECONDS = 3600.0  # since a temporary folder or anything in it was last written
+# Asked when all is on disk, right before it appears: raises if it must not appear any more.
+Check = Callable[[], None]
 
 
 class Damaged(UserError):
@@ -27,9 +29,10 @@ class Damaged(UserError):
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def new_file(path: str | Path, check: Check | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an error the file written
-    there becomes `path` in one step, replacing an older one. On an error nothing is left.
+    there becomes `path` in one step, replacing an older one. On an error, or if `check` raises,
+    nothing is left.
     """
     path = Path(path)
     _make_parent(path)
@@ -37,18 +40,21 @@ def new_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _fsync(temporary)
+        if check is not None:
+            check()
         temporary.replace(path)
         _fsync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be none; and one on a disk that is read-only by now
+            temporary.unlink()
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` by one rename. `path` must not exist yet:
-    if it does, `FileExistsError`, and the older one stays untouched.
+def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` by one rename, unless `check` raises. `path`
+    must not exist yet: if it does, `FileExistsError`, and the older one stays untouched.
     """
     path = Path(path)
     _make_parent(path)
@@ -61,6 +67,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         _fsync(temporary)
         if path.exists():  # rename would silently replace an empty folder
             raise FileExistsError(f"{path} exists already")
+        if check is not None:
+            check()
         temporary.rename(path)
         _fsync(path.parent)
     except FileExistsError:
@@ -76,10 +84,23 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def remove_folder(path: str | Path) -> None:
     """Delete a folder so that readers see it whole or not at all, even if we are killed meanwhile;
     nothing happens where there is none."""
-    temporary = _temporary_name(Path(path))
-    with suppress(FileNotFoundError):
-        Path(path).rename(temporary)
+    path = Path(path)
+    temporary = _temporary_name(path)
+    try:
+        path.rename(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
+def remove_file(path: str | Path) -> None:
+    """Delete a file; nothing happens where there is none."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise _explained(error, Path(path)) from error
 
 
 def remove_dead_folders(parent: str | Path) -> None:
@@ -92,9 +113,9 @@ def remove_dead_folders(parent: str | Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a whole file in one step."""
-    with new_file(path) as temporary:
+def write_bytes(path: str | Path, data: bytes, check: Check | None = None) -> None:
+    """Write a whole file in one step, unless `check` raises."""
+    with new_file(path, check) as temporary:
         temporary.write_bytes(data)
 
 
@@ -103,11 +124,13 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Write a record of plain values, with a checksum of itself under the key `checksum`."""
+def write_json(path: str | Path, record: dict[str, Any], check: Check | None = None) -> None:
+    """Write a record of plain values, with a checksum of itself under the key `checksum`, unless
+    `check` raises."""
     body = {key: value for key, value in record.items() if key != "checksum"}
     whole = {**body, "checksum": fingerprint(body)}
-    write_text(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8"), check)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -119,6 +142,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         if record.pop("checksum") == fingerprint(record):
             return record
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(
+            f"{path} cannot be read: {error.strerror}; mend or delete it and run again"
+        ) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
     raise Damaged(f"{path} is damaged (its checksum does not fit); delete it and run again")

@@ -3,24 +3,28 @@ of work, so that units come and go without touching each other's progress.
 
     FOLDER/step-000000120-g3/ENTRY.pt, index.json
 
-An entry holds tensors and plain values only. The index is read without torch, by planning too.
+An entry holds tensors and plain values only. The index is read without torch, by planning too; it
+names its own place, so that one that was copied or renamed is not taken for what it is not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc.atomic import (
+    Check,
     Damaged,
     file_sha256,
     new_file,
     new_folder,
     read_json,
     remove_dead_folders,
+    remove_file,
     remove_folder,
     write_json,
 )
@@ -29,6 +33,9 @@ from hpc.generation import Generation
 KEPT = 2  # of each entry: the newest, and one to fall back to
 _NAME = re.compile(r"step-(\d{9})-g(\d+)")
 _INDEX = "index.json"
+
+# Whether a state that was read is one of the entry's own: names, shapes, types.
+Fits = Callable[[str, Any], bool]
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,26 @@ class Checkpoint:
     hashes: Mapping[str, str]
     record: Mapping[str, Any]
 
-    def load(self, entry: str) -> dict[str, Any]:
-        """The state saved for `entry`. Raises `Damaged` if its file is not as written."""
+    def load(self, entry: str, fits: Fits) -> Any:
+        """The state saved for `entry`. Raises `Damaged` if its file is not as written, or its state
+        does not fit."""
         import torch  # planning reads indices and must not pay for it
 
         path = self.path / f"{entry}.pt"
         try:
             if file_sha256(path) != self.hashes[entry]:
                 raise Damaged(f"{path} is damaged (its checksum does not fit)")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Damaged:
+            raise
         except OSError as error:
             raise Damaged(f"{path} cannot be read: {error.strerror}") from error
-        return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            kind = type(error).__name__
+            raise Damaged(f"{path} is foreign (as a state it gives {kind})") from error
+        if not fits(entry, state):
+            raise Damaged(f"{path} is foreign (its state has other names, shapes or types)")
+        return state
 
 
 def save(
@@ -60,30 +76,28 @@ def save(
     generation: Generation,
     entries: Mapping[str, Mapping[str, Any]],
     record: Mapping[str, Any],
+    resumed: int | None = None,
 ) -> None:
     """Publish a checkpoint of `entries` after `step`, then prune older ones. `record` holds plain
-    values that describe all entries. Raises `Superseded` if another start has taken over.
+    values that describe all entries; `resumed` is as for `prune`. Raises `Superseded` if another
+    start has taken over.
     """
     generation.check()
     path = folder / f"step-{step:09d}-g{generation.number}"
     if path.exists():  # the same start at the same step: the same state
         return
-    with new_folder(path) as temporary:
+    with new_folder(path, generation.check) as temporary:
         for name, state in entries.items():
             _dump(state, temporary / f"{name}.pt")
         hashes = {name: file_sha256(temporary / f"{name}.pt") for name in entries}
-        write_json(
-            temporary / _INDEX,
-            {"step": step, "generation": generation.number, "entries": hashes, **record},
-        )
-        generation.check()
-    prune(folder, generation, finished=())
+        write_json(temporary / _INDEX, {**record, **_place(path), "entries": hashes})
+    prune(folder, generation, finished=(), resumed=resumed)
 
 
-def write_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values as one file that appears whole and that `torch.load` reads
-    with `weights_only=True`."""
-    with new_file(path) as temporary:
+def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = None) -> None:
+    """Write tensors and plain values as one file that appears whole, unless `check` raises, and
+    that `torch.load` reads with `weights_only=True`."""
+    with new_file(path, check) as temporary:
         _dump(state, temporary)
 
 
@@ -103,20 +117,32 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """All checkpoints of a folder, newest first, and a line for each that cannot be read."""
     found, problems = [], []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match is None:
+        if _NAME.fullmatch(path.name) is None:
             continue
         try:
-            index = read_json(path / _INDEX)
+            found.append(_read(path))
         except Damaged as error:
             problems.append(str(error))
-        except FileNotFoundError:
-            problems.append(f"{path} has no {_INDEX}")
-        else:
-            hashes = index.pop("entries")
-            found.append(Checkpoint(path, int(match[1]), int(match[2]), hashes, index))
     found.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.generation), reverse=True)
     return found, problems
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        index = read_json(path / _INDEX)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} has no {_INDEX}") from error
+    place = _place(path)
+    hashes = index.pop("entries", None)
+    if {key: index.pop(key, None) for key in place} != place or not isinstance(hashes, dict):
+        raise Damaged(f"{path / _INDEX} is foreign (it is not the index of this checkpoint)")
+    return Checkpoint(path, place["step"], place["generation"], hashes, index)
+
+
+def _place(path: Path) -> dict[str, Any]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return {"folder": path.parent.name, "step": int(match[1]), "generation": int(match[2])}
 
 
 def newest_steps(folder: Path) -> dict[str, int]:
@@ -129,23 +155,27 @@ def newest_steps(folder: Path) -> dict[str, int]:
 
 
 def load_latest(
-    folder: Path, entries: Iterable[str]
+    folder: Path,
+    entries: Iterable[str],
+    fits: Fits = lambda _entry, state: isinstance(state, dict),
+    newest: int | None = None,
 ) -> tuple[int, dict[str, dict[str, Any]], list[Mapping[str, Any]], list[str]]:
-    """The newest step at which all `entries` have an intact checkpoint, with their states, the
-    records of the folders they lie in, and a line for each damaged file that was passed over.
-    Step 0 and no states where there is none, or nothing is wanted. Entries may lie in different
-    folders of the same step.
+    """The newest step, up to `newest`, at which all `entries` have an intact checkpoint whose state
+    fits, with their states, the records of the folders they lie in, and a line for each damaged or
+    foreign file that was passed over. Step 0 and no states where there is none, or nothing is
+    wanted. Entries may lie in different folders of the same step.
     """
     wanted = list(entries)
     checkpoints, problems = find(folder) if wanted else ([], [])
-    for step in sorted({checkpoint.step for checkpoint in checkpoints}, reverse=True):
+    steps = {c.step for c in checkpoints if newest is None or c.step <= newest}
+    for step in sorted(steps, reverse=True):
         states: dict[str, dict[str, Any]] = {}
         records: list[Mapping[str, Any]] = []
         for checkpoint in (c for c in checkpoints if c.step == step):
             for entry in wanted:
                 if entry in checkpoint.hashes and entry not in states:
                     try:
-                        states[entry] = checkpoint.load(entry)
+                        states[entry] = checkpoint.load(entry, fits)
                         if checkpoint.record not in records:
                             records.append(checkpoint.record)
                     except Damaged as error:
@@ -155,19 +185,36 @@ def load_latest(
     return 0, {}, [], problems
 
 
-def prune(folder: Path, generation: Generation, finished: Iterable[str]) -> None:
-    """Delete the checkpoints that no entry needs: an entry needs its `KEPT` newest until it is
-    `finished`. Only folders whose entries are all ours are touched, none written by a later
-    generation, and nothing at all once this generation has a successor."""
+def prune(
+    folder: Path, generation: Generation, finished: Iterable[str], resumed: int | None = None
+) -> None:
+    """Delete what the entries of `generation` need no more: an entry needs its `KEPT` newest until
+    it is `finished`. `resumed` is the step that this start went on from: what older starts left
+    beyond it was damaged, or not shared by all entries, and counts for nothing. Entries of others
+    and folders of a later generation are not touched, and nothing at all once this generation has
+    a successor."""
+    generation.check()
     done = frozenset(finished)
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for checkpoint in find(folder)[0]:
-        needed = False
-        for entry in checkpoint.hashes:
-            seen[entry] = seen.get(entry, 0) + 1
-            needed |= entry not in done and seen[entry] <= KEPT
-        ours = generation.entries.issuperset(checkpoint.hashes)
-        if ours and not needed and checkpoint.generation <= generation.number:
+        older = checkpoint.generation < generation.number
+        passed_over = older and resumed is not None and checkpoint.step > resumed
+        ours = generation.entries.intersection(checkpoint.hashes)
+        if not passed_over:
+            seen.update(ours)
+        unneeded = {e for e in ours if passed_over or e in done or seen[e] > KEPT}
+        if unneeded and checkpoint.generation <= generation.number:
             generation.check()
-            remove_folder(checkpoint.path)
+            _drop(checkpoint, unneeded)
     remove_dead_folders(folder)
+
+
+def _drop(checkpoint: Checkpoint, entries: Collection[str]) -> None:
+    """Delete the files of `entries`; the last of a folder take it with them."""
+    files = {entry: checkpoint.path / f"{entry}.pt" for entry in checkpoint.hashes}
+    if any(files[entry].exists() for entry in files.keys() - set(entries)):
+        for entry in entries:
+            if not files[entry].is_dir():  # that is none of ours
+                remove_file(files[entry])
+    else:
+        remove_folder(checkpoint.path)

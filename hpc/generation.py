@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc.atomic import Damaged
 from hpc.command import UserError
 
 
@@ -28,14 +29,20 @@ class Generation:
     entries: frozenset[str]
 
     def is_superseded(self) -> bool:
-        """Whether a later claim shares an entry with this one."""
-        later = (n for n in _numbers(self.folder) if n > self.number)
+        """Whether a later claim shares an entry with this one, or all claims were deleted."""
+        try:
+            later = [n for n in _numbers(self.folder) if n > self.number]
+        except FileNotFoundError:
+            return True
         return any(not self.entries.isdisjoint(_entries(self.folder / str(n))) for n in later)
 
     def check(self) -> None:
-        """Raise `Superseded` if a later claim shares an entry with this one."""
+        """Raise `Superseded` if `is_superseded`."""
         if self.is_superseded():
-            raise Superseded(f"generation {self.number} in {self.folder} has a successor")
+            raise Superseded(
+                f"a later start has taken over: generation {self.number} in {self.folder} has a "
+                "successor; this process ends and leaves everything as it is"
+            )
 
 
 def claim(folder: Path, entries: Iterable[str]) -> Generation:
@@ -69,4 +76,8 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _entries(path: Path) -> frozenset[str]:
-    return frozenset(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        # whose it is cannot be known, so nothing may be written against it
+        raise Damaged(f"the claim {path} is damaged; delete it and run grid again") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,7 @@ def backbone_state(path: Path, backbone: Backbone) -> dict[str, Tensor]:
     """The backbone's part of a weights file: a segmentation model's, as torchvision and we save
     them, or a classifier's. Raises `UserError` if names or shapes do not fit."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        named = {_backbone_name(name): tensor for name, tensor in state.items()}
+        named = {_backbone_name(name): tensor for name, tensor in read_tensors(path).items()}
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(
             f"{path} is not a file of weights: reading it gave {type(error).__name__}; give "
@@ -84,13 +84,23 @@ def backbone_state(path: Path, backbone: Backbone) -> dict[str, Tensor]:
         if name.endswith("num_batches_tracked"):
             # torchvision's ImageNet files are older than this counter, and nothing reads it
             named.setdefault(name, tensor)
-        if name not in named:
+        if not isinstance(named.get(name), Tensor):
             raise UserError(f"{path} has no {name!r}; are these weights of another network?")
+        if not named[name].isfinite().all():
+            raise UserError(f"{path}: {name!r} is not finite; give weights that were trained well")
         if named[name].shape != tensor.shape:
             raise UserError(
                 f"{path}: {name!r} has shape {tuple(named[name].shape)}, not {tuple(tensor.shape)}"
             )
     return {name: named[name] for name in expected}
+
+
+def read_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, of tensors and plain values; raises nearly any exception."""
+    # torch compares no checksum: flipped bits would just be other weights
+    if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+        raise zipfile.BadZipFile(f"the checksum of {bad} does not fit")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _backbone_name(name: str) -> str:

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from hpc.atomic import Damaged, file_sha256, read_json, write_bytes, write_json
+from hpc.atomic import Check, Damaged, file_sha256, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,16 @@ class CountsIndex:
         """Whether the file is there with its full length: cheap, for planning and status."""
         try:
             return self.path.stat().st_size == self.size
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def verify(self) -> None:
         """Read all of it. Raises `Damaged`."""
-        if not self.is_whole() or file_sha256(self.path) != self.sha256:
+        try:
+            intact = self.is_whole() and file_sha256(self.path) == self.sha256
+        except OSError as error:
+            raise Damaged(f"{self.path} cannot be read: {error.strerror}") from error
+        if not intact:
             raise Damaged(
                 f"{self.path} is damaged (its checksum does not fit); delete it and run grid again"
             )
@@ -40,36 +44,52 @@ class CountsIndex:
 
 def write_counts(
     path: Path, cells: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any],
-    record: Mapping[str, Any],
+    record: Mapping[str, Any], check: Check | None = None,
 ) -> None:  # fmt: skip
-    """Write the arrays, whose first axis is `cells`, and then the index that makes them count."""
+    """Write the arrays, whose first axis is `cells`, and then the index that makes them count;
+    neither appears if `check` raises."""
     import h5py  # planning reads indices and must not pay for it
 
     whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
     with h5py.File(whole, "w", track_order=False) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
-    write_bytes(path, whole.getvalue())
+    write_bytes(path, whole.getvalue(), check)
     index = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "cells": list(cells)}
-    write_json(path.with_suffix(".json"), {**index, "record": dict(record)})
+    write_json(path.with_suffix(".json"), {**index, "record": dict(record)}, check)
 
 
 def read_index(path: Path) -> CountsIndex:
-    """The index of a counts file from its JSON. Raises `Damaged`."""
+    """The index of a counts file from its JSON. Raises `Damaged`, and `FileNotFoundError` where
+    there is none."""
     index = read_json(path)
-    return CountsIndex(
-        path=path.with_suffix(".h5"),
-        sha256=index["sha256"],
-        size=index["bytes"],
-        cells=tuple(index["cells"]),
-        record=index["record"],
-    )
+    try:
+        found = CountsIndex(
+            path=path.with_suffix(".h5"),
+            sha256=index["sha256"],
+            size=index["bytes"],
+            cells=tuple(index["cells"]),
+            record=dict(index["record"]),
+        )
+        signatures = [cell["signature"] for cell in found.cells]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "is not an index of counts") from error
+    if not all(isinstance(signature, str) for signature in signatures):
+        raise _damaged(path, "is not an index of counts")
+    return found
 
 
 def read_counts(index: CountsIndex) -> dict[str, Any]:
-    """The arrays of a counts file, verified. Raises `Damaged`."""
+    """The arrays of a counts file by name, as they were written. Raises `Damaged`."""
     import h5py
 
     index.verify()
-    with h5py.File(index.path, "r") as file:
-        return {name: file[name][...] for name in file}
+    try:
+        with h5py.File(index.path, "r") as file:
+            return {name: file[name][...] for name in file}
+    except (OSError, RuntimeError, TypeError) as error:  # of another program's HDF5, or of none
+        raise _damaged(index.path, "is not a file of counts") from error
+
+
+def _damaged(path: Path, what: str) -> Damaged:
+    return Damaged(f"{path} {what}; delete it and run grid again")

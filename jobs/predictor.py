@@ -13,7 +13,7 @@ from torch import nn
 from hpc.command import UserError
 from hpc.groups import Group
 from jobs.augment import resize_short_side
-from jobs.backbone import load_backbone
+from jobs.backbone import load_backbone, read_tensors
 from jobs.cell import Cell, RunPaths
 from jobs.models.build import Network, build_head, normalise, upsample
 
@@ -32,7 +32,7 @@ class Predictor:
 
     def __init__(self, head: Path, paths: RunPaths, group: Group) -> None:
         content = _read(head)
-        self.cell = Cell.model_validate(content["cell"])
+        self.cell: Cell = content["cell"]
         self.classes: list[str] = content["classes"]
         momentum = self.cell.protocol.batchnorm_momentum
         backbone = load_backbone(self.cell, paths, group)
@@ -43,7 +43,10 @@ class Predictor:
         module = build_head(self.cell.model, len(self.classes), self.cell.seed, momentum)
         network = Network(backbone.module, module)
         trained: nn.Module = network if self.cell.protocol.train == "all" else module
-        trained.load_state_dict(content["weights"])
+        try:
+            trained.load_state_dict(content["weights"])
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{head} holds weights of another network; train it again") from error
         self._network = network.to(group.device).eval()
         self._device = group.device
 
@@ -62,10 +65,10 @@ class Predictor:
 
 def _read(head: Path) -> dict[str, Any]:
     try:
-        content = torch.load(head, map_location="cpu", weights_only=True)
-        content["cell"], content["classes"], content["weights"], content["backbone_sha256"]
+        content = read_tensors(head)
+        content["classes"], content["weights"], content["backbone_sha256"]
+        return {**content, "cell": Cell.model_validate(content["cell"])}
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(
             f"{head} is not a trained head ({type(error).__name__}); give one of a run's heads/"
         ) from error
-    return content

@@ -70,10 +70,8 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     counts = count(job, trainees, None, manifest, total) if step == total else None
     if counts is None:
         return leave(job, step, total)
-    if group.is_main:
-        publish_backbone(job, trainees[0], consumer, manifest, counts[0])
-    group.barrier()
-    job.beat("done", total, total, force=True)
+    job.on_main(lambda: publish_backbone(job, trainees[0], consumer, manifest, counts[0]))
+    job.finish("done", total, total)
     return None
 
 
@@ -90,11 +88,12 @@ def _refuse_failed(trained: Task) -> None:
 def publish_backbone(
     job: Run, trainee: Trainee, consumer: Cell, manifest: Manifest, counts: Counts | None
 ) -> None:
-    """The backbone's weights under torchvision's names, and a record of how good they are."""
+    """The backbone's weights under torchvision's names, and a record of how good they are; rank 0
+    writes them."""
     path = job.task.paths.backbone(consumer.backbone_key)
     assert isinstance(trainee.network, Network)
-    job.generation.check()
-    checkpoint.write_tensors(path, trainee.network.backbone.state_dict())
+    check = job.generation.check
+    checkpoint.write_tensors(path, trainee.network.backbone.state_dict(), check)
     record = {
         "sha256": file_sha256(path),
         "manifest": manifest.fingerprint,
@@ -105,7 +104,7 @@ def publish_backbone(
         "scores": scores(counts) if counts is not None else {},
         "provenance": job.provenance,
     }
-    write_json(path.with_suffix(".json"), record)
+    write_json(path.with_suffix(".json"), record, check)
     done = [trainee.cell.signature]
     checkpoint.prune(job.task.paths.checkpoints(job.bundle_key), job.generation, done)
     job.say("done: the backbone is trained")

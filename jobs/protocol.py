@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,10 +10,15 @@ from pydantic import Field, model_validator
 from hpc.command import UserError
 from hpc.config import Settings
 
-Positive = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Size = Annotated[tuple[Positive, Positive], Field(description="height, width in pixels")]
+Rate = Annotated[float, Field(gt=0.0)]
+Side = Annotated[int, Field(ge=1, le=32_768)]  # pixels
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
+
+WEIGHTS = ("imagenet", "coco", "none", "pretrain")
+MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.
 RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes"})
@@ -22,30 +28,32 @@ class Pretrain(Settings):
     """[protocol.pretrain]: the whole network that `weights = "pretrain"` trains first with CE.
     Resize, crop, flip, momentum, weight decay and decay are those of the protocol."""
 
-    epochs: Positive = 20
-    batch_size: Positive = 8
+    epochs: Epochs = 20
+    batch_size: BatchSize = 8
     learning_rate: Rate = 0.02
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: those of [protocol]
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads a rank; 0: those of [protocol]
 
 
 class Protocol(Settings):
     """[protocol]. The defaults are the paper's."""
 
-    epochs: Positive = 30
-    batch_size: Positive = 12  # over all ranks; a last incomplete batch is dropped
+    epochs: Epochs = 30
+    batch_size: BatchSize = 12  # over all ranks; a last incomplete batch is dropped
     learning_rate: Rate = 1e-3
     decay: Literal["linear", "polynomial"] = "linear"
     decay_power: Rate = 0.9  # of the polynomial decay
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
 
-    resize: tuple[Positive, Positive] = (260, 1040)  # short side is drawn from this range, pixels
-    crop: Size = (480, 480)
+    resize: tuple[Side, Side] = (260, 1040)  # short side is drawn from this range, pixels
+    crop: tuple[Side, Side] = (480, 480)  # height, width in pixels
     flip: Fraction = 0.5  # probability of a horizontal flip
-    eval_size: Annotated[int, Field(ge=0)] = 520  # short side in validation; 0 is the own size
+    eval_size: Annotated[int, Field(ge=0, le=32_768)] = (
+        520  # short side in validation; 0 is the own size
+    )
 
-    weights: str = "imagenet"  # imagenet | coco | none | pretrain | a file's path
+    weights: str = "imagenet"  # one of WEIGHTS, or a file's path
     train: Literal["head", "all"] = "head"
     backbone_batchnorm: Literal["eval", "train"] = "eval"  # of a frozen backbone
     batchnorm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
@@ -56,7 +64,7 @@ class Protocol(Settings):
     bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
     pretrain: Pretrain = Pretrain()
 
-    threads: Positive = 2  # CPU threads a rank
+    threads: Threads = 2  # CPU threads a rank
     workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
@@ -73,17 +81,26 @@ class Protocol(Settings):
 
     def steps_per_epoch(self, images: int) -> int:
         """Batches in an epoch of `images` training images; a last incomplete one is dropped.
-        Raises `UserError` if there is not one whole batch."""
+        Raises `UserError` if there is not one whole batch, or training would never end."""
         if images < self.batch_size:
             raise UserError(
                 f"batch_size = {self.batch_size} is larger than the training set of {images} "
                 "images; choose a smaller one in [protocol]"
             )
-        return images // self.batch_size
+        steps = images // self.batch_size
+        if self.epochs * steps > MAX_STEPS:
+            raise UserError(
+                f"epochs = {self.epochs} on {images} images are {self.epochs * steps} steps, more "
+                f"than {MAX_STEPS}; choose fewer in [protocol]"
+            )
+        return steps
 
     def result_changing(self) -> dict[str, Any]:
         """The settings that decide what a cell becomes, as plain values for a fingerprint."""
         fields = self.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
+        if self.weights not in WEIGHTS:
+            # wherever the file lies; its hash is recorded with all that is made from it
+            fields["weights"] = f"file {Path(self.weights).name}"
         del fields["pretrain"]["threads"]
         if self.weights != "pretrain":
             del fields["pretrain"]

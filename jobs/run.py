@@ -6,16 +6,16 @@ from __future__ import annotations
 import enum
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hpc import checkpoint
-from hpc.atomic import write_json
-from hpc.command import UserError
-from hpc.generation import Generation, claim
+from hpc.atomic import Damaged, write_json
+from hpc.command import UserError, one_line
+from hpc.generation import Generation, Superseded, claim
 from hpc.groups import Group
 from hpc.preempt import StopRequest
 from jobs.backbone import moving_buffers
@@ -26,6 +26,8 @@ from jobs.trainee import Trainee, is_mixed
 
 HEARTBEAT_SECONDS = 2.0
 
+T = TypeVar("T")
+
 
 class Action(enum.IntEnum):
     """What happens at a step's edge; the ranks agree on the highest that one of them wants."""
@@ -33,12 +35,17 @@ class Action(enum.IntEnum):
     GO_ON = 0
     SAVE = 1
     STOP = 2
+    ABORT = 3
 
 
 @dataclass
 class Run:
     """This start of `task`. `inputs` are the hashes of what the cells are made from; they must not
-    change under a half-trained cell."""
+    change under a half-trained cell.
+
+    Rank 0 writes. What keeps it from writing, a full disk or a later start of the same cells, is
+    raised on all ranks at once: none is left waiting for one that has gone.
+    """
 
     task: Task
     group: Group
@@ -49,12 +56,13 @@ class Run:
     _saved_at: float = field(init=False, default_factory=time.monotonic)
     _beat_at: float = field(init=False, default=0.0)
     _started: tuple[float, int] = field(init=False, default=(0.0, 0))
+    _trouble: UserError | None = field(init=False, default=None)  # of rank 0's heartbeat
+    _muted: bool = field(init=False, default=False)  # its last heartbeat found no room
 
     def __post_init__(self) -> None:
         signatures = [cell.signature for cell in self.task.cells]
-        if self.group.is_main:
-            mine = claim(self.task.paths.generations(self.bundle_key), signatures)
-        self.generation = self.group.broadcast(mine if self.group.is_main else None)
+        folder = self.task.paths.generations(self.bundle_key)
+        self.generation = self.on_main(lambda: claim(folder, signatures))
         self.provenance = [_provenance(self.task.cells[0], self.group)]
 
     @property
@@ -65,12 +73,24 @@ class Run:
     def label(self) -> str:
         return f"{self.task.name} (generation {self.generation.number})"
 
+    def on_main(self, write: Callable[[], T]) -> T:
+        """What `write()` returns on rank 0, on all ranks; called by all. A `UserError` of it is
+        raised on all."""
+        result, error = None, None
+        if self.group.is_main:
+            try:
+                result = write()
+            except UserError as raised:
+                error = raised
+        result, error = self.group.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def resume(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> int:
-        """Take up the newest checkpoint that all cells share. Returns the number of steps done."""
-        folder = self.task.paths.checkpoints(self.bundle_key)
-        names = [trainee.cell.signature for trainee in trainees]
-        step, states, records, problems = checkpoint.load_latest(folder, names)
-        step = self.group.broadcast(step)
+        """Take up the newest checkpoint that all cells share, and all ranks can read. Returns the
+        number of steps done."""
+        step, states, records, problems = self._load(trainees, backbone)
         for problem in problems:
             self.say(f"warning: {problem}; passed over")
         if step == 0:
@@ -78,7 +98,7 @@ class Run:
             self.say("starting at step 0")
             return 0
         for record in records:
-            self._require_same_inputs(record["inputs"])
+            self._require_same_inputs(record.get("inputs", {}))
         for trainee in trainees:
             state = states[trainee.cell.signature]
             trainee.load(state)
@@ -89,9 +109,27 @@ class Run:
         self.say(f"resuming at step {step}")
         return step
 
+    def _load(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> tuple[Any, ...]:
+        """As `checkpoint.load_latest`, at the newest step that every rank can read."""
+        folder = self.task.paths.checkpoints(self.bundle_key)
+        cells = {trainee.cell.signature: trainee for trainee in trainees}
+        buffers = moving_buffers(backbone) if backbone is not None else {}
+
+        def fits(entry: str, state: Any) -> bool:
+            return cells[entry].fits(state, buffers)
+
+        newest = None
+        while True:
+            found = checkpoint.load_latest(folder, cells, fits, newest)
+            shared = -self.group.max(-found[0])
+            if self.group.max(found[0]) == shared:
+                return found
+            self.say(f"warning: not every rank can read a checkpoint beyond step {shared}")
+            newest = shared
+
     def _require_same_inputs(self, recorded: Mapping[str, str]) -> None:
         for what, sha256 in self.inputs.items():
-            if recorded[what] != sha256:
+            if recorded.get(what) != sha256:
                 folder = self.task.paths.checkpoints(self.bundle_key)
                 raise UserError(
                     f"the {what} changed under half-trained cells of {self.task.name}; restore it, "
@@ -104,34 +142,57 @@ class Run:
         self._saved_at = time.monotonic()
 
     def agree(self) -> Action:
-        """What all ranks do at this step's edge."""
+        """What all ranks do at this step's edge. Raises on all of them what kept the last
+        heartbeat from being written; `Superseded` if a later start has taken over."""
         wish = Action.GO_ON
         minutes = self.task.cells[0].protocol.checkpoint_minutes
-        if self.stop:
+        if self._trouble is not None:
+            wish = Action.ABORT
+        elif self.stop:
             wish = Action.STOP
         elif self.group.is_main and time.monotonic() - self._saved_at >= 60 * minutes:
             wish = Action.SAVE
-        return Action(self.group.max(wish))
+        action = Action(self.group.max(wish))
+        if action is Action.ABORT:
+            self._raise_trouble()
+        return action
+
+    def _raise_trouble(self) -> None:
+        trouble = self.group.broadcast(self._trouble)
+        if trouble is not None:
+            raise trouble
 
     def save(self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None) -> None:
-        """Publish a checkpoint of the cells that still train; rank 0 writes."""
-        if self.group.is_main and trainees:
-            buffers = moving_buffers(backbone) if backbone is not None else {}
-            entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainees}
-            record = {"inputs": dict(self.inputs), "provenance": self.provenance}
-            folder = self.task.paths.checkpoints(self.bundle_key)
-            checkpoint.save(folder, step, self.generation, entries, record)
+        """Publish a checkpoint of the cells that still train; called by all ranks."""
+        if trainees:
+            self.on_main(lambda: self._write_checkpoint(step, trainees, backbone))
         self._saved_at = time.monotonic()
 
+    def _write_checkpoint(
+        self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None
+    ) -> None:
+        buffers = moving_buffers(backbone) if backbone is not None else {}
+        entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainees}
+        record = {"inputs": dict(self.inputs), "provenance": self.provenance}
+        folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started
+        checkpoint.save(folder, step, self.generation, entries, record, resumed)
+
     def give_up(self, trainee: Trainee, step: int) -> None:
-        """Record why a cell stopped for good. Its neighbours go on."""
+        """Record on rank 0 why a cell stopped for good. Its neighbours go on."""
+        record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure}
+        path = self.task.paths.failure(trainee.cell.signature)
+        write_json(path, record, self.generation.check)
         self.say(f"warning: {trainee.cell.name} stops: {trainee.failure}")
-        if self.group.is_main:
-            record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure}
-            write_json(self.task.paths.failure(trainee.cell.signature), record)
+
+    def finish(self, stage: str, step: int, total: int) -> None:
+        """The last heartbeat; called by all ranks. Raises on all what kept it from being
+        written."""
+        self.beat(stage, step, total, force=True)
+        self._raise_trouble()
 
     def beat(self, stage: str, step: int, total: int, force: bool = False) -> None:
-        """Say that this job lives, and how far it is."""
+        """Say that this job lives, and how far it is. This is also when a process that was cut off
+        notices that it has a successor; `agree` tells the other ranks."""
         now = time.monotonic()
         if not self.group.is_main or (now - self._beat_at < HEARTBEAT_SECONDS and not force):
             return
@@ -140,12 +201,21 @@ class Run:
         rate = (step - first) / (now - began) if step > first and now > began else 0.0
         record = {"stage": stage, "step": step, "total": total, "steps_per_second": rate,
                   "time": time.time(), "generation": self.generation.number}  # fmt: skip
-        write_json(self.task.paths.progress_of(self.task.name), record)
+        path = self.task.paths.progress_of(self.task.name)
+        self._trouble, muted, self._muted = None, self._muted, False
+        try:
+            write_json(path, record, self.generation.check)
+        except (Superseded, Damaged) as error:
+            self._trouble = error
+        except UserError as error:  # alone it lets nobody take the job for dead, so days go on
+            self._muted = True
+            if not muted:
+                self.say(f"warning: {error}; without a heartbeat training goes on")
 
     def say(self, text: str) -> None:
         """A line in the job's log, from rank 0."""
         if self.group.is_main:
-            print(f"{self.label}: {text}", file=sys.stderr, flush=True)
+            print(one_line(f"{self.label}: {text}"), file=sys.stderr, flush=True)
 
 
 def _provenance(cell: Cell, group: Group) -> dict[str, Any]:

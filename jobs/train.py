@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,8 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     counts = count(job, trainees, frozen, manifest, total)
     if counts is None:
         return leave(job, step, total)
-    if group.is_main:
-        publish(job, trainees, counts, manifest, backbone)
-    group.barrier()
-    job.beat("done", total, total, force=True)
+    job.on_main(lambda: publish(job, trainees, counts, manifest, backbone))
+    job.finish("done", total, total)
     return None
 
 
@@ -121,7 +120,7 @@ def train(
         for trainee in active:
             trainee.step(inputs, batch, target, step, total)
             if trainee.failure:
-                job.give_up(trainee, step)
+                job.on_main(partial(job.give_up, trainee, step))
         step += 1
         action = job.agree()
         if action is not Action.GO_ON or step == total:
@@ -168,7 +167,7 @@ def count(
         len(manifest.classes),
         job.task.cells[0].protocol,
         job.group,
-        lambda: bool(job.stop),
+        lambda: job.agree() is Action.STOP,
     )
 
 
@@ -179,7 +178,8 @@ def publish(
     manifest: Manifest,
     backbone: LoadedBackbone,
 ) -> None:
-    """Leave heads and counts, which make the cells done, and remove their checkpoints."""
+    """Leave heads and counts, which make the cells done, and remove their checkpoints; rank 0
+    does it."""
     paths, finished = job.task.paths, []
     for trainee, cell_counts in zip(still_training(trainees), counts, strict=True):
         if cell_counts is None:
@@ -187,7 +187,6 @@ def publish(
             job.give_up(trainee, -1)
             continue
         finished.append((trainee, cell_counts))
-    job.generation.check()
     for trainee, _ in finished:
         save_head(job, trainee, manifest, backbone)
     if finished:
@@ -196,6 +195,7 @@ def publish(
             [cell_record(trainee.cell, backbone) for trainee, _ in finished],
             stack([cell_counts for _, cell_counts in finished]),
             job_record(job, manifest),
+            job.generation.check,
         )
     done = [cell.signature for cell in job.task.cells]
     checkpoint.prune(paths.checkpoints(job.bundle_key), job.generation, done)
@@ -237,14 +237,15 @@ def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBa
         "backbone_sha256": backbone.sha256,
         "weights": trainee.network.state_dict(),
     }
-    checkpoint.write_tensors(job.task.paths.head(trainee.cell.signature), content)
+    path = job.task.paths.head(trainee.cell.signature)
+    checkpoint.write_tensors(path, content, job.generation.check)
 
 
 def leave(job: Run, step: int, total: int) -> None:
     """After a stop: all is saved; hand the job back to Slurm if its time was up."""
+    job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
     job.say(f"stopped by {name} after step {step} of {total}; run grid again to resume")
-    job.beat("stopped", step, total, force=True)
     env = job.group.env
     # preempted jobs are requeued by Slurm itself, cancelled ones by nobody
     if job.group.is_main and env.job_id and job.stop.signal is signal.SIGUSR2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,31 @@ class Trainee:
         self.network.load_state_dict(state["network"])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-        self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # none if it was saved where there was no mixed precision
+            self._scaler.load_state_dict(state["scaler"])
+
+    def fits(self, state: Any, buffers: Mapping[str, Tensor]) -> bool:
+        """Whether `state` is one that `state` gave of a cell like this one, with the `buffers` of
+        its frozen backbone that move."""
+        parameters = list(self.network.parameters())
+        try:
+            momentum = {i: one["momentum_buffer"] for i, one in state["momentum"].items()}
+            return (
+                _shapes(state["network"]) == _shapes(self.network.state_dict())
+                and all(
+                    buffer is None or _shapes({i: buffer}) == _shapes({i: parameters[i]})
+                    for i, buffer in momentum.items()
+                )
+                and _shapes(state["backbone"]) == _shapes(buffers)
+                and isinstance(state["scaler"], dict)
+            )
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return False
+
+
+def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor of a state. Raises `AttributeError` if it is none."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def learning_rate(protocol: Protocol, step: int, total: int) -> float:

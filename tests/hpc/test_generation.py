@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.atomic import Damaged
 from hpc.command import UserError
 from hpc.generation import Superseded, claim
 from tests.tiny_disk import NO_ROOM, on_tiny_disk
@@ -83,6 +85,21 @@ def test_other_files_are_not_taken_for_claims(tmp_path):
     (tmp_path / ".tmp-killed").write_text("")
     assert not first.is_superseded()
     assert claim(tmp_path, ["a"]).number == 2
+
+
+def test_a_claim_that_cannot_be_read_is_named_and_nothing_is_written_against_it(tmp_path):
+    first = claim(tmp_path, ["a"])
+    claim(tmp_path, ["b"])
+    (tmp_path / "2").write_text('["b')
+    with pytest.raises(Damaged, match=f"the claim {tmp_path}/2 is damaged; delete it"):
+        first.check()
+
+
+def test_whose_claims_were_deleted_is_superseded(tmp_path):
+    first = claim(tmp_path / "claims", ["a"])
+    shutil.rmtree(tmp_path / "claims")
+    with pytest.raises(Superseded):
+        first.check()
 
 
 FULL = """

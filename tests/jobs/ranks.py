@@ -16,7 +16,7 @@ from hpc.groups import Group
 # one process imports torch and the modules under test, and every rank is a fork of it
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["jobs.trainee", __name__])
-_PATIENCE = 120.0  # seconds
+_PATIENCE = 400.0  # seconds
 
 
 def on_ranks(

@@ -161,6 +161,29 @@ def test_a_weight_of_another_shape(load, tmp_path):
     assert "'backbone.0.0.weight' has shape (16, 1, 3, 3), not (16, 3, 3, 3)" in message
 
 
+def test_a_weight_that_is_not_finite(load, tmp_path):
+    state = drawn(models.mobilenet_v3_large).state_dict()
+    state["features.0.0.weight"][0, 0, 0, 0] = float("nan")
+    message = refusal(load, saved(state, tmp_path / "own.pth"))
+    assert "'backbone.0.0.weight' is not finite" in message
+
+
+def test_an_entry_that_is_no_tensor(load, tmp_path):
+    state = drawn(models.mobilenet_v3_large).state_dict()
+    message = refusal(load, saved({**state, "features.0.0.weight": 3}, tmp_path / "own.pth"))
+    assert "has no 'backbone.0.0.weight'" in message
+
+
+def test_a_flipped_bit_of_a_weight(load, tmp_path):
+    """torch itself reads it as another number."""
+    path = saved(drawn(models.mobilenet_v3_large).state_dict(), tmp_path / "own.pth")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)
+    assert "is not a file of weights: reading it gave BadZipFile" in refusal(load, path)
+
+
 def cut(content):
     return content[: len(content) // 2]
 

@@ -2,16 +2,15 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from data_prep.pack import pack
 from hpc.atomic import read_json
 from jobs import pretrain, train
-from jobs.counts_file import read_counts, read_index
 from jobs.task import Task, write_task
 from pipeline.grid import read_grid
+from tests.jobs.small_runs import assert_same, results
 from tests.pipeline.test_end_to_end import GRID
 
 
@@ -38,25 +37,7 @@ def trained(grid, run, cells):
     shutil.copytree(grid.run.root / "backbones", run / "backbones")
     task = task_of(grid, run, cells)
     assert train.main([str(write_task(task))]) == 0
-    (path,) = task.paths.counts.glob("*.json")
-    index = read_index(path)
-    arrays = read_counts(index)
-    return {
-        cell["name"]: (
-            torch.load(task.paths.head(cell["signature"]), weights_only=True)["weights"],
-            {name: array[position] for name, array in arrays.items()},
-        )
-        for position, cell in enumerate(index.cells)
-    }
-
-
-def assert_same(one, other):
-    (weights, counts), (other_weights, other_counts) = one, other
-    assert weights.keys() == other_weights.keys()
-    for key, tensor in weights.items():
-        assert torch.equal(tensor, other_weights[key]), key
-    for key, array in counts.items():
-        assert np.array_equal(array, other_counts[key]), key
+    return results(task.paths)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +51,14 @@ def test_alone_and_in_a_bundle(grid, bundle, tmp_path, model):
     (cell,) = (c for c in grid.cells if c.name == f"streets/{model}/DLNWCE/0")
     alone = trained(grid, tmp_path, [cell])
     assert_same(alone[cell.name], bundle[cell.name])
+
+
+@pytest.mark.parametrize("workers", [0, 2])  # the bundle has one
+def test_with_any_number_of_loader_workers(grid, bundle, tmp_path, workers):
+    (cell,) = (c for c in grid.cells if c.name == "streets/fcn_mobilenet_v3_large/CE/0")
+    changed = cell.protocol.model_copy(update={"workers": workers})
+    cell = cell.model_copy(update={"protocol": changed})
+    assert_same(trained(grid, tmp_path, [cell])[cell.name], bundle[cell.name])
 
 
 def test_in_another_order_and_without_one_of_the_cells(grid, bundle, tmp_path):

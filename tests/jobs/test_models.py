@@ -15,8 +15,15 @@ from jobs.models.build import (
     seeded,
     upsample,
 )
-from jobs.models.dropout import PositionalDropout
-from jobs.models.names import BACKBONE_PARAMETERS, BACKBONES, FEATURES, HEAD_PARAMETERS, MODELS
+from jobs.models.dropout import PositionalDropout, set_dropout_position
+from jobs.models.names import (
+    BACKBONE_PARAMETERS,
+    BACKBONES,
+    FEATURES,
+    HEAD_PARAMETERS,
+    MODELS,
+    STRIDE,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +96,26 @@ def test_features_have_the_channels_of_the_table(name):
     features = backbone(torch.zeros(1, 3, 32, 64, device="meta"))
     stride = 16 if name.startswith("mobilenet") else 8
     assert features.shape == (1, FEATURES[name], 32 // stride, 64 // stride)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_have_the_stride_of_the_table(name):
+    backbone = without_values(lambda: Backbone(name)).eval()
+    for side, positions in ((STRIDE[name], 1), (STRIDE[name] + 1, 2), (3 * STRIDE[name], 3)):
+        features = backbone(torch.zeros(1, 3, side, side, device="meta"))
+        assert features.shape[2:] == (positions, positions)
+
+
+@pytest.mark.parametrize("head", ["fcn", "deeplabv3"])
+def test_one_image_of_one_position_teaches_nothing(head):
+    """Why a crop must be larger than the stride: batch norm over one value is its bias."""
+    features = [torch.randn(1, 960, side, side) for side in (1, 1, 2, 2)]
+    network = build_head(f"{head}_mobilenet_v3_large", 3, 0, 0.1).train()
+    set_dropout_position(network, 0, "m", 0, [0])
+    one, same, two, other = [network(image).mean((2, 3)) for image in features]
+    torch.testing.assert_close(one, same)
+    assert not torch.allclose(two, other)
 
 
 def test_the_heads_of_the_paper_have_its_number_of_parameters():

@@ -124,6 +124,19 @@ def test_what_changes_a_result_makes_another_cell(change):
     assert a_cell(**change).signature != a_cell().signature
 
 
+def test_a_cell_is_the_same_wherever_the_file_of_its_weights_lies():
+    cells = [a_cell(weights=path) for path in ("w.pt", "../old/w.pt", "~/w.pt")]
+    assert len({cell.signature for cell in cells}) == 1
+    others = [a_cell(weights=path) for path in ("v.pt", "./imagenet", "imagenet", "none")]
+    assert len({cell.signature for cell in (*cells, *others)}) == 5
+
+
+def test_training_without_end_is_refused():
+    with pytest.raises(UserError, match="are 1000000000 steps, more than 999999999; choose fewer"):
+        Protocol(epochs=10**6, batch_size=1).steps_per_epoch(1000)
+    assert Protocol(epochs=10**6, batch_size=1).steps_per_epoch(999) == 999
+
+
 def test_cells_share_a_bundle_if_they_share_all_up_to_the_backbones_output():
     cell = a_cell("CE")
     assert a_cell("DLNWCE").bundle_key == cell.bundle_key
