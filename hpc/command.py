@@ -45,7 +45,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except UserError as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        # in one write, so that the lines of many ranks do not mix
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

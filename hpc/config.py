@@ -4,23 +4,27 @@ the file, the key and, where one is near, the valid name."""
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from hpc.command import UserError
 
+_LONGEST_SHOWN = 200  # characters of a wrong value
+
 
 class Settings(BaseModel):
-    """Base of every configuration table: frozen, no unknown keys, no silent conversion."""
+    """Base of every configuration table: frozen, no unknown keys, no silent conversion, numbers
+    finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -32,16 +36,50 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
+def _one_line(name: str) -> str:
+    if not name.strip() or not name.isprintable():
+        raise ValueError("must be one line of text, and not blank")
+    return name
+
+
+# What people call a thing by; it appears in logs and tables.
+Name = Annotated[str, AfterValidator(_one_line)]
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file; `UserError` if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; TOML files must be") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def user_path(text: str, where: str) -> Path:
+    """The absolute path that a configuration means: `~` is the home, and a relative one starts at
+    the working directory. Raises `UserError`, which begins with `where`, for one that no file can
+    have."""
+    try:
+        path = Path(text).expanduser().absolute()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{where}: {shown(text)} cannot be a path: {reason}") from error
+    return path
+
+
+def shown(value: Any) -> str:
+    """A wrong value as messages show it: one line, cut where it is very long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a number of thousands of digits" if isinstance(value, int) else "what is given"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -59,7 +97,7 @@ def parse(model: type[SettingsT], table: Any, where: str) -> SettingsT:
     Raises `UserError` for the first thing that is wrong.
     """
     if not isinstance(table, dict):
-        raise UserError(f"{where} must be a table, not {table!r}")
+        raise UserError(f"{where} must be a table, not {shown(table)}")
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -72,11 +110,18 @@ def _loosen(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
         field = model.model_fields.get(key)
         kinds = _kinds(field) if field else set()
         if float in kinds and int not in kinds and type(value) is int:
-            value = float(value)
+            value = _float(value)
         elif tuple in kinds and isinstance(value, list):
             value = _tuples(value)
         loose[key] = value
     return loose
+
+
+def _float(number: int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf  # and so refused
 
 
 def _tuples(value: Any) -> Any:
@@ -100,14 +145,14 @@ def _first_problem(model: type[BaseModel], table: dict[str, Any], error: Validat
     path = _place(problem, table)
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
+        return f"unknown key {shown(key)}; {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
     messages = dict.fromkeys(_in_toml_words(p) for p in problems if _place(p, table) == path)
     message = " or ".join(messages)
     given = problem["input"]
     told = isinstance(given, dict) or problem["type"] in ("value_error", "too_short", "too_long")
-    return f"{key}: {message}{'' if told else f', not {given!r}'}" if key else message
+    return f"{key}: {message}{'' if told else f', not {shown(given)}'}" if key else message
 
 
 def _place(problem: ErrorDetails, table: dict[str, Any]) -> list[str]:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickletools
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, signal
 from typing import IO, Any
 
 import submitit
-from submitit.core.utils import pickle_load
 
 from hpc.atomic import read_json, write_json, write_text
 from hpc.call import ModuleCall
 from hpc.command import UserError, argument_parser, one_line, run
+from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import (
     Outcome,
@@ -55,7 +55,7 @@ class LocalQueue:
     ) -> None:
         self.profile = profile
         self.folder = Path(folder).absolute()
-        self.tickets = Tickets(Path(queue_folder).absolute())
+        self.tickets = Tickets(Path(queue_folder).absolute(), profile.group)
 
     def submit(
         self,
@@ -70,6 +70,7 @@ class LocalQueue:
                 f"the local queue has one node, the profile asks for {resources.nodes};"
                 " set nodes = 1 in [cluster], or submit where there is Slurm"
             )
+        private_folder(self.folder, self.profile.group)
         common = self._common_part(resources, name, after)
         work = [{"module": call.module, "arguments": list(call.arguments)} for call in calls]
         with self.tickets.locked():
@@ -108,7 +109,7 @@ class LocalQueue:
             command = [sys.executable, "-m", "hpc.localqueue", str(self.tickets.folder)]
             with (self.tickets.folder / "runner.log").open("ab") as log:
                 subprocess.Popen(
-                    [*command, "--lock", str(lock.fileno())],
+                    [*command, "--group", self.profile.group, "--lock", str(lock.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -182,9 +183,10 @@ class Runner:
             fcntl.flock(lock, fcntl.LOCK_EX)
             write_json(self.tickets.path(job_id, "started"), {"gpus": gpus, "time": time.time()})
             os.chdir(ticket["working_directory"])
-            executor = submitit.LocalExecutor(
-                Path(ticket["folder"]) / job_id, python=_python_command(job_id, ticket, gpus)
-            )
+            folder = Path(ticket["folder"]) / job_id
+            for place in (folder.parent, folder):  # pickles will lie in it
+                private_folder(place, self.tickets.group)
+            executor = submitit.LocalExecutor(folder, python=_python_command(job_id, ticket, gpus))
             executor.update_parameters(
                 tasks_per_node=ticket["tasks"], timeout_min=_NO_LIMIT_MINUTES, signal_delay_s=0
             )
@@ -243,10 +245,14 @@ class Runner:
 
 
 def _result(file: Path) -> str:
+    # submitit leaves the pickle of (success or error, value): the first string in it tells, and can
+    # be read without running what a pickle may run
     try:
-        return pickle_load(file)[0]
-    except (OSError, EOFError, UnpicklingError):
+        values = (value for _, value, _ in pickletools.genops(file.read_bytes()))
+        first = next(value for value in values if isinstance(value, str))
+    except (OSError, ValueError, StopIteration):
         return "error"
+    return "success" if first == "success" else "error"
 
 
 def _python_command(job_id: str, ticket: dict[str, Any], gpus: Sequence[str]) -> str:
@@ -270,15 +276,17 @@ def main(argv: Sequence[str]) -> None:
     """Run the tickets of a queue until none is left."""
     parser = argument_parser("python -m hpc.localqueue", main.__doc__)
     parser.add_argument("folder", type=Path, help="the folder of the tickets")
+    parser.add_argument("--group", default="", help="the Unix group that shares the folder")
     parser.add_argument("--lock", type=int, help="inherited descriptor of the runner's lock")
     options = parser.parse_args(argv)
     folder = options.folder.absolute()
+    require_private(folder, options.group)
     lock = os.fdopen(options.lock, "a") if options.lock else (folder / "lock").open("a")
     if not take_lock(lock):  # an inherited one is ours already, and locking it again does nothing
         raise UserError(f"the queue {folder} has a runner already")
     # processes that a script starts in the background ignore SIGINT, and so would all jobs
     signal(SIGINT, SIG_DFL)
-    Runner(Tickets(folder), lock).run()
+    Runner(Tickets(folder, options.group), lock).run()
 
 
 if __name__ == "__main__":

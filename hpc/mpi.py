@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
@@ -72,7 +73,7 @@ class World:
 
     def _abort(self, error: BaseException) -> None:
         if isinstance(error, UserError):
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            sys.stderr.write(f"error: {one_line(str(error))}\n")
         else:
             print(f"rank {self.rank} of {self.size} failed:", file=sys.stderr)
             traceback.print_exception(error)
@@ -112,7 +113,7 @@ def world(environ: Mapping[str, str] | None = None) -> World:
         return World()
     if size == 1:
         return World()
-    return _checked_world(size)
+    return _checked_world(size, environ)
 
 
 def launched_size(environ: Mapping[str, str]) -> int | None:
@@ -141,20 +142,41 @@ def _refuse_tasks_without_mpi(environ: Mapping[str, str]) -> None:
         )
 
 
-def _checked_world(size: int) -> World:
+def _checked_world(size: int, environ: Mapping[str, str]) -> World:
     try:
+        import mpi4py
+
+        # a library that meets a launcher it does not know may end the process where it starts
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"{size} ranks were launched, but mpi4py does not load ({error}); load the site's MPI "
             "module or install the `mpich` wheel, or start a single process"
         ) from error
+    if _cannot_speak(MPI, environ):
+        raise _mismatch(size, "in PMIx, which this MPI does not speak", MPI)
+    with warnings.catch_warnings(action="ignore"):  # of what is compared here
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
     found = World(MPI.COMM_WORLD)
     if found.size != size:
-        raise UserError(
-            f"the launcher announced {size} ranks, but MPI sees {found.size} "
-            f"({MPI.Get_library_version().split(',')[0].splitlines()[0]}): launcher and mpi4py "
-            "belong to different MPIs; use the mpiexec of the MPI that mpi4py was built for, or "
-            "`srun --mpi=pmix` or `--mpi=pmi2`, or a single process"
-        )
+        raise _mismatch(size, f"but MPI sees {found.size}", MPI)
     return found
+
+
+def _cannot_speak(library: Any, environ: Mapping[str, str]) -> bool:
+    """Whether the launcher speaks PMIx alone, as Open MPI's and `srun --mpi=pmix` do, and this is
+    an MPICH that was built without it."""
+    pmix_alone = "PMIX_RANK" in environ and "PMI_RANK" not in environ
+    is_mpich = library.get_vendor()[0] == "MPICH"
+    return pmix_alone and is_mpich and "pmix" not in library.Get_library_version().lower()
+
+
+def _mismatch(size: int, what: str, library: Any) -> UserError:
+    name, version = library.get_vendor()
+    return UserError(
+        f"the launcher announced {size} ranks, {what} ({name} {'.'.join(map(str, version))}): "
+        "launcher and mpi4py belong to different MPIs; use the mpiexec of the MPI that mpi4py was "
+        "built for, or `srun --mpi=pmix` or `--mpi=pmi2`, or a single process"
+    )

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc.command import UserError
-from hpc.config import Settings, did_you_mean, parse, read_toml
+from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
 
 _PROFILES = Path("configs/clusters")
+_MOST = 1_000_000  # of whatever is counted
 _OUR_OPTIONS = {"array", "dependency", "error", "job-name", "open-mode", "output", "signal"}
 
 
@@ -34,6 +35,7 @@ class ClusterProfile(Settings):
     """What a site is like, and how much of it a job takes. Empty text means: not given to Slurm."""
 
     kind: Literal["auto", "slurm", "local"] = "auto"
+    group: str = ""  # a Unix group whose members share the run directory; default: it is private
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -44,21 +46,25 @@ class ClusterProfile(Settings):
     mail_type: str = ""
     extra: dict[str, str | int | bool] = Field({})  # any other sbatch option; true is a bare flag
 
-    nodes: int = Field(1, ge=1)
-    tasks_per_node: int = Field(1, ge=1)
-    cpus_per_task: int = Field(1, ge=1)
-    gpus_per_node: int = Field(0, ge=0)
+    nodes: int = Field(1, ge=1, le=_MOST)
+    tasks_per_node: int = Field(1, ge=1, le=1024)
+    cpus_per_task: int = Field(1, ge=1, le=_MOST)
+    gpus_per_node: int = Field(0, ge=0, le=1024)
     memory_gb: float | None = Field(None, gt=0)  # a node
-    minutes: int = Field(60, ge=1)  # time limit
+    minutes: int = Field(60, ge=1, le=60 * 24 * 3650)  # time limit
     lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
-    array_parallelism: int = Field(256, ge=1)  # jobs of one array that run at the same time
-    cells_per_job: int = Field(0, ge=0)  # how many units the caller puts into one job; 0: all
+    array_parallelism: int = Field(
+        256, ge=1, le=_MOST
+    )  # jobs of one array that run at the same time
+    cells_per_job: int = Field(
+        0, ge=0, le=_MOST
+    )  # how many units the caller puts into one job; 0: all
 
     setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
     python: str = ""  # the command that starts Python on a node; default: this interpreter
     mpi: str = ""  # srun --mpi: pmi2, pmix, ...; default: the site's
     network_interface: str = ""  # which NCCL and gloo use: ib0, ...; default: they choose
-    local_jobs: int = Field(1, ge=1)  # jobs the local queue runs at the same time
+    local_jobs: int = Field(1, ge=1, le=1024)  # jobs the local queue runs at the same time
 
     @field_validator("*")
     @classmethod
@@ -113,7 +119,8 @@ class ClusterProfile(Settings):
 
     def python_command(self) -> str:
         """The shell words that start Python in a job."""
-        return self.python or shlex.quote(sys.executable)
+        # words, as the local queue takes them: no shell expands what is in them
+        return shlex.join(shlex.split(self.python) or [sys.executable])
 
     def setup_lines(self) -> list[str]:
         """The shell lines that come before a job."""
@@ -141,6 +148,7 @@ def read_profile(
 
 
 def _profile_path(name: str, near: Path | None) -> Path:
+    user_path(f"{name}.toml", "the cluster profile")
     if name.endswith(".toml") or "/" in name:
         paths = [Path(name), *([near / name] if near else [])]
         return next((path for path in paths if path.exists()), paths[0])
@@ -148,5 +156,5 @@ def _profile_path(name: str, near: Path | None) -> Path:
     found = [folder / f"{name}.toml" for folder in folders if (folder / f"{name}.toml").is_file()]
     if not found:
         valid = {path.stem for folder in folders[:2] for path in folder.glob("*.toml")}
-        raise UserError(f"there is no cluster profile {name!r}; {did_you_mean(name, valid)}")
+        raise UserError(f"there is no cluster profile {shown(name)}; {did_you_mean(name, valid)}")
     return found[0]

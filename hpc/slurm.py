@@ -22,6 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
+from hpc.private import private_folder
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import State
 
@@ -56,6 +57,7 @@ class SlurmQueue:
         """One array (several, if it is longer than the site allows); a single call is a plain job.
         If Slurm refuses any, none is left in the queue.
         """
+        private_folder(self.folder, self.profile.group)
         parameters = self._parameters(resources, name, self._not_gone(after))
         size = self._max_array_size if len(calls) > 1 else 1
         ids: list[str] = []

@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from hpc.atomic import read_json, write_json
+from hpc.command import UserError
+from hpc.private import private_folder
 
 State = Literal["waiting", "running", "gone"]
 Outcome = Literal["succeeded", "failed", "cancelled"]
 
 
 class Tickets:
-    """The files of one queue. What changes them takes `locked`."""
+    """The files of one queue. What changes them takes `locked`. Nobody but the user, or `group`,
+    may write to them: a ticket is a command."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, group: str = "") -> None:
         self.folder = folder
+        self.group = group
 
     def path(self, job_id: str, kind: str) -> Path:
         """The file of a kind: json, started, ended, cancelled or lock."""
@@ -35,16 +39,25 @@ class Tickets:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Nobody else adds, starts, cancels or ends a job meanwhile."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "tickets.lock").open("a") as file:
+        private_folder(self.folder, self.group)
+        with self._lock_file("tickets.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def runner_lock(self) -> Iterator[IO[str] | None]:
         """The lock of the one runner, or None if there is a runner already."""
-        with (self.folder / "lock").open("a") as file:
+        with self._lock_file("lock") as file:
             yield file if take_lock(file) else None
+
+    def _lock_file(self, name: str) -> IO[str]:
+        path = self.folder / name
+        try:
+            return path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; make room or mend permissions, run again"
+            ) from error
 
     def add(self, tickets: Sequence[dict[str, Any]]) -> list[str]:
         """Queue jobs; their ids."""

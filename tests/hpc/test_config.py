@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from hpc.command import UserError
-from hpc.config import Settings, did_you_mean, parse, read_toml
+from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
 
 
 class Engine(Settings):
@@ -118,6 +120,7 @@ def test_names_are_suggested_nearest_first_or_all_of_them():
         (b"a = 1\na = 2\n", "is not valid TOML: Cannot overwrite a value"),
         ("name = 'Zürich'".encode("latin-1"), "is not UTF-8 text; TOML files must be"),
         (b"a = " + b"[" * 5000, "is not valid TOML: "),
+        (b"a = " + b"1" * 5000, "is not valid TOML: "),
     ],
 )
 def test_a_file_that_is_no_toml(tmp_path, content, message):
@@ -140,3 +143,55 @@ def test_a_file_saved_on_windows_is_read(tmp_path, content):
     path = tmp_path / "grid.toml"
     path.write_bytes(content)
     assert read_toml(path) == {"a": "x"}
+
+
+@pytest.mark.parametrize("price", [math.inf, -math.inf, math.nan, 10**400])
+def test_a_number_is_finite(price):
+    assert refusal(price=price).startswith("price: Input should be a finite number, not ")
+
+
+@pytest.mark.parametrize("huge", [16**5000, "x" * 10_000, ["x"] * 10_000], ids=["", "text", "list"])
+def test_a_value_beyond_all_measure_is_refused_in_a_line_of_some_length(huge):
+    assert len(refusal(fast=huge)) < 300
+    assert len(refusal(**{"x" * 10_000: 1})) < 400
+
+
+def test_what_cannot_be_shown_is_described():
+    assert shown(16**5000) == "a number of thousands of digits"
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert shown(deep) == "what is given"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "\x1b[31m", "a\0b"])
+def test_a_name_is_one_line_of_text(name):
+    class Ship(Settings):
+        name: Name
+
+    with pytest.raises(UserError, match=r"^f: name: must be one line of text, and not blank$"):
+        parse(Ship, {"name": name}, "f")
+    assert parse(Ship, {"name": "a / b & ü"}, "f").name == "a / b & ü"
+
+
+def test_a_path_starts_at_the_working_directory_or_at_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert user_path("a/b", "f") == tmp_path / "a/b"
+    assert user_path("~/a", "f") == tmp_path / "home/a"
+    assert user_path("/a", "f") == Path("/a")
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a\0b", "x" * 300, "x/" * 3000])
+def test_a_path_that_no_file_can_have_is_refused(text):
+    with pytest.raises(UserError) as refused:
+        user_path(text, "f: run_dir")
+    assert str(refused.value).startswith("f: run_dir: ")
+    assert "cannot be a path: " in str(refused.value) and len(str(refused.value)) < 400
+
+
+def test_a_lone_carriage_return_is_no_end_of_a_line(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_bytes(b"a = 1 # \rb = 2\n")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        read_toml(path)

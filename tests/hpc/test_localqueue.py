@@ -1,7 +1,9 @@
 """The local queue, driven for real: submitit's jobs, a runner of its own, and what kills them."""
 
 import os
+import pickle
 import signal
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,7 @@ from hpc.queue import open_queue
 from hpc.tickets import processes, take_lock
 
 PROGRAM = '''
-import os, signal, sys, time
+import os, pickle, signal, sys, time
 from pathlib import Path
 from hpc.command import UserError
 
@@ -54,6 +56,19 @@ def lose_rank_1(path):
 
 def mistake():
     raise UserError("no manifest")
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+def leave_pickle(path):
+    """A second result beside submitit's own."""
+    with open(os.environ["SUBMITIT_FOLDER"] + "/0_1_result.pkl", "wb") as file:
+        pickle.dump(("success", Attack(path)), file)
+    with open(path + ".pkl", "wb") as file:
+        pickle.dump(Attack(path), file)
 
 def environment(path, *names):
     note(path, " ".join(os.environ.get(name, "?") for name in names))
@@ -328,6 +343,34 @@ def test_more_than_one_node_is_refused(place):
     queue = open_local(place, nodes=2)
     with pytest.raises(UserError, match="one node, the profile asks for 2"):
         queue.submit([call("note", place / "a", "x")], queue.profile.training(), "x")
+
+
+def test_the_runner_runs_nothing_that_a_result_pickles(place):
+    queue = open_local(place)
+    attack = place / "attacked"
+    (job,) = queue.submit([call("leave_pickle", attack)], ONE, "one")
+    wait_until_gone(queue, [job])
+    assert outcome(queue, job) == "failed"  # two results of one rank
+    assert len(list((place / "logs" / job).glob("*_result.pkl"))) == 2
+    assert not attack.exists()
+    for result in (place / "logs" / job).glob("*_result.pkl"):
+        assert localqueue._result(result) == "success"
+    assert localqueue._result(place / "attacked.pkl") == "error"
+    assert not attack.exists()
+    pickle.loads((place / "attacked.pkl").read_bytes())
+    assert attack.exists()  # it does attack those who load it
+
+
+def test_pickles_and_tickets_are_private_under_a_permissive_umask(place):
+    before = os.umask(0)
+    try:
+        queue = open_local(place)
+        wait_until_gone(queue, queue.submit([call("note", place / "out", "x")], ONE, "x"))
+    finally:
+        os.umask(before)
+    folders = [place / "logs", place / "queue", place / "logs/local-000001"]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700] * 3
+    assert len(list(place.glob("logs/*/*.pkl"))) == 2
 
 
 def test_a_folder_that_submitit_would_rewrite_is_refused(place):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,28 @@ from hpc.mpi import launched_size, world
 
 REPOSITORY = Path(__file__).parents[2]
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
+OPEN_MPI = shutil.which("mpiexec.openmpi") or shutil.which("orterun")
+OPEN_MPI_LIBRARY = ctypes.util.find_library("mpi") if OPEN_MPI else None
+WITHOUT_LAUNCHER = {
+    k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "SLURM"))
+}
 needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python")
 
 
-def _ranks(count: int, code: str) -> subprocess.CompletedProcess[str]:
-    line = [MPIEXEC, "-n", str(count), sys.executable, "-c", code]
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+needs_open_mpi = pytest.mark.skipif(OPEN_MPI_LIBRARY is None, reason="no Open MPI beside ours")
+
+
+def _ranks(
+    count: int, code: str, mpiexec: str | Path = MPIEXEC, library: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Ranks that run `code`, of the launcher `mpiexec` and, if given, with an MPI library that is
+    not the one beside this Python."""
+    options = ["--allow-run-as-root", "--oversubscribe"] if mpiexec == OPEN_MPI else []
+    line = [mpiexec, *options, "-n", str(count), sys.executable, "-c", code]
+    environ = {**WITHOUT_LAUNCHER, **({"MPI4PY_LIBMPI": library} if library else {})}
+    return subprocess.run(
+        line, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,6 +138,59 @@ def test_a_foreign_launcher_is_refused_instead_of_many_worlds_of_one():
     )
     assert "announced 4 ranks, but MPI sees 1" in done.stdout
     assert "use the mpiexec of the MPI that mpi4py was built for" in done.stdout
+
+
+COMMAND = (
+    "from hpc.command import run; from hpc.mpi import world\n"
+    "def main(arguments):\n"
+    "    ranks = world(); print('of', ranks.size, sum(ranks.gather(1) or [0]))\n"
+    "run(main)\n"
+)
+
+
+def _errors(done: subprocess.CompletedProcess[str]) -> set[str]:
+    return {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+
+
+@needs_mpiexec
+@needs_open_mpi
+def test_our_mpi_under_the_mpiexec_of_open_mpi_stops_before_it_starts():
+    """MPICH by itself would end the process with an error of its own."""
+    done = _ranks(2, COMMAND, OPEN_MPI)
+    assert done.returncode == 2
+    (line,) = _errors(done)
+    assert "announced 2 ranks, in PMIx, which this MPI does not speak (MPICH" in line
+    assert "launcher and mpi4py belong to different MPIs; use the mpiexec of the MPI" in line
+    assert "Traceback" not in done.stderr and "of 1" not in done.stdout
+
+
+@needs_mpiexec
+@needs_open_mpi
+def test_open_mpi_under_the_mpiexec_of_mpich_is_not_many_worlds_of_one():
+    done = _ranks(2, COMMAND, library=OPEN_MPI_LIBRARY)
+    assert done.returncode == 2
+    (line,) = _errors(done)
+    assert "announced 2 ranks, but MPI sees 1 (Open MPI" in line
+    assert set(done.stderr.splitlines()) == {line}
+    assert done.stdout == ""
+
+
+@needs_open_mpi
+def test_open_mpi_under_its_own_mpiexec_works():
+    done = _ranks(2, COMMAND, OPEN_MPI, OPEN_MPI_LIBRARY)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["of 2 0", "of 2 2"]
+
+
+@needs_mpiexec
+def test_ranks_without_a_library_to_load_are_told_which():
+    done = _ranks(2, COMMAND, library="/nowhere/libmpi.so")
+    assert done.returncode == 2
+    (line,) = _errors(done)
+    assert line.startswith("error: 2 ranks were launched, but mpi4py does not load (")
+    assert "/nowhere/libmpi.so" in line
+    assert line.endswith("install the `mpich` wheel, or start a single process")
+    assert set(done.stderr.splitlines()) == {line}
 
 
 def test_tasks_of_srun_without_mpi_are_refused():

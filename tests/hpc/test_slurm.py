@@ -258,6 +258,45 @@ def test_the_script_runs_the_call_under_an_awkward_path(slurm, logs):
     assert last_error(queue.log_files(ids[1])) == "error: no manifest"
 
 
+NASTY = "$(touch x) `touch x`; touch x #' \" & | > x * [red] {b} ~ !"
+
+
+def test_names_and_paths_are_words_and_nothing_in_them_is_run(slurm, tmp_path, monkeypatch):
+    """Every text of the profile, the job's name, its folder and its arguments."""
+    python = tmp_path / "$(touch${IFS}x)" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    sbatch = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
+    queue = open_slurm(
+        tmp_path / NASTY / "logs",
+        **dict.fromkeys([*sbatch, "gres", "mpi", "network_interface"], NASTY),
+        extra={"comment": NASTY},
+        gpus_per_node=1,
+        python=str(python),
+    )
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    (job,) = queue.submit([call(NASTY, "\n")], queue.profile.training(), f"{NASTY}\n")
+    options = slurm.options()
+    assert {key: options[key.replace("_", "-")] for key in sbatch} == dict.fromkeys(sbatch, NASTY)
+    assert options["gres"] == options["comment"] == NASTY
+    assert options["output"] == f"{queue.folder}/%j_0_log.out"
+    assert options["job-name"] == "touch-x-touch-x-touch-x-x-red-b"
+    script = slurm.folder / "script.1"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    (srun,) = [line for line in slurm.script().splitlines() if line.startswith("srun ")]
+    assert f"--mpi={NASTY}" in shlex.split(srun)
+    assert str(python) in shlex.split(srun)
+    assert slurm.run(1, {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": ""}) == 0
+    (log,) = queue.folder.glob("*.out")
+    assert f"ran with {[NASTY, chr(10)]!r}" in log.read_text()
+    exported = [line for line in slurm.script().splitlines() if line.startswith("export NCCL")]
+    echo = f'{exported[0]}; printf %s "$GLOO_SOCKET_IFNAME"'
+    assert subprocess.run(["bash", "-c", echo], capture_output=True, text=True).stdout == NASTY
+    assert not [path for path in tmp_path.rglob("*") if path.name == "x"]
+
+
 def test_submitting_from_inside_a_job_leaves_its_variables_behind(slurm, logs, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
