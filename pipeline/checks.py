@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from data_prep.settings import DatasetSettings
 from data_prep.sources import SOURCES
 from data_prep.weights import WITHOUT_FILE, require_weights
 from hpc.checkpoint import KEPT
-from hpc.command import UserError
+from hpc.command import UserError, one_line
 from jobs.cell import Cell
 from jobs.models.names import BACKBONE_PARAMETERS, FEATURES, HEAD_PARAMETERS, MODELS
 from pipeline.grid import Grid
@@ -28,9 +29,15 @@ def check_sources(grid: Grid) -> None:
 def check_inputs(grid: Grid, packed: bool) -> None:
     """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
     batch does not fit a training set. `packed` False: packing comes first, so look at the
-    source."""
+    source. Where nothing is refused, standard error gets the warnings about what is packed."""
+    warnings: list[str] = []
     for name, settings in grid.datasets.items():
-        images = _packed_images(settings) if packed else _source_images(settings)
+        if packed:
+            manifest = _packed(settings)
+            images = manifest.splits["train"].images
+            warnings += [*manifest.warnings(), *_left_out(manifest)]
+        else:
+            images = _source_images(settings)
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
@@ -41,9 +48,20 @@ def check_inputs(grid: Grid, packed: bool) -> None:
     for cell in grid.cells:
         if cell.protocol.weights not in WITHOUT_FILE:
             require_weights(cell.protocol.weights, cell.model)
+    for warning in warnings:
+        print(f"warning: {one_line(warning)}", file=sys.stderr)
 
 
-def _packed_images(settings: DatasetSettings) -> int:
+def _left_out(manifest: Manifest) -> list[str]:
+    return [
+        f"{len(half.left_out)} of {split} of the data set {manifest.name!r} were left out when it "
+        f"was packed; the first is {half.left_out[0]}"
+        for split, half in manifest.splits.items()
+        if half.left_out
+    ]
+
+
+def _packed(settings: DatasetSettings) -> Manifest:
     manifest = Manifest.load(settings.shards)
     manifest.check_files()
     if manifest.identity != settings.identity():
@@ -51,14 +69,15 @@ def _packed_images(settings: DatasetSettings) -> int:
             f"{settings.shards} was packed with other settings than [dataset.{manifest.name}] has "
             "now; run `python -m pipeline.submit prep` first"
         )
-    return manifest.splits["train"].images
+    manifest.require_labels()
+    return manifest
 
 
 def _source_images(settings: DatasetSettings) -> int:
     source = SOURCES[settings.source]
-    for split in SPLITS:
-        source.samples(settings, split)  # lists folders, and refuses what does not pair
-    return len(source.samples(settings, "train"))
+    # lists folders, and refuses what does not pair
+    images = {split: len(source.samples(settings, split)) for split in SPLITS}
+    return images["train"]
 
 
 def check_room(grid: Grid, cells: Iterable[Cell]) -> None:

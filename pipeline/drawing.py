@@ -37,6 +37,7 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "text.color": INK,
     "text.parse_math": False,  # a name may hold dollar signs
+    "text.usetex": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,

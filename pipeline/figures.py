@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from hpc.command import one_line
 from jobs.losses.names import Knot
 from jobs.losses.schedule import term_weights
 from jobs.metrics.scores import class_recall, reliability
@@ -54,7 +55,7 @@ def class_frequencies(dataset: DatasetResults) -> bytes:
     axes.plot(
         val, height, "o", color=ORANGE, markersize=6, markerfacecolor="white", label="validation"
     )
-    axes.set_yticks(height, labels=[dataset.classes[label] for label in order])
+    axes.set_yticks(height, labels=[one_line(dataset.classes[label]) for label in order])
     axes.xaxis.set_major_locator(LogLocator(10))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axes.grid(axis="y", visible=False)
@@ -74,10 +75,10 @@ def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     figure = Figure(figsize=(width, 1.5 + 0.29 * len(block)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
-    axes.set_yticks(range(len(block)), labels=[row.loss for row in block])
+    axes.set_yticks(range(len(block)), labels=[one_line(row.loss) for row in block])
     axes.set_xticks(
         range(len(order)),
-        labels=[dataset.classes[label] for label in order],
+        labels=[one_line(dataset.classes[label]) for label in order],
         rotation=40,
         ha="left",
         rotation_mode="anchor",
@@ -102,7 +103,7 @@ def reliability_diagrams(block: Sequence[Row]) -> bytes:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.vlines(score[filled], score[filled], frequency[filled], color=ORANGE, alpha=0.35, lw=3)
         axes.plot(score[filled], frequency[filled], "o-", color=BLUE, ms=3.5, lw=1.2, clip_on=False)
-        axes.set_title(f"{row.loss}\ncal {row.scores['cal'].mean:.3f}")
+        axes.set_title(f"{one_line(row.loss)}\ncal {row.scores['cal'].mean:.3f}")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set_xticks([0, 0.5, 1], labels=["0", ".5", "1"])
         axes.set_yticks([0, 0.5, 1], labels=["0", ".5", "1"])
@@ -118,11 +119,16 @@ def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     side = min(3.4, max(1.7, 0.5 + 0.11 * num_classes))
     per_row = max(1, int(WIDTH / side))
     figure, panels = small_multiples(len(block), per_row, (WIDTH / per_row, WIDTH / per_row + 0.1))
+    # long names would leave the matrices no room
+    longest = max(len(one_line(name)) for name in dataset.classes)
+    room = max(0.0, 0.058 * longest - 0.9)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + room, height + room)
     for index, (axes, row) in enumerate(zip(panels, block, strict=True)):
         table = row.counts.confusion
         shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="none")
-        axes.set_title(row.loss)
+        axes.set_title(one_line(row.loss))
         axes.grid(False)
         axes.spines[:].set(visible=True, color=FAINT)
         axes.tick_params(length=0)
@@ -147,7 +153,7 @@ def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
         weights = weights_over(loss["schedule"], time)
         for term, weight in zip(loss["terms"], weights.T, strict=True):
             axes.plot(time, weight, color=colours[term], linewidth=1.8)
-        axes.set_title(loss["name"])
+        axes.set_title(one_line(loss["name"]))
         axes.set_xlim(0, 1)
         axes.set_ylim(min(0.0, float(weights.min())) - 0.04, max(1.0, float(weights.max())) + 0.04)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -176,7 +182,7 @@ def trade_off(block: Sequence[Row], scheduled_losses: Sequence[str]) -> bytes:
         axes.ticklabel_format(useOffset=False)  # ticks are scores, not differences from one
         axes.set(xlabel="class-averaged recall", ylabel=label)
         places = [(row.scores["rec"].mean, row.scores[score].mean) for row in drawn]
-        name_points(figure, axes, [row.loss for row in drawn], places)
+        name_points(figure, axes, [one_line(row.loss) for row in drawn], places)
     kinds = [("one loss or a sum", BLUE), ("scheduled", ORANGE)]
     handles = [Line2D([], [], color=c, marker="o", linestyle="") for _, c in kinds]
     figure.legend(handles, [name for name, _ in kinds], loc="outside upper left", ncols=2)
@@ -227,8 +233,9 @@ def _as_tiles(axes: Axes, shape: tuple[int, ...]) -> None:
 def _label_classes(axes: Axes, classes: Sequence[str], left: bool, below: bool) -> None:
     places = range(len(classes)) if len(classes) <= LARGEST_LABELLED_MATRIX else []
     size = 5.5 if len(classes) > 14 else 7
-    axes.set_xticks(places, labels=[classes[place] for place in places], rotation=90, fontsize=size)
-    axes.set_yticks(places, labels=[classes[place] for place in places], fontsize=size)
+    names = [one_line(classes[place]) for place in places]
+    axes.set_xticks(places, labels=names, rotation=90, fontsize=size)
+    axes.set_yticks(places, labels=names, fontsize=size)
     axes.tick_params(labelleft=left, labelbottom=below, pad=1)
 
 

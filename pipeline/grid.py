@@ -3,37 +3,43 @@ h5py or mpi4py, so that planning costs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from data_prep.settings import DatasetSettings, parse_dataset
+from hpc.atomic import fingerprint
 from hpc.command import UserError
-from hpc.config import Settings, did_you_mean, parse, read_toml
+from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
 from hpc.env import default_config
 from hpc.profile import ClusterProfile, read_profile
 from jobs.cell import Cell, RunPaths, bundles
-from jobs.losses.names import Knot, LossSpec, Ramp, UnknownLoss, example_names, parse_loss
-from jobs.models.names import MODELS
+from jobs.losses.names import LossSpec
+from jobs.models.names import MODELS, STRIDE
 from jobs.protocol import Protocol
 from jobs.task import Task, bundle_task_name
+from pipeline.grid_losses import resolve_losses
 
 DEFAULT_CONFIG = Path("lossgrid.toml")
 CONFIGS = Path("configs")
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+MAX_CELLS = 1_000_000
 
 
 class GridFile(Settings):
     """The top level of a grid file."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     losses: tuple[str, ...] = ()  # the paper's names
@@ -44,20 +50,10 @@ class GridFile(Settings):
     cluster: dict[str, Any] | str = ""  # a [cluster] table, or the name of a profile
 
 
-class KnotTable(Settings):
-    """One entry of a [[loss]]'s schedule, see `Knot`."""
+class ProtocolTable(Protocol):
+    """[protocol], and what it is for some data sets."""
 
-    at: Annotated[float, Field(ge=0.0, le=1.0)]
-    weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
-    ramp: Ramp = "linear"
-
-
-class LossTable(Settings):
-    """A [[loss]]: named terms and a piecewise schedule of their weights; equal shares if none."""
-
-    name: Annotated[str, Field(min_length=1)]
-    terms: Annotated[tuple[str, ...], Field(min_length=1)]
-    schedule: tuple[dict[str, Any], ...] = ()
+    per_dataset: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,19 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     _refuse_repeats(path, {"seeds": file.seeds, "models": file.models, "losses": file.losses})
     for model in file.models:
         if model not in MODELS:
-            raise UserError(f"{path}: unknown model {model!r}; {did_you_mean(model, MODELS)}")
+            raise UserError(f"{path}: unknown model {shown(model)}; {did_you_mean(model, MODELS)}")
     if not file.dataset:
         raise UserError(f"{path}: no data set; add a table [dataset.NAME] with a source")
     datasets = {n: parse_dataset(n, table, str(path)) for n, table in file.dataset.items()}
-    _refuse_shared_shards(path, datasets)
+    run = RunPaths(user_path(file.run_dir or f"runs/{_folder(file.name)}", f"{path}: run_dir"))
+    _refuse_shared_folders(path, run.root, datasets)
     protocols = _protocols(path, file, datasets)
-    losses = {n: tuple(_losses(path, file, p)) for n, p in protocols.items()}
+    _refuse_small_sides(path, file.models, protocols)
+    losses = {
+        name: tuple(resolve_losses(str(path), file.losses, file.loss, protocol))
+        for name, protocol in protocols.items()
+    }
+    _refuse_too_many(path, [datasets, file.models, file.losses + file.loss, file.seeds])
     cells = tuple(
         Cell(dataset=name, data=datasets[name].identity(), model=model, loss=loss, seed=seed,
              protocol=protocols[name])
@@ -131,38 +133,76 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         protocols=protocols,
         cells=cells,
         profile=cluster or file.cluster,
-        run=RunPaths(Path(file.run_dir or f"runs/{_folder(file.name)}").expanduser().absolute()),
+        run=run,
     )
 
 
 def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".") or "grid"
+    """A folder's name for a grid's: the same if it can be one, else one of its own, so that two
+    grids never share a run directory unless they say so."""
+    if len(name) <= 60 and re.fullmatch(r"[\w-][\w.-]*", name):
+        return name
+    words = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")[:40]
+    return f"{words or 'grid'}+{fingerprint(name)[:8]}"  # no plain name has a plus
 
 
 def _refuse_repeats(path: Path, lists: Mapping[str, tuple[Any, ...]]) -> None:
     for key, values in lists.items():
-        for value in values:
-            if values.count(value) > 1:
-                raise UserError(f"{path}: {key} names {value!r} twice; once is enough")
+        value, times = Counter(values).most_common(1)[0] if values else (None, 0)
+        if times > 1:
+            raise UserError(f"{path}: {key} names {shown(value)} twice; once is enough")
 
 
-def _refuse_shared_shards(path: Path, datasets: Mapping[str, DatasetSettings]) -> None:
-    owners: dict[str, str] = {}
+def _refuse_shared_folders(path: Path, run: Path, datasets: Mapping[str, DatasetSettings]) -> None:
+    """What we write to belongs to one; only the roots that we read may be shared."""
+    folders = [(str(run), "the run directory", True)]
     for name, settings in datasets.items():
-        owner = owners.setdefault(settings.shards, name)
-        if owner != name:
-            raise UserError(
-                f"{path}: the data sets {owner!r} and {name!r} have the same shards folder "
-                f"{settings.shards}; give each its own"
-            )
+        root: str = getattr(settings, "root", "")
+        folders.append((settings.shards, f"the shards folder of {name!r}", True))
+        folders.append((root, f"the root of {name!r}", settings.source == "synthetic"))
+    owners: dict[str, str] = {}
+    for folder, owner, written in sorted(folders, key=lambda entry: not entry[2]):
+        other = owners.get(os.path.realpath(folder))
+        if other:
+            raise UserError(f"{path}: {other} and {owner} are both {folder}; give each its own")
+        if written:
+            owners[os.path.realpath(folder)] = owner
+
+
+def _refuse_small_sides(
+    path: Path, models: Sequence[str], protocols: Mapping[str, Protocol]
+) -> None:
+    """All pixels of a crop of one position get the same scores, and a batch of one such crop is a
+    batch norm over one value: nothing is learned."""
+    model = max(models, key=lambda name: STRIDE[MODELS[name].backbone])
+    stride = STRIDE[MODELS[model].backbone]
+    for name, protocol in protocols.items():
+        sides = {
+            "crop": min(protocol.crop),
+            "resize": protocol.resize[0],
+            "eval_size": protocol.eval_size or stride + 1,
+        }
+        for key, side in sides.items():
+            if side <= stride:
+                raise UserError(
+                    f"{path}: {key} has a side of {side} pixels for the data set {name!r}, but "
+                    f"{stride} x {stride} are one position to {model}; choose more than {stride}"
+                )
+
+
+def _refuse_too_many(path: Path, axes: Sequence[Collection[Any]]) -> None:
+    number = math.prod(len(axis) for axis in axes)
+    if number > MAX_CELLS:
+        raise UserError(f"{path}: {number} cells are more than {MAX_CELLS}; split the grid")
 
 
 def _protocols(
     path: Path, file: GridFile, datasets: Mapping[str, DatasetSettings]
 ) -> dict[str, Protocol]:
     """[protocol] for each data set, with [protocol.per_dataset.NAME] in place of its own keys."""
-    table = dict(file.protocol)
-    special = _table(table.pop("per_dataset", {}), f"{path}: [protocol.per_dataset]")
+    special = _table(file.protocol.get("per_dataset", {}), f"{path}: [protocol.per_dataset]")
+    parse(ProtocolTable, file.protocol, f"{path}: [protocol]")
+    table = {key: value for key, value in file.protocol.items() if key != "per_dataset"}
     protocols = dict.fromkeys(datasets, parse(Protocol, table, f"{path}: [protocol]"))
     for name, changes in special.items():
         where = f"{path}: [protocol.per_dataset.{name}]"
@@ -174,7 +214,7 @@ def _protocols(
 
 def _table(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where} must be a table, not {value!r}")
+        raise UserError(f"{where} must be a table, not {shown(value)}")
     return value
 
 
@@ -186,50 +226,6 @@ def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         if isinstance(value, dict) and isinstance(table.get(key), dict)
     }
     return {**table, **changes, **nested}
-
-
-def _losses(path: Path, file: GridFile, protocol: Protocol) -> Iterator[LossSpec]:
-    ramps = (protocol.naive_ramp, protocol.alternating_ramp)
-    try:
-        yield from (parse_loss(name, *ramps) for name in file.losses)
-    except UnknownLoss as error:
-        name = str(error)
-        hint = did_you_mean(name, example_names())
-        raise UserError(f"{path}: unknown loss {name!r}; {hint}") from error
-    taken = list(file.losses)
-    for table in file.loss:
-        composed = _composed_loss(parse(LossTable, table, f"{path}: [[loss]]"), path, taken)
-        taken.append(composed.name)
-        yield composed
-    if not file.losses and not file.loss:
-        raise UserError(f"{path}: no loss; add losses = [...] or a table [[loss]]")
-
-
-def _composed_loss(table: LossTable, path: Path, taken: Collection[str]) -> LossSpec:
-    where = f"{path}: [[loss]] {table.name!r}"
-    if table.name in taken:
-        raise UserError(f"{where}: another loss has that name already; choose another")
-    terms = []
-    for name in table.terms:
-        try:
-            (term,) = parse_loss(name).terms
-        except (UnknownLoss, ValueError) as error:
-            singles = [n for n in example_names() if len(parse_loss(n).terms) == 1]
-            raise UserError(
-                f"{where}: unknown term {name!r}; {did_you_mean(name, singles)}"
-            ) from error
-        terms.append(term)
-    equal = {"at": 0.0, "weights": [1 / len(terms)] * len(terms)}
-    knots = [parse(KnotTable, k, f"{where}: schedule") for k in table.schedule or (equal,)]
-    if any(len(knot.weights) != len(terms) for knot in knots):
-        raise UserError(f"{where}: schedule needs {len(terms)} weights at each place, one a term")
-    if any(sum(knot.weights) == 0 for knot in knots):
-        raise UserError(f"{where}: the weights of a place are all 0; give one term a share")
-    places = [knot.at for knot in knots]
-    if any(a >= b for a, b in pairwise(places)):
-        raise UserError(f"{where}: the places of the schedule (at) must rise")
-    schedule = tuple(Knot(knot.at, knot.weights, knot.ramp) for knot in knots)
-    return LossSpec(table.name, tuple(terms), schedule)
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,15 @@ def _dataset_facts(dataset: DatasetResults) -> dict[str, Any]:
         "train_pixels": int(dataset.train_class_pixels.sum()),
         "val_pixels": int(dataset.val_class_pixels.sum()),
         "val_images": int(images[0]) if len(images) else 0,
-        "absent": [dataset.classes[c] for c in np.flatnonzero(dataset.val_class_pixels == 0)],
+        "absent": _absent(dataset.classes, dataset.val_class_pixels),
+        "unseen": _absent(dataset.classes, dataset.train_class_pixels),
         "cells": len(dataset.cells),
         "backbones": sorted({cell["backbone"][:12] for cell in dataset.cells if cell["backbone"]}),
     }
+
+
+def _absent(classes: Sequence[str], class_pixels: np.ndarray) -> list[str]:
+    return [classes[int(c)] for c in np.flatnonzero(class_pixels == 0)]
 
 
 def _block(dataset: str, model: str, block: Sequence[Row]) -> Block:

@@ -9,6 +9,7 @@ trained head.
 from __future__ import annotations
 
 import colorsys
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from data_prep.images import decode_rgb, read_bytes
 from hpc.atomic import new_file
-from hpc.command import UserError, argument_parser, run
+from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
 from hpc.env import read_env
 from hpc.groups import process_group
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             image = decode_rgb(read_bytes(path), str(path))
             write_maps(predictor.predict(image), arguments.out, path.stem, len(predictor.classes))
     shown = ", ".join(f"{index} {name}" for index, name in enumerate(predictor.classes))
-    print(f"{len(arguments.images)} images labelled in {arguments.out}; classes: {shown}")
+    print(one_line(f"{len(arguments.images)} images labelled in {arguments.out}; classes: {shown}"))
     return 0
 
 
@@ -60,7 +61,8 @@ def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
     head = grid.run.head(signature)
     if not head.is_file():
         raise UserError(
-            f"{cell} has no trained head {head}; see `python -m pipeline.status {grid.path}`"
+            f"{cell} has no trained head {head}; see `python -m pipeline.status "
+            f"{shlex.quote(str(grid.path))}`"
         )
     return head, grid.run
 

@@ -7,6 +7,7 @@ mpiexec -n 4 python -m pipeline.reduce [CONFIG]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,20 @@ from typing import Any
 import numpy as np
 
 from data_prep.manifest import Manifest
-from hpc.atomic import Damaged, read_json
-from hpc.command import UserError, argument_parser, run
+from data_prep.weights import weights_path
+from hpc.atomic import Damaged, file_sha256, read_json
+from hpc.command import UserError, argument_parser, one_line, run
 from hpc.mpi import World, world
 from jobs.cell import Cell
 from jobs.counts_file import CountsIndex, read_counts
 from jobs.metrics.counts import NAMES, shapes
+from jobs.protocol import WEIGHTS
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, Results, write_results
 from pipeline.state import finished_cells
+
+# What a counts file's index must say of all its cells.
+_RECORDED = {"manifest", "provenance", "source"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +48,7 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     assert found is not None
     chosen, problems = found
     indices = sorted({index.path: index for index in chosen.values()}.values(), key=_path)
-    mine = _read(indices[ranks.rank :: ranks.size], chosen, problems)
+    mine = _read(grid, indices[ranks.rank :: ranks.size], chosen, problems)
     gathered = ranks.gather((sorted(mine), problems))
     datasets = []
     for name in grid.datasets:
@@ -60,9 +66,16 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
 
 def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
     """The counts file of each finished cell of this grid by signature, and what was wrong with
-    others. Raises `UserError` for a file that was counted on other data."""
+    others. Raises `UserError` for files that were counted on other data, or with a backbone that
+    differs from that of the cells they are compared with."""
     done, problems = finished_cells(grid.run)
-    chosen = {cell.signature: done[cell.signature] for cell in grid.cells if cell.signature in done}
+    chosen = {}
+    for cell in grid.cells:
+        if index := done.get(cell.signature):
+            if _is_complete(index, cell):
+                chosen[cell.signature] = index
+            else:
+                problems.append(f"{index.path} is of another version; delete it, run grid again")
     manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
     for cell in grid.cells:
         index, manifest = chosen.get(cell.signature), manifests[cell.dataset]
@@ -71,7 +84,54 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
                 f"{index.path} was counted on other data than {manifest.folder} holds now; "
                 "restore the data set, or delete that file and run grid again"
             )
+    _refuse_other_backbones(grid, chosen)
     return chosen, problems
+
+
+def _is_complete(index: CountsIndex, cell: Cell) -> bool:
+    return index.record.keys() >= _RECORDED and "backbone" in _entry(index, cell)
+
+
+def _entry(index: CountsIndex, cell: Cell) -> Mapping[str, Any]:
+    """What the index says of a cell."""
+    return next(entry for entry in index.cells if entry["signature"] == cell.signature)
+
+
+def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
+    """Cells that should share a backbone's weights were counted with the same ones, and with those
+    that were trained here where that is so."""
+    shared: dict[tuple[str, ...], tuple[Any, str]] = {}
+    for cell in grid.cells:
+        if cell.signature not in chosen:
+            continue
+        weights = cell.protocol.weights
+        # COCO's backbones differ between the models' own files
+        key = (cell.backbone_key, weights, cell.model if weights == "coco" else "")
+        if weights == "pretrain" and key not in shared:
+            with suppress(Damaged, KeyError):  # the notes say so
+                sha256 = _trained_here(grid, cell)["sha256"]
+                shared[key] = (sha256, f"{grid.run.backbone(cell.backbone_key)} holds now")
+        # a cell is the same wherever the file of its weights lies, so look at what it holds
+        own = weights not in WEIGHTS and key not in shared and weights_path(weights, cell.model)
+        if own and own.is_file():
+            shared[key] = (file_sha256(own), f"{own} holds now")
+        path = chosen[cell.signature].path
+        sha256 = _entry(chosen[cell.signature], cell)["backbone"]
+        expected, whose = shared.setdefault(key, (sha256, f"{path} was"))
+        if sha256 != expected:
+            raise UserError(
+                f"{path} was counted with another backbone than {whose}, and their cells would be "
+                "compared; delete the file of the backbone that is not wanted and run grid again"
+            )
+
+
+def _trained_here(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """The record of the backbone that `weights = "pretrain"` trained; empty if there is none.
+    Raises `Damaged`."""
+    try:
+        return read_json(grid.run.backbone(cell.backbone_key).with_suffix(".json"))
+    except FileNotFoundError:
+        return {}
 
 
 def _path(index: CountsIndex) -> Path:
@@ -79,21 +139,52 @@ def _path(index: CountsIndex) -> Path:
 
 
 def _read(
-    indices: Sequence[CountsIndex], chosen: Mapping[str, CountsIndex], problems: list[str]
+    grid: Grid,
+    indices: Sequence[CountsIndex],
+    chosen: Mapping[str, CountsIndex],
+    problems: list[str],
 ) -> dict[str, dict[str, Any]]:
     """Arrays by cell signature; a damaged file becomes a line in `problems`. A cell that lies in
     several files counts once, from the one chosen for it."""
+    expected = {name: _shapes(grid, name) for name in grid.datasets}
+    dataset_of = {cell.signature: cell.dataset for cell in grid.cells}
     arrays: dict[str, dict[str, Any]] = {}
     for index in indices:
         try:
             stacked = read_counts(index)
+            for name in {dataset_of[s] for s in _signatures(index) if s in dataset_of}:
+                _check_shapes(expected[name], index, stacked)
         except Damaged as error:
             problems.append(str(error))
             continue
-        for position, signature in enumerate(cell["signature"] for cell in index.cells):
+        for position, signature in enumerate(_signatures(index)):
             if signature in chosen and chosen[signature].path == index.path:
                 arrays[signature] = {name: stacked[name][position] for name in NAMES}
     return arrays
+
+
+def _signatures(index: CountsIndex) -> list[str]:
+    return [cell["signature"] for cell in index.cells]
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], index: CountsIndex, stacked: Mapping[str, Any]
+) -> None:
+    """Raise `Damaged` unless the arrays are the counts of the index's cells on this data set."""
+    for name, of_cell in expected.items():
+        found, shape = stacked.get(name), (len(index.cells), *of_cell)
+        if found is None or found.dtype != np.int64 or found.shape != shape:
+            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise Damaged(
+                f"{index.path} has other counts than this grid needs: {name} is {what}, should be "
+                f"int64 {shape}; delete it and run grid again"
+            )
+
+
+def _shapes(grid: Grid, dataset: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a cell's counts."""
+    manifest = Manifest.load(grid.datasets[dataset].shards)
+    return shapes(len(manifest.classes), grid.protocols[dataset].bins)
 
 
 def _sum(
@@ -101,10 +192,8 @@ def _sum(
 ) -> dict[str, Any]:
     """The arrays of a data set's cells with the cells as first axis, summed over ranks; empty but
     on rank 0. A cell that no rank has stays 0."""
-    manifest = Manifest.load(grid.datasets[cells[0].dataset].shards)
-    bins = grid.protocols[cells[0].dataset].bins
     result = {}
-    for name, shape in shapes(len(manifest.classes), bins).items():
+    for name, shape in _shapes(grid, cells[0].dataset).items():
         whole = np.zeros((len(cells), *shape), np.int64)
         for position, cell in enumerate(cells):
             if cell.signature in mine:
@@ -134,7 +223,6 @@ def _dataset(
 
 
 def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
-    (record,) = (record for record in index.cells if record["signature"] == cell.signature)
     provenances = index.record["provenance"]
     notes = [f"mixed provenance: {len(provenances)} kinds"] if len(provenances) > 1 else []
     return {
@@ -144,7 +232,7 @@ def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
         "loss": cell.loss.name,
         "seed": cell.seed,
         "notes": notes,
-        "backbone": record["backbone"],
+        "backbone": _entry(index, cell)["backbone"],
     }
 
 
@@ -165,10 +253,10 @@ def _write(
     }
     write_results(grid.run.results, Results(grid.name, record, datasets))
     for problem in problems:
-        print(f"warning: {problem}")
-    print(f"{grid.run.results}: {len(have)} of {len(grid.cells)} cells")
+        print(f"warning: {one_line(problem)}")
+    print(f"{one_line(str(grid.run.results))}: {len(have)} of {len(grid.cells)} cells")
     for name in missing:
-        print(f"missing: {name}")
+        print(f"missing: {one_line(name)}")
 
 
 def _commit(source: Mapping[str, str]) -> str:
@@ -182,11 +270,16 @@ def _loss(loss: dict[str, Any]) -> dict[str, Any]:
 
 def _backbone_notes(grid: Grid) -> list[str]:
     """A line for each backbone that was trained here and not elsewhere on more data."""
-    notes = {}
+    notes: dict[str, str] = {}
     for cell in grid.cells:
-        path = grid.run.backbone(cell.backbone_key).with_suffix(".json")
-        if cell.protocol.weights == "pretrain" and path.exists():
-            record = read_json(path)
+        if cell.protocol.weights != "pretrain" or cell.backbone_key in notes:
+            continue
+        try:
+            record = _trained_here(grid, cell)
+        except Damaged as error:
+            notes[cell.backbone_key] = str(error)
+            continue
+        if record:
             protocol = record["protocol"]
             notes[cell.backbone_key] = (
                 f"The backbone of {record['model']} was trained on {record['dataset']} itself "

@@ -19,6 +19,7 @@ from pipeline import figures, page
 from pipeline.drawing import PNG_DPI
 from pipeline.grid import find_config, read_grid
 from pipeline.results import Results, read_results
+from pipeline.show import literal
 from pipeline.tables import (
     LABELS,
     PAPER_SCORES,
@@ -64,9 +65,9 @@ def print_report(results_path: str | Path, page_path: Path) -> None:
     missing = results.record.get("missing", [])
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        console.print(Text(f"missing: {len(missing)} cells without counts: {names}"))
+        console.print(literal(f"missing: {len(missing)} cells without counts: {names}"))
     # soft_wrap: a path that is broken over two lines cannot be opened
-    console.print(Text(f"page: {page_path}"), soft_wrap=True)
+    console.print(literal(f"page: {page_path}"), soft_wrap=True)
 
 
 def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
@@ -112,14 +113,15 @@ def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
 def printed_table(title: str, block: Sequence[Row]) -> Table:
     """The paper's scores of one data set and model for the terminal, the best in bold. Narrow
     enough for 100 columns."""
-    # `Text`, since a plain string with brackets would be read as markup
-    printed = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    printed = Table(
+        title=literal(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     printed.add_column("loss", no_wrap=True)
     for score in PAPER_SCORES:
         printed.add_column(LABELS[score], justify="right", no_wrap=True)
     for row in block:
         printed.add_row(
-            Text(row.loss),
+            literal(row.loss),
             *(
                 Text(shown(row.scores[s]), style="bold" if row.loss in best(block, s) else "")
                 for s in PAPER_SCORES

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hpc.command import one_line
 from pipeline.checks import bytes_of
 from pipeline.grid import Grid, Plan
 from pipeline.state import STATES, CellState, Survey
@@ -18,8 +19,8 @@ _COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed
 def describe_survey(grid: Grid, state: Survey) -> None:
     """One line of how many cells are in which state, and a line for each problem."""
     for problem in state.problems:
-        print(f"warning: {problem}")
-    print(f"{grid.name}: {len(grid.cells)} cells: {counts_line(state)}")
+        print(f"warning: {one_line(problem)}")
+    print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
 
 
 def counts_line(state: Survey) -> str:
@@ -39,21 +40,22 @@ def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) 
     for task in plan.pretrain:
         cell = task.cells[0]
         seed = str(cell.protocol.pretrain.seed)
-        table.add_row(Text(cell.dataset), "backbone", "CE", seed, "-", "-", Text(task.name))
+        words = (cell.dataset, "backbone", "CE", seed, "-", "-", task.name)
+        table.add_row(*map(literal, words))
     for task in plan.bundles:
         models = sorted({cell.model for cell in task.cells})
         losses = list(dict.fromkeys(cell.loss.name for cell in task.cells))
-        words = (task.cells[0].dataset, "\n".join(models), " ".join(losses))
+        dataset, models_below = literal(task.cells[0].dataset), Text("\n".join(models))
         step = state.steps.get(task.cells[0].signature, 0)
         numbers = (task.cells[0].seed, len(task.cells), step)
-        cells_of_row = (*words, *map(str, numbers), task.name)
-        table.add_row(*(Text(cell) for cell in cells_of_row))
+        others = [" ".join(losses), *map(str, numbers), task.name]
+        table.add_row(dataset, models_below, *map(literal, others))
     console().print(table)
     cells = [cell for task in plan.bundles for cell in task.cells]
     room = sum(bytes_of(cell) for cell in cells) / 1e9
     print(
         f"would submit {len(plan.bundles)} jobs for {len(cells)} cells and {len(plan.pretrain)} "
-        f"to pre-train backbones; at most {room:.1f} GB in {grid.run.root}"
+        f"to pre-train backbones; at most {room:.1f} GB in {one_line(str(grid.run.root))}"
     )
 
 
@@ -65,6 +67,12 @@ def console() -> Console:
     return out
 
 
+def literal(name: str) -> Text:
+    """A name as it is: rich would read brackets in a plain string as markup, and a terminal obeys
+    control characters."""
+    return Text(one_line(name))
+
+
 def cells_table(cells: Sequence[CellState]) -> Table:
     """One row a cell: state, step, rate, time left, and why."""
     table = Table()
@@ -74,12 +82,12 @@ def cells_table(cells: Sequence[CellState]) -> Table:
     table.add_column("why", overflow="fold")
     for cell in cells:
         table.add_row(
-            Text(cell.cell.name),
+            literal(cell.cell.name),
             Text(cell.state, style=_COLOURS.get(cell.state, "")),
             f"{cell.step}/{cell.total}" if cell.total else str(cell.step or ""),
             f"{cell.rate:.2f}" if cell.rate else "",
             time_left(cell),
-            Text(cell.why),
+            literal(cell.why),
         )
     return table
 

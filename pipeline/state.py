@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hpc import checkpoint
 from hpc.atomic import Damaged, read_json
 from hpc.call import last_error
+from hpc.command import UserError
 from hpc.queue import Queue
 from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
@@ -105,9 +106,12 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
     """The counts file of each finished cell by signature, and a line for each damaged one."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
-    for path in sorted(run.counts.glob("*.json")):
+    for path in _records(run.counts):
         try:
             index = read_index(path)
+        except FileNotFoundError:  # a link to nowhere, or deleted meanwhile
+            problems.append(f"{path} is not there; its cells count as missing")
+            continue
         except Damaged as error:
             problems.append(str(error))
             continue
@@ -117,22 +121,38 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
         for cell in index.cells:
             done[cell["signature"]] = index
     problems += [
-        f"{index.path} is missing or cut short; its cells count as missing"
+        f"{index.path} is missing or cut short; run grid again to train its cells anew"
         for index in broken
         if any(cell["signature"] not in done for cell in index.cells)  # else counted anew
     ]
     return done, problems
 
 
+def _records(folder: Path) -> list[Path]:
+    """The JSON files of a folder in order; none where there is no folder. Raises `UserError` if it
+    cannot be listed: what it holds must not be taken for missing."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"cannot list {folder}: {error.strerror}; it should be a folder that you may read"
+        ) from error
+
+
 def submissions(run: RunPaths) -> Iterator[Submitted]:
     """The tasks of all submission records, oldest first."""
-    for path in sorted(run.submitted.glob("*.json")):
+    for path in _records(run.submitted):
         try:
-            tasks = read_json(path)["tasks"]
-        except Damaged:  # what it submitted is found by its files
+            tasks = [
+                Submitted(**{**task, "cells": tuple(task["cells"])})
+                for task in read_json(path)["tasks"]
+            ]
+        # damaged, or no such record: what it submitted is found by its files
+        except (Damaged, FileNotFoundError, KeyError, TypeError):
             continue
-        for task in tasks:
-            yield Submitted(**{**task, "cells": tuple(task["cells"])})
+        yield from tasks
 
 
 def _is_open(task: Submitted, done: Mapping[str, Any], run: RunPaths) -> bool:
@@ -157,7 +177,7 @@ def _reason(failure: Path) -> str:
     """Why a cell stopped for good, and how to try it again."""
     try:
         reason = read_json(failure)["reason"]
-    except Damaged:
+    except (Damaged, FileNotFoundError, KeyError):
         reason = "its record is damaged"
     return f"{reason}; change its settings, or delete {failure} to try again"
 
@@ -166,7 +186,7 @@ def _heart_stopped(beat: Mapping[str, Any]) -> bool:
     """The second proof of death, beside being gone from the queue."""
     if beat.get("stage") in ("done", "stopped", None):
         return True
-    return time.time() - beat["time"] > DEAD_AFTER_SECONDS
+    return time.time() - beat.get("time", 0.0) > DEAD_AFTER_SECONDS
 
 
 def _unfinished(

@@ -22,6 +22,7 @@ from data_prep.manifest import MANIFEST
 from hpc.atomic import write_bytes, write_json
 from hpc.call import ModuleCall
 from hpc.command import UserError, argument_parser, one_line, run
+from hpc.private import private_folder, require_private, restrict_umask
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
@@ -31,6 +32,7 @@ from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
 
 STAGES = ("prep", "grid", "reduce", "report", "all")
+_REMEDY = "set run_dir to a folder of yours"
 _PROGRAMS = {"bundle": "jobs.train", "pretrain": "jobs.pretrain"}
 
 
@@ -69,6 +71,7 @@ def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
 
 def check(grid: Grid, stages: Sequence[str]) -> None:
     """Refuse what cannot work before anything is queued. Raises `UserError`."""
+    require_private(grid.run.root, grid.cluster.group, _REMEDY)
     if "prep" in stages:
         check_sources(grid)
     if "grid" in stages:
@@ -77,8 +80,9 @@ def check(grid: Grid, stages: Sequence[str]) -> None:
 
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
     """Submit `stages`, each after the one before. Returns the job ids by stage."""
-    with one_at_a_time(grid.run.root):
-        check(grid, stages)
+    check(grid, stages)  # a refused submission leaves no run directory
+    restrict_umask(grid.cluster.group)
+    with one_at_a_time(grid.run.root, grid.cluster.group):
         config = _keep_config(grid)
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
@@ -195,15 +199,14 @@ class Submission:
 
 
 @contextmanager
-def one_at_a_time(root: Path) -> Iterator[None]:
-    """Two submissions of one run at the same moment: the second waits for the first to end."""
+def one_at_a_time(root: Path, group: str = "") -> Iterator[None]:
+    """Two submissions of one run at the same moment: the second waits for the first to end. The
+    run directory is private to the user, or to `group`."""
+    private_folder(root, group, keep_readable=True, remedy=_REMEDY)
     try:
-        root.mkdir(parents=True, exist_ok=True)
         lock = (root / "submit.lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"cannot write into {root}: {error.strerror}; set run_dir to a folder of yours"
-        ) from error
+        raise UserError(f"cannot write into {root}: {error.strerror}; {_REMEDY}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -72,16 +72,16 @@ def best(block: Iterable[Row], score: str) -> set[str]:
 
 
 def to_csv(table: Iterable[Row]) -> str:
-    """Every score in full precision: mean, standard deviation, and number of defined seeds."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    """Every score in full precision: mean, standard deviation, and number of defined seeds. The
+    names in the column `unpredicted` are a line of CSV themselves, with semicolons."""
     parts = [f"{score}_{part}" for score in SCORES for part in ("mean", "std", "n")]
-    writer.writerow([*NAME_COLUMNS, "seeds", *parts, "unpredicted"])
+    lines = [_csv_line([*NAME_COLUMNS, "seeds", *parts, "unpredicted"])]
     for row in table:
         numbers = [value for score in SCORES for value in _csv_numbers(row.scores[score])]
         names = (row.dataset, row.model, row.loss)
-        writer.writerow([*names, len(row.seeds), *numbers, ";".join(row.unpredicted)])
-    return file.getvalue()
+        unpredicted = _csv_line(row.unpredicted, ";")
+        lines.append(_csv_line([*names, len(row.seeds), *numbers, unpredicted]))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def to_markdown(table: Iterable[Row]) -> str:
@@ -120,7 +120,7 @@ def shown(summary: Summary, plus_minus: str = "±") -> str:
 
 def latex_escaped(name: str) -> str:
     """`name` as LaTeX text that typesets as itself."""
-    return re.sub(r"[\\{}$&#%_^~<>|\"]", lambda match: _LATEX[match[0]], _flat(name))
+    return "".join(_LATEX.get(character, character) for character in _flat(name))
 
 
 def markdown_escaped(name: str) -> str:
@@ -136,6 +136,11 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"{\char34}",  # babel takes the character itself for a command
+    "'": r"\textquotesingle{}",
+    "`": r"\textasciigrave{}",
+    "-": "-{}",  # two would become a dash
+    # at the start of a row they would belong to the \\ or \midrule before it
+    **{character: f"{{{character}}}" for character in "[]*"},
     **{character: "\\" + character for character in "{}$&#%_"},
 }
 
@@ -169,6 +174,13 @@ def _row(dataset: DatasetResults, model: str, loss: str, indices: list[int]) -> 
         counts=total,
         each=each,
     )
+
+
+def _csv_line(values: Iterable[object], delimiter: str = ",") -> str:
+    file = io.StringIO()
+    # it quotes only those of \r and \n that end its own lines
+    csv.writer(file, delimiter=delimiter, lineterminator="\r\n").writerow(values)
+    return file.getvalue().removesuffix("\r\n")
 
 
 def _csv_numbers(summary: Summary) -> tuple[str, str, int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from hpc.call import last_error
-from hpc.command import USER_ERROR_EXIT_CODE
+from hpc.command import USER_ERROR_EXIT_CODE, one_line
 from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from pipeline.grid import Grid
@@ -32,14 +34,15 @@ def wait_for(
     try:
         _watch(grid, queue, everything)
     except KeyboardInterrupt:
-        print(f"the jobs go on; see `python -m pipeline.status {grid.path}`", file=sys.stderr)
+        config = one_line(shlex.quote(str(grid.path)))
+        print(f"the jobs go on; see `python -m pipeline.status {config}`", file=sys.stderr)
         raise
     if error := _stage_error(queue, jobs):
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     unfinished = _unfinished(grid, queue) if "grid" in stages else []
     for line in unfinished:
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
     page = grid.run.report / "index.html"
     if "report" in stages and page.exists():
         from pipeline.report import print_report  # reads HDF5 and draws, so not for planning
@@ -56,7 +59,7 @@ def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
         while any(state != "gone" for state in queue.states(jobs).values()):
             queue.ensure_runner()
             line = _progress_line(grid, queue)
-            status.update(line)
+            status.update(Text(line))  # a plain string would be read as markup
             due = time.monotonic() - shown_at > _LINE_SECONDS
             if not console.is_terminal and due and line != shown:
                 print(line, flush=True)
@@ -67,7 +70,7 @@ def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
 def _progress_line(grid: Grid, queue: Queue) -> str:
     state = survey(grid, queue)
     running = [cell for cell in state.cells if cell.state == "running" and cell.total]
-    text = f"{grid.name}: {counts_line(state)}"
+    text = f"{one_line(grid.name)}: {counts_line(state)}"
     if state.pretraining:
         text += "; pre-training"
     if running:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -246,14 +248,26 @@ def test_a_grid_may_have_composed_losses_only(tmp_path):
     assert [loss.name for loss in grid.losses] == ["mine"]
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [("small", "small"), ("my grid/2", "my-grid-2"), ("..", "grid"), ("Straße", "Straße")],
-)
-def test_a_run_has_a_folder_of_its_grids_name(tmp_path, monkeypatch, name, folder):
+def folder_of(tmp_path, name: str) -> Path:
+    changes = ('"small"', json.dumps(name)), (f'run_dir = "{tmp_path}/run"\n', "")
+    return small_grid(tmp_path, *changes).run.root
+
+
+@pytest.mark.parametrize("name", ["small", "Straße", "V-2.1_b", "x" * 60])
+def test_a_run_has_a_folder_of_its_grids_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    grid = small_grid(tmp_path, ('"small"', f'"{name}"'), (f'run_dir = "{tmp_path}/run"\n', ""))
-    assert grid.run.root == tmp_path / "runs" / folder
+    assert folder_of(tmp_path, name) == tmp_path / "runs" / name
+
+
+def test_grids_whose_names_are_no_folders_names_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a/b", "a b", "a-b", "a$b", "..", ".", ".a", "a", "x" * 300, "x" * 301, "$(touch x)"]
+    folders = [folder_of(tmp_path, name) for name in names]
+    assert len(set(folders)) == len(names)
+    for folder in folders:
+        assert folder.parent == tmp_path / "runs"
+        assert re.fullmatch(r"[\w+-][\w.+-]{0,60}", folder.name)
+        folder.mkdir(parents=True)
 
 
 def test_relative_paths_start_at_the_working_directory(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.pipeline.grids import counts_of, finish, grid_file, pairs
 
 REPOSITORY = Path(__file__).parents[2]
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
+OPEN_MPI = shutil.which("mpiexec.openmpi") or shutil.which("orterun")
 ROOMS = """
 [dataset.rooms]
 source = "folder"
@@ -77,10 +79,12 @@ def reduced(grid: Grid) -> Results:
     return read_results(grid.run.results)
 
 
-def on_ranks(number: int, grid: Grid) -> subprocess.CompletedProcess[str]:
+def on_ranks(
+    number: int, grid: Grid, mpiexec: Sequence[str | Path] = (MPIEXEC,)
+) -> subprocess.CompletedProcess[str]:
     if not MPIEXEC.exists():
         pytest.skip("no mpiexec beside this Python")
-    line = [MPIEXEC, "-n", str(number), sys.executable, "-m", "pipeline.reduce", str(grid.path)]
+    line = [*mpiexec, "-n", str(number), sys.executable, "-m", "pipeline.reduce", str(grid.path)]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI"))}
     return subprocess.run(
         line, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60
@@ -131,7 +135,7 @@ def test_damaged_counts_are_named_here_and_in_the_results(half_done, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {note}"
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_on_many_ranks_it_is_the_same_file_to_the_last_byte(half_done, capsys, number):
     reduced(half_done)
     alone, said = half_done.run.results.read_bytes(), capsys.readouterr().out
@@ -140,6 +144,22 @@ def test_on_many_ranks_it_is_the_same_file_to_the_last_byte(half_done, capsys, n
     assert done.returncode == 0, done.stderr
     assert half_done.run.results.read_bytes() == alone
     assert done.stdout == said
+
+
+@pytest.mark.skipif(OPEN_MPI is None, reason="no Open MPI beside ours")
+def test_under_the_mpiexec_of_another_mpi_it_stops_and_writes_nothing(half_done):
+    reduced(half_done)
+    before = half_done.run.results.read_bytes()
+    finish(half_done, cells_of(half_done, "streets", 1)[3:], "streets-seed1-last")
+    done = on_ranks(2, half_done, (OPEN_MPI, "--allow-run-as-root", "--oversubscribe"))
+    assert done.returncode == 2
+    (error,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert "the launcher announced 2 ranks" in error and "belong to different MPIs; use" in error
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert half_done.run.results.read_bytes() == before
+    half_done.run.results.unlink()
+    on_ranks(2, half_done, (OPEN_MPI, "--allow-run-as-root", "--oversubscribe"))
+    assert not half_done.run.results.exists()
 
 
 def test_reducing_again_takes_up_what_came_since(half_done):

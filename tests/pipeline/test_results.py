@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 
 from hpc.atomic import Damaged
 from hpc.command import UserError
+from pipeline import results as results_format
 from pipeline.results import read_results, write_results
 from tests.pipeline import simulated
 
@@ -49,15 +51,29 @@ def test_a_grid_of_which_nothing_is_done_yet_can_be_written(tmp_path, results):
     assert back.datasets[0].counts["confusion"].shape == (0, 11, 11)
 
 
-def test_any_flipped_bit_of_the_counts_is_noticed(tmp_path, results):
+def test_any_flipped_byte_is_noticed_before_hdf5_sees_it(tmp_path, results, monkeypatch):
     path = tmp_path / "results.h5"
     write_results(path, results)
     whole = path.read_bytes()
-    number = results.datasets[0].counts["confusion"][1].tobytes()
-    place = whole.index(number)
-    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(Damaged, match=r"results\.h5 is damaged"):
-        read_results(path)
+    monkeypatch.setattr(results_format.h5py, "File", None)
+    for place in [*range(1200), *range(1200, len(whole), 301)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"results\.h5 is (damaged|of another version)"):
+            read_results(path)
+
+
+def test_a_file_of_the_version_before_is_not_called_damaged(tmp_path):
+    with h5py.File(tmp_path / "results.h5", "w") as file:
+        file.attrs["format"] = 1
+    with pytest.raises(UserError, match="is of another version of this program; run `reduce`"):
+        read_results(tmp_path / "results.h5")
+
+
+def test_any_tool_for_hdf5_reads_the_results(tmp_path, results):
+    write_results(tmp_path / "results.h5", results)
+    with h5py.File(tmp_path / "results.h5", "r") as file:
+        read = file["0/confusion"][...]
+    np.testing.assert_array_equal(read, results.datasets[0].counts["confusion"])
 
 
 @pytest.mark.parametrize("length", [0, 100, 5000])

@@ -1,0 +1,92 @@
+"""The losses of a grid file: the paper's names, and [[loss]] tables. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hpc.command import UserError
+from hpc.config import Name, Settings, did_you_mean, parse, shown
+from jobs.losses.names import Knot, LossSpec, Ramp, UnknownLoss, example_names, parse_loss
+from jobs.protocol import Protocol
+
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class KnotTable(Settings):
+    """One entry of a [[loss]]'s schedule, see `Knot`."""
+
+    at: Annotated[float, Field(ge=0.0, le=1.0)]
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
+    ramp: Ramp = "linear"
+
+
+class LossTable(Settings):
+    """A [[loss]]: named terms and a piecewise schedule of their weights; equal shares if none."""
+
+    name: Name
+    terms: Annotated[tuple[str, ...], Field(min_length=1)]
+    schedule: tuple[dict[str, Any], ...] = ()
+
+
+def resolve_losses(
+    where: str, names: Sequence[str], tables: Sequence[dict[str, Any]], protocol: Protocol
+) -> Iterator[LossSpec]:
+    """`names` of the paper, under the ramps of `protocol`, and then the [[loss]] `tables` of the
+    grid file `where`. Raises `UserError`."""
+    ramps = (protocol.naive_ramp, protocol.alternating_ramp)
+    try:
+        yield from (parse_loss(name, *ramps) for name in names)
+    except UnknownLoss as error:
+        name = str(error)
+        hint = did_you_mean(name, example_names())
+        raise UserError(f"{where}: unknown loss {shown(name)}; {hint}") from error
+    taken = list(names)
+    for table in tables:
+        composed = _composed_loss(parse(LossTable, table, f"{where}: [[loss]]"), where, taken)
+        taken.append(composed.name)
+        yield composed
+    if not taken:
+        raise UserError(f"{where}: no loss; add losses = [...] or a table [[loss]]")
+
+
+def _composed_loss(table: LossTable, file: str, taken: Collection[str]) -> LossSpec:
+    where = f"{file}: [[loss]] {shown(table.name)}"
+    if table.name in taken:
+        raise UserError(f"{where}: another loss has that name already; choose another")
+    if _is_of_the_paper(table.name):
+        raise UserError(f"{where}: that name means a loss of the paper; choose another")
+    terms = []
+    for name in table.terms:
+        try:
+            (term,) = parse_loss(name).terms
+        except (UnknownLoss, ValueError) as error:
+            singles = [n for n in example_names() if len(parse_loss(n).terms) == 1]
+            raise UserError(
+                f"{where}: unknown term {shown(name)}; {did_you_mean(name, singles)}"
+            ) from error
+        terms.append(term)
+    equal = {"at": 0.0, "weights": [1 / len(terms)] * len(terms)}
+    knots = [parse(KnotTable, k, f"{where}: schedule") for k in table.schedule or (equal,)]
+    if any(len(knot.weights) != len(terms) for knot in knots):
+        raise UserError(
+            f"{where}: schedule needs {len(terms)} weights at each place, as many as terms"
+        )
+    if any(sum(knot.weights) == 0 for knot in knots):
+        raise UserError(f"{where}: the weights of a place are all 0; give one term a share")
+    places = [knot.at for knot in knots]
+    if any(a >= b for a, b in pairwise(places)):
+        raise UserError(f"{where}: the places of the schedule (at) must rise")
+    schedule = tuple(Knot(knot.at, knot.weights, knot.ramp) for knot in knots)
+    return LossSpec(table.name, tuple(terms), schedule)
+
+
+def _is_of_the_paper(name: str) -> bool:
+    try:
+        parse_loss(name)
+    except UnknownLoss:
+        return False
+    return True

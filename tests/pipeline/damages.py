@@ -1,0 +1,109 @@
+"""What can happen to a file of counts and to its index."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc.atomic import file_sha256, read_json, write_json
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def link_to_nowhere(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def foreign(path):
+    """The file of another program."""
+    with h5py.File(path, "w") as file:
+        file.create_group("confusion")["of"] = np.arange(9)
+
+
+def other_text(path):
+    path.write_bytes(b"confusion,nll\n" * 99)
+
+
+def three_bins(path):
+    """As a grid with other bins and one cell less has them."""
+    with h5py.File(path, "r+") as file:
+        table = file["top1_bins"][:-1, :3]
+        del file["top1_bins"]
+        file["top1_bins"] = table
+
+
+def in_floats(path):
+    with h5py.File(path, "r+") as file:
+        table = file["confusion"][...].astype(float)
+        del file["confusion"]
+        file["confusion"] = table
+
+
+def without_nll(path):
+    with h5py.File(path, "r+") as file:
+        del file["nll"]
+
+
+def fitting(damage):
+    """The damage, and an index whose checksum fits it."""
+
+    def both(path):
+        damage(path)
+        index = read_json(path.with_suffix(".json"))
+        changed = {**index, "sha256": file_sha256(path), "bytes": path.stat().st_size}
+        write_json(path.with_suffix(".json"), changed)
+
+    both.__name__ = f"fitting_{damage.__name__}"
+    return both
+
+
+def other_index(change):
+    """An index with a checksum that fits, and something else in it."""
+
+    def of_index(path):
+        write_json(path, change(read_json(path)))
+
+    return of_index
+
+
+OF_ARRAYS = [cut, flip, empty, remove, make_folder, link_to_itself, foreign, other_text]
+OF_ARRAYS += [fitting(d) for d in (foreign, other_text, three_bins, in_floats, without_nll)]
+OF_INDEX = {
+    **{d.__name__: d for d in (cut, flip, empty, make_folder, link_to_itself, link_to_nowhere)},
+    "without_cells": other_index(lambda index: {k: v for k, v in index.items() if k != "cells"}),
+    "of_numbers": other_index(lambda index: {**index, "cells": [1, 2]}),
+    "without_names": other_index(lambda index: {**index, "cells": [{"name": "CE"}]}),
+    "of_another_version": other_index(lambda index: {**index, "record": {}}),
+}
+DAMAGES = [
+    *(pytest.param(".h5", damage, id=damage.__name__) for damage in OF_ARRAYS),
+    *(pytest.param(".json", damage, id=f"index_{name}") for name, damage in OF_INDEX.items()),
+]
