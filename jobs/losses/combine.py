@@ -45,7 +45,7 @@ def combined_loss(
     value = log_probs.new_zeros(())
     for term, share in zip(loss.terms, term_weights(loss.schedule, position), strict=True):
         if share != 0:  # a term that counts nothing costs nothing
-            function = LOSSES[term.kind]
-            part = function(log_probs, target, weights if term.weighted else None, global_sum)
+            of_term = weights if term.weighted else None
+            part = LOSSES[term.kind](log_probs, target, of_term, global_sum, *term.parameters)
             value = value + share * part
     return value

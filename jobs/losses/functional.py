@@ -13,10 +13,12 @@ section 2 (Taubert et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from jobs.losses.names import TVERSKY
+from jobs.losses.pooling import pooling_weights
 
 VOID = 255
 DICE_SMOOTHING = 1.0
@@ -29,14 +31,6 @@ GlobalSum = Callable[[Tensor], Tensor]
 def alone(value: Tensor) -> Tensor:
     """The `global_sum` of a single rank."""
     return value
-
-
-class LossFunction(Protocol):
-    """What every loss below looks like. `class_weights` is [C] or None for equal weights."""
-
-    def __call__(
-        self, log_probs: Tensor, target: Tensor, class_weights: Tensor | None, global_sum: GlobalSum
-    ) -> Tensor: ...
 
 
 def cross_entropy(
@@ -59,8 +53,29 @@ def focal(
     """sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels, gamma = 2 (Lin et al. 2017,
     without alpha)."""
     log_p, weight = _true_class(log_probs, target, class_weights)
-    modulation = (-torch.expm1(log_p)) ** FOCAL_GAMMA
-    return _weighted_mean(-modulation * log_p, weight, global_sum)
+    return _weighted_mean(_focal_of_pixels(log_p), weight, global_sum)
+
+
+def pooled_cross_entropy(
+    log_probs: Tensor,
+    target: Tensor,
+    class_weights: Tensor | None = None,
+    global_sum: GlobalSum = alone,
+) -> Tensor:
+    """The cross entropy of pixels, max-pooled over all labelled pixels of the global batch."""
+    log_p, weight = _true_class(log_probs, target, class_weights)
+    return _pooled_mean(-log_p, weight, target != VOID, global_sum)
+
+
+def pooled_focal(
+    log_probs: Tensor,
+    target: Tensor,
+    class_weights: Tensor | None = None,
+    global_sum: GlobalSum = alone,
+) -> Tensor:
+    """The focal loss of pixels, max-pooled over all labelled pixels of the global batch."""
+    log_p, weight = _true_class(log_probs, target, class_weights)
+    return _pooled_mean(_focal_of_pixels(log_p), weight, target != VOID, global_sum)
 
 
 def dice(
@@ -81,11 +96,49 @@ def dice(
     overlap = (weight * log_p.exp()).sum(dim=(1, 2))
     total = weight.sum(dim=(1, 2)) + squares.sum(dim=1)
     per_image = 1 - 2 * (overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING + DICE_EPSILON)
-    images = global_sum(per_image.new_tensor(float(len(per_image))))
-    return per_image.sum() / images
+    return _mean_over_images(per_image, global_sum)
 
 
-LOSSES: dict[str, LossFunction] = {"CE": cross_entropy, "DL": dice, "FL": focal}
+def tversky(
+    log_probs: Tensor,
+    target: Tensor,
+    class_weights: Tensor | None = None,
+    global_sum: GlobalSum = alone,
+    alpha: float = TVERSKY[0],
+    beta: float = TVERSKY[1],
+) -> Tensor:
+    """1 - (TP + s) / (TP + alpha FP + beta FN + s) of each class and image over its labelled
+    pixels, TP = sum p g, FP = sum p (1 - g), FN = sum (1 - p) g, s = 1; the class-weighted mean
+    over classes, then the mean over the images of the batch (Salehi et al. 2017). Class by class,
+    since over all classes together FP and FN are the same number.
+    """
+    labelled = (target != VOID).unsqueeze(1)
+    classes = torch.arange(log_probs.shape[1], device=target.device)[:, None, None]
+    truth = target.unsqueeze(1) == classes  # false for void
+    scores = torch.where(labelled, log_probs.exp(), 0.0)
+    hits = torch.where(truth, scores, 0.0).sum(dim=(2, 3))  # [B, C]
+    false_alarms = scores.sum(dim=(2, 3)) - hits
+    misses = truth.sum(dim=(2, 3)) - hits
+    found = hits + DICE_SMOOTHING
+    per_class = 1 - found / (found + alpha * false_alarms + beta * misses)
+    if class_weights is None:
+        per_image = per_class.mean(dim=1)
+    else:
+        weight = class_weights.to(per_class)
+        per_image = per_class @ (weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
+    return _mean_over_images(per_image, global_sum)
+
+
+# What every loss above looks like: (log_probs, target, class_weights [C] or None for equal ones,
+# global_sum, and its own parameters, if it has any).
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "CE": cross_entropy,
+    "CEMP": pooled_cross_entropy,
+    "DL": dice,
+    "FL": focal,
+    "FLMP": pooled_focal,
+    "TL": tversky,
+}
 
 
 def _true_class(
@@ -106,3 +159,23 @@ def _true_class(
 def _weighted_mean(values: Tensor, weight: Tensor, global_sum: GlobalSum) -> Tensor:
     total = global_sum(weight.sum())
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _focal_of_pixels(log_p: Tensor) -> Tensor:
+    return (-torch.expm1(log_p)) ** FOCAL_GAMMA * -log_p
+
+
+def _mean_over_images(per_image: Tensor, global_sum: GlobalSum) -> Tensor:
+    images = global_sum(per_image.new_tensor(float(len(per_image))))
+    return per_image.sum() / images
+
+
+def _pooled_mean(values: Tensor, weight: Tensor, labelled: Tensor, global_sum: GlobalSum) -> Tensor:
+    """Class weights multiply the losses before they are pooled, scaled so that pooling over all
+    pixels gives the weighted mean."""
+    weight = weight[labelled].double()
+    number, total = global_sum(torch.stack([weight.new_tensor(len(weight)), weight.sum()]))
+    weight = weight * (number / torch.where(total > 0, total, 1.0))
+    losses = values[labelled]
+    pooling = pooling_weights(losses.detach().double() * weight, global_sum)
+    return ((pooling * weight).to(losses) * losses).sum()

@@ -65,7 +65,67 @@ def dice(logits, target, weights):
     return sum(values) / len(values)
 
 
-TERMS = {"CE": cross_entropy, "DL": dice, "FL": focal}
+def tversky(logits, target, weights, alpha=0.3, beta=0.7):
+    """1 - (TP + 1) / (TP + alpha FP + beta FN + 1) of each class, the weighted mean over classes,
+    mean over images."""
+    values = []
+    for pixels in labelled_pixels(logits, target):
+        of_classes = []
+        for c in range(len(weights)):
+            hits = false_alarms = misses = 0.0
+            for p, label in pixels:
+                if c == label:
+                    hits += p[c]
+                    misses += 1 - p[c]
+                else:
+                    false_alarms += p[c]
+            below = hits + alpha * false_alarms + beta * misses + SMOOTHING
+            of_classes.append(1 - (hits + SMOOTHING) / below)
+        values.append(np.average(of_classes, weights=weights))
+    return sum(values) / len(values)
+
+
+def max_pooled(losses, fraction=0.1):
+    """sum w l with the weights that make it largest: sort, and try every number of capped ones."""
+    p = 1.3
+    q = p / (p - 1)
+    ordered = np.sort(np.asarray(losses, np.float64))[::-1]
+    n = len(ordered)
+    m = fraction * n
+    tau = n ** (-1 / q) * m ** (-1 / p)
+    for capped in range(int(m) + 1):
+        rest = ordered[capped:]
+        if capped == m or not rest.any():
+            return tau * ordered[:capped].sum()
+        alpha = (np.sum((rest / rest[0]) ** q) / (m - capped)) ** (1 / q) * rest[0]
+        if rest[0] <= alpha:
+            return tau * (ordered[:capped].sum() + ((rest / alpha) ** (q - 1) * rest).sum())
+    return tau * ordered[: int(m)].sum()
+
+
+def pooled_cross_entropy(logits, target, weights):
+    return _pooled(logits, target, weights, lambda p: -np.log(p))
+
+
+def pooled_focal(logits, target, weights):
+    return _pooled(logits, target, weights, lambda p: (1 - p) ** 2 * -np.log(p))
+
+
+def _pooled(logits, target, weights, of_pixel):
+    pixels = [pixel for image in labelled_pixels(logits, target) for pixel in image]
+    weight = np.array([weights[label] for _, label in pixels])
+    losses = np.array([of_pixel(p[label]) for p, label in pixels])
+    return max_pooled(losses * weight / weight.mean())
+
+
+TERMS = {
+    "CE": cross_entropy,
+    "CEMP": pooled_cross_entropy,
+    "DL": dice,
+    "FL": focal,
+    "FLMP": pooled_focal,
+    "TL": tversky,
+}
 
 
 def single(name, logits, target, weights):

@@ -1,5 +1,7 @@
 """Every loss against the paper's formulas, on whole batches and on the shares of many ranks."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,13 @@ from jobs.losses.combine import class_weights, combined_loss
 from jobs.losses.functional import LOSSES
 from jobs.losses.names import parse_loss
 from tests.jobs import oracles
+from tests.jobs.meeting_point import MeetingPoint
 from tests.jobs.oracles import VOID, a_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL"]
-PAIRS = ["DLCE", "WDLWCE", "DLNWCE", "WDLNCE", "FLACE", "WDLAWCE", "WFLCE"]
+SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "TL", "WTL", "CEMP", "WCEMP", "FLMP", "WFLMP"]
+PAIRS = ["DLCE", "WDLWCE", "DLNWCE", "WDLNCE", "FLACE", "WDLAWCE", "WFLCE", "WTLNCEMP", "CEMPCE"]
 WEIGHTS = (0.4, 2.5, 0.3, 0.8)  # of four classes
 
 
@@ -71,6 +74,15 @@ def four_pixels():
         # p g: 2/2 + 1/4 + 1/2 = 7/4;  g^2: 2 + 1 + 1 = 4
         # p^2: 2 (1/4 + 1/16 + 1/16) of class 0 and 1/16 + 1/16 + 1/4 of class 2 = 9/8
         ("WDL", 1 - 2 * (7 / 4 + 1) / (4 + 9 / 8 + 1 + 1e-5)),
+        # class 0: p g 1/2, p (1 - g) 1/2, missed 1/2; class 1: p (1 - g) 1; class 2: p g 3/4,
+        # p (1 - g) 1/4, missed 5/4
+        ("TL", 1 - (1.5 / 2 + 1 / 1.3 + 1.75 / 2.7) / 3),
+        ("WTL", 1 - (2 * 1.5 / 2 + 1.75 / 2.7) / 3),
+        ("TL[1,1]", 1 - (1.5 / 2.5 + 1 / 2 + 1.75 / 3.25) / 3),
+        # m = 0.3 of 3 pixels: no loss is capped. n^(-1/q) (sum l^q)^(1/q)
+        ("CEMP", np.log(2) * 3 ** (-0.3 / 1.3) * (2 + 2 ** (13 / 3)) ** (3 / 13)),
+        # losses 2/4, 1/4, 1/4 of the weights, times 3: 3/2 log 2, 3/2 log 2, 3/4 log 2
+        ("WCEMP", 3 / 4 * np.log(2) * 3 ** (-3 / 13) * (1 + 2 * 2 ** (13 / 3)) ** (3 / 13)),
         # half of each
         ("DLCE", (1 - 4.5 / (5.125 + 1e-5)) / 2 + 2 / 3 * np.log(2)),
         ("WDLWCE", (1 - 5.5 / (6.125 + 1e-5)) / 2 + 5 / 8 * np.log(2)),
@@ -284,20 +296,15 @@ def test_the_focal_loss_of_a_nearly_certain_pixel_keeps_its_digits():
 
 
 def on_shares(name, logits, target, sizes, position):
-    """Value and gradient of every rank's part. The sums of all ranks are known before, as each
-    rank's own part of a sum does not depend on the others'."""
-    shares = list(zip(logits.split(sizes), target.split(sizes), strict=True))
-    asked = []
-    for share in shares:
-        mine = []
-        loss_of(name, *share, position, global_sum=lambda x, mine=mine: mine.append(x) or x)
-        asked.append(mine)
-    totals = [sum(parts) for parts in zip(*asked, strict=True)]
-    parts = []
-    for share in shares:
-        answers = iter(totals)
-        parts.append(gradient_of(name, *share, position, global_sum=lambda _, a=answers: next(a)))
-    return parts
+    """Value and gradient of every rank's part."""
+    meeting = MeetingPoint(len(sizes))
+    shares = zip(logits.split(sizes), target.split(sizes), strict=True)
+    with ThreadPoolExecutor(len(sizes)) as ranks:
+        parts = [
+            ranks.submit(gradient_of, name, *share, position, global_sum=meeting.global_sum(rank))
+            for rank, share in enumerate(shares)
+        ]
+        return [part.result() for part in parts]
 
 
 @pytest.mark.parametrize("sizes", [[1, 4, 2], [2, 5], [0, 3, 4], [1] * 7])

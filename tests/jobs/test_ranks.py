@@ -38,7 +38,11 @@ SPLITS = [(4,), (3, 1), (1, 1, 1, 1), (3, 1, 0, 0)]  # images a rank
 UNLABELLED = [(0.0, 0.1, 0.6, 1.0), (1.0, 1.0, 1.0, 0.3), (0.3, 0.0, 0.8, 0.1)]
 
 TERMS = [w + kind for kind in KINDS for w in ("", "W")]
-PAIRS = [a + how + b for a, how, b in product(TERMS, ("", "N", "A"), TERMS)]
+# every two terms, in each order, and every term in each place of each way to join two
+PAIRS = [
+    first + ("", "N", "A")[(i + j) % 3] + second
+    for (i, first), (j, second) in product(enumerate(TERMS), repeat=2)
+]
 
 
 class Case(NamedTuple):
@@ -57,7 +61,10 @@ EXACT += [Case(model, "WDLNWCE", channels=960) for model in (FCN, DEEPLAB)]
 EXACT += [Case(FCN, "WDLWCE", channels=960, train="all")]
 SINGLE = [case._replace(precision="float32") for case in EXACT if case.loss in TERMS]
 WRONG = [
-    *(Case(FCN, loss, wrong="own means") for loss in ("CE", "WCE", "FL", "WFL", "DL", "WDLWCE")),
+    *(
+        Case(FCN, loss, wrong="own means")
+        for loss in ("CE", "WCE", "FL", "WFL", "DL", "WDLWCE", "TL", "CEMP", "WFLMP")
+    ),
     *(Case(model, "WCE", wrong="own statistics") for model in (FCN, DEEPLAB)),
     *(Case(model, "WCE", wrong="own dropout") for model in (FCN, DEEPLAB)),
 ]
@@ -265,9 +272,13 @@ def test_what_ranks_do_on_their_own_would_train_another_network(ranks, split, ca
     assert ranks(split, case)[0].gradient > 0.1
 
 
-def test_the_cases_are_all_losses_of_the_grammar_on_both_heads():
+def test_the_cases_are_all_terms_of_the_grammar_and_every_two_of_them_on_both_heads():
     tried = {(case.model, case.loss) for case in EXACT}
-    assert len(tried) == 2 * (6 + 6 * 3 * 6)
+    assert {case.model for case in EXACT} == {FCN, DEEPLAB} and len(TERMS) == 2 * len(KINDS)
+    for model in (FCN, DEEPLAB):
+        losses = [parse_loss(loss) for tried_model, loss in tried if tried_model == model]
+        terms = [tuple(term.name for term in loss.terms) for loss in losses]
+        assert set(terms) == {(term,) for term in TERMS} | set(product(TERMS, repeat=2))
     assert all(parse_loss(loss).name == loss for _, loss in tried)
     for split in ((3, 1), (1, 1, 1, 1)):
         assert set(EXACT) <= set(cases_of(split))

@@ -1,0 +1,71 @@
+"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017): the mean over pixels with the
+weights that make it largest, under a bound on their norm and on each of them.
+
+The weights maximise sum w_u l_u over all n labelled pixels of the global batch under w >= 0,
+||w||_p <= gamma and max w <= tau, with gamma = n^(-1/q), q = p / (p - 1), tau = gamma m^(-1/p). The
+solution caps the largest losses, the set J, at tau and gives the others tau (l_u / alpha)^(q - 1),
+alpha^q = sum_{u not in J} l_u^q / (m - |J|). J holds the losses above the largest threshold t with
+
+    t^q (m - |J(t)|) <= sum_{l_u <= t} l_u^q,    J(t) = {u: l_u > t}.
+
+That is true at t = 0 and, once false, false for every larger t: each rank sorts its own losses, and
+all find t together, by sums over ranks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+P = 1.3
+Q = P / (P - 1)
+FRACTION = 0.1  # m / n: how many pixels at least share the weight
+_WAYS = 4095  # thresholds tried at a time: six rounds find a float64
+
+
+def pooling_weights(
+    losses: Tensor, global_sum: Callable[[Tensor], Tensor], fraction: float = FRACTION
+) -> Tensor:
+    """The weights of this rank's `losses`, float64 [n], none below 0; m is `fraction` of the global
+    number of losses, at most 1. The sum over all ranks of weights x losses lies between the mean of
+    all losses and the mean of the m largest; with a fraction of 1 it is the mean.
+    """
+    number, total = global_sum(torch.stack([losses.new_tensor(len(losses)), losses.sum()]))
+    if total == 0:
+        return torch.full_like(losses, 1.0) / number.clamp(min=1)
+    scaled = losses * (number / total)  # of mean 1, so that no power of theirs overflows
+    m = fraction * number
+    threshold, capped, powers = _threshold(scaled, m, number, global_sum)
+    alpha = (powers / (m - capped).clamp(min=torch.finfo(m.dtype).tiny)) ** (1 / Q)
+    relative = torch.where(scaled > threshold, 1.0, scaled / alpha.clamp(min=threshold))
+    tau = number ** (-1 / Q) * m ** (-1 / P)
+    return tau * torch.nan_to_num(relative).clamp(max=1.0) ** (Q - 1)
+
+
+def _threshold(
+    losses: Tensor, m: Tensor, number: Tensor, global_sum: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The threshold t, |J(t)|, and the sum of l^q over the others."""
+    ordered = losses.sort().values
+    sums = torch.cat([ordered.new_zeros(1), (ordered**Q).cumsum(0)])
+
+    def at(thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        below = torch.searchsorted(ordered, thresholds, right=True)
+        above = (len(ordered) - below).to(ordered.dtype)
+        capped, powers = global_sum(torch.stack([above, sums[below]]))
+        return capped, powers
+
+    # float64 numbers that are not negative have the order of their bits read as integers
+    low, high = 0, int((2 * number).view(torch.int64))  # true at low, false at high
+    while high - low > 1:
+        step = max(1, (high - low) // (_WAYS + 1))
+        tried = torch.arange(low + step, high, step, device=losses.device)[:_WAYS]
+        thresholds = tried.view(torch.float64)
+        capped, powers = at(thresholds)
+        true = int((thresholds**Q * (m - capped) <= powers).sum())
+        low, high = low + true * step, min(low + (true + 1) * step, high)
+    threshold = torch.tensor(low, device=losses.device).view(torch.float64)
+    capped, powers = at(threshold[None])
+    return threshold, capped[0], powers[0]
