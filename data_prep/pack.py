@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST, SPLITS, Manifest, SplitSummary
+from data_prep.overlap import ids_of, overlap_warnings
 from data_prep.packing import Packed, already_packed, pack_shard
 from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
 from data_prep.processes import in_processes, sensible_processes, with_progress
@@ -40,14 +41,19 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--processes must be at least 1, not {options.processes}")
     ranks = world()
     with ranks.abort_on_error():
-        for name, settings in _chosen(options.config, options.dataset).items():
+        datasets = _chosen(options.config, options.dataset)
+        ids = {}
+        for name, settings in datasets.items():
             manifest = pack(
                 name, settings, skip_bad=options.skip_bad, processes=options.processes, ranks=ranks
             )
+            ids[name] = ids_of(manifest)
             if ranks.rank == 0:
                 print(_report(manifest), flush=True)
                 for warning in manifest.warnings():
                     print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
+        for warning in overlap_warnings(datasets, ids) if ranks.rank == 0 else ():
+            print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
     return 0
 
 

@@ -107,7 +107,7 @@ def read_sample(
     sample, entry = planned.sample, planned.entry
     data = read_bytes(sample.image)
     image = decode_rgb(data, str(sample.image))  # an encoded image too must decode to its end
-    label = SOURCES[plan.settings.source].read_label(plan.settings, sample.label)
+    label = SOURCES[plan.settings.source].read_label(plan.settings, sample)
     if image.shape[:2] != label.shape:
         raise BadFile(
             f"{sample.image} is {_size(image)} but its label map {sample.label} is "

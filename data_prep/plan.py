@@ -72,7 +72,7 @@ class Source:
     settings: DatasetSettings
     classes: tuple[str, ...]
     samples: dict[str, list[Sample]]
-    stamps: dict[str, list[list[Any]]]  # by split, a sample's names, sizes and times
+    stamps: dict[str, list[list[Any]]]  # by split, a sample's names, sizes, times, annotation
 
     @property
     def stamp(self) -> str:
@@ -167,8 +167,10 @@ def _stamp(settings: DatasetSettings, content: list[Any]) -> str:
 
 
 def _sample_stamp(sample: Sample) -> list[Any]:
-    files = (sample.image, sample.label)
-    return [sample.id, *([file.name, *_stat(file)] for file in files)]
+    image = [sample.image.name, *_stat(sample.image)]
+    if sample.annotation:  # the file's own time would repack every sample for a change of one
+        return [sample.id, image, fingerprint(sample.annotation)]
+    return [sample.id, image, [sample.label.name, *_stat(sample.label)]]
 
 
 def _stat(path: Path) -> tuple[int, int]:

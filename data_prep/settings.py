@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,8 +19,10 @@ MAX_CLASSES = 255
 
 
 class DatasetSettings(Settings):
-    """What every source has."""
+    """What every source has. `published`: the images of each of its lists, where that is known
+    without the files."""
 
+    published: ClassVar[Mapping[str, int]] = {}
     source: str
     shards: str = ""  # folder of the packed data set; data/NAME where not given
     codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
@@ -29,7 +32,7 @@ class DatasetSettings(Settings):
     def identity(self) -> str:
         """Hash of the settings that change what is packed, whatever the paths."""
         # skip_bad: without bad files it changes nothing, and with some all is refused without it
-        others = {"root", "shards", "shard_mb", "codec", "skip_bad"}
+        others = {"root", "voc_root", "shards", "shard_mb", "codec", "skip_bad"}
         return fingerprint(self.model_dump(mode="json", exclude=others))[:16]
 
 
@@ -67,7 +70,49 @@ class SyntheticSettings(DatasetSettings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
+class VocSettings(DatasetSettings):
+    """PASCAL VOC 2012. A list is train, val, trainval, or a text file of one's own (`.txt`)."""
+
+    published: ClassVar = {"train": 1464, "val": 1449, "trainval": 2913}
+    source: Literal["voc"]
+    root: str  # the folder in which the archive was unpacked: it holds VOCdevkit
+    train: str = "train"
+    val: str = "val"
+
+
+class SbdSettings(DatasetSettings):
+    """The Semantic Boundaries Dataset. A list is train, val, train_noval, or a text file of one's
+    own; `val` may also be voc_val, VOC 2012's validation images with VOC's own label maps."""
+
+    published: ClassVar = {"train": 8498, "val": 2857, "train_noval": 5623, "voc_val": 1449}
+    source: Literal["sbd"]
+    root: str  # it holds benchmark_RELEASE
+    train: str = "train"
+    val: str = "val"
+    voc_root: str = ""  # it holds VOCdevkit; for train_noval and voc_val, and to count overlaps
+
+
+class CityscapesSettings(DatasetSettings):
+    """Cityscapes, fine annotations."""
+
+    published: ClassVar = {"train": 2975, "val": 500}
+    source: Literal["cityscapes"]
+    root: str  # it holds leftImg8bit and gtFine
+    num_classes: Literal[30, 34, 19] = 30  # raw ids 4 to 33, all raw ids, or the training ids
+
+
+class CocoSettings(DatasetSettings):
+    """COCO 2017 with the classes of VOC."""
+
+    source: Literal["coco"]
+    root: str  # it holds train2017, val2017 and annotations
+
+
 SOURCES: dict[str, type[DatasetSettings]] = {
+    "voc": VocSettings,
+    "sbd": SbdSettings,
+    "cityscapes": CityscapesSettings,
+    "coco": CocoSettings,
     "folder": FolderSettings,
     "synthetic": SyntheticSettings,
 }
@@ -88,7 +133,10 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     settings = parse(SOURCES[source], table, where)
     shards = user_path(settings.shards or f"data/{name}", f"{where}: shards")
     root = user_path(getattr(settings, "root", "") or str(shards / "source"), f"{where}: root")
-    return settings.model_copy(update={"shards": str(shards), "root": str(root)})
+    paths = {"shards": str(shards), "root": str(root)}
+    if voc_root := getattr(settings, "voc_root", ""):
+        paths["voc_root"] = str(user_path(voc_root, f"{where}: voc_root"))
+    return settings.model_copy(update=paths)
 
 
 def read_datasets(config: str | Path) -> dict[str, DatasetSettings]:

@@ -5,41 +5,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from data_prep.settings import DatasetSettings, read_datasets
+from data_prep.sources import SOURCES
 from hpc.atomic import Damaged, file_sha256, new_file
 from hpc.command import UserError, argument_parser, run
 from hpc.config import did_you_mean, read_toml, shown, user_path
 from hpc.env import torch_home
 
+T = TypeVar("T", dict, list)
+
 SOURCE = "https://download.pytorch.org/models"
+PRE_FINE = "pre-fine"  # weights, and the paper's name of CE from these
+VOC_CLASSES = 21  # that the classifiers in COCO's files tell apart
 _IMAGENET = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
     "mobilenet_v3_large": "mobilenet_v3_large-8738ca79.pth",
 }
+_COCO = {
+    "fcn_resnet50": "fcn_resnet50_coco-1167a1af.pth",
+    "fcn_resnet101": "fcn_resnet101_coco-7ecb50ca.pth",
+    "deeplabv3_resnet50": "deeplabv3_resnet50_coco-cd0a2569.pth",
+    "deeplabv3_resnet101": "deeplabv3_resnet101_coco-586e9e4e.pth",
+    "deeplabv3_mobilenet_v3_large": "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+}
 # (weights, model) -> file. ImageNet's are the first published ones, those of the paper's time;
-# COCO's are COCO_WITH_VOC_LABELS_V1. A file's name ends with the start of its SHA-256.
+# COCO's are COCO_WITH_VOC_LABELS_V1, of which `coco` takes the backbone and `pre-fine` the head
+# too. A file's name ends with the start of its SHA-256.
 FILES = {
     **{
         ("imagenet", f"{head}_{backbone}"): file
         for backbone, file in _IMAGENET.items()
         for head in ("fcn", "deeplabv3")
     },
-    ("coco", "fcn_resnet50"): "fcn_resnet50_coco-1167a1af.pth",
-    ("coco", "fcn_resnet101"): "fcn_resnet101_coco-7ecb50ca.pth",
-    ("coco", "deeplabv3_resnet50"): "deeplabv3_resnet50_coco-cd0a2569.pth",
-    ("coco", "deeplabv3_resnet101"): "deeplabv3_resnet101_coco-586e9e4e.pth",
-    ("coco", "deeplabv3_mobilenet_v3_large"): "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
+    ("imagenet", "unet_resnet50"): _IMAGENET["resnet50"],
+    **{(weights, model): file for weights in ("coco", PRE_FINE) for model, file in _COCO.items()},
 }
+PUBLISHED = ("imagenet", "coco", PRE_FINE)
 WITHOUT_FILE = ("none", "pretrain")
 
 
 def weights_path(weights: str, model: str) -> Path:
-    """Where the file lies that `weights` (imagenet, coco or a path) means for `model`. Raises
+    """Where the file lies that `weights` (one of `PUBLISHED`, or a path) means for `model`. Raises
     `UserError` if no such weights are published."""
     if (weights, model) in FILES:
         return torch_home() / "hub" / "checkpoints" / FILES[weights, model]
-    if weights in ("imagenet", "coco"):
+    if weights in PUBLISHED:
         models = [name for kind, name in FILES if kind == weights]
         raise UserError(
             f"no {weights!r} weights are published for {model!r}; {did_you_mean(model, models)}"
@@ -58,9 +71,19 @@ def require_weights(weights: str, model: str) -> Path:
             f"`python -m data_prep.weights CONFIG`, or copy {SOURCE}/{path.name} there"
         )
     raise UserError(
-        f"weights = {shown(weights)} is neither imagenet, coco, none or pretrain nor a file that "
-        "exists"
+        f"weights = {shown(weights)} is neither {', '.join(PUBLISHED)}, none or pretrain nor a "
+        "file that exists"
     )
+
+
+def without_pre_fine(settings: DatasetSettings, model: str) -> str:
+    """Why there is no pre-fine of `model` on this data set; "" where there is."""
+    if (PRE_FINE, model) not in FILES:
+        return f"no weights trained on COCO are published for {model}"
+    found = len(SOURCES[settings.source].classes(settings))
+    if found != VOC_CLASSES:
+        return f"pre-fine needs VOC's {VOC_CLASSES} classes, not {found}"
+    return ""
 
 
 def check_published(path: Path) -> None:
@@ -97,18 +120,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m data_prep.weights", __doc__)
     parser.add_argument("config", type=Path, help="the grid file")
     arguments = parser.parse_args(argv)
-    grid = read_toml(arguments.config)
-    protocol = grid.get("protocol", {})
-    if not isinstance(protocol, dict):
-        raise UserError(f"{arguments.config}: [protocol] must be a table, not {protocol!r}")
-    special = protocol.get("per_dataset", {})
-    tables = [protocol, *(t for t in special.values() if isinstance(t, dict) and "weights" in t)]
-    needed = {str(table.get("weights", "imagenet")) for table in tables}
-    models = [str(model) for model in grid.get("models", [])]
-    for weights in sorted(needed.intersection(WITHOUT_FILE)):
+    needed = sorted(_needed(arguments.config))
+    for weights in dict.fromkeys(w for w, _ in needed if w in WITHOUT_FILE):
         print(f"weights = {weights!r} needs no file")
-    paths = {weights_path(w, m) for w in needed.difference(WITHOUT_FILE) for m in models}
-    for path in sorted(paths):
+    for path in sorted({weights_path(w, m) for w, m in needed if w not in WITHOUT_FILE}):
         published = path.name in FILES.values()
         if published and not path.is_file():
             print(f"fetching {path.name}")
@@ -119,6 +134,29 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"weights = {str(path)!r}: there is no such file")
         print(f"ready: {path}")
     return 0
+
+
+def _needed(config: Path) -> set[tuple[str, str]]:
+    """The (weights, model) of a grid file. Raises `UserError` if it is not one."""
+    grid = read_toml(config)
+    protocol = _of_type(dict, grid.get("protocol", {}), f"{config}: [protocol]")
+    where = f"{config}: [protocol.per_dataset]"
+    special = _of_type(dict, protocol.get("per_dataset", {}), where)
+    tables = [protocol, *(t for t in special.values() if isinstance(t, dict) and "weights" in t)]
+    models = _of_type(list, grid.get("models", []), f"{config}: models")
+    needed = {(str(t.get("weights", "imagenet")), str(m)) for t in tables for m in models}
+    if PRE_FINE in _of_type(list, grid.get("losses", []), f"{config}: losses"):
+        datasets = read_datasets(config).values()
+        starts = (m for m in models if not all(without_pre_fine(d, m) for d in datasets))
+        needed |= {(PRE_FINE, model) for model in starts}
+    return needed
+
+
+def _of_type(kind: type[T], value: Any, where: str) -> T:
+    if not isinstance(value, kind):
+        expected = {dict: "a table", list: "a list"}[kind]
+        raise UserError(f"{where} must be {expected}, not {value!r}")
+    return value
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ def samples(settings: FolderSettings, split: str) -> list[Sample]:
     return [Sample(stem, images[stem], labels[stem]) for stem in stems]
 
 
-def read_label(settings: FolderSettings, path: Path) -> NDArray[np.uint8]:
+def read_label(settings: FolderSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
-    return map_labels(read_index_map(path), len(settings.classes), settings.void, path)
+    values = read_index_map(sample.label)
+    return map_labels(values, len(settings.classes), settings.void, sample.label)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -51,9 +51,9 @@ def samples(settings: SyntheticSettings, split: str) -> list[Sample]:
     return [Sample(stem, images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
 
 
-def read_label(settings: SyntheticSettings, path: Path) -> NDArray[np.uint8]:
+def read_label(settings: SyntheticSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
-    return map_labels(read_index_map(path), len(CLASSES), VOID, path)
+    return map_labels(read_index_map(sample.label), len(CLASSES), VOID, sample.label)
 
 
 def _write(settings: SyntheticSettings, split: str, index: int, sample: Sample) -> None:

@@ -44,7 +44,7 @@ def test_every_class_is_in_both_splits_and_a_sign_is_large_enough_to_see(streets
     sign = CLASSES.index("sign")
     with_sign = 0
     for sample in synthetic.samples(settings, "val"):
-        label = synthetic.read_label(settings, sample.label)
+        label = synthetic.read_label(settings, sample)
         rows, columns = np.nonzero(label == sign)
         if rows.size:
             with_sign += 1

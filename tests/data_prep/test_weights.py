@@ -11,6 +11,7 @@ from data_prep import weights
 from data_prep.weights import (
     FILES,
     SOURCE,
+    VOC_CLASSES,
     check_published,
     fetch,
     require_weights,
@@ -74,18 +75,21 @@ def grid(tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_imagenets_files_are_torchvisions_first_ones(model):
-    expected = IMAGENET[MODELS[model].backbone].IMAGENET1K_V1.url
+    expected = IMAGENET[MODELS[model].backbone.removesuffix("_pyramid")].IMAGENET1K_V1.url
     assert f"{SOURCE}/{FILES['imagenet', model]}" == expected
 
 
+@pytest.mark.parametrize("weights", ["coco", "pre-fine"])
 @pytest.mark.parametrize("model", COCO)
-def test_cocos_files_are_those_with_the_labels_of_voc(model):
-    assert f"{SOURCE}/{FILES['coco', model]}" == COCO[model].COCO_WITH_VOC_LABELS_V1.url
+def test_cocos_files_are_those_with_the_labels_of_voc(model, weights):
+    published = COCO[model].COCO_WITH_VOC_LABELS_V1
+    assert f"{SOURCE}/{FILES[weights, model]}" == published.url
+    assert len(published.meta["categories"]) == VOC_CLASSES
 
 
 def test_nothing_else_is_said_to_be_published():
-    expected = {("imagenet", model) for model in MODELS} | {("coco", model) for model in COCO}
-    assert FILES.keys() == expected
+    coco = {(weights, model) for weights in ("coco", "pre-fine") for model in COCO}
+    assert FILES.keys() == {("imagenet", model) for model in MODELS} | coco
 
 
 @pytest.mark.parametrize("variable", ["TORCH_HOME", "XDG_CACHE_HOME", "HOME"])
@@ -119,7 +123,7 @@ def test_a_file_that_is_not_there_is_named_with_the_way_to_get_it(torch_home):
     name = "resnet101-63fe2227.pth"
     assert str(torch_home / "hub" / "checkpoints" / name) in str(error.value)
     assert f"https://download.pytorch.org/models/{name}" in str(error.value)
-    with pytest.raises(UserError, match="'imagnet' is neither imagenet, coco, none or pretrain"):
+    with pytest.raises(UserError, match="'imagnet' is neither imagenet, coco, pre-fine, none"):
         require_weights("imagnet", "fcn_resnet101")
 
 
@@ -181,3 +185,20 @@ def test_the_command_fetches_each_file_once(grid, torch_home, site, monkeypatch,
 def test_the_command_refuses_a_file_of_ones_own_that_is_not_there(grid, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         weights.main([grid(f"weights = '{tmp_path}/own.pth'", "fcn_resnet50")])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models = 5", "models must be a list, not 5"),
+        ("losses = 5", "losses must be a list, not 5"),
+        ("protocol = 5", "[protocol] must be a table, not 5"),
+        ("[protocol]\nper_dataset = 5", "[protocol.per_dataset] must be a table, not 5"),
+    ],
+)
+def test_the_command_refuses_a_file_that_is_no_grid(tmp_path, text, message):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        weights.main([str(path)])
+    assert str(error.value) == f"{path}: {message}"

@@ -1,0 +1,205 @@
+"""COCO 2017 with the classes of VOC, as its archives unpack: objects drawn as polygons, crowds as
+run lengths. Label maps are made as torchvision makes them for its published COCO weights: a pixel
+of two objects is void, also if they are of one class, and all that is no object of VOC's classes is
+background. Training leaves out images whose objects of these classes have an area of 1000 pixels or
+less; validation keeps all."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import BadFile
+from data_prep.manifest import SPLITS
+from data_prep.settings import VOID, CocoSettings
+from data_prep.sources import voc
+from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
+from data_prep.sources.sample import Sample
+from hpc.command import UserError
+
+LEAST_AREA = 1000.0  # pixels of an image's objects, to be trained on
+_FARTHEST = 1e5  # a coordinate beyond it is damage, and would take gigabytes to draw
+# where COCO's name of a class is not VOC's
+_COCO_NAMES = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+_REMEDY = (
+    "the data set's root must be the folder in which train2017.zip, val2017.zip and "
+    f"annotations_trainval2017.zip of https://cocodataset.org/#download were unpacked; {LAYOUTS}"
+)
+
+
+class _Picture(NamedTuple):
+    """What the annotations say of an image."""
+
+    file_name: str
+    stem: str
+    area: float  # of its objects of VOC's classes
+    annotation: str  # JSON: height, width, objects as [class index, segmentation, box]
+
+
+def classes(settings: CocoSettings) -> tuple[str, ...]:
+    """VOC's classes, background first."""
+    return voc.CLASSES
+
+
+def prepare(settings: CocoSettings) -> None:
+    """Raises `UserError` if pycocotools, annotations or images are not there."""
+    for split in SPLITS:
+        samples(settings, split)
+
+
+def samples(settings: CocoSettings, split: str) -> list[Sample]:
+    """The annotated images of `split`, sorted by id. Raises `UserError` as `prepare` does.
+
+    Reading the annotations of train2017 takes a while, and is done once while they do not change.
+    """
+    _pycocotools()
+    path = Path(settings.root) / "annotations" / f"instances_{split}2017.json"
+    images = Path(settings.root) / f"{split}2017"
+    pictures = _read(path)
+    if split == "train":
+        pictures = tuple(p for p in pictures if p.area > LEAST_AREA)
+    if not pictures:
+        raise UserError(f"{path} describes no image with enough of VOC's classes; {_REMEDY}")
+    there = names_in(images, _REMEDY)
+    missing = [p.file_name for p in pictures if p.file_name not in there]
+    refuse_missing(missing, images, str(path), _REMEDY)
+    found = (Sample(p.stem, images / p.file_name, path, p.annotation) for p in pictures)
+    return sorted(found, key=lambda sample: sample.id.encode())
+
+
+def read_label(settings: CocoSettings, sample: Sample) -> NDArray[np.uint8]:
+    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`.
+
+    An object without a polygon or run lengths makes its box void: some of it is the object."""
+    try:
+        return _draw(**json.loads(sample.annotation))
+    except Exception as error:  # pycocotools raises nearly any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadFile(
+            f"{sample.label} says of {sample.image.name} what cannot be drawn ({reason}); replace "
+            "the file"
+        ) from error
+
+
+def _draw(height: int, width: int, objects: list[Any]) -> NDArray[np.uint8]:
+    label = np.zeros((height, width), np.uint8)
+    covered, void = np.zeros((2, height, width), bool)
+    for index, segmentation, box in objects:
+        mask = _mask(segmentation, height, width)
+        if mask is None:
+            void |= _inside(box, height, width)
+            continue
+        void |= covered & mask
+        covered |= mask
+        label[mask] = index
+    label[void] = VOID
+    return label
+
+
+def _read(path: Path) -> tuple[_Picture, ...]:
+    try:
+        status = path.stat()
+        return _parse(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
+    except (ValueError, RecursionError) as error:  # cut short, not JSON, not UTF-8
+        raise UserError(f"{path} is not whole ({error}); {_REMEDY}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not hold the instances of COCO ({type(error).__name__}: {error}); "
+            f"{_REMEDY}"
+        ) from error
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
+    """The pictures of an annotation file, which `size` and `modified` tell from a newer one."""
+    content = json.loads(path.read_bytes())
+    class_of = _class_of_category(content["categories"])
+    objects: dict[int, list[list[Any]]] = defaultdict(list)
+    areas: dict[int, float] = defaultdict(float)
+    for one in content.pop("annotations"):
+        index = class_of.get(one["category_id"])
+        if index is not None:
+            image = one["image_id"]
+            areas[image] += one["area"]
+            objects[image].append([index, one.get("segmentation"), one["bbox"]])
+    return tuple(
+        _Picture(
+            one["file_name"],
+            Path(one["file_name"]).stem,
+            areas.get(one["id"], 0.0),
+            _compact(one["height"], one["width"], objects.pop(one["id"], [])),
+        )
+        for one in content["images"]
+    )
+
+
+def _compact(height: int, width: int, objects: list[list[Any]]) -> str:
+    # text takes a quarter of the memory of the numbers, and is what goes to other processes
+    picture = {"height": height, "width": width, "objects": objects}
+    return json.dumps(picture, separators=(",", ":"))
+
+
+def _class_of_category(categories: list[Mapping[str, Any]]) -> dict[int, int]:
+    """COCO's category id -> index of VOC's class."""
+    ids = {one["name"]: one["id"] for one in categories}
+    names = [_COCO_NAMES.get(name, name) for name in voc.CLASSES]
+    return {ids[name]: index for index, name in enumerate(names) if index}
+
+
+def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_] | None:
+    """The pixels of an object, bool [H, W]; None if nothing says which they are."""
+    api = _pycocotools()
+    if isinstance(segmentation, dict):
+        runs = segmentation["counts"]
+        rle = segmentation if isinstance(runs, str) else _from_runs(segmentation, height, width)
+    else:
+        polygons = [one for one in segmentation or [] if len(one) >= 6]  # of three points or more
+        if not polygons:
+            return None
+        if not all(np.abs(np.asarray(one, float)).max() < _FARTHEST for one in polygons):
+            raise ValueError("a coordinate far outside the image")
+        rle = api.merge(api.frPyObjects(polygons, height, width))
+    return api.decode(rle).astype(bool)
+
+
+def _from_runs(segmentation: Any, height: int, width: int) -> Any:
+    if sum(segmentation["counts"]) != height * width:
+        raise ValueError("run lengths that do not fill the image")  # the rest would be left unset
+    return _pycocotools().frPyObjects(segmentation, height, width)
+
+
+def _inside(box: list[float], height: int, width: int) -> NDArray[np.bool_]:
+    x, y, wide, high = box
+    inside = np.zeros((height, width), bool)
+    rows = slice(max(0, int(np.floor(y))), max(0, int(np.ceil(y + high))))
+    columns = slice(max(0, int(np.floor(x))), max(0, int(np.ceil(x + wide))))
+    inside[rows, columns] = True
+    return inside
+
+
+def _pycocotools() -> ModuleType:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise UserError(
+            "COCO's masks are read with pycocotools, which is not installed; "
+            "pip install 'pycocotools>=2.0.8'"
+        ) from error
+    return mask
