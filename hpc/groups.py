@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,12 +59,12 @@ class Group:
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         return int(agreed)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value, on all ranks."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The plain value of the rank `source`, on all ranks."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=source)
         return box[0]
 
     def barrier(self) -> None:
@@ -88,6 +89,11 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     )
     try:
         yield Group(env, device)
+    except BaseException as error:
+        # what its frames hold, such as DDP's hooks, must go before the group does: freed after it,
+        # at the process's end, they now and then wait for ever
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -50,15 +50,15 @@ class ClusterProfile(Settings):
     tasks_per_node: int = Field(1, ge=1, le=1024)
     cpus_per_task: int = Field(1, ge=1, le=_MOST)
     gpus_per_node: int = Field(0, ge=0, le=1024)
+    gpu_memory_gb: float = Field(16.0, gt=0)  # of one GPU, for estimates
     memory_gb: float | None = Field(None, gt=0)  # a node
     minutes: int = Field(60, ge=1, le=60 * 24 * 3650)  # time limit
     lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
     array_parallelism: int = Field(
         256, ge=1, le=_MOST
     )  # jobs of one array that run at the same time
-    cells_per_job: int = Field(
-        0, ge=0, le=_MOST
-    )  # how many units the caller puts into one job; 0: all
+    # how many units the caller puts into one job; 0: all; "fit": what memory and time allow
+    cells_per_job: Annotated[int, Field(ge=0, le=_MOST)] | Literal["fit"] = 0
 
     setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
     python: str = ""  # the command that starts Python on a node; default: this interpreter

@@ -3,7 +3,7 @@ many loader processes prepare it, and however many ranks share it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ def share(batch_size: int, rank: int, world_size: int) -> range:
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
-def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Iterator[Batch]:
+def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch]:
     """The batches of steps `start` to `stop` - 1, in order, prepared ahead by `workers`
     processes."""
     return _loader(batches, range(start, stop), workers)

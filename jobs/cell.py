@@ -4,7 +4,6 @@ of a run. Free of torch, h5py and mpi4py: planning reads it."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ class Cell(Settings):
     @cached_property
     def signature(self) -> str:
         """Hash of the resolved settings that change the result; the identity of the cell."""
-        return _key({**self._shared(), "model": self.model, "loss": asdict(self.loss)})
+        return _key({**self._shared(), "model": self.model, "loss": self.loss.identity()})
 
     @cached_property
     def bundle_key(self) -> str:
@@ -53,7 +52,7 @@ class Cell(Settings):
         shared["backbone"] = MODELS[self.model].backbone
         if self.protocol.train == "all":
             shared["alone"] = self.signature
-        elif self.protocol.weights == "coco":
+        elif self.protocol.weights in ("coco", "pre-fine"):
             shared["weights_of"] = self.model
         return _key(shared)
 

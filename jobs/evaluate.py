@@ -3,7 +3,7 @@ rank i mod world_size, none padded or repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -19,6 +19,7 @@ from jobs.models.build import normalise, upsample
 from jobs.protocol import Protocol
 
 Forward = Callable[[Tensor], list[Tensor]]
+Pair = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -30,12 +31,13 @@ def evaluate(
     protocol: Protocol,
     group: Group,
     stop: Callable[[], bool],
+    fetch: Callable[[Iterator[Pair]], Pair | None] = lambda images: next(images, None),
 ) -> list[Counts | None] | None:
     """The counts of each cell over all images and ranks; None for a cell whose logits are not all
     finite, and None altogether if a stop was asked for.
 
     forward: normalised images [1, 3, H, W] -> one logits [1, C, h, w] a cell, at any stride.
-    stop: asked once an image; all ranks leave together.
+    stop: asked once an image; all ranks leave together. fetch: takes the next image, before.
     """
     if num_cells == 0:
         return []
@@ -47,9 +49,9 @@ def evaluate(
     # do not let go by a signal, waiting for them at its exit
     with closing(loaded) as images:
         for _ in range(0, len(reader), group.world_size):
+            pair = fetch(images)
             if group.max(stop()):
                 return None
-            pair = next(images, None)
             if pair is None:  # the last round may leave some ranks without an image
                 continue
             image, target = pair

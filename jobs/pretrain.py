@@ -1,5 +1,6 @@
-"""Where no weights exist (`weights = "pretrain"`): one whole network with an FCN head is trained
-with CE under a seed of its own, once a data set and backbone. Its backbone is what the cells share.
+"""Where no weights exist (`weights = "pretrain"`): one whole network, with the plainest head of its
+backbone, is trained with CE under a seed of its own, once a data set and backbone. Its backbone is
+what the cells share.
 
     python -m jobs.pretrain TASK.json
 """
@@ -37,7 +38,8 @@ def pretraining_cell(cell: Cell) -> Cell:
     changes = pretrain.model_dump(exclude={"seed"})
     changes["threads"] = pretrain.threads or cell.protocol.threads
     protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
-    model = f"fcn_{MODELS[cell.model].backbone}"
+    backbone = MODELS[cell.model].backbone
+    model = next(name for name in MODELS if MODELS[name].backbone == backbone)
     update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
     return cell.model_copy(update=update)
 

@@ -17,7 +17,7 @@ Side = Annotated[int, Field(ge=1, le=32_768)]  # pixels
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 
-WEIGHTS = ("imagenet", "coco", "none", "pretrain")
+WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.

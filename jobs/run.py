@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -141,9 +141,8 @@ class Run:
         self._started = (time.monotonic(), step)
         self._saved_at = time.monotonic()
 
-    def agree(self) -> Action:
-        """What all ranks do at this step's edge. Raises on all of them what kept the last
-        heartbeat from being written; `Superseded` if a later start has taken over."""
+    def decide(self) -> Action:
+        """What all ranks do at this step's edge; they call it together."""
         wish = Action.GO_ON
         minutes = self.task.cells[0].protocol.checkpoint_minutes
         if self._trouble is not None:
@@ -152,15 +151,30 @@ class Run:
             wish = Action.STOP
         elif self.group.is_main and time.monotonic() - self._saved_at >= 60 * minutes:
             wish = Action.SAVE
-        action = Action(self.group.max(wish))
+        return Action(self.group.max(wish))
+
+    def agree(self) -> Action:
+        """As `decide`, and raises on all ranks what one of them met: `Superseded` if a later start
+        has taken over, a heartbeat or a sample that is damaged."""
+        action = self.decide()
         if action is Action.ABORT:
-            self._raise_trouble()
+            self.raise_trouble()
         return action
 
-    def _raise_trouble(self) -> None:
-        trouble = self.group.broadcast(self._trouble)
-        if trouble is not None:
-            raise trouble
+    def raise_trouble(self) -> None:
+        """Raise on all ranks what one of them met, if any did; they call it together."""
+        rank = self.group.max(self.group.rank + 1 if self._trouble is not None else 0)
+        if rank:
+            raise self.group.broadcast(self._trouble, source=rank - 1)
+
+    def fetch(self, items: Iterator[T]) -> T | None:
+        """The next of `items`. None at their end, and where a `UserError` kept it from coming,
+        which the ranks' next decision then says."""
+        try:
+            return next(items, None)
+        except UserError as error:
+            self._trouble = error
+            return None
 
     def save(self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None) -> None:
         """Publish a checkpoint of the cells that still train; called by all ranks."""
@@ -188,7 +202,7 @@ class Run:
         """The last heartbeat; called by all ranks. Raises on all what kept it from being
         written."""
         self.beat(stage, step, total, force=True)
-        self._raise_trouble()
+        self.raise_trouble()
 
     def beat(self, stage: str, step: int, total: int, force: bool = False) -> None:
         """Say that this job lives, and how far it is. This is also when a process that was cut off
@@ -202,7 +216,7 @@ class Run:
         record = {"stage": stage, "step": step, "total": total, "steps_per_second": rate,
                   "time": time.time(), "generation": self.generation.number}  # fmt: skip
         path = self.task.paths.progress_of(self.task.name)
-        self._trouble, muted, self._muted = None, self._muted, False
+        muted, self._muted = self._muted, False
         try:
             write_json(path, record, self.generation.check)
         except (Superseded, Damaged) as error:

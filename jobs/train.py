@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,14 +27,14 @@ from hpc.command import argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, signal, stop_request
-from jobs.backbone import LoadedBackbone, freeze, load_backbone
+from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
 from jobs.batches import TrainingBatches, load_steps
 from jobs.cell import Cell
 from jobs.counts_file import write_counts
 from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
-from jobs.models.build import Backbone, normalise
+from jobs.models.build import Backbone, Features, normalise
 from jobs.protocol import Protocol
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
@@ -93,6 +94,8 @@ def make_trainees(
         for cell in task.cells
         if not task.paths.failure(cell.signature).exists()
     ]
+    for trainee in trainees:
+        start_head(trainee.head, backbone)
     return (None if whole else backbone.module), trainees
 
 
@@ -110,23 +113,27 @@ def train(
     total = cell.protocol.epochs * batches.steps_per_epoch
     job.begin(start)
     step = start
-    for batch in load_steps(batches, start, total, cell.protocol.workers):
-        active = still_training(trainees)
-        if not active:
-            break
-        job.beat("training", step, total)
-        inputs = features(backbone, batch.images.to(group.device), cell, group)
-        target = batch.target.to(group.device).long()
-        for trainee in active:
-            trainee.step(inputs, batch, target, step, total)
-            if trainee.failure:
-                job.on_main(partial(job.give_up, trainee, step))
-        step += 1
-        action = job.agree()
-        if action is not Action.GO_ON or step == total:
-            job.save(step, still_training(trainees), backbone)
-        if action is Action.STOP:
-            break
+    # closed on an error too: its traceback would keep the loaders alive, see `evaluate`
+    with closing(load_steps(batches, start, total, cell.protocol.workers)) as items:
+        batch = job.fetch(items)
+        job.raise_trouble()
+        while batch is not None and (active := still_training(trainees)):
+            job.beat("training", step, total)
+            inputs = features(backbone, batch.images.to(group.device), cell, group)
+            target = batch.target.to(group.device).long()
+            for trainee in active:
+                trainee.step(inputs, batch, target, step, total)
+                if trainee.failure:
+                    job.on_main(partial(job.give_up, trainee, step))
+            step += 1
+            batch = job.fetch(items)  # before they decide: one rank's bad sample ends all of them
+            action = job.decide()
+            if action is not Action.GO_ON or step == total:
+                job.save(step, still_training(trainees), backbone)
+            if action is Action.ABORT:
+                job.raise_trouble()
+            if action is Action.STOP:
+                break
     return (step, total) if still_training(trainees) else (total, total)
 
 
@@ -135,7 +142,7 @@ def still_training(trainees: Sequence[Trainee]) -> list[Trainee]:
     return [trainee for trainee in trainees if trainee.failure is None]
 
 
-def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group) -> Tensor:
+def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group) -> Features:
     """What the trainees take: the frozen backbone's output for uint8 images [b, 3, h, w], without
     a gradient; or, where the whole network trains, the normalised images themselves."""
     inputs = normalise(images)
@@ -168,6 +175,7 @@ def count(
         job.task.cells[0].protocol,
         job.group,
         lambda: job.agree() is Action.STOP,
+        job.fetch,
     )
 
 

@@ -15,7 +15,7 @@ from hpc.groups import Group
 from jobs.batches import Batch
 from jobs.cell import Cell
 from jobs.losses.combine import combined_loss
-from jobs.models.build import Backbone, Network, build_head, upsample
+from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
 from jobs.protocol import Protocol
 
@@ -38,6 +38,7 @@ class Trainee:
             cell.model, num_classes, cell.seed, protocol.batchnorm_momentum, group.process_group
         )
         self.cell = cell
+        self.head = head
         self.network: nn.Module = (head if backbone is None else Network(backbone, head)).to(
             group.device
         )
@@ -58,7 +59,7 @@ class Trainee:
         self._scaler = torch.amp.GradScaler(group.device.type, enabled=is_mixed(protocol, group))
         self.network.train()
 
-    def step(self, inputs: Tensor, batch: Batch, target: Tensor, step: int, total: int) -> float:
+    def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
         """One update on this rank's share of the batch. inputs: features or normalised images;
         target: int64 [b, h, w] on the device. Returns the loss of the global batch.
 

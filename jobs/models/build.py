@@ -1,23 +1,26 @@
-"""Backbones and heads: torchvision's own modules, so that published weights fit, with batch norm
-and dropout that do not depend on how the batch is spread over ranks."""
+"""Backbones and heads: torchvision's own modules, so that published weights fit, and a U-Net's
+decoder, with batch norm and dropout that do not depend on how the batch is spread over ranks."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import segmentation
+from torchvision.models import resnet50, segmentation
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.batchnorm import replace_batchnorm
 from jobs.models.dropout import replace_dropout
 from jobs.models.names import FEATURES, MODELS
+from jobs.models.unet import UNetHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,19 +30,32 @@ _BUILDERS = {
     "resnet101": segmentation.deeplabv3_resnet101,
     "mobilenet_v3_large": segmentation.deeplabv3_mobilenet_v3_large,
 }
-_HEADS = {"fcn": FCNHead, "deeplabv3": DeepLabHead}
+_PYRAMID = {"relu": "2", "layer1": "4", "layer2": "8", "layer3": "16", "layer4": "32"}
+_HEADS: dict[str, Callable[[Any, int], nn.Module]] = {
+    "fcn": FCNHead,
+    "deeplabv3": DeepLabHead,
+    "unet": UNetHead,
+}
+
+Features = Tensor | list[Tensor]  # a list where `FEATURES` has several numbers of channels
 
 
 class Backbone(nn.Module):
-    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / 8 or 16, W / 8 or 16].
-    Its state has torchvision's names behind `backbone.`."""
+    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / 8 or 16, W / 8 or 16], or for
+    a pyramid a list of them, at strides 2, 4, 8, 16 and 32. Its state has torchvision's names
+    behind `backbone.`."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.backbone = _BUILDERS[name](weights=None, weights_backbone=None, num_classes=2).backbone
+        if name in _BUILDERS:
+            model = _BUILDERS[name](weights=None, weights_backbone=None, num_classes=2)
+            self.backbone = model.backbone
+        else:
+            self.backbone = IntermediateLayerGetter(resnet50(weights=None), _PYRAMID)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone(images)["out"]
+    def forward(self, images: Tensor) -> Features:
+        features = self.backbone(images)
+        return features["out"] if "out" in features else list(features.values())
 
 
 class Network(nn.Module):
@@ -69,7 +85,7 @@ def build_head(
     group: dist.ProcessGroup | None = None,
 ) -> nn.Module:  # fmt: skip
     """The head of `model`, its weights drawn from (seed, model), so that losses are compared on
-    common random numbers. Features [B, F, h, w] -> logits [B, num_classes, h, w]."""
+    common random numbers. Features -> logits [B, num_classes, h, w]."""
     architecture = MODELS[model]
     with seeded(f"{seed}/{model}"):
         head = _HEADS[architecture.head](FEATURES[architecture.backbone], num_classes)

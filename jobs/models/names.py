@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Head = Literal["fcn", "deeplabv3"]
+Head = Literal["fcn", "deeplabv3", "unet"]
+Channels = int | tuple[int, ...]  # of the features; a tuple where there are several, finest first
 
 
 class Architecture(NamedTuple):
@@ -14,16 +15,61 @@ class Architecture(NamedTuple):
     backbone: str
 
 
-# Number of parameters, for estimates before anything is built: a head on features of so many
-# channels, with some tens of classes, and a backbone.
-HEAD_PARAMETERS = {"fcn": {2048: 9.45e6, 960: 2.08e6}, "deeplabv3": {2048: 16.1e6, 960: 8.1e6}}
-BACKBONE_PARAMETERS = {"resnet50": 23.5e6, "resnet101": 42.5e6, "mobilenet_v3_large": 3.0e6}
-FEATURES = {"resnet50": 2048, "resnet101": 2048, "mobilenet_v3_large": 960}  # output channels
-STRIDE = {"resnet50": 8, "resnet101": 8, "mobilenet_v3_large": 16}  # pixels a position of output
+# `resnet50_pyramid` is an undilated ResNet-50 whose features are those at strides 2, 4, 8, 16, 32.
+FEATURES: dict[str, Channels] = {
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "mobilenet_v3_large": 960,
+    "resnet50_pyramid": (64, 256, 512, 1024, 2048),
+}
+# Number of parameters, for estimates before anything is built: a head on such features, with some
+# tens of classes, and a backbone.
+HEAD_PARAMETERS: dict[Head, dict[Channels, float]] = {
+    "fcn": {2048: 9.45e6, 960: 2.08e6},
+    "deeplabv3": {2048: 16.1e6, 960: 8.1e6},
+    "unet": {FEATURES["resnet50_pyramid"]: 9.01e6},
+}
+BACKBONE_PARAMETERS = {
+    "resnet50": 23.5e6,
+    "resnet101": 42.5e6,
+    "mobilenet_v3_large": 3.0e6,
+    "resnet50_pyramid": 23.5e6,
+}
 
-BACKBONES = ("resnet50", "resnet101", "mobilenet_v3_large")
-MODELS = {
-    f"{head}_{backbone}": Architecture(head, backbone)
-    for backbone in BACKBONES
-    for head in ("fcn", "deeplabv3")
+# Multiplications with additions of a forward pass, and numbers that a training step keeps for its
+# backward pass (a head's features among them), for each pixel of the image.
+BACKBONE_MACS = {
+    "resnet50": 380e3,
+    "resnet101": 676e3,
+    "mobilenet_v3_large": 7.0e3,
+    "resnet50_pyramid": 81.5e3,
+}
+BACKBONE_ACTIVATIONS = {
+    "resnet50": 1008,
+    "resnet101": 1824,
+    "mobilenet_v3_large": 210,
+    "resnet50_pyramid": 447,
+}
+HEAD_MACS: dict[Head, dict[Channels, float]] = {
+    "fcn": {2048: 147.6e3, 960: 8.12e3},
+    "deeplabv3": {2048: 243.8e3, 960: 30.5e3},
+    "unet": {FEATURES["resnet50_pyramid"]: 73.9e3},
+}
+HEAD_ACTIVATIONS: dict[Head, dict[Channels, float]] = {
+    "fcn": {2048: 64, 960: 7.6},
+    "deeplabv3": {2048: 108, 960: 22.9},
+    "unet": {FEATURES["resnet50_pyramid"]: 141},
+}
+# Pixels a position of the logits
+STRIDE = {"resnet50": 8, "resnet101": 8, "mobilenet_v3_large": 16, "resnet50_pyramid": 2}
+
+BACKBONES = tuple(FEATURES)
+# Of the models on a backbone, the first is the plainest.
+MODELS: dict[str, Architecture] = {
+    **{
+        f"{head}_{backbone}": Architecture(head, backbone)
+        for backbone in ("resnet50", "resnet101", "mobilenet_v3_large")
+        for head in ("fcn", "deeplabv3")
+    },
+    "unet_resnet50": Architecture("unet", "resnet50_pyramid"),
 }

@@ -73,7 +73,7 @@ class Job:
 
     def end(self, seconds: float = _PATIENCE) -> list[int | None]:
         """Exit codes of the ranks, once they have ended by themselves."""
-        until(lambda: not self.runs, f"all ranks ended; {self.logs}", seconds)
+        until(lambda: not self.runs, lambda: f"all ranks ended; {self.logs}", seconds)
         return [rank.exitcode for rank in self._ranks]
 
 
@@ -114,11 +114,16 @@ def _rank(call: ModuleCall, log: Path, start: str, rank: int, world_size: int) -
     call()
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = _PATIENCE) -> None:
+def until(
+    condition: Callable[[], object], what: str | Callable[[], str], seconds: float = _PATIENCE
+) -> None:
     """Wait until `condition()` is true."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        if time.monotonic() >= deadline:
+            raise AssertionError(
+                f"not within {seconds} s: {what if isinstance(what, str) else what()}"
+            )
         time.sleep(_POLL)
 
 

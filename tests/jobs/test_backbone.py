@@ -17,6 +17,7 @@ from jobs.backbone import freeze, load_backbone, moving_buffers
 from jobs.cell import RunPaths
 from jobs.models.build import build_backbone, seeded
 from tests.jobs.cells import a_cell
+from tests.jobs.published import state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,18 +148,11 @@ def test_weights_of_another_network(load, tmp_path):
     assert message.startswith(f"{path} has no 'backbone.") and "another network?" in message
 
 
-def test_a_weight_that_is_missing(load, tmp_path):
-    state = drawn(models.mobilenet_v3_large).state_dict()
-    del state["features.3.block.1.0.weight"]
-    message = refusal(load, saved(state, tmp_path / "own.pth"))
-    assert "has no 'backbone.3.block.1.0.weight'" in message
-
-
-def test_a_weight_of_another_shape(load, tmp_path):
-    state = drawn(models.mobilenet_v3_large).state_dict()
-    state["features.0.0.weight"] = torch.zeros(16, 1, 3, 3)  # of grey images
-    message = refusal(load, saved(state, tmp_path / "own.pth"))
-    assert "'backbone.0.0.weight' has shape (16, 1, 3, 3), not (16, 3, 3, 3)" in message
+def test_weights_of_a_deeper_network_of_the_same_family(load, tmp_path):
+    """All that a ResNet-50 needs is in a ResNet-101's file, and fits."""
+    path = saved(state_of("imagenet", "fcn_resnet101"), tmp_path / "own.pth")
+    message = refusal(load, path, RESNET)
+    assert "has 'backbone.layer3.6.conv1.weight', which has no place here" in message
 
 
 def test_a_weight_that_is_not_finite(load, tmp_path):
@@ -200,6 +194,12 @@ def a_list():
     return file.getvalue()
 
 
+def numbers():
+    file = io.BytesIO()
+    torch.save(dict.fromkeys(drawn(models.mobilenet_v3_large).state_dict(), 3), file)
+    return file.getvalue()
+
+
 def truncated():
     file = io.BytesIO()
     torch.save(drawn(models.mobilenet_v3_large).state_dict(), file)
@@ -209,8 +209,8 @@ def truncated():
 @pytest.mark.parametrize(
     "content",
     [lambda: b"", lambda: b"garbage\n" * 99, lambda: b"<html>404</html>", truncated, whole_network,
-     a_list],
-    ids=["empty", "garbage", "a web page", "truncated", "a pickled network", "a list"],
+     a_list, numbers],
+    ids=["empty", "garbage", "a web page", "truncated", "a pickled network", "a list", "numbers"],
 )  # fmt: skip
 def test_a_file_that_is_no_state(load, tmp_path, content):
     path = tmp_path / "own.pth"

@@ -22,6 +22,7 @@ from jobs.augment import Draw
 from jobs.batches import _ORDER
 from jobs.task import Task, write_task
 from tests.jobs.cells import a_cell
+from tests.jobs.job_processes import jobs
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGES, BATCH = 6, 2
@@ -169,6 +170,29 @@ def test_the_same_on_the_command_line(tmp_path):
     *_, error = done.stderr.splitlines()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1 and error.startswith(f"error: {path}: label map ")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_rank_that_reads_it_ends_all_with_its_line(tmp_path, split, undisturbed):
+    """Each of two ranks has one of two images of a batch, and every other validation image."""
+    job = Job(tmp_path)
+    manifest = job.pack()
+    order = Draw(job.cell.seed, 0, _ORDER).permutation(IMAGES)
+    of_rank_1 = int(order[-1]) if split == "train" else 3
+    path = flip_in_sample(job, 0, split, of_rank_1)
+    sample = SplitReader(manifest, split).id(of_rank_1)
+    with jobs(tmp_path / "logs") as start:
+        ranks = start(job.file, world_size=2)
+        assert ranks.end() == [2, 2]
+        for log in ranks.logs:
+            assert "Traceback" not in log
+            assert f"error: {path}: image {sample!r} is damaged" in log.splitlines()[-1]
+        flip_in_sample(job, 0, split, of_rank_1)
+        ranks = start(job.file, world_size=2)
+        assert ranks.end() == [0, 0]
+        done = 2 if split == "train" else 2 * IMAGES // BATCH
+        assert f"resuming at step {done}" in ranks.log
+    assert job.head.keys() == undisturbed.keys()
 
 
 def test_a_data_set_that_changed_under_a_half_trained_cell(tmp_path, outcome, undisturbed):

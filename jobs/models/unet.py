@@ -1,0 +1,42 @@
+"""The decoder of a U-Net (Ronneberger, Fischer, Brox 2015) on the features of a ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WIDTHS = (256, 128, 64, 32)  # channels of the blocks, coarsest first
+
+
+class UNetHead(nn.Module):
+    """Five feature maps, finest first, each half as large as the one before (rounded up) ->
+    logits [B, num_classes, h, w] of the finest one's size. From the coarsest on, features are
+    enlarged to the size of the next finer ones, joined with these, and mixed by a block."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        *skips, coarsest = channels
+        blocks, below = [], coarsest
+        for skip, width in zip(reversed(skips), _WIDTHS, strict=True):
+            blocks.append(_block(below + skip, width))
+            below = width
+        self.blocks = nn.ModuleList(blocks)
+        self.classifier = nn.Conv2d(below, num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        *skips, x = features
+        for skip, block in zip(reversed(skips), self.blocks, strict=True):
+            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = block(torch.cat([skip, x], dim=1))
+        return self.classifier(x)
+
+
+def _block(inputs: int, width: int) -> nn.Sequential:
+    """Twice a 3 x 3 convolution, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+    )  # fmt: skip
