@@ -8,22 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.manifest import SPLITS, Manifest
+from data_prep.overlap import ids_of, overlap_warnings
 from data_prep.settings import DatasetSettings
 from data_prep.sources import SOURCES
 from data_prep.weights import WITHOUT_FILE, require_weights
-from hpc.checkpoint import KEPT
 from hpc.command import UserError, one_line
 from jobs.cell import Cell
-from jobs.models.names import BACKBONE_PARAMETERS, FEATURES, HEAD_PARAMETERS, MODELS
+from pipeline.estimate import bytes_of
 from pipeline.grid import Grid
-
-_BYTES = 4  # a float32
 
 
 def check_sources(grid: Grid) -> None:
     """Raise `UserError` if files that are to be packed are missing or do not pair."""
     for settings in grid.datasets.values():
-        _source_images(settings)
+        _source_ids(settings)
 
 
 def check_inputs(grid: Grid, packed: bool) -> None:
@@ -31,13 +29,15 @@ def check_inputs(grid: Grid, packed: bool) -> None:
     batch does not fit a training set. `packed` False: packing comes first, so look at the
     source. Where nothing is refused, standard error gets the warnings about what is packed."""
     warnings: list[str] = []
+    ids = {}
     for name, settings in grid.datasets.items():
         if packed:
             manifest = _packed(settings)
-            images = manifest.splits["train"].images
+            ids[name] = ids_of(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
-            images = _source_images(settings)
+            ids[name] = _source_ids(settings)
+        images = len(ids[name]["train"])
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
@@ -48,7 +48,7 @@ def check_inputs(grid: Grid, packed: bool) -> None:
     for cell in grid.cells:
         if cell.protocol.weights not in WITHOUT_FILE:
             require_weights(cell.protocol.weights, cell.model)
-    for warning in warnings:
+    for warning in [*warnings, *overlap_warnings(grid.datasets, ids)]:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
 
 
@@ -73,11 +73,10 @@ def _packed(settings: DatasetSettings) -> Manifest:
     return manifest
 
 
-def _source_images(settings: DatasetSettings) -> int:
+def _source_ids(settings: DatasetSettings) -> dict[str, list[str]]:
     source = SOURCES[settings.source]
     # lists folders, and refuses what does not pair
-    images = {split: len(source.samples(settings, split)) for split in SPLITS}
-    return images["train"]
+    return {split: [s.id for s in source.samples(settings, split)] for split in SPLITS}
 
 
 def check_room(grid: Grid, cells: Iterable[Cell]) -> None:
@@ -90,17 +89,6 @@ def check_room(grid: Grid, cells: Iterable[Cell]) -> None:
             f"{grid.run.root} needs {_shown(needed)} for heads and checkpoints, but "
             f"{Path(existing)} has {_shown(free)} free; make room or set run_dir to another disk"
         )
-
-
-def bytes_of(cell: Cell) -> int:
-    """The most that a cell takes on disk: its trained weights, and while it trains the kept
-    checkpoints and the one being written, each with weights and momentum."""
-    architecture = MODELS[cell.model]
-    parameters = HEAD_PARAMETERS[architecture.head][FEATURES[architecture.backbone]]
-    if cell.protocol.train == "all":
-        parameters += BACKBONE_PARAMETERS[architecture.backbone]
-    copies = 1 + 2 * (KEPT + 1)
-    return int(parameters * _BYTES * copies)
 
 
 def _shown(number: float) -> str:

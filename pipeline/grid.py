@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -22,12 +22,12 @@ from hpc.command import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
 from hpc.env import default_config
 from hpc.profile import ClusterProfile, read_profile
-from jobs.cell import Cell, RunPaths, bundles
+from jobs.cell import Cell, RunPaths
 from jobs.losses.names import LossSpec
 from jobs.models.names import MODELS, STRIDE
-from jobs.protocol import Protocol
-from jobs.task import Task, bundle_task_name
-from pipeline.grid_losses import resolve_losses
+from jobs.protocol import Fraction, Protocol
+from pipeline.grid_losses import resolve_losses, with_ramps
+from pipeline.prefine import PRE_FINE, absences, protocol_of
 
 DEFAULT_CONFIG = Path("lossgrid.toml")
 CONFIGS = Path("configs")
@@ -43,6 +43,7 @@ class GridFile(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     losses: tuple[str, ...] = ()  # the paper's names
+    ramps: tuple[tuple[Fraction, Fraction], ...] = ()  # s, e: each schedule is tried with each
     loss: tuple[dict[str, Any], ...] = ()  # [[loss]] tables: any other
     run_dir: str = ""  # runs/NAME where not given
     dataset: dict[str, Any]
@@ -68,6 +69,7 @@ class Grid:
     seeds: tuple[int, ...]
     protocols: Mapping[str, Protocol]
     cells: tuple[Cell, ...]
+    notes: tuple[str, ...]  # which cells that the file names there are not, and why
     profile: Mapping[str, Any] | str  # a [cluster] table, or a profile's name or path
     run: RunPaths
 
@@ -101,7 +103,10 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     Raises `UserError` for the first thing that is wrong."""
     path = Path(path)
     file = parse(GridFile, read_toml(path), str(path))
-    _refuse_repeats(path, {"seeds": file.seeds, "models": file.models, "losses": file.losses})
+    _refuse_repeats(
+        path,
+        {"seeds": file.seeds, "models": file.models, "losses": file.losses, "ramps": file.ramps},
+    )
     for model in file.models:
         if model not in MODELS:
             raise UserError(f"{path}: unknown model {shown(model)}; {did_you_mean(model, MODELS)}")
@@ -112,16 +117,19 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     _refuse_shared_folders(path, run.root, datasets)
     protocols = _protocols(path, file, datasets)
     _refuse_small_sides(path, file.models, protocols)
+    names = with_ramps(str(path), file.losses, file.ramps)
     losses = {
-        name: tuple(resolve_losses(str(path), file.losses, file.loss, protocol))
+        name: tuple(resolve_losses(str(path), names, file.loss, protocol))
         for name, protocol in protocols.items()
     }
-    _refuse_too_many(path, [datasets, file.models, file.losses + file.loss, file.seeds])
+    _refuse_too_many(path, [datasets, file.models, names + file.loss, file.seeds])
+    absent = absences(path, file.losses, file.models, datasets, protocols)
     cells = tuple(
         Cell(dataset=name, data=datasets[name].identity(), model=model, loss=loss, seed=seed,
-             protocol=protocols[name])
+             protocol=protocol_of(loss, protocols[name]))
         for name in datasets
         for model, loss, seed in product(file.models, losses[name], file.seeds)
+        if loss.name != PRE_FINE or (name, model) not in absent
     )  # fmt: skip
     return Grid(
         name=file.name,
@@ -132,6 +140,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         seeds=file.seeds,
         protocols=protocols,
         cells=cells,
+        notes=tuple(f"{'/'.join(where)} has no pre-fine: {why}" for where, why in absent.items()),
         profile=cluster or file.cluster,
         run=run,
     )
@@ -226,67 +235,3 @@ def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         if isinstance(value, dict) and isinstance(table.get(key), dict)
     }
     return {**table, **changes, **nested}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be submitted: backbones to pre-train, and bundles (or parts) to train."""
-
-    pretrain: tuple[Task, ...]
-    bundles: tuple[Task, ...]
-
-
-def make_plan(
-    grid: Grid,
-    cells: Iterable[Cell],
-    steps: Mapping[str, int],
-    backbones: Collection[str],
-    source: Mapping[str, str],
-) -> Plan:
-    """The tasks that train `cells`. A task is the cells of equal bundle and equal step, so that
-    none loses progress for another; `cluster.cells_per_job` splits it further.
-
-    steps: how far each cell's newest checkpoint is, by signature. backbones: the keys of those
-    that are trained, or being trained, already. source: the code's commit, for the record.
-    """
-    wanted = list(cells)
-    parts = [
-        part
-        for bundle in bundles(wanted).values()
-        for step, together in _by_step(bundle, steps)
-        for part in _split(grid, step, together, source)
-    ]
-    missing = {
-        cell.backbone_key: cell
-        for cell in wanted
-        if cell.protocol.weights == "pretrain" and cell.backbone_key not in backbones
-    }
-    pretrain = [_task(grid, "pretrain", [cell], 0, source) for cell in missing.values()]
-    return Plan(tuple(pretrain), tuple(parts))
-
-
-def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, list[Cell]]]:
-    grouped: dict[int, list[Cell]] = {}
-    for cell in cells:
-        grouped.setdefault(steps.get(cell.signature, 0), []).append(cell)
-    return sorted(grouped.items(), reverse=True)
-
-
-def _split(grid: Grid, step: int, cells: list[Cell], source: Mapping[str, str]) -> Iterator[Task]:
-    size = grid.cluster.cells_per_job or len(cells)
-    for first in range(0, len(cells), size):
-        yield _task(grid, "bundle", cells[first : first + size], step, source)
-
-
-def _task(grid: Grid, kind: Any, cells: list[Cell], step: int, source: Mapping[str, str]) -> Task:
-    # one backbone, one pre-training, whichever cell asked for it first
-    pretrain = f"pretrain-{cells[0].backbone_key}"
-    name = bundle_task_name(cells, step) if kind == "bundle" else pretrain
-    return Task(
-        kind=kind,
-        name=name,
-        run=str(grid.run.root),
-        data=grid.datasets[cells[0].dataset].shards,
-        cells=tuple(cells),
-        source=dict(source),
-    )

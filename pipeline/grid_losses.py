@@ -10,8 +10,17 @@ from pydantic import Field
 
 from hpc.command import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, shown
-from jobs.losses.names import Knot, LossSpec, Ramp, UnknownLoss, example_names, parse_loss
+from jobs.losses.names import (
+    Knot,
+    LossSpec,
+    Ramp,
+    UnknownLoss,
+    example_names,
+    parse_loss,
+    with_ramp,
+)
 from jobs.protocol import Protocol
+from pipeline.prefine import PRE_FINE, grid_loss
 
 Weight = Annotated[float, Field(ge=0.0)]
 
@@ -32,6 +41,21 @@ class LossTable(Settings):
     schedule: tuple[dict[str, Any], ...] = ()
 
 
+def with_ramps(
+    where: str, names: Sequence[str], ramps: Sequence[tuple[float, float]]
+) -> tuple[str, ...]:
+    """`names`, and in place of each scheduled one that says no ramp itself one for each of
+    `ramps`. Raises `UserError`."""
+    for start, end in ramps:
+        if not 0 < start < end:
+            raise UserError(f"{where}: ramps: [{start:g}, {end:g}] must be [s, e] with 0 < s < e")
+    try:
+        every = [with_ramp(n, *r) if n != PRE_FINE else n for n in names for r in ramps or ()]
+    except UnknownLoss:
+        return tuple(names)  # which will be refused with a hint
+    return tuple(dict.fromkeys(every)) if ramps else tuple(names)
+
+
 def resolve_losses(
     where: str, names: Sequence[str], tables: Sequence[dict[str, Any]], protocol: Protocol
 ) -> Iterator[LossSpec]:
@@ -39,10 +63,10 @@ def resolve_losses(
     grid file `where`. Raises `UserError`."""
     ramps = (protocol.naive_ramp, protocol.alternating_ramp)
     try:
-        yield from (parse_loss(name, *ramps) for name in names)
+        yield from (grid_loss(name, *ramps) for name in names)
     except UnknownLoss as error:
         name = str(error)
-        hint = did_you_mean(name, example_names())
+        hint = did_you_mean(name, [*example_names(), PRE_FINE])
         raise UserError(f"{where}: unknown loss {shown(name)}; {hint}") from error
     taken = list(names)
     for table in tables:
@@ -55,7 +79,7 @@ def resolve_losses(
 
 def _composed_loss(table: LossTable, file: str, taken: Collection[str]) -> LossSpec:
     where = f"{file}: [[loss]] {shown(table.name)}"
-    if table.name in taken:
+    if table.name in (*taken, PRE_FINE):
         raise UserError(f"{where}: another loss has that name already; choose another")
     if _is_of_the_paper(table.name):
         raise UserError(f"{where}: that name means a loss of the paper; choose another")

@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs.metrics.scores import ERRORS, SCORES, Summary
+from pipeline.analysis import Analysis, for_page
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import LABELS, Row, best, blocks, shown
 
@@ -71,7 +72,9 @@ class Block:
     rows: list[TableRow]
 
 
-def render(results: Results, table: Sequence[Row], sections: Sequence[Section]) -> str:
+def render(
+    results: Results, table: Sequence[Row], sections: Sequence[Section], found: Analysis
+) -> str:
     """The page as HTML; every name in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -97,6 +100,7 @@ def render(results: Results, table: Sequence[Row], sections: Sequence[Section]) 
         any_unpredicted=any(row.unpredicted for row in table),
         sections=sections,
         bins=_bins(results),
+        **for_page(found),
     )
 
 

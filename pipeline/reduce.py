@@ -21,6 +21,7 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.mpi import World, world
 from jobs.cell import Cell
 from jobs.counts_file import CountsIndex, read_counts
+from jobs.losses.names import LossSpec
 from jobs.metrics.counts import NAMES, shapes
 from jobs.protocol import WEIGHTS
 from pipeline.grid import Grid, find_config, read_grid
@@ -248,7 +249,7 @@ def _write(
         "missing": missing,
         "notes": [*_backbone_notes(grid), *problems],
         "protocol": {n: p.model_dump(mode="json") for n, p in grid.protocols.items()},
-        "losses": [_loss(asdict(loss)) for loss in grid.losses],
+        "losses": [_loss(loss) for loss in grid.losses],
         "commit": ", ".join(sorted({_commit(source) for source in sources} - {""})),
     }
     write_results(grid.run.results, Results(grid.name, record, datasets))
@@ -263,9 +264,9 @@ def _commit(source: Mapping[str, str]) -> str:
     return source.get("commit", "") + (" with changes" if source.get("diff") else "")
 
 
-def _loss(loss: dict[str, Any]) -> dict[str, Any]:
-    names = [("W" if term["weighted"] else "") + term["kind"] for term in loss["terms"]]
-    return {"name": loss["name"], "terms": names, "schedule": list(loss["schedule"])}
+def _loss(loss: LossSpec) -> dict[str, Any]:
+    names = [term.name for term in loss.terms]
+    return {"name": loss.name, "terms": names, "schedule": [asdict(k) for k in loss.schedule]}
 
 
 def _backbone_notes(grid: Grid) -> list[str]:

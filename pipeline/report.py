@@ -1,5 +1,5 @@
-"""`python -m pipeline.report [CONFIG]`: results.h5 -> table.csv, table.md, table.tex and one
-self-contained page, index.html."""
+"""`python -m pipeline.report [CONFIG]`: results.h5 -> table.csv, table.md, table.tex, the files of
+`pipeline.analysis`, and one self-contained page, index.html."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from hpc import command
 from hpc.atomic import write_text
 from pipeline import figures, page
+from pipeline.analysis import analyse, write_files
 from pipeline.drawing import PNG_DPI
 from pipeline.grid import find_config, read_grid
 from pipeline.results import Results, read_results
@@ -38,7 +39,7 @@ CSS_DPI = 96  # what a browser takes for an inch
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """What a report consists of."""
+    """What a report consists of, beside the files of its analysis."""
 
     csv: Path
     markdown: Path
@@ -84,7 +85,9 @@ def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
     write_text(paths.csv, to_csv(table))
     write_text(paths.markdown, to_markdown(table))
     write_text(paths.latex, to_latex(table))
-    write_text(paths.page, page.render(results, table, sections(results, table)))
+    found = analyse(results, table)
+    write_files(found, folder)
+    write_text(paths.page, page.render(results, table, sections(results, table), found))
     return paths
 
 

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.command import one_line
-from pipeline.checks import bytes_of
-from pipeline.grid import Grid, Plan
+from pipeline.forecast import Forecast
+from pipeline.grid import Grid
+from pipeline.plan import Plan
 from pipeline.state import STATES, CellState, Survey
 
 _COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
@@ -20,6 +21,8 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     """One line of how many cells are in which state, and a line for each problem."""
     for problem in state.problems:
         print(f"warning: {one_line(problem)}")
+    for note in grid.notes:
+        print(f"note: {one_line(note)}")
     print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
 
 
@@ -29,8 +32,10 @@ def counts_line(state: Survey) -> str:
     return ", ".join(f"{count} {name}" for count, name in counts if count) or "none"
 
 
-def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) -> None:
-    """What a submission would do; nothing is written."""
+def describe_plan(
+    grid: Grid, state: Survey, plan: Plan, stages: Sequence[str], forecast: Forecast
+) -> None:
+    """What a submission would do, and cost; nothing is written."""
     describe_survey(grid, state)
     print(f"stages: {', '.join(stages)}")
     if "grid" not in stages:
@@ -51,12 +56,13 @@ def describe_plan(grid: Grid, state: Survey, plan: Plan, stages: Sequence[str]) 
         others = [" ".join(losses), *map(str, numbers), task.name]
         table.add_row(dataset, models_below, *map(literal, others))
     console().print(table)
-    cells = [cell for task in plan.bundles for cell in task.cells]
-    room = sum(bytes_of(cell) for cell in cells) / 1e9
+    num_cells = sum(len(task.cells) for task in plan.bundles)
     print(
-        f"would submit {len(plan.bundles)} jobs for {len(cells)} cells and {len(plan.pretrain)} "
-        f"to pre-train backbones; at most {room:.1f} GB in {one_line(str(grid.run.root))}"
+        f"would submit {len(plan.bundles)} jobs for {num_cells} cells and {len(plan.pretrain)} "
+        f"to pre-train backbones, in {one_line(str(grid.run.root))}"
     )
+    for line in forecast.lines(plan.bundles):
+        print(one_line(line))
 
 
 def console() -> Console:

@@ -26,7 +26,9 @@ from hpc.private import private_folder, require_private, restrict_umask
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
-from pipeline.grid import Grid, Plan, find_config, make_plan, read_grid
+from pipeline.forecast import Forecast
+from pipeline.grid import Grid, find_config, read_grid
+from pipeline.plan import Plan, make_plan
 from pipeline.show import describe_plan, describe_survey
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
@@ -44,14 +46,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    parser.add_argument(
+        "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.step_seconds is not None and not 0 < arguments.step_seconds < 1e6:
+        parser.error("--step-seconds must be a number of seconds above 0")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
-        check(grid, stages)
-        state = survey(grid, queue)
-        describe_plan(grid, state, plan_of(grid, state), stages)
+        state, forecast = survey(grid, queue), Forecast(grid, arguments.step_seconds)
+        describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
+        check(grid, stages)  # after the plan: it can be looked at before its data are there
         return 0
     jobs = submit(grid, queue, stages)
     return wait_for(grid, queue, jobs, stages) if arguments.wait else 0
@@ -108,7 +115,7 @@ def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
     """Submit the tasks that are missing. Returns the ids of all jobs that work on the grid now,
     old and new."""
     state = survey(grid, queue)
-    plan = plan_of(grid, state)
+    plan = plan_of(grid, state, Forecast(grid))
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     describe_survey(grid, state)
     if not plan.bundles:
@@ -129,7 +136,7 @@ def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
     return [*state.active_jobs, *record.jobs()]
 
 
-def plan_of(grid: Grid, state: Survey) -> Plan:
+def plan_of(grid: Grid, state: Survey, forecast: Forecast) -> Plan:
     """The tasks for all cells that are neither done, failed for good, nor on their way."""
     wanted = [
         cell.cell
@@ -142,7 +149,8 @@ def plan_of(grid: Grid, state: Survey) -> Plan:
         for cell in wanted
         if grid.run.backbone(cell.backbone_key).with_suffix(".json").exists()
     }
-    return make_plan(grid, wanted, state.steps, {*ready, *state.pretraining}, source_of_code())
+    backbones = {*ready, *state.pretraining}
+    return make_plan(grid, wanted, state.steps, backbones, source_of_code(), forecast.fits)
 
 
 def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...], list[Task]]:

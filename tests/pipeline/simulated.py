@@ -65,7 +65,7 @@ def character(loss):
 
 
 def loss_record(name):
-    spec = parse_loss(name)
+    spec = parse_loss("CE" if name == "pre-fine" else name)
     schedule = [{"at": k.at, "weights": list(k.weights), "ramp": k.ramp} for k in spec.schedule]
     return {"name": name, "terms": [term.name for term in spec.terms], "schedule": schedule}
 

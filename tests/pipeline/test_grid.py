@@ -12,7 +12,8 @@ import pytest
 from hpc.command import UserError
 from jobs.cell import bundles
 from jobs.losses.names import Knot, Term
-from pipeline.grid import Plan, make_plan, read_grid
+from pipeline.grid import read_grid
+from pipeline.plan import Plan, make_plan
 from tests.pipeline.grids import grid_file, small_grid
 
 REPOSITORY = Path(__file__).parents[2]
@@ -301,3 +302,19 @@ def test_a_profile_that_is_asked_for_replaces_the_grids_own(tmp_path):
     path = grid_file(tmp_path)
     assert read_grid(path).cluster.kind == "local"
     assert read_grid(path, cluster=str(tmp_path / "other.toml")).cluster.local_jobs == 7
+
+
+def test_schedules_are_tried_with_each_ramp(tmp_path):
+    grid = small_grid(tmp_path, top="ramps = [[0.2, 0.5], [0.3, 0.9]]\n")
+    assert [loss.name for loss in grid.losses] == ["CE", "DLNWCE@0.2-0.5", "DLNWCE@0.3-0.9"]
+    places = [[knot.at for knot in loss.schedule] for loss in grid.losses]
+    assert places == [[0.0], [0.0, 0.2, 0.5], [0.0, 0.3, 0.9]]
+    own = ('"DLNWCE"]', '"DLNWCE@0.1-0.4"]')
+    grid = small_grid(tmp_path, own, top="ramps = [[0.2, 0.5], [0.3, 0.9]]\n")
+    assert [loss.name for loss in grid.losses] == ["CE", "DLNWCE@0.1-0.4"]
+
+
+@pytest.mark.parametrize("ramp", ["[0.5, 0.5]", "[0.9, 0.2]", "[0, 0.5]"])
+def test_a_ramp_that_does_not_rise_is_refused(tmp_path, ramp):
+    with pytest.raises(UserError, match=r"ramps: .* must be \[s, e\] with 0 < s < e"):
+        small_grid(tmp_path, top=f"ramps = [{ramp}]\n")

@@ -59,7 +59,8 @@ WEIGHTS = 'weights = "none"'
         (("threads = 1", "per_dataset = 3"), "[protocol.per_dataset] must be a table, not 3"),
         (('source = "synthetic"', 'source = "sintetic"'), (
             "[dataset.streets]: unknown source 'sintetic'; did you mean 'synthetic'?")),
-        (('source = "synthetic"', "source = [1]"), "unknown source [1]; valid: folder, synthetic"),
+        (('source = "synthetic"', "source = [1]"), (
+            "unknown source [1]; valid: cityscapes, coco, folder, sbd, synthetic, voc")),
         (("val = 3", "vals = 3"), "[dataset.streets]: unknown key 'vals'; did you mean 'val'?"),
         (("val = 3", "val = 0"), "[dataset.streets]: val: Input should be greater than or equal"),
         (('kind = "local"', "local_job = 2"), "[cluster]: unknown key 'local_job'; did you mean"),
@@ -78,7 +79,8 @@ def test_a_grid_file_with_something_wrong_in_it(tmp_path, refusal, change, messa
     [
         (f"{LOSS}term = ['CE']", "[[loss]]: unknown key 'term'; did you mean 'terms'?"),
         (f"{LOSS}terms = []", "[[loss]]: terms: List should have at least 1 item, not 0"),
-        (f"{LOSS}terms = ['CX']", "[[loss]] 'mine': unknown term 'CX'; valid: CE, DL, FL, WCE"),
+        (f"{LOSS}terms = ['CX']", (
+            "[[loss]] 'mine': unknown term 'CX'; valid: CE, CEMP, DL, FL, FLMP, TL, WCE")),
         (f"{LOSS}terms = ['DLNCE']", "unknown term 'DLNCE'"),
         (f"{TERMS}schedule = [3]", "[[loss]]: schedule.0: Input should be a valid table, not 3"),
         (f"{TERMS}schedule = [{{weights = [1, 0]}}]", "schedule: the key 'at' is missing"),
@@ -163,8 +165,14 @@ def test_weights_that_are_not_on_the_disk(tmp_path, refusal):
     ("weights", "message"),
     [
         ("coco", "no 'coco' weights are published for 'fcn_mobilenet_v3_large'; did you mean"),
-        ("imagnet", "weights = 'imagnet' is neither imagenet, coco, none or pretrain nor a file"),
-        ("mine/w.pt", "weights = 'mine/w.pt' is neither imagenet, coco, none or pretrain nor a"),
+        (
+            "imagnet",
+            "weights = 'imagnet' is neither imagenet, coco, pre-fine, none or pretrain nor a file",
+        ),
+        (
+            "mine/w.pt",
+            "weights = 'mine/w.pt' is neither imagenet, coco, pre-fine, none or pretrain nor a",
+        ),
     ],
 )
 def test_weights_that_do_not_exist(tmp_path, refusal, weights, message):

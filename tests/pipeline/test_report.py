@@ -1,6 +1,8 @@
 """The report: three tables and one page that needs nothing but itself."""
 
+import csv
 import io
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +14,8 @@ from rich.console import Console
 
 from hpc.command import UserError
 from pipeline import figures
+from pipeline.analysis import analyse, write_files
+from pipeline.page import render
 from pipeline.report import main, printed_table, write_report
 from pipeline.results import write_results
 from pipeline.tables import rows
@@ -86,6 +90,53 @@ def test_the_page_says_what_was_compared_and_defines_its_scores(page):
     assert "pretrain.epochs" in text
     assert "over N = 10 equal bins" in text
     assert "★ best Srec" in text
+
+
+def test_the_page_sets_the_results_beside_the_paper(page):
+    text = re.sub(r"\s+", " ", page.text)
+    headings = ["As the paper's Table 1", "Difference to the paper",
+                "The paper's claims on these results", "Losses compared over seeds"]  # fmt: skip
+    assert all(heading in text for heading in headings)
+    assert "camvid: not comparable, its 11 classes are those of none" in text
+    assert "? FL and CEMP have the worst calibration. cannot be said" in text
+    assert "missing: camvid/fcn_resnet101/FL; camvid/fcn_resnet101/CEMP" in text
+    assert "Without CE in the grid" in text
+    (against,) = re.findall(r"camvid · fcn_resnet101, minus (\w+)", text)
+    assert against in ("WCE", "WDLNWCE")
+
+
+def analysed(results, folder):
+    """A page without figures, which take their time, and the files of the analysis."""
+    table = rows(results)
+    found = analyse(results, table)
+    write_files(found, folder)
+    return Page(render(results, table, [], found))
+
+
+def test_the_page_says_where_a_claim_holds_and_by_how_much(tmp_path):
+    losses = ("CE", "DLCE", "DLNCE", "DLACE", "DLNWCE", "DLAWCE", "pre-fine")
+    shown = analysed(simulated.made_up_results(losses=losses, seeds=(0, 1)), tmp_path)
+    text = re.sub(r"\s+", " ", shown.text)
+    for claim in json.loads((tmp_path / "claims.json").read_text(encoding="utf-8")):
+        assert f"{claim['sentence']} {claim['verdict']}" in text
+        for finding in claim["findings"]:
+            assert all(line in text for line in finding["text"])
+    assert "camvid · fcn_resnet101, minus CE" in text
+    with (tmp_path / "comparisons.csv").open(encoding="utf-8") as file:
+        pairs = {(line["loss"], line["against"]) for line in csv.DictReader(file)}
+    assert len(pairs) == 7 * 6 / 2
+
+
+def test_names_in_the_analysis_are_text_too(results, tmp_path):
+    data = results.datasets[0]
+    cells = [{**cell, "model": SCRIPT} for cell in data.cells]
+    shown = analysed(replace(results, datasets=[replace(data, cells=cells)]), tmp_path)
+    assert "script" not in dict(shown.tags)
+    assert f"missing: camvid/{SCRIPT}/FL" in shown.text
+    for name in ("claims.md", "table1.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert r"\<script\>" in text
+        assert not re.search(r"(?<!\\)<script", text)
 
 
 def test_every_link_inside_the_page_leads_somewhere(page):

@@ -1,0 +1,88 @@
+"""Everything a report says beside its own scores: the paper's layout, the difference to the paper,
+the paper's claims, and losses compared over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.atomic import write_text
+from pipeline import compare, paper, table1
+from pipeline.claims import SAID, check, to_json, to_markdown
+from pipeline.evidence import evidence
+from pipeline.results import Results
+from pipeline.table1 import Layout
+from pipeline.tables import LABELS, Row
+from pipeline.verdicts import Claim
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """Which of the paper's data sets one is, why, and which settings are not the paper's."""
+
+    dataset: str
+    match: paper.Match
+    departures: list[str]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyse` found, in the order of the page."""
+
+    layout: Layout
+    kinships: list[Kinship]
+    differences: list[paper.Difference]
+    difference_layout: Layout
+    claims: list[Claim]
+    comparisons: list[compare.Comparison]
+    groups: list[compare.Group]
+    across: compare.Group | None
+
+
+def analyse(results: Results, table: Sequence[Row]) -> Analysis:
+    """The analysis of a grid's results; `table` are all their rows."""
+    seen = evidence(results, table)
+    groups = compare.groups(seen)
+    differences = paper.differences(results, table)
+    return Analysis(
+        layout=table1.table1(table1.means(table)),
+        kinships=[
+            Kinship(d.name, paper.same_dataset(d), paper.departures(results, d.name))
+            for d in results.datasets
+        ],
+        differences=differences,
+        difference_layout=table1.difference_table(differences),
+        claims=check(seen),
+        comparisons=compare.comparisons(seen),
+        groups=groups,
+        across=compare.across(groups),
+    )
+
+
+def write_files(analysis: Analysis, folder: Path) -> Mapping[str, Path]:
+    """Write the analysis for machines and papers; the files by name."""
+    texts = {
+        "table1.csv": table1.to_csv(analysis.layout),
+        "table1.md": table1.to_markdown(analysis.layout),
+        "table1.tex": table1.to_latex(analysis.layout),
+        "difference.csv": paper.differences_csv(analysis.differences),
+        "claims.json": to_json(analysis.claims),
+        "claims.md": to_markdown(analysis.claims),
+        "comparisons.csv": compare.to_csv(analysis.comparisons),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return {name: folder / name for name in texts}
+
+
+def for_page(analysis: Analysis) -> Mapping[str, object]:
+    """What the template `paper.html` asks for, beside the analysis itself."""
+    return {
+        "analysis": analysis,
+        "score_labels": [LABELS[score] for score in table1.PAPER_SCORES],
+        "compared_labels": [LABELS[score] for score in compare.COMPARED],
+        "shown_pair": compare.shown,
+        "marks": {"holds": "✓", "holds in part": "◐", "does not hold": "✗", "cannot be said": "?"},
+        "said": SAID,
+    }

@@ -1,0 +1,84 @@
+"""Cells -> tasks: what is to be submitted. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.cell import Cell, bundles
+from jobs.task import Task, bundle_task_name
+from pipeline.grid import Grid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be submitted: backbones to pre-train, and bundles (or parts) to train."""
+
+    pretrain: tuple[Task, ...]
+    bundles: tuple[Task, ...]
+
+
+def make_plan(
+    grid: Grid,
+    cells: Iterable[Cell],
+    steps: Mapping[str, int],
+    backbones: Collection[str],
+    source: Mapping[str, str],
+    fits: Callable[[Sequence[Cell]], int] = len,
+) -> Plan:
+    """The tasks that train `cells`. A task is the cells of equal bundle and equal step, so that
+    none loses progress for another; `cluster.cells_per_job` splits it further.
+
+    steps: how far each cell's newest checkpoint is, by signature. backbones: the keys of those
+    that are trained, or being trained, already. source: the code's commit, for the record. fits:
+    how many of some cells one job can train, where the profile says cells_per_job = "fit".
+    """
+    wanted = list(cells)
+    parts = [
+        part
+        for bundle in bundles(wanted).values()
+        for step, together in _by_step(bundle, steps)
+        for part in _split(grid, step, together, source, fits)
+    ]
+    missing = {
+        cell.backbone_key: cell
+        for cell in wanted
+        if cell.protocol.weights == "pretrain" and cell.backbone_key not in backbones
+    }
+    pretrain = [_task(grid, "pretrain", [cell], 0, source) for cell in missing.values()]
+    return Plan(tuple(pretrain), tuple(parts))
+
+
+def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, list[Cell]]]:
+    grouped: dict[int, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(steps.get(cell.signature, 0), []).append(cell)
+    return sorted(grouped.items(), reverse=True)
+
+
+def _split(
+    grid: Grid,
+    step: int,
+    cells: list[Cell],
+    source: Mapping[str, str],
+    fits: Callable[[Sequence[Cell]], int],
+) -> Iterator[Task]:
+    wanted = grid.cluster.cells_per_job
+    size = fits(cells) if wanted == "fit" else wanted or len(cells)
+    for first in range(0, len(cells), size):
+        yield _task(grid, "bundle", cells[first : first + size], step, source)
+
+
+def _task(grid: Grid, kind: Any, cells: list[Cell], step: int, source: Mapping[str, str]) -> Task:
+    # one backbone, one pre-training, whichever cell asked for it first
+    pretrain = f"pretrain-{cells[0].backbone_key}"
+    name = bundle_task_name(cells, step) if kind == "bundle" else pretrain
+    return Task(
+        kind=kind,
+        name=name,
+        run=str(grid.run.root),
+        data=grid.datasets[cells[0].dataset].shards,
+        cells=tuple(cells),
+        source=dict(source),
+    )
