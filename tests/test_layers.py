@@ -128,7 +128,8 @@ for name in sys.argv[2:]:
     importlib.import_module(name)
 if sys.argv[1] != "-":
     from pipeline import submit
-    from pipeline.grid import make_plan, read_grid
+    from pipeline.grid import read_grid
+    from pipeline.plan import make_plan
     grid = read_grid(sys.argv[1])
     plan = make_plan(grid, grid.cells, {}, (), {})
     assert sum(len(task.cells) for task in plan.bundles) == len(grid.cells) > 0

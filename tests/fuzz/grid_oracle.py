@@ -152,7 +152,9 @@ CLUSTER = {
     "lead_seconds": whole(0, 65535),
     "minutes": whole(1, 60 * 24 * 3650),
     "setup": several(text),
-    **dict.fromkeys(("gpus_per_node", "cells_per_job"), whole(0, 10**6)),
+    "gpus_per_node": whole(0, 10**6),
+    "cells_per_job": lambda value: value == "fit" or whole(0, 10**6)(value),
+    "gpu_memory_gb": number(0, above=True),
     **dict.fromkeys(
         ("nodes", "tasks_per_node", "cpus_per_task", "array_parallelism", "local_jobs"),
         whole(1, 10**6),
@@ -173,6 +175,7 @@ GRID = {
     "seeds": distinct(several(whole(0, 2**63 - 1), 1)),
     "models": distinct(several(one_of(*MODELS), 1)),
     "losses": distinct(several(text)),
+    "ramps": several(rising(number(0, 1, above=True), equal=False)),
     "loss": several(loss_table),
     "run_dir": text,
     "dataset": tables(

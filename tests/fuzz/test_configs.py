@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hpc.command import UserError, one_line
 from pipeline import submit
-from pipeline.grid import Grid, make_plan, read_grid
+from pipeline.grid import Grid, read_grid
+from pipeline.plan import make_plan
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 from tests.fuzz.grid_files import SITE, TEXTS, as_toml, mistaken, values

@@ -24,7 +24,7 @@ from hpc.atomic import read_json, write_json
 from hpc.command import UserError, one_line
 from hpc.env import RankEnv
 from hpc.groups import process_group
-from jobs.backbone import backbone_state
+from jobs.backbone import load_exactly, read_weights
 from jobs.cell import RunPaths
 from jobs.counts_file import read_counts, read_index, write_counts
 from jobs.models.build import build_backbone, build_head
@@ -117,11 +117,14 @@ def tensors(run: RunPaths, group: Any) -> dict[str, Kind]:
     }
     checkpoint.write_tensors(head, content)
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+
+    def loaded(path: Path) -> dict[str, torch.Tensor]:
+        load_exactly(backbone, read_weights(path, str(path)), path)
+        return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
     return {
-        "weights": Kind(new, lambda path: backbone_state(path, backbone)),
-        "weights without a checksum": Kind(
-            old, lambda path: shapes(backbone_state(path, backbone))
-        ),
+        "weights": Kind(new, loaded),
+        "weights without a checksum": Kind(old, lambda path: shapes(loaded(path))),
         "head": Kind(head, lambda path: Predictor(path, run, group).predict(image)._asdict()),
     }
 
