@@ -78,11 +78,14 @@ def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE)
             raise _open_to_others(place, info, writers[place], remedy)
     real = Path(os.path.realpath(path))
     if real.exists():
+        if real not in writers:  # somebody made it while we looked
+            return require_private(path, group, remedy)
         info = real.stat()
         if writers[real]:
             raise _open_to_others(real, info, writers[real], remedy)
         if info.st_uid != os.geteuid() and not _is_of_group(info, group):
             raise _not_ours(real, info, remedy)
+    return None
 
 
 def restrict_umask(group: str = "") -> None:

@@ -103,8 +103,8 @@ def read_weights(path: Path, weights: str) -> dict[str, Tensor]:
     out. Raises `UserError` if it is not a file of tensors."""
     try:
         state = read_tensors(path)
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise TypeError("not all are tensors")
+        if not any(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("none is a tensor")
         left_out = _LEFT_OUT.get(weights, _ANY_HEAD)
         kept = {name: state[name] for name in state if not name.startswith(left_out)}
     except Exception as error:  # torch raises many kinds for a file that is not its own
@@ -128,7 +128,7 @@ def load_exactly(
     state = {**counters, **found}
     other = "are these weights of another network?"
     for name, tensor in expected.items():
-        if name not in state:
+        if not isinstance(state.get(name), Tensor):
             raise UserError(f"{path} has no {prefix + name!r}; {other}")
         if state[name].shape != tensor.shape:
             shape, wanted = tuple(state[name].shape), tuple(tensor.shape)

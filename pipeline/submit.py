@@ -115,7 +115,7 @@ def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
     """Submit the tasks that are missing. Returns the ids of all jobs that work on the grid now,
     old and new."""
     state = survey(grid, queue)
-    plan = plan_of(grid, state, Forecast(grid))
+    plan = plan_of(grid, state)
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     describe_survey(grid, state)
     if not plan.bundles:
@@ -136,7 +136,7 @@ def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
     return [*state.active_jobs, *record.jobs()]
 
 
-def plan_of(grid: Grid, state: Survey, forecast: Forecast) -> Plan:
+def plan_of(grid: Grid, state: Survey, forecast: Forecast | None = None) -> Plan:
     """The tasks for all cells that are neither done, failed for good, nor on their way."""
     wanted = [
         cell.cell
@@ -150,7 +150,8 @@ def plan_of(grid: Grid, state: Survey, forecast: Forecast) -> Plan:
         if grid.run.backbone(cell.backbone_key).with_suffix(".json").exists()
     }
     backbones = {*ready, *state.pretraining}
-    return make_plan(grid, wanted, state.steps, backbones, source_of_code(), forecast.fits)
+    fits = (forecast or Forecast(grid)).fits
+    return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits)
 
 
 def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...], list[Task]]:
