@@ -141,9 +141,10 @@ def test_a_foreign_launcher_is_refused_instead_of_many_worlds_of_one():
 
 
 COMMAND = (
-    "from hpc.command import run; from hpc.mpi import world\n"
+    "import os; from hpc.command import run; from hpc.mpi import world\n"
     "def main(arguments):\n"
-    "    ranks = world(); print('of', ranks.size, sum(ranks.gather(1) or [0]))\n"
+    "    ranks = world(); line = f'of {ranks.size} {sum(ranks.gather(1) or [0])}\\n'\n"
+    "    os.write(1, line.encode())\n"  # at once: the lines of two ranks do not mix
     "run(main)\n"
 )
 
