@@ -26,6 +26,7 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import (
+    JobState,
     Outcome,
     State,
     Tickets,
@@ -48,6 +49,7 @@ class LocalQueue:
     working directory of `submit` and in the environment of whoever started the runner.
     """
 
+    starts_mpi = False
     gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
 
     def __init__(
@@ -78,9 +80,16 @@ class LocalQueue:
         self.ensure_runner()
         return ids
 
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
+    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, from its files."""
-        return {job_id: self.tickets.state(job_id) for job_id in ids}
+        return {job_id: JobState(self.tickets.state(job_id)) for job_id in ids}
+
+    def states(self, ids: Iterable[str]) -> dict[str, State]:
+        """The same without why."""
+        return {job_id: job.state for job_id, job in self.look(ids).items()}
+
+    def room(self) -> None:
+        """Any number of tickets may wait."""
 
     def cancel(self, ids: Iterable[str]) -> None:
         """End waiting jobs now, and let the runner end the running ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,11 +54,15 @@ class ClusterProfile(Settings):
     memory_gb: float | None = Field(None, gt=0)  # a node
     minutes: int = Field(60, ge=1, le=60 * 24 * 3650)  # time limit
     lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
-    array_parallelism: int = Field(
-        256, ge=1, le=_MOST
-    )  # jobs of one array that run at the same time
+    # jobs of one array that run at the same time
+    array_parallelism: int = Field(256, ge=1, le=_MOST)
+    # jobs that a user may have in the queue; 0: what the site's accounting says, if anything
+    max_jobs: int = Field(0, ge=0, le=_MOST)
     # how many units the caller puts into one job; 0: all; "fit": what memory and time allow
     cells_per_job: Annotated[int, Field(ge=0, le=_MOST)] | Literal["fit"] = 0
+
+    reduce_nodes: int = Field(1, ge=1, le=_MOST)  # what MPI programs get
+    reduce_tasks_per_node: int = Field(1, ge=1, le=1024)
 
     setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
     python: str = ""  # the command that starts Python on a node; default: this interpreter
@@ -98,6 +102,12 @@ class ClusterProfile(Settings):
             raise ValueError("lead_seconds must be less than the time limit (minutes)")
         if self.gres and not self.gpus_per_node:
             raise ValueError("gres needs gpus_per_node, the number of GPUs that it means")
+        by_mpi = self.kind != "local" and self.reduce_nodes * self.reduce_tasks_per_node > 1
+        if by_mpi and not self.mpi:
+            raise ValueError(
+                "reduce_nodes and reduce_tasks_per_node need mpi, srun's plugin for the MPI that "
+                "mpi4py uses: see `srun --mpi=list`"
+            )
         return self
 
     def training(self) -> Resources:
@@ -115,6 +125,12 @@ class ClusterProfile(Settings):
         """One node, one task, no GPU."""
         return Resources(
             cpus_per_task=self.cpus_per_task, memory_gb=self.memory_gb, minutes=self.minutes
+        )
+
+    def reducing(self) -> Resources:
+        """The tasks of an MPI program, without GPUs."""
+        return replace(
+            self.single(), nodes=self.reduce_nodes, tasks_per_node=self.reduce_tasks_per_node
         )
 
     def python_command(self) -> str:

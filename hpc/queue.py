@@ -12,13 +12,14 @@ from hpc.command import UserError, one_line
 from hpc.localqueue import LocalQueue
 from hpc.profile import ClusterProfile, Resources
 from hpc.slurm import SlurmQueue
-from hpc.tickets import State
+from hpc.tickets import JobState, State
 
 
 class Queue(Protocol):
     """Jobs go in as calls and come back as ids; ids are all that one has to remember."""
 
     gone_is_certain: bool  # whether a job that is gone can have no process left
+    starts_mpi: bool  # whether the tasks of a job are ranks of one MPI world
 
     def submit(
         self,
@@ -33,10 +34,16 @@ class Queue(Protocol):
         the queue refuses them.
         """
 
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
-        """The state of each job: `waiting`, `running`, or `gone`: ended or unknown. Raises
+    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
+        """The state of each job: `waiting`, `running`, or `gone`: ended or unknown; and why. Raises
         `QueueUnreachable` rather than calling a job gone because the queue did not answer.
         """
+
+    def states(self, ids: Iterable[str]) -> dict[str, State]:
+        """The same without why."""
+
+    def room(self) -> int | None:
+        """How many more jobs the queue takes of this user now; None where nothing limits them."""
 
     def cancel(self, ids: Iterable[str]) -> None:
         """End jobs: the waiting ones never start, the running ones get SIGTERM, time to save,

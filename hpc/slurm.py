@@ -6,6 +6,7 @@ Nothing here asks sacct: states come from one squeue call, and the truth about w
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -24,9 +25,11 @@ from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
 from hpc.private import private_folder
 from hpc.profile import ClusterProfile, Resources
-from hpc.tickets import State
+from hpc.tickets import JobState, State
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+          "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 _DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 
@@ -38,6 +41,7 @@ class QueueUnreachable(UserError):
 class SlurmQueue:
     """A `hpc.queue.Queue` on Slurm. Submission files and logs go to `folder`."""
 
+    starts_mpi = True
     gone_is_certain = False  # a node that was cut off may still run what Slurm has given up
 
     def __init__(self, profile: ClusterProfile, folder: str | Path) -> None:
@@ -69,11 +73,24 @@ class SlurmQueue:
             raise
         return ids
 
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
+    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, by one squeue call."""
         ids = list(ids)
         seen = _squeue(sorted({job_id.partition("_")[0] for job_id in ids})) if ids else {}
-        return {job_id: seen.get(job_id, "gone") for job_id in ids}
+        return {job_id: seen.get(job_id, JobState("gone")) for job_id in ids}
+
+    def states(self, ids: Iterable[str]) -> dict[str, State]:
+        """The same without why."""
+        return {job_id: job.state for job_id, job in self.look(ids).items()}
+
+    def room(self) -> int | None:
+        """What the profile's `max_jobs`, or else the site's limit for this user, leaves: by one
+        call of sacctmgr and one of squeue. None too where accounting is off or does not answer."""
+        limit = self.profile.max_jobs or self._site_limit
+        if limit is None:
+            return None
+        queued = _answer(["squeue", "--noheader", "--array", "--me", "--format=%i"]).split()
+        return max(0, limit - len(queued))
 
     def cancel(self, ids: Iterable[str]) -> None:
         """Let Slurm end jobs; those that are gone are left alone."""
@@ -140,6 +157,25 @@ class SlurmQueue:
         return [job_id for job_id, state in self.states(ids).items() if state != "gone"]
 
     @cached_property
+    def _site_limit(self) -> int | None:
+        """How many jobs this user may have in the queue: the least of what his associations say,
+        and the quality of service that the profile names."""
+        site = self.profile
+        user = pwd.getpwuid(os.getuid()).pw_name
+        account = [f"account={site.account}"] if site.account else []
+        questions = [["assoc", "where", f"user={user}", *account, "format=MaxSubmitJobs"]]
+        if site.qos:
+            questions.append(["qos", "where", f"name={site.qos}", "format=MaxSubmitPU"])
+        found = []
+        for question in questions:
+            try:
+                answer = _answer(["sacctmgr", "--noheader", "--parsable2", "show", *question])
+            except QueueUnreachable:  # no accounting, no limit
+                continue
+            found += [int(word) for word in answer.split() if word.isdigit()]
+        return min(found, default=None)
+
+    @cached_property
     def _max_array_size(self) -> int:
         found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
         return max(1, int(found.group(1))) if found else _DEFAULT_MAX_ARRAY_SIZE
@@ -175,12 +211,20 @@ def _outside_a_job() -> Iterator[None]:
         yield
 
 
-def _squeue(job_ids: list[str]) -> dict[str, State]:
-    command = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(job_ids)}"]
-    lines = _answer(command, gone_is_fine=True).splitlines()
-    rows = (line.split() for line in lines if line.strip())
-    # squeue lists only jobs that have not ended, and one that is being cleared away still runs
-    return {job_id: "waiting" if word in _WAITING else "running" for job_id, word in rows}
+def _squeue(job_ids: list[str]) -> dict[str, JobState]:
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
+    lines = _answer([*command, f"--jobs={','.join(job_ids)}"], gone_is_fine=True).splitlines()
+    rows = (line.split(maxsplit=2) for line in lines if line.strip())
+    return {job_id: _job_state(word, *reason) for job_id, word, *reason in rows}
+
+
+def _job_state(word: str, reason: str = "None") -> JobState:
+    if word in _WAITING:
+        return JobState("waiting", "" if reason == "None" else reason)
+    # Slurm remembers those that have ended for some minutes
+    if word in _ENDED:
+        return JobState("gone", word)
+    return JobState("running")  # one that is being cleared away too
 
 
 def _answer(command: list[str], gone_is_fine: bool = False) -> str:

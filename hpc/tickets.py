@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from hpc.atomic import read_json, write_json
 from hpc.command import UserError
@@ -22,6 +22,14 @@ from hpc.private import private_folder
 
 State = Literal["waiting", "running", "gone"]
 Outcome = Literal["succeeded", "failed", "cancelled"]
+
+
+class JobState(NamedTuple):
+    """What a queue knows of a job: its state; and the queue's own word, where it has one, for what
+    a waiting job waits for (`Resources`), or how one that is gone has ended (`NODE_FAIL`)."""
+
+    state: State
+    why: str = ""
 
 
 class Tickets:

@@ -50,6 +50,23 @@ def make_plan(
     return Plan(tuple(pretrain), tuple(parts))
 
 
+def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
+    """What to submit now and what later, where the queue takes only `room` more jobs (None: any
+    number). A bundle does not go before its backbone."""
+    if room is None or len(plan.pretrain) + len(plan.bundles) <= room:
+        return plan, Plan((), ())
+    pretrain = plan.pretrain[:room]
+    held = {task.cells[0].backbone_key for task in plan.pretrain[room:]}
+    ready = [task for task in plan.bundles if not _awaits(task, held)][: room - len(pretrain)]
+    rest = tuple(task for task in plan.bundles if task not in ready)
+    return Plan(pretrain, tuple(ready)), Plan(plan.pretrain[room:], rest)
+
+
+def _awaits(task: Task, backbones: Collection[str]) -> bool:
+    cell = task.cells[0]
+    return cell.protocol.weights == "pretrain" and cell.backbone_key in backbones
+
+
 def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, list[Cell]]]:
     grouped: dict[int, list[Cell]] = {}
     for cell in cells:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,36 +13,27 @@ from typing import Any, Literal
 from hpc import checkpoint
 from hpc.atomic import Damaged, read_json
 from hpc.call import last_error
-from hpc.command import UserError
 from hpc.queue import Queue
+from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
 from pipeline.grid import Grid
+from pipeline.records import BUNDLE, PRETRAIN, Submitted, json_files, submissions
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "missing")
 
 # A job that the queue has forgotten but whose heart beat this recently is still ending.
 DEAD_AFTER_SECONDS = 30.0
+GONE = JobState("gone")
 _ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """One task of a submission record: which job it became. `job` is "" if the submission was
-    interrupted before the queue answered."""
-
-    task: str
-    kind: str
-    cells: tuple[str, ...]
-    backbone: str
-    job: str
 
 
 @dataclass(frozen=True)
 class CellState:
     """A cell's state; the step its newest checkpoint or heartbeat names, of a total (0 where not
-    known yet), steps a second, and why, where there is something to say."""
+    known yet), steps a second, and why, where there is something to say. job: the last that was
+    sent for it; a waiting cell without one is held back, for the next submission."""
 
     cell: Cell
     state: State
@@ -50,6 +41,7 @@ class CellState:
     total: int = 0
     rate: float = 0.0
     why: str = ""
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,30 +51,40 @@ class Survey:
     cells: tuple[CellState, ...]
     steps: Mapping[str, int]  # newest checkpoint by cell signature
     pretraining: Mapping[str, str]  # backbone key -> the job that trains it now
-    active_jobs: tuple[str, ...]
+    active_jobs: tuple[str, ...]  # of tasks
+    stages: Mapping[str, str]  # prep, reduce, report -> the job that waits or runs
+    jobs: Mapping[str, JobState]  # of all that the queue was asked about
     problems: tuple[str, ...]  # lines about damaged files
+
+    @property
+    def held(self) -> list[Cell]:
+        """The cells that the queue had no room for; the next submission is to send them."""
+        return [c.cell for c in self.cells if c.state == "waiting" and not c.job]
 
     def count(self, state: State) -> int:
         """How many cells are in `state`."""
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-def survey(grid: Grid, queue: Queue) -> Survey:
-    """Look at the run directory and ask the queue once."""
+def survey(grid: Grid, queue: Queue, also: Iterable[str] = ()) -> Survey:
+    """Look at the run directory and ask the queue once, about the jobs `also` too."""
     done, problems = finished_cells(grid.run)
-    open_tasks = [t for t in submissions(grid.run) if _is_open(t, done, grid.run)]
-    jobs = queue.states({task.job for task in open_tasks if task.job})
+    sent = list(submissions(grid.run))
+    open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
+    stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN)}  # the last of each
+    asked = {task.job for task in open_tasks if task.job}
+    jobs = queue.look(asked.union(stages.values(), also) - {""})
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     active = {
         t
         for t in open_tasks
-        if jobs.get(t.job, "gone") != "gone"
+        if jobs.get(t.job, GONE).state != "gone"
         or not (queue.gone_is_certain or _heart_stopped(beats[t.task]))
     }
     steps: dict[str, int] = {}
     for key in {c.bundle_key for c in grid.cells if c.signature not in done}:
         steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
-    latest = {cell: task for task in open_tasks for cell in task.cells if task.kind == "bundle"}
+    latest = {cell: task for task in open_tasks for cell in task.cells if task.kind == BUNDLE}
     states = []
     for cell in grid.cells:
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
@@ -96,17 +98,20 @@ def survey(grid: Grid, queue: Queue) -> Survey:
     pretraining = {
         t.backbone: t.job
         for t in open_tasks
-        if t.kind == "pretrain" and jobs.get(t.job, "gone") != "gone"
+        if t.kind == PRETRAIN and jobs.get(t.job, GONE).state != "gone"
     }
     active_jobs = sorted({task.job for task in active if task.job})
-    return Survey(tuple(states), steps, pretraining, tuple(active_jobs), tuple(problems))
+    stages = {kind: job for kind, job in stages.items() if jobs.get(job, GONE).state != "gone"}
+    return Survey(
+        tuple(states), steps, pretraining, tuple(active_jobs), stages, jobs, tuple(problems)
+    )
 
 
 def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
     """The counts file of each finished cell by signature, and a line for each damaged one."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
-    for path in _records(run.counts):
+    for path in json_files(run.counts):
         try:
             index = read_index(path)
         except FileNotFoundError:  # a link to nowhere, or deleted meanwhile
@@ -128,35 +133,8 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
     return done, problems
 
 
-def _records(folder: Path) -> list[Path]:
-    """The JSON files of a folder in order; none where there is no folder. Raises `UserError` if it
-    cannot be listed: what it holds must not be taken for missing."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(
-            f"cannot list {folder}: {error.strerror}; it should be a folder that you may read"
-        ) from error
-
-
-def submissions(run: RunPaths) -> Iterator[Submitted]:
-    """The tasks of all submission records, oldest first."""
-    for path in _records(run.submitted):
-        try:
-            tasks = [
-                Submitted(**{**task, "cells": tuple(task["cells"])})
-                for task in read_json(path)["tasks"]
-            ]
-        # damaged, or no such record: what it submitted is found by its files
-        except (Damaged, FileNotFoundError, KeyError, TypeError):
-            continue
-        yield from tasks
-
-
 def _is_open(task: Submitted, done: Mapping[str, Any], run: RunPaths) -> bool:
-    if task.kind == "pretrain":
+    if task.kind == PRETRAIN:
         return not run.backbone(task.backbone).with_suffix(".json").exists()
     return any(cell not in done for cell in task.cells)
 
@@ -193,7 +171,7 @@ def _unfinished(
     state: CellState,
     run: RunPaths,
     task: Submitted | None,
-    jobs: Mapping[str, str],
+    jobs: Mapping[str, JobState],
     active: Collection[Submitted],
     beat: Mapping[str, Any],
     queue: Queue,
@@ -203,11 +181,15 @@ def _unfinished(
         return replace(state, state="failed", why=_reason(failure))
     if task is None:
         return state
-    known = replace(state, step=max(state.step, beat.get("step", 0)), total=beat.get("total", 0))
+    step = max(state.step, beat.get("step", 0))
+    known = replace(state, step=step, total=beat.get("total", 0), job=task.job)
     if task in active:
-        if jobs.get(task.job) == "waiting":
-            return replace(known, state="waiting")
+        job = jobs.get(task.job, GONE)
+        if job.state == "waiting":
+            return replace(known, state="waiting", why=job.why)
         return replace(known, state="running", rate=beat.get("steps_per_second", 0.0))
+    if task.held:
+        return replace(known, state="waiting", why=task.held)
     error = last_error(queue.log_files(task.job)) if task.job else None
     if error and names_error(error):
         return replace(known, state="failed", why=error)

@@ -11,24 +11,24 @@ from __future__ import annotations
 import fcntl
 import shutil
 import subprocess
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_prep.manifest import MANIFEST
-from hpc.atomic import write_bytes, write_json
+from hpc.atomic import write_bytes
 from hpc.call import ModuleCall
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.private import private_folder, require_private, restrict_umask
+from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, read_grid
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, make_plan, split
+from pipeline.records import Submission
 from pipeline.show import describe_plan, describe_survey
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
@@ -61,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
         check(grid, stages)  # after the plan: it can be looked at before its data are there
         return 0
     jobs = submit(grid, queue, stages)
-    return wait_for(grid, queue, jobs, stages) if arguments.wait else 0
+    if not arguments.wait:
+        return 0
+    return wait_for(grid, queue, jobs, stages, partial(submit, grid, queue))
 
 
 def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
@@ -86,21 +88,30 @@ def check(grid: Grid, stages: Sequence[str]) -> None:
 
 
 def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
-    """Submit `stages`, each after the one before. Returns the job ids by stage."""
+    """Submit `stages`, each after the one before. Returns the job ids by stage. Where the queue has
+    no room for more, the stages that are not there, and perhaps some of a grid's tasks, are held
+    back."""
     check(grid, stages)  # a refused submission leaves no run directory
     restrict_umask(grid.cluster.group)
     with one_at_a_time(grid.run.root, grid.cluster.group):
-        config = _keep_config(grid)
+        config, record = _keep_config(grid), Submission(grid.run)
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
         for stage in stages:
             if stage == "grid":
-                jobs[stage] = submit_grid(grid, queue, after)
+                jobs[stage], all_sent = submit_grid(grid, queue, after, record)
                 after = [*jobs[stage], *after]
-            else:
-                call = ModuleCall(_STAGE_PROGRAMS[stage], (str(config),))
-                jobs[stage] = queue.submit([call], grid.cluster.single(), stage, after)
-                after = jobs[stage]
+                if not all_sent:
+                    break
+                continue
+            if queue.room() == 0:
+                break
+            call = ModuleCall(_STAGE_PROGRAMS[stage], (str(config),))
+            jobs[stage] = queue.submit([call], _resources(grid, queue, stage), stage, after)
+            record.sent([stage], jobs[stage])
+            after = jobs[stage]
+    if held := [stage for stage in stages if stage not in jobs]:
+        print(f"held back: {', '.join(held)}: {_HELD}")
     return jobs
 
 
@@ -111,34 +122,44 @@ _STAGE_PROGRAMS = {
 }
 
 
-def submit_grid(grid: Grid, queue: Queue, after: Sequence[str]) -> list[str]:
-    """Submit the tasks that are missing. Returns the ids of all jobs that work on the grid now,
-    old and new."""
+def _resources(grid: Grid, queue: Queue, stage: str) -> Resources:
+    by_mpi = stage == "reduce" and queue.starts_mpi
+    return grid.cluster.reducing() if by_mpi else grid.cluster.single()
+
+
+def submit_grid(
+    grid: Grid, queue: Queue, after: Sequence[str], record: Submission
+) -> tuple[list[str], bool]:
+    """Submit the tasks that are missing, as many as the queue has room for. Returns the ids of all
+    jobs that work on the grid now, old and new, and whether all tasks were sent."""
     state = survey(grid, queue)
     plan = plan_of(grid, state)
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     describe_survey(grid, state)
     if not plan.bundles:
-        return list(state.active_jobs)
-    record = Submission(grid)
-    for task in (*plan.pretrain, *plan.bundles):
-        record.add(task)
-    record.write()
+        return list(state.active_jobs), True
+    now, held = split(plan, queue.room())
+    record.plan([*now.pretrain, *now.bundles], [*held.pretrain, *held.bundles], _HELD)
     backbones = dict(state.pretraining)
-    for task in plan.pretrain:
-        (job,) = _send(grid, queue, [task], after, record)
+    jobs = _send(grid, queue, now.pretrain, after, record)
+    for task, job in zip(now.pretrain, jobs, strict=True):
         backbones[task.cells[0].backbone_key] = job
-    for needs, tasks in _by_backbone(plan, backbones).items():
-        _send(grid, queue, tasks, [*after, *needs], record)
-    num_cells = sum(len(task.cells) for task in plan.bundles)
-    more = f", and {len(plan.pretrain)} to pre-train their backbones" if plan.pretrain else ""
-    print(f"submitted {len(plan.bundles)} jobs for {num_cells} cells{more}")
-    return [*state.active_jobs, *record.jobs()]
+    for needs, tasks in _by_backbone(now, backbones).items():
+        jobs += _send(grid, queue, tasks, [*after, *needs], record)
+    num_cells = sum(len(task.cells) for task in now.bundles)
+    more = f", and {len(now.pretrain)} to pre-train their backbones" if now.pretrain else ""
+    print(f"submitted {len(now.bundles)} jobs for {num_cells} cells{more}")
+    if held.bundles:
+        print(f"held back: {len(held.bundles)} jobs: {_HELD}")
+    return [*state.active_jobs, *jobs], not held.bundles
+
+
+_HELD = "you may have no more jobs in the queue; run it again when there is room"
 
 
 def plan_of(grid: Grid, state: Survey, forecast: Forecast | None = None) -> Plan:
     """The tasks for all cells that are neither done, failed for good, nor on their way."""
-    wanted = [
+    wanted = state.held + [
         cell.cell
         for cell in state.cells
         if cell.state in ("missing", "interrupted")
@@ -168,43 +189,12 @@ def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...],
 def _send(
     grid: Grid, queue: Queue, tasks: Sequence[Task], after: Sequence[str], record: Submission
 ) -> list[str]:
+    if not tasks:
+        return []
     calls = [ModuleCall(_PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
     jobs = queue.submit(calls, grid.cluster.training(), f"{grid.name}-{tasks[0].kind}", after)
-    record.sent(tasks, jobs)
+    record.sent([task.name for task in tasks], jobs)
     return jobs
-
-
-class Submission:
-    """The record of one submission. It is written before the queue is asked, so that a crash in
-    between leaves a trace, and again with the job ids."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.token = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        self._path = grid.run.submitted / f"{self.token}.json"
-        self._tasks: dict[str, dict[str, Any]] = {}
-
-    def add(self, task: Task) -> None:
-        """Note a task that is about to be sent."""
-        self._tasks[task.name] = {
-            "task": task.name,
-            "kind": task.kind,
-            "cells": [cell.signature for cell in task.cells],
-            "backbone": task.cells[0].backbone_key if task.kind == "pretrain" else "",
-            "job": "",
-        }
-
-    def sent(self, tasks: Sequence[Task], jobs: Sequence[str]) -> None:
-        """Note which jobs tasks became, on disk at once."""
-        for task, job in zip(tasks, jobs, strict=True):
-            self._tasks[task.name]["job"] = job
-        self.write()
-
-    def write(self) -> None:
-        write_json(self._path, {"token": self.token, "tasks": list(self._tasks.values())})
-
-    def jobs(self) -> list[str]:
-        """The ids of all jobs sent."""
-        return [task["job"] for task in self._tasks.values() if task["job"]]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.status import Status
@@ -17,22 +17,30 @@ from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from pipeline.grid import Grid
 from pipeline.show import counts_line, time_left
-from pipeline.state import CellState, names_error, survey
+from pipeline.state import CellState, Survey, names_error, survey
 
 _LOCAL_POLL_SECONDS = 0.5
 _CLUSTER_POLL_SECONDS = 15.0
 _LINE_SECONDS = 30.0  # between lines where there is no terminal
 
 
+Jobs = Mapping[str, Sequence[str]]  # ids by stage
+
+
 def wait_for(
-    grid: Grid, queue: Queue, jobs: Mapping[str, Sequence[str]], stages: Sequence[str]
+    grid: Grid,
+    queue: Queue,
+    jobs: Jobs,
+    stages: Sequence[str],
+    submit: Callable[[Sequence[str]], Jobs] | None = None,
 ) -> int:
-    """Wait until all `jobs` (ids by stage) have ended. Prints the report's table and page if there
-    is one. Returns 0 if everything asked for is there, 1 if cells are missing, 2 if a stage was
-    refused."""
-    everything = {job for ids in jobs.values() for job in ids}
+    """Wait until all `jobs` of `stages` have ended; what the queue had no room for goes to `submit`
+    whenever a job has ended. Prints the report's table and page if there is one. Returns 0 if
+    everything asked for is there, 1 if cells are missing, 2 if a stage was refused."""
     try:
-        _watch(grid, queue, everything)
+        while _watch(grid, queue, jobs, stages) and submit:
+            held = [stage for stage in stages if stage == "grid" or stage not in jobs]
+            jobs = {**jobs, **submit(held)}
     except KeyboardInterrupt:
         config = one_line(shlex.quote(str(grid.path)))
         print(f"the jobs go on; see `python -m pipeline.status {config}`", file=sys.stderr)
@@ -51,14 +59,27 @@ def wait_for(
     return 1 if unfinished else 0
 
 
-def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
+def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
+    """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
+    ids = {job for of_stage in jobs.values() for job in of_stage}
+    missing = any(stage not in jobs for stage in stages)
     poll = _LOCAL_POLL_SECONDS if isinstance(queue, LocalQueue) else _CLUSTER_POLL_SECONDS
     console = Console()
     shown_at, shown = 0.0, ""
+    seen: set[str] = set()  # alive when we looked before
     with Status("waiting", console=console) as status:
-        while any(state != "gone" for state in queue.states(jobs).values()):
+        while True:
+            state = survey(grid, queue, ids)
+            alive = {job for job in ids if state.jobs[job].state != "gone"}
+            held = missing or bool(state.held)
+            if not alive and not held:
+                return False
+            if held and (not alive or seen - alive):
+                time.sleep(poll)  # the room may be taken by other jobs of the user
+                return True
+            seen = alive
             queue.ensure_runner()
-            line = _progress_line(grid, queue)
+            line = _progress_line(grid, state)
             status.update(Text(line))  # a plain string would be read as markup
             due = time.monotonic() - shown_at > _LINE_SECONDS
             if not console.is_terminal and due and line != shown:
@@ -67,8 +88,7 @@ def _watch(grid: Grid, queue: Queue, jobs: set[str]) -> None:
             time.sleep(poll)
 
 
-def _progress_line(grid: Grid, queue: Queue) -> str:
-    state = survey(grid, queue)
+def _progress_line(grid: Grid, state: Survey) -> str:
     running = [cell for cell in state.cells if cell.state == "running" and cell.total]
     text = f"{one_line(grid.name)}: {counts_line(state)}"
     if state.pretraining:

@@ -31,6 +31,9 @@ COMMANDS = {
     "scontrol": """
         echo "MaxArraySize            = $(cat max_array_size 2>/dev/null || echo 1001)" """,
     "scancel": "",
+    "sacctmgr": """
+        if [ -e accounting_is_off ]; then echo "sacctmgr: error: not running" >&2; exit 1; fi
+        cat max_submit 2>/dev/null || true """,
     "srun": """
         while [[ $1 == --* ]]; do
             case $1 in --output) out=$2; shift;; --error) err=$2; shift;; esac
@@ -226,6 +229,45 @@ def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, log
         queue.states(["7"])
 
 
+def test_what_a_job_waits_for_and_how_it_ended_are_in_the_same_answer(slurm, logs):
+    slurm.answer("queue", "7_0 RUNNING None\n7_1 PENDING Priority\n8 NODE_FAIL NodeDown\n9 PENDING "
+                 "Nodes required for job are DOWN, DRAINED\n")  # fmt: skip
+    assert open_slurm(logs).look(["7_0", "7_1", "8", "9", "10"]) == {
+        "7_0": ("running", ""),
+        "7_1": ("waiting", "Priority"),
+        "8": ("gone", "NODE_FAIL"),
+        "9": ("waiting", "Nodes required for job are DOWN, DRAINED"),
+        "10": ("gone", ""),
+    }
+    assert len(slurm.asked("squeue")) == 1
+
+
+def test_the_room_left_is_the_sites_limit_less_what_is_queued(slurm, logs):
+    slurm.answer("queue", "7_0\n7_1\n8\n")
+    assert open_slurm(logs).room() is None  # the site sets none
+    slurm.answer("max_submit", "40\n10\n\n")  # of the user's associations
+    assert open_slurm(logs).room() == 7
+    assert "account=us" in {w for line in asked_room(slurm, logs, account="us") for w in line}
+    assert open_slurm(logs, max_jobs=2).room() == 0  # the profile knows better
+    slurm.answer("accounting_is_off")
+    assert open_slurm(logs).room() is None
+
+
+def asked_room(slurm, logs, **settings) -> list[list[str]]:
+    open_slurm(logs, **settings).room()
+    return slurm.asked("sacctmgr")
+
+
+def test_reduction_takes_the_tasks_that_mpi_gets(slurm, logs):
+    queue = open_slurm(
+        logs, gpus_per_node=4, nodes=4, reduce_nodes=2, reduce_tasks_per_node=3, mpi="pmix"
+    )
+    queue.submit([call("a")], queue.profile.reducing(), "reduce")
+    assert (slurm.options()["nodes"], slurm.options()["ntasks-per-node"]) == ("2", "3")
+    assert "gpus-per-node" not in slurm.options()
+    assert queue.starts_mpi
+
+
 def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
     open_slurm(logs).cancel(["7_0", "8"])
     assert slurm.asked("scancel") == [["--quiet", "7_0", "8"]]
@@ -347,6 +389,7 @@ def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch
         ({"gres": "gpu:4"}, "gres needs gpus_per_node"),
         ({"python": "'/opt/my python"}, "python: No closing quotation"),
         ({"minutes": 2}, "lead_seconds must be less"),
+        ({"reduce_nodes": 2}, "need mpi, srun's plugin"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(table, message):

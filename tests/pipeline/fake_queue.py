@@ -7,10 +7,13 @@ from pathlib import Path
 
 from hpc.call import ModuleCall
 from hpc.profile import Resources
+from hpc.tickets import JobState
 
 
 class FakeQueue:
     """Jobs wait until the test says otherwise."""
+
+    starts_mpi = False
 
     def __init__(self, folder: Path, gone_is_certain: bool = True) -> None:
         self.gone_is_certain = gone_is_certain
@@ -18,6 +21,8 @@ class FakeQueue:
         self.calls: dict[str, ModuleCall] = {}
         self.after: dict[str, list[str]] = {}
         self.questions = 0
+        self.why: dict[str, str] = {}
+        self.max_jobs: int | None = None
         self._folder = folder
 
     def submit(
@@ -32,9 +37,16 @@ class FakeQueue:
             self.jobs[job], self.calls[job], self.after[job] = "waiting", call, list(after)
         return ids
 
-    def states(self, ids: Iterable[str]) -> dict[str, str]:
+    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         self.questions += 1
-        return {job: self.jobs.get(job, "gone") for job in ids}
+        return {job: JobState(self.jobs.get(job, "gone"), self.why.get(job, "")) for job in ids}
+
+    def states(self, ids: Iterable[str]) -> dict[str, str]:
+        return {job: found.state for job, found in self.look(ids).items()}
+
+    def room(self) -> int | None:
+        queued = sum(state != "gone" for state in self.jobs.values())
+        return None if self.max_jobs is None else max(0, self.max_jobs - queued)
 
     def cancel(self, ids: Iterable[str]) -> None:
         raise NotImplementedError

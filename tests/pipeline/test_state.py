@@ -394,13 +394,14 @@ import sys, time
 from pathlib import Path
 from pipeline.grid import read_grid
 from pipeline.submit import submit
+from hpc.tickets import JobState
 from tests.pipeline.fake_queue import FakeQueue
 class SlowQueue(FakeQueue):
     def submit(self, calls, *arguments, **options):
         time.sleep(0.3)
         return super().submit(calls, *arguments, **options)
-    def states(self, ids):
-        return dict.fromkeys(ids, "waiting")
+    def look(self, ids):
+        return dict.fromkeys(ids, JobState("waiting"))
 queue = SlowQueue(Path("."))
 grid = read_grid(sys.argv[1])
 print("ready", flush=True)

@@ -1,0 +1,96 @@
+"""The records of submissions: what was to be sent, and which jobs it became. One JSON file a
+submission; written before the queue is asked, so that a crash in between leaves a trace, and again
+with the ids of the jobs."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hpc.atomic import Damaged, read_json, write_json
+from hpc.command import UserError
+from jobs.cell import RunPaths
+from jobs.task import Task
+
+BUNDLE, PRETRAIN = "bundle", "pretrain"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One task of a submission, or a stage beside training (`kind` is then its name).
+
+    job: what it became, "" if the submission ended before the queue answered. held: why it was not
+    sent at all, for one that the next submission is to send.
+    """
+
+    task: str
+    kind: str
+    cells: tuple[str, ...] = ()
+    backbone: str = ""
+    job: str = ""
+    held: str = ""
+
+
+class Submission:
+    """The record of one submission, on disk after every change."""
+
+    def __init__(self, run: RunPaths) -> None:
+        self.token = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        self._path = run.submitted / f"{self.token}.json"
+        self._tasks: dict[str, Submitted] = {}
+
+    def plan(self, tasks: Sequence[Task], held: Sequence[Task] = (), why: str = "") -> None:
+        """Note tasks that are about to be sent, and others that are not, and why."""
+        for task in (*tasks, *held):
+            backbone = task.cells[0].backbone_key if task.kind == PRETRAIN else ""
+            cells = tuple(cell.signature for cell in task.cells)
+            self._tasks[task.name] = Submitted(task.name, task.kind, cells, backbone)
+        for task in held:
+            self._tasks[task.name] = replace(self._tasks[task.name], held=why)
+        self.write()
+
+    def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
+        """Note which jobs tasks became; a name that was not planned is a stage's."""
+        for name, job in zip(names, jobs, strict=True):
+            known = self._tasks.get(name, Submitted(name, name))
+            self._tasks[name] = replace(known, job=job)
+        self.write()
+
+    def write(self) -> None:
+        """Put it on disk as it is."""
+        tasks = [asdict(task) for task in self._tasks.values()]
+        write_json(self._path, {"token": self.token, "tasks": tasks})
+
+    def jobs(self, *kinds: str) -> list[str]:
+        """The ids of the jobs of these kinds that were sent."""
+        return [task.job for task in self._tasks.values() if task.job and task.kind in kinds]
+
+
+def submissions(run: RunPaths) -> Iterator[Submitted]:
+    """What all submission records hold, oldest first."""
+    for path in json_files(run.submitted):
+        try:
+            tasks = [
+                Submitted(**{**task, "cells": tuple(task["cells"])})
+                for task in read_json(path)["tasks"]
+            ]
+        # damaged, or no such record: what it submitted is found by its files
+        except (Damaged, FileNotFoundError, KeyError, TypeError):
+            continue
+        yield from tasks
+
+
+def json_files(folder: Path) -> list[Path]:
+    """The JSON files of a folder in order; none where there is no folder. Raises `UserError` if it
+    cannot be listed: what it holds must not be taken for missing."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"cannot list {folder}: {error.strerror}; it should be a folder that you may read"
+        ) from error

@@ -1,0 +1,138 @@
+"""A site lets a user have only so many jobs in the queue: what does not fit is held back, says so,
+and goes with a later submission."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.pack import pack
+from hpc.tickets import JobState
+from pipeline import wait
+from pipeline.grid import Grid
+from pipeline.state import STATES, survey
+from pipeline.submit import plan_of, submit
+from tests.pipeline.fake_queue import FakeQueue
+from tests.pipeline.grids import finish, small_grid
+
+SEEDS = ("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4]")
+PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
+ALL = ("prep", "grid", "reduce", "report")
+
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("streets")
+    pack("streets", small_grid(folder).datasets["streets"], processes=1)
+    return folder / "streets"
+
+
+@pytest.fixture
+def grid(tmp_path, streets) -> Grid:
+    """Five bundles of four cells."""
+    return small_grid(tmp_path, SEEDS, (f"{tmp_path}/streets", str(streets)))
+
+
+@pytest.fixture
+def queue(tmp_path) -> FakeQueue:
+    return FakeQueue(tmp_path)
+
+
+def words(grid: Grid, queue: FakeQueue) -> dict[str, int]:
+    found = survey(grid, queue)
+    return {state: found.count(state) for state in STATES if found.count(state)}
+
+
+def test_what_does_not_fit_waits_and_says_why(grid, queue, capsys):
+    queue.max_jobs = 3
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job1", "job2", "job3"]}
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2] == "submitted 3 jobs for 12 cells"
+    assert said[-1].startswith("held back: 2 jobs: you may have no more jobs in the queue")
+    assert words(grid, queue) == {"waiting": 20}
+    assert sorted(cell.seed for cell in survey(grid, queue).held) == [3] * 4 + [4] * 4
+    reasons = {cell.why for cell in survey(grid, queue).cells if cell.cell.seed > 2}
+    assert reasons == {"you may have no more jobs in the queue; run it again when there is room"}
+
+
+def test_it_goes_with_the_next_submission_that_finds_room(grid, queue):
+    queue.max_jobs = 3
+    submit(grid, queue, ["grid"])
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job1", "job2", "job3"]}  # still no room
+    finish(grid, [cell for cell in grid.cells if cell.seed == 0], "task0")
+    queue.jobs["job1"] = "gone"
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job2", "job3", "job4"]}
+    queue.max_jobs = None
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job2", "job3", "job4", "job5"]}
+    assert words(grid, queue) == {"done": 4, "waiting": 16}
+    assert not survey(grid, queue).held
+    assert not plan_of(grid, survey(grid, queue)).bundles
+
+
+def test_what_comes_after_training_is_held_back_too(grid, queue, capsys):
+    queue.max_jobs = 7  # one prep, five bundles, reduce
+    jobs = submit(grid, queue, ALL)
+    assert [len(jobs[stage]) for stage in ("prep", "grid", "reduce")] == [1, 5, 1]
+    assert "report" not in jobs
+    assert capsys.readouterr().out.splitlines()[-1].startswith("held back: report: ")
+
+
+def test_a_bundle_does_not_go_before_its_backbone(tmp_path, streets, queue):
+    grid = small_grid(tmp_path, SEEDS, PRETRAIN, (f"{tmp_path}/streets", str(streets)))
+    queue.max_jobs = 0
+    assert submit(grid, queue, ["grid"]) == {"grid": []}
+    queue.max_jobs = 2
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job1", "job2"]}
+    modules = [call.module for call in queue.calls.values()]
+    assert modules == ["jobs.pretrain", "jobs.train"]
+    assert queue.after["job2"] == ["job1"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_waiting_sends_the_rest_as_jobs_end(grid, queue, monkeypatch, limit):
+    """Whoever waits sees every cell trained, and the stages after it run once, with never more jobs
+    than allowed."""
+    queue.max_jobs = limit
+    most = []
+
+    def look(ids):
+        most.append(sum(state != "gone" for state in queue.jobs.values()))
+        alive = [job for job, state in queue.jobs.items() if state != "gone"]
+        if alive and len(most) % 3 == 0:  # every third look finds a job ended
+            words = queue.calls[alive[0]].arguments[0]
+            cells = [cell for cell in grid.cells if f"seed{cell.seed}-" in words]
+            if cells:  # and not a stage
+                finish(grid, cells, f"task{alive[0]}")
+            queue.jobs[alive[0]] = "gone"
+        return {job: JobState(queue.jobs.get(job, "gone")) for job in ids}
+
+    monkeypatch.setattr(queue, "look", look)
+    monkeypatch.setattr(queue, "ensure_runner", lambda: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    jobs = submit(grid, queue, ALL)
+    assert wait.wait_for(grid, queue, jobs, ALL, lambda stages: submit(grid, queue, stages)) == 0
+    assert words(grid, queue) == {"done": 20}
+    assert [call.module for call in queue.calls.values()] == [
+        "data_prep.pack", *["jobs.train"] * 5, "pipeline.reduce", "pipeline.report"
+    ]  # fmt: skip
+    assert max(most) == limit
+
+
+def test_pre_trainings_are_one_array(tmp_path, streets, queue, monkeypatch):
+    """One call of sbatch for all of them, and one for the bundles that wait for each."""
+    other = '\n[dataset.more]\nsource = "synthetic"\nshards = "{}/more"\ntrain = 6\nval = 3\n'
+    grid = small_grid(
+        tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(streets)),
+        more=other.format(tmp_path) + "size = [32, 40]\n",
+    )  # fmt: skip
+    pack("more", grid.datasets["more"], processes=1)
+    sent = []
+    one = queue.submit
+    monkeypatch.setattr(
+        queue, "submit", lambda calls, *a: sent.append(len(calls)) or one(calls, *a)
+    )
+    submit(grid, queue, ["grid"])
+    assert sent == [2, 2, 2]
+    assert {queue.after[job][0] for job in queue.jobs if queue.after[job]} == {"job1", "job2"}
