@@ -1,4 +1,5 @@
-"""A cluster profile in sbatch's and srun's words: the one translation, whoever writes the script."""
+"""A cluster profile in the words of sbatch and srun: the one translation, whoever writes the
+script."""
 
 from __future__ import annotations
 

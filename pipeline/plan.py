@@ -50,6 +50,17 @@ def make_plan(
     return Plan(tuple(pretrain), tuple(parts))
 
 
+def without_waiting(plan: Plan, backbones: Collection[str]) -> Plan:
+    """`plan` without the bundles that wait for one of `backbones`, by their keys."""
+    bundles = [
+        task
+        for task in plan.bundles
+        if task.cells[0].protocol.weights != "pretrain"
+        or task.cells[0].backbone_key not in backbones
+    ]
+    return Plan(plan.pretrain, tuple(bundles))
+
+
 def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, list[Cell]]]:
     grouped: dict[int, list[Cell]] = {}
     for cell in cells:

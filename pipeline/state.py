@@ -18,6 +18,7 @@ from hpc.queue import Queue
 from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
 from pipeline.grid import Grid
+from pipeline.script_jobs import candidates, job_of, noted_arrays
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "missing")
@@ -30,13 +31,16 @@ _ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
 @dataclass(frozen=True)
 class Submitted:
     """One task of a submission record: which job it became. `job` is "" if the submission was
-    interrupted before the queue answered."""
+    interrupted before the queue answered. A task of a batch script is an `element` of `script`,
+    and its job is found from notes, see `pipeline.script_jobs`."""
 
     task: str
     kind: str
     cells: tuple[str, ...]
     backbone: str
     job: str
+    script: str = ""
+    element: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,22 @@ def survey(grid: Grid, queue: Queue) -> Survey:
     """Look at the run directory and ask the queue once."""
     done, problems = finished_cells(grid.run)
     open_tasks = [t for t in submissions(grid.run) if _is_open(t, done, grid.run)]
-    jobs = queue.states({task.job for task in open_tasks if task.job})
+    arrays = noted_arrays(grid.run.submitted)
+    jobs = queue.states({job for task in open_tasks for job in _jobs_of(task, arrays)})
+    open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     active = {
         t
         for t in open_tasks
         if jobs.get(t.job, "gone") != "gone"
-        or not (queue.gone_is_certain or _heart_stopped(beats[t.task]))
+        or not (_gone_is_certain(t, queue) or _heart_stopped(beats[t.task]))
     }
     steps: dict[str, int] = {}
     for key in {c.bundle_key for c in grid.cells if c.signature not in done}:
         steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
-    latest = {cell: task for task in open_tasks for cell in task.cells if task.kind == "bundle"}
+    # those that work come last: a person may have started an older script than the last written
+    by_work = sorted(open_tasks, key=lambda task: task in active)
+    latest = {cell: task for task in by_work for cell in task.cells if task.kind == "bundle"}
     states = []
     for cell in grid.cells:
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
@@ -155,6 +163,23 @@ def submissions(run: RunPaths) -> Iterator[Submitted]:
         yield from tasks
 
 
+def _jobs_of(task: Submitted, arrays: Mapping[str, list[str]]) -> list[str]:
+    """The jobs that a task may have become, newest first."""
+    return [task.job] if task.job else candidates(task.script, task.element, arrays)
+
+
+def _with_job(
+    task: Submitted, arrays: Mapping[str, list[str]], jobs: Mapping[str, str], queue: Queue
+) -> Submitted:
+    found = _jobs_of(task, arrays)
+    return replace(task, job=job_of(found, lambda job: jobs[job] != "gone", queue.log_files))
+
+
+def _gone_is_certain(task: Submitted, queue: Queue) -> bool:
+    """Of a script's job the queue may know nothing: its site's Slurm may not be the queue here."""
+    return queue.gone_is_certain and not (task.script and task.job)
+
+
 def _is_open(task: Submitted, done: Mapping[str, Any], run: RunPaths) -> bool:
     if task.kind == "pretrain":
         return not run.backbone(task.backbone).with_suffix(".json").exists()
@@ -211,4 +236,5 @@ def _unfinished(
     error = last_error(queue.log_files(task.job)) if task.job else None
     if error and names_error(error):
         return replace(known, state="failed", why=error)
-    return replace(known, state="interrupted" if beat else "missing", step=state.step)
+    why = "its script has not started" if task.script and not task.job else ""
+    return replace(known, state="interrupted" if beat else "missing", step=state.step, why=why)
