@@ -32,7 +32,7 @@ train = 12
 val = 3
 size = [40, 56]
 [protocol]
-epochs = 4
+epochs = 2
 batch_size = 2
 resize = [40, 56]
 crop = [40, 40]
@@ -80,7 +80,7 @@ def grid_in(place: Path, kind: str) -> Path:
 def by_queue(place, site) -> dict:
     """The results of the local queue."""
     folder = grid_in(place, "local")
-    done = command(site, folder, "pipeline.submit", "all", "grid.toml", "--wait")
+    done = command(site, folder, "pipeline.submit", "grid", "grid.toml", "--wait")
     assert done.returncode == 0, done.stderr
     return results(open_grid(folder).run)
 
