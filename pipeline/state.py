@@ -236,5 +236,6 @@ def _unfinished(
     error = last_error(queue.log_files(task.job)) if task.job else None
     if error and names_error(error):
         return replace(known, state="failed", why=error)
-    why = "its script has not started" if task.script and not task.job else ""
+    unseen = task.script and not task.job and not beat
+    why = "its script has not started" if unseen else ""
     return replace(known, state="interrupted" if beat else "missing", step=state.step, why=why)
