@@ -21,6 +21,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
+from hpc import sbatch
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
 from hpc.private import private_folder
@@ -30,7 +31,7 @@ from hpc.tickets import JobState, State
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
-_DEFAULT_MAX_ARRAY_SIZE = 1001
+DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 
 
@@ -117,40 +118,17 @@ class SlurmQueue:
 
     def _parameters(self, wanted: Resources, name: str, after: list[str]) -> dict[str, Any]:
         site = self.profile
-        by_gres = bool(site.gres and wanted.gpus_per_node)
         given = {
-            "partition": site.partition,
-            "account": site.account,
-            "qos": site.qos,
-            "constraint": site.constraint,
-            "exclude": site.exclude,
-            "mail_user": site.mail_user,
-            "mail_type": site.mail_type,
-            "gres": site.gres if by_gres else "",
-            "gpus_per_node": 0 if by_gres else wanted.gpus_per_node,
-            "mem": f"{round(1024 * wanted.memory_gb)}M" if wanted.memory_gb else "",
             "dependency": f"afterany:{':'.join(after)}" if after else "",
             "setup": site.setup_lines(),
         }
         return {key: value for key, value in given.items() if value} | {
-            "job_name": re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:64].strip("-") or "job",
-            "nodes": wanted.nodes,
-            "ntasks_per_node": wanted.tasks_per_node,
-            "cpus_per_task": wanted.cpus_per_task,
-            "time": wanted.minutes,
+            **sbatch.options(site, wanted, name),
             "signal_delay_s": site.lead_seconds,
             "array_parallelism": site.array_parallelism,
-            "additional_parameters": {"requeue": True, **_options(site.extra)},
-            "srun_args": self._srun_options(wanted),
+            "additional_parameters": sbatch.free_options(site),
+            "srun_args": sbatch.srun_options(site, wanted),
         }
-
-    def _srun_options(self, wanted: Resources) -> list[str]:
-        return [
-            "--kill-on-bad-exit=1",  # ranks that wait for a dead one must not wait for ever
-            f"--cpus-per-task={wanted.cpus_per_task}",  # not inherited from sbatch since 22.05
-            "--open-mode=append",  # a requeued job goes on in the same log
-            *([f"--mpi={self.profile.mpi}"] if self.profile.mpi else []),
-        ]
 
     def _not_gone(self, ids: Sequence[str]) -> list[str]:
         # sbatch may refuse a dependency on a job that Slurm has forgotten
@@ -177,8 +155,13 @@ class SlurmQueue:
 
     @cached_property
     def _max_array_size(self) -> int:
-        found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
-        return max(1, int(found.group(1))) if found else _DEFAULT_MAX_ARRAY_SIZE
+        return max_array_size()
+
+
+def max_array_size() -> int:
+    """How many jobs one array may have here. Raises `QueueUnreachable`."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
+    return max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
 def requeue(job_id: str) -> bool:
@@ -193,10 +176,6 @@ def requeue(job_id: str) -> bool:
         return False
     _answer(["scontrol", "requeue", job_id])
     return True
-
-
-def _options(extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-    return {key: value for key, value in extra.items() if value is not False}
 
 
 @contextmanager

@@ -79,6 +79,20 @@ def read_index(path: Path) -> CountsIndex:
     return found
 
 
+def counted_cells(folder: Path) -> set[str]:
+    """The signatures of the cells that whole counts files in `folder` hold. What cannot be read
+    holds none, so that its cells are trained again."""
+    found: set[str] = set()
+    for path in folder.glob("*.json"):
+        try:
+            index = read_index(path)
+        except (Damaged, FileNotFoundError):
+            continue
+        if index.is_whole():
+            found.update(cell["signature"] for cell in index.cells)
+    return found
+
+
 def read_counts(index: CountsIndex) -> dict[str, Any]:
     """The arrays of a counts file by name, as they were written. Raises `Damaged`."""
     import h5py

@@ -7,6 +7,7 @@ what the cells share.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,8 +58,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
-    """Train the network of the task's one cell and publish its backbone, or save and return."""
+    """Train the network of the task's one cell and publish its backbone, or save and return.
+    Nothing happens if that is done already."""
     (consumer,) = task.cells
+    backbone = task.paths.backbone(consumer.backbone_key)
+    if group.broadcast(backbone.exists() and backbone.with_suffix(".json").exists()):
+        if group.is_main:
+            line = f"{task.name}: the backbone is trained already; there is nothing to do"
+            print(line, file=sys.stderr, flush=True)
+        return
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
     with nearby(task.data, task.node_local) as manifest:

@@ -9,6 +9,7 @@ pass on its features. Resuming is what happens when a checkpoint is there.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -31,7 +32,7 @@ from hpc.preempt import StopRequest, signal, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
 from jobs.batches import TrainingBatches, load_steps
 from jobs.cell import Cell
-from jobs.counts_file import write_counts
+from jobs.counts_file import counted_cells, write_counts
 from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
@@ -63,9 +64,12 @@ def configure_torch(protocol: Protocol) -> None:
 
 
 def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
-    """Train, evaluate and publish the cells of `task`, or save them and return if asked to stop."""
-    with nearby(task.data, task.node_local) as manifest:
-        train_on(manifest, task, group, stop)
+    """Train, evaluate and publish the cells of `task`, or save them and return if asked to stop.
+    Those that are done already are left out."""
+    task = unfinished(task, group)
+    if task.cells:
+        with nearby(task.data, task.node_local) as manifest:
+            train_on(manifest, task, group, stop)
 
 
 def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) -> None:
@@ -85,6 +89,18 @@ def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) ->
     job.on_main(lambda: publish(job, trainees, counts, manifest, backbone))
     job.finish("done", total, total)
     return None
+
+
+def unfinished(task: Task, group: Group) -> Task:
+    """`task` with only those of its cells that no job has finished. A person may run an old script
+    again; what is done must not be trained anew."""
+    done = group.broadcast(counted_cells(task.paths.counts) if group.is_main else None)
+    cells = tuple(cell for cell in task.cells if cell.signature not in done)
+    if group.is_main and len(cells) < len(task.cells):
+        left = f"the other {len(cells)} go on" if cells else "there is nothing to do"
+        number = len(task.cells) - len(cells)
+        print(f"{task.name}: {number} cells are done already; {left}", file=sys.stderr, flush=True)
+    return task.model_copy(update={"cells": cells})
 
 
 def make_trainees(

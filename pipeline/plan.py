@@ -55,16 +55,22 @@ def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
     number). A bundle does not go before its backbone."""
     if room is None or len(plan.pretrain) + len(plan.bundles) <= room:
         return plan, Plan((), ())
-    pretrain = plan.pretrain[:room]
-    held = {task.cells[0].backbone_key for task in plan.pretrain[room:]}
-    ready = [task for task in plan.bundles if not _awaits(task, held)][: room - len(pretrain)]
-    rest = tuple(task for task in plan.bundles if task not in ready)
-    return Plan(pretrain, tuple(ready)), Plan(plan.pretrain[room:], rest)
+    pretrain, later = plan.pretrain[:room], plan.pretrain[room:]
+    ready = without_waiting(plan, {task.cells[0].backbone_key for task in later}).bundles
+    now = ready[: room - len(pretrain)]
+    rest = tuple(task for task in plan.bundles if task not in now)
+    return Plan(pretrain, now), Plan(later, rest)
 
 
-def _awaits(task: Task, backbones: Collection[str]) -> bool:
-    cell = task.cells[0]
-    return cell.protocol.weights == "pretrain" and cell.backbone_key in backbones
+def without_waiting(plan: Plan, backbones: Collection[str]) -> Plan:
+    """`plan` without the bundles that wait for one of `backbones`, by their keys."""
+    bundles = [
+        task
+        for task in plan.bundles
+        if task.cells[0].protocol.weights != "pretrain"
+        or task.cells[0].backbone_key not in backbones
+    ]
+    return Plan(plan.pretrain, tuple(bundles))
 
 
 def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, list[Cell]]]:

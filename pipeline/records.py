@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
@@ -23,7 +24,8 @@ class Submitted:
     """One task of a submission, or a stage beside training (`kind` is then its name).
 
     job: what it became, "" if the submission ended before the queue answered. held: why it was not
-    sent at all, for one that the next submission is to send.
+    sent at all, for one that the next submission is to send. A task of a batch script is an
+    `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`.
     """
 
     task: str
@@ -32,24 +34,28 @@ class Submitted:
     backbone: str = ""
     job: str = ""
     held: str = ""
+    script: str = ""
+    element: int = 0
+
+    @classmethod
+    def of(cls, task: Task, **more: Any) -> Submitted:
+        """What a task is before it is sent."""
+        backbone = task.cells[0].backbone_key if task.kind == PRETRAIN else ""
+        cells = tuple(cell.signature for cell in task.cells)
+        return cls(task.name, task.kind, cells, backbone, **more)
 
 
 class Submission:
     """The record of one submission, on disk after every change."""
 
     def __init__(self, run: RunPaths) -> None:
-        self.token = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        self._path = run.submitted / f"{self.token}.json"
+        self._path = record_path(run, new_token())
         self._tasks: dict[str, Submitted] = {}
 
     def plan(self, tasks: Sequence[Task], held: Sequence[Task] = (), why: str = "") -> None:
         """Note tasks that are about to be sent, and others that are not, and why."""
-        for task in (*tasks, *held):
-            backbone = task.cells[0].backbone_key if task.kind == PRETRAIN else ""
-            cells = tuple(cell.signature for cell in task.cells)
-            self._tasks[task.name] = Submitted(task.name, task.kind, cells, backbone)
-        for task in held:
-            self._tasks[task.name] = replace(self._tasks[task.name], held=why)
+        self._tasks |= {task.name: Submitted.of(task) for task in tasks}
+        self._tasks |= {task.name: Submitted.of(task, held=why) for task in held}
         self.write()
 
     def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
@@ -61,12 +67,26 @@ class Submission:
 
     def write(self) -> None:
         """Put it on disk as it is."""
-        tasks = [asdict(task) for task in self._tasks.values()]
-        write_json(self._path, {"token": self.token, "tasks": tasks})
+        write_tasks(self._path, self._tasks.values())
 
     def jobs(self, *kinds: str) -> list[str]:
         """The ids of the jobs of these kinds that were sent."""
         return [task.job for task in self._tasks.values() if task.job and task.kind in kinds]
+
+
+def new_token() -> str:
+    """A name for a record, later than those before."""
+    return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+
+
+def record_path(run: RunPaths, token: str) -> Path:
+    """Where the record of that name lies."""
+    return run.submitted / f"{token}.json"
+
+
+def write_tasks(path: Path, tasks: Iterable[Submitted]) -> None:
+    """Write the record of a submission."""
+    write_json(path, {"token": path.stem, "tasks": [asdict(task) for task in tasks]})
 
 
 def submissions(run: RunPaths) -> Iterator[Submitted]:

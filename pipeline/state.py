@@ -19,6 +19,7 @@ from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
 from pipeline.grid import Grid
 from pipeline.records import BUNDLE, PRETRAIN, Submitted, json_files, submissions
+from pipeline.script_jobs import candidates, job_of, noted_arrays
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "missing")
@@ -72,19 +73,23 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = ()) -> Survey:
     sent = list(submissions(grid.run))
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
     stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN)}  # the last of each
-    asked = {task.job for task in open_tasks if task.job}
+    arrays = noted_arrays(grid.run.submitted)
+    asked = {job for task in open_tasks for job in _jobs_of(task, arrays)}
     jobs = queue.look(asked.union(stages.values(), also) - {""})
+    open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     active = {
         t
         for t in open_tasks
         if jobs.get(t.job, GONE).state != "gone"
-        or not (queue.gone_is_certain or _heart_stopped(beats[t.task]))
+        or not (_gone_is_certain(t, queue) or _heart_stopped(beats[t.task]))
     }
     steps: dict[str, int] = {}
     for key in {c.bundle_key for c in grid.cells if c.signature not in done}:
         steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
-    latest = {cell: task for task in open_tasks for cell in task.cells if task.kind == BUNDLE}
+    # those that work come last: a person may have started an older script than the last written
+    by_work = sorted(open_tasks, key=lambda task: task in active)
+    latest = {cell: task for task in by_work for cell in task.cells if task.kind == BUNDLE}
     states = []
     for cell in grid.cells:
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
@@ -131,6 +136,23 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
         if any(cell["signature"] not in done for cell in index.cells)  # else counted anew
     ]
     return done, problems
+
+
+def _jobs_of(task: Submitted, arrays: Mapping[str, list[str]]) -> list[str]:
+    """The jobs that a task may have become, newest first."""
+    return [task.job] if task.job else candidates(task.script, task.element, arrays)
+
+
+def _with_job(
+    task: Submitted, arrays: Mapping[str, list[str]], jobs: Mapping[str, JobState], queue: Queue
+) -> Submitted:
+    found = _jobs_of(task, arrays)
+    return replace(task, job=job_of(found, lambda job: jobs[job].state != "gone", queue.log_files))
+
+
+def _gone_is_certain(task: Submitted, queue: Queue) -> bool:
+    """Of a script's job the queue may know nothing: its site's Slurm may not be the queue here."""
+    return queue.gone_is_certain and not (task.script and task.job)
 
 
 def _is_open(task: Submitted, done: Mapping[str, Any], run: RunPaths) -> bool:
@@ -193,4 +215,6 @@ def _unfinished(
     error = last_error(queue.log_files(task.job)) if task.job else None
     if error and names_error(error):
         return replace(known, state="failed", why=error)
-    return replace(known, state="interrupted" if beat else "missing", step=state.step)
+    unseen = task.script and not task.job and not beat
+    why = "its script has not started" if unseen else ""
+    return replace(known, state="interrupted" if beat else "missing", step=state.step, why=why)

@@ -1,6 +1,7 @@
 """Submit the stages of a grid: pack its data sets, train what is missing, reduce, report.
 
     python -m pipeline.submit {prep,grid,reduce,report,all} [CONFIG]
+    python -m pipeline.submit {...} [CONFIG] --script DIR    batch scripts for sbatch instead
 
 Running `grid` again submits what is missing and resumes what was interrupted. Without CONFIG it is
 $LOSSGRID_CONFIG, or ./lossgrid.toml.
@@ -9,6 +10,7 @@ $LOSSGRID_CONFIG, or ./lossgrid.toml.
 from __future__ import annotations
 
 import fcntl
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from data_prep.manifest import MANIFEST
 from hpc.atomic import write_bytes
 from hpc.call import ModuleCall
 from hpc.command import UserError, argument_parser, one_line, run
+from hpc.config import user_path
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
@@ -27,8 +30,10 @@ from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, read_grid
-from pipeline.plan import Plan, make_plan, split
-from pipeline.records import Submission
+from pipeline.plan import Plan, make_plan, split, without_waiting
+from pipeline.records import Submission, new_token
+from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
+from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_plan, describe_survey
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
@@ -45,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
+    parser.add_argument("--script", metavar="DIR", help="write scripts to submit by hand instead")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
     parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
@@ -52,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.step_seconds is not None and not 0 < arguments.step_seconds < 1e6:
         parser.error("--step-seconds must be a number of seconds above 0")
+    if arguments.script is not None and arguments.wait:
+        parser.error("--wait: scripts start no jobs that one could wait for")
+    scripts = None if arguments.script is None else user_path(arguments.script, "--script")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
@@ -59,6 +68,11 @@ def main(argv: Sequence[str]) -> int:
         state, forecast = survey(grid, queue), Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
         check(grid, stages)  # after the plan: it can be looked at before its data are there
+        if scripts:
+            check_folder(scripts, grid)
+        return 0
+    if scripts:
+        write_scripts(grid, queue, stages, scripts)
         return 0
     jobs = submit(grid, queue, stages)
     if not arguments.wait:
@@ -92,9 +106,8 @@ def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[st
     no room for more, the stages that are not there, and perhaps some of a grid's tasks, are held
     back."""
     check(grid, stages)  # a refused submission leaves no run directory
-    restrict_umask(grid.cluster.group)
-    with one_at_a_time(grid.run.root, grid.cluster.group):
-        config, record = _keep_config(grid), Submission(grid.run)
+    with submission(grid) as config:
+        record = Submission(grid.run)
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
         for stage in stages:
@@ -157,6 +170,39 @@ def submit_grid(
 _HELD = "you may have no more jobs in the queue; run it again when there is room"
 
 
+def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path) -> None:
+    """As `submit`, but into batch scripts in `folder`, which a person sends."""
+    check(grid, stages)
+    check_folder(folder, grid)  # a refusal leaves no run directory
+    with submission(grid):
+        for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs
+            private_folder(place, grid.cluster.group)
+        plan = _plan_of_scripts(grid, queue) if "grid" in stages else Plan((), ())
+        wanted = parts(stages, plan.pretrain, plan.bundles, most_in_an_array(queue))
+        if not wanted:
+            return print("nothing is left to submit, so no script was written")
+        token, tasks = new_token(), [*plan.pretrain, *plan.bundles]
+        for task in tasks:
+            write_task(task)
+        write_record(grid, token, wanted, tasks)
+        site = Site(grid.cluster, Path.cwd(), grid.run.root.absolute(), grid.name, token)
+        write_folder(folder, render(site, wanted))
+    send = one_line(shlex.quote(str(folder / SUBMIT)))
+    return print(f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} sends all")
+
+
+def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
+    state = survey(grid, queue)
+    describe_survey(grid, state)
+    plan = plan_of(grid, state)
+    ready = without_waiting(plan, state.pretraining)
+    check_room(grid, [cell for task in ready.bundles for cell in task.cells])
+    if left_out := len(plan.bundles) - len(ready.bundles):
+        jobs = ", ".join(sorted(set(state.pretraining.values())))
+        print(f"{left_out} jobs are left out until {jobs} has trained their backbone")
+    return ready
+
+
 def plan_of(grid: Grid, state: Survey, forecast: Forecast | None = None) -> Plan:
     """The tasks for all cells that are neither done, failed for good, nor on their way."""
     wanted = state.held + [
@@ -195,6 +241,14 @@ def _send(
     jobs = queue.submit(calls, grid.cluster.training(), f"{grid.name}-{tasks[0].kind}", after)
     record.sent([task.name for task in tasks], jobs)
     return jobs
+
+
+@contextmanager
+def submission(grid: Grid) -> Iterator[Path]:
+    """What writes into the run directory of a grid to submit it. Yields the copy of its file."""
+    restrict_umask(grid.cluster.group)
+    with one_at_a_time(grid.run.root, grid.cluster.group):
+        yield _keep_config(grid)
 
 
 @contextmanager

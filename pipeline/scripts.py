@@ -1,0 +1,210 @@
+"""A plan -> batch scripts, for sites where people run `sbatch` themselves. Pure functions.
+
+The tasks of an array stand in its script and not in a file beside it: Slurm keeps a copy of the
+script, so elements that still wait go on meaning the same when scripts are written anew.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc import sbatch
+from hpc.command import one_line
+from hpc.profile import ClusterProfile, Resources
+from jobs.task import Task
+
+MARK = "# Written by lossgrid"
+SUBMIT = "submit.sh"
+# Slurm refuses scripts of more than 4 MB, whatever arrays the site allows
+MOST_TASKS = 10_000
+
+_PROGRAMS = {
+    "prep": "data_prep.pack",
+    "pretrain": "jobs.pretrain",
+    "train": "jobs.train",
+    "reduce": "pipeline.reduce",
+    "report": "pipeline.report",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where scripts run: the cluster, the working directory, the run directory (absolute), and the
+    name of the grid. `token` is that of the record that lists their tasks."""
+
+    profile: ClusterProfile
+    folder: Path
+    run: Path
+    grid: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One script: a stage, or some tasks of `pretrain` or `train`, each with a remark. `name` is
+    its file's, without suffix."""
+
+    stage: str
+    name: str
+    tasks: Sequence[tuple[str, str]] = ()
+
+
+def parts(
+    stages: Sequence[str], pretrain: Sequence[Task], bundles: Sequence[Task], size: int
+) -> list[Part]:
+    """The scripts for `stages` in the order of their work; no array has more than `size` tasks."""
+    found = []
+    for stage in stages:
+        if stage == "grid":
+            found += _arrays("pretrain", pretrain, size) + _arrays("train", bundles, size)
+        else:
+            found.append(Part(stage, stage))
+    return found
+
+
+def _arrays(stage: str, tasks: Sequence[Task], size: int) -> list[Part]:
+    size = min(size, MOST_TASKS)
+    starts = range(0, len(tasks), size)
+    return [
+        Part(stage, f"{stage}-{number}" if start else stage,
+             [(task.name, _remark(task)) for task in tasks[start : start + size]])
+        for number, start in enumerate(starts, start=1)
+    ]  # fmt: skip
+
+
+def _remark(task: Task) -> str:
+    first = task.cells[0]
+    if task.kind == "pretrain":
+        return f"the backbone of {one_line(first.dataset)}"
+    cells = "1 cell" if len(task.cells) == 1 else f"{len(task.cells)} cells"
+    return f"{cells} of {one_line(first.dataset)}, seed {first.seed}"
+
+
+def render(site: Site, scripts: Sequence[Part]) -> dict[str, str]:
+    """The text of every file by its name; `submit.sh`, which sends the others, comes last."""
+    files = {f"{part.name}.sbatch": script(site, part) for part in scripts}
+    return files | {SUBMIT: _submit_script(site, scripts)}
+
+
+def script(site: Site, part: Part) -> str:
+    """One batch script. Its logs are called what `grid` calls those of its jobs."""
+    array = bool(part.tasks)
+    what = f"{len(part.tasks)} tasks" if array else f"stage {part.stage}"
+    log = "%A_%a_{}_log" if array else "%j_{}_log"
+    lines = [
+        "#!/bin/bash",
+        f"{MARK}. Run it with `sbatch {part.name}.sbatch`, as often as you like: work goes",
+        "# on where it was, and what is done is left alone.",
+        f"# grid: {one_line(site.grid)}, {what}",
+        *sbatch.directives(_options(site, part, log.format(0))),
+        "",
+        *([f"tasks=({''.join(_row(*task) for task in part.tasks)}\n)"] if array else []),
+        f"run={_quoted(site.run)}",
+        "",
+        f"cd -- {_quoted(site.folder)} || exit 1",
+        _umask(site.profile),
+        *site.profile.setup_lines(),
+        "",
+    ]
+    if array:
+        element = "${SLURM_ARRAY_TASK_ID:?run this script with sbatch}"
+        lines += [
+            f"task=${{tasks[{element}]:?the script has no such task}}",
+            "# from this pipeline.status knows which jobs these are",
+            _note(site, part, "$SLURM_ARRAY_JOB_ID"),
+            "",
+        ]
+    return "\n".join([*lines, *_srun(site, part, log.format("%t"))]) + "\n"
+
+
+def _row(task: str, remark: str) -> str:
+    return f"\n    {task}  # {remark}"
+
+
+def _options(site: Site, part: Part, log: str) -> dict[str, Any]:
+    given = sbatch.options(site.profile, _resources(site.profile, part), f"{site.grid}-{part.name}")
+    path = site.run / "logs" / log
+    given |= {"output": f"{path}.out", "error": f"{path}.err", "open_mode": "append"}
+    if part.tasks:
+        last, together = len(part.tasks) - 1, site.profile.array_parallelism
+        given["array"] = f"0-{last}%{min(last + 1, together)}"
+        given["signal"] = f"USR2@{site.profile.lead_seconds}"  # the other stages do not listen
+    return given | sbatch.free_options(site.profile)
+
+
+def _resources(profile: ClusterProfile, part: Part) -> Resources:
+    if part.tasks:
+        return profile.training()
+    return profile.reducing() if part.stage == "reduce" else profile.single()
+
+
+def _srun(site: Site, part: Part, log: str) -> list[str]:
+    words = shlex.join(["srun", *sbatch.srun_options(site.profile, _resources(site.profile, part))])
+    what = "tasks/$task.json" if part.tasks else "grid.toml"
+    return [
+        f"{words} \\",
+        f'    --output="$run/logs/{log}.out" --error="$run/logs/{log}.err" \\',
+        f'    {site.profile.python_command()} -m {_PROGRAMS[part.stage]} "$run/{what}"',
+    ]
+
+
+def _umask(profile: ClusterProfile) -> str:
+    """As `hpc.private.restrict_umask`: whoever could change a run's files could run code."""
+    return "umask u=rwx,g=rwx,o=" if profile.group else "umask go-w"
+
+
+def _note(site: Site, part: Part, job: str) -> str:
+    return f': >"$run/submitted/{note_name(site.token, part)}.{job}"'
+
+
+def note_name(token: str, part: Part) -> str:
+    """What the notes of a script's jobs are called, before the job's id."""
+    return f"{token}-{part.name}"
+
+
+def _submit_script(site: Site, scripts: Sequence[Part]) -> str:
+    variables = {part.name: part.name.replace("-", "_") for part in scripts}
+    lines = [
+        "#!/bin/bash",
+        f"{MARK}. It sends the scripts of this folder to Slurm, each to start when those",
+        "# before it have ended, however they ended.",
+        f"# grid: {one_line(site.grid)}",
+        "set -euo pipefail",
+        'cd -- "$(dirname -- "${BASH_SOURCE[0]}")"',
+        f"run={_quoted(site.run)}",
+        "",
+        "send() {  # SCRIPT [JOB:JOB:...]: sends it, to start when those jobs have ended",
+        "    local job",
+        '    job=$(sbatch --parsable ${2:+"--dependency=afterany:$2"} "$1") || return',
+        "    job=${job%%;*}  # where there are several clusters, its name comes behind",
+        '    echo "$1: job $job" >&2',
+        '    echo "$job"',
+        "}",
+        "",
+    ]
+    after = _order(scripts)
+    for part in scripts:
+        jobs = ":".join(f"${variables[name]}" for name in after[part.name])
+        needs = f' "{jobs}"' if jobs else ""
+        lines.append(f"{variables[part.name]}=$(send {part.name}.sbatch{needs})")
+        if part.tasks:
+            lines.append(_note(site, part, f"${variables[part.name]}"))
+    return "\n".join(lines) + "\n"
+
+
+def _order(scripts: Sequence[Part]) -> Mapping[str, list[str]]:
+    """The scripts that each one waits for: all of the stage before."""
+    stages = list(dict.fromkeys(part.stage for part in scripts))
+    before = dict(zip(stages, ["", *stages], strict=False))
+    return {
+        part.name: [other.name for other in scripts if other.stage == before[part.stage]]
+        for part in scripts
+    }
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
