@@ -31,6 +31,7 @@ def stop_request() -> Iterator[StopRequest]:
     Replaces submitit's handlers, which act on rank 0 alone."""
     request = StopRequest()
     before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # one that came before waits there
     try:
         yield request
     finally:
