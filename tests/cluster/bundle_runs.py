@@ -3,8 +3,10 @@ undisturbed run that it must equal."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tomllib
 from pathlib import Path
 
 from data_prep.pack import pack
@@ -32,11 +34,8 @@ def pack_streets(folder: Path) -> str:
     return str(folder)
 
 
-def bundle_grid(
-    folder: Path, data: str, cluster: str = "", seconds: float = CHECKPOINT_SECONDS
-) -> Grid:
-    """A grid of one bundle that is checkpointed every so many seconds; `cluster` are lines of its
-    table of that name."""
+def bundle_grid(folder: Path, data: str) -> Grid:
+    """A grid of one bundle that is checkpointed every `CHECKPOINT_SECONDS`."""
     folder.mkdir(parents=True)
     path = grid_file(
         folder,
@@ -46,8 +45,10 @@ def bundle_grid(
         ("train = 6\nval = 3\nsize = [32, 40]", f"train = {IMAGES}\nval = 5\nsize = [40, 56]"),
         ("epochs = 2", f"epochs = {EPOCHS}"),
         ("batch_size = 2", f"batch_size = {BATCH_SIZE}"),
-        ("threads = 1\n", f"threads = 1\nworkers = 1\ncheckpoint_minutes = {seconds / 60}\n"),
-        ('kind = "local"\n', cluster),
+        (
+            "threads = 1\n",
+            f"threads = 1\nworkers = 1\ncheckpoint_minutes = {CHECKPOINT_SECONDS / 60}\n",
+        ),
     )
     return read_grid(path)
 
@@ -68,18 +69,25 @@ def undisturbed(cluster: Cluster, folder: Path, data: str) -> dict:
 class BundleRun:
     """The bundle on the cluster: submitted by `grid`, slow until `hurry`."""
 
-    def __init__(self, cluster: Cluster, grid: Grid, pause: float = 0.5) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, data: str, pause: float = 0.5, **profile: object
+    ) -> None:
+        """Seconds of a pause in every step, and keys of the profile that are not as usual."""
         self.cluster = cluster
-        self.grid = grid
-        self.run: RunPaths = grid.run
+        self.grid = bundle_grid(folder, data)
+        self.run: RunPaths = self.grid.run
         self._pause = pause
+        self._profile = folder / "profile.toml"
+        table = {**tomllib.loads(PROFILE.read_text()), **profile}
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items()]
+        self._profile.write_text("".join(lines))
 
     def submit(self) -> str:
         """Submit what is missing of the grid; the job's id."""
         self.run.root.mkdir(exist_ok=True, mode=0o700)
         (self.run.root / PAUSE).write_text(str(self._pause))
         command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
-        said = self.cluster.answer(*command, "--cluster", PROFILE)
+        said = self.cluster.answer(*command, "--cluster", self._profile)
         assert "submitted 1 jobs for 2 cells" in said
         return list(submissions(self.run))[-1].job
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any
 
 import pytest
 
-from tests.cluster.bundle_runs import BundleRun, bundle_grid, pack_streets, undisturbed
+from tests.cluster.bundle_runs import BundleRun, pack_streets, undisturbed
 from tests.cluster.slurm_cluster import Cluster, why_no_cluster
 
 NUM_NODES = 4
@@ -41,13 +42,13 @@ def expected(cluster, streets_on_cluster) -> dict:
 
 @pytest.fixture(scope="session")
 def new_bundle(cluster, streets_on_cluster) -> Iterator[Callable[..., BundleRun]]:
-    """A function that makes a run of the bundle; its arguments are lines of the [cluster] table,
-    and what `BundleRun` takes. Jobs that a test left are cancelled."""
+    """A function that makes a run of the bundle, with what else `BundleRun` takes. Jobs that a test
+    left are cancelled."""
     numbers = count()
 
-    def make(lines: str = "", **options: float) -> BundleRun:
-        grid = bundle_grid(cluster.runs / f"bundle{next(numbers)}", streets_on_cluster, lines)
-        return BundleRun(cluster, grid, **options)
+    def make(**options: Any) -> BundleRun:
+        folder = cluster.runs / f"bundle{next(numbers)}"
+        return BundleRun(cluster, folder, streets_on_cluster, **options)
 
     yield make
     cluster.command("scancel", "--user=root")
@@ -56,15 +57,14 @@ def new_bundle(cluster, streets_on_cluster) -> Iterator[Callable[..., BundleRun]
 @pytest.fixture
 def bundle(new_bundle) -> BundleRun:
     """On half of the cluster, so that whoever wants its nodes disturbs nobody else's."""
-    return new_bundle('exclude = "n[3-4]"\n')
+    return new_bundle(exclude="n[3-4]")
 
 
 @pytest.fixture(scope="session")
 def time_limited(new_bundle) -> tuple[BundleRun, str]:
     """The bundle with a time limit that it cannot keep, submitted, and its job. Slurm looks at
     limits twice a minute, so that it gets 18 to 48 seconds at a time."""
-    lines = 'exclude = "n[1-2]"\nminutes = 1\nlead_seconds = 12\n'
-    run = new_bundle(lines, pause=4.0)
+    run = new_bundle(pause=4.0, exclude="n[1-2]", minutes=1, lead_seconds=12)
     return run, run.submit()
 
 

@@ -112,6 +112,11 @@ class Cluster:
         listed = self.job(job_id)["NodeList"]
         return self.answer("scontrol", "show", "hostnames", listed).split()
 
+    @staticmethod
+    def jobs_of(logs: Path) -> list[str]:
+        """The ids of all jobs whose logs are in a run's folder."""
+        return sorted({path.name.partition("_")[0] for path in logs.glob("*_0_log.out")}, key=int)
+
     def sbatch(self, script: str, *options: str) -> str:
         """Submit a shell script; its job's id."""
         log = f"--output={self.runs}/sbatch-%j.log"

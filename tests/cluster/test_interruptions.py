@@ -22,6 +22,10 @@ def assert_no_step_was_redone(bundle):
     assert all(step > 0 for step in bundle.resumed_at[1:])
 
 
+def is_alive(process):
+    return lives(Path(f"/proc/{process.pid}"))
+
+
 def test_preempted_by_an_urgent_job(cluster, bundle, expected):
     job = bundle.submit()
     bundle.wait_for_checkpoint()
@@ -65,8 +69,8 @@ def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, bundle, expected):
         what = number.name if rank == 0 else "another rank's signal"
         assert f"stopped by {what} after step" in bundle.log()
         until(lambda: cluster.job(job)["Restarts"] == str(times + 1), bundle.log)  # noqa: B023
-        left = [p for p in processes if lives(Path(f"/proc/{p.pid}"))]
-        assert not left, "what a start began ends with it"
+        # ranks, their loaders, and what started them
+        until(lambda: not any(map(is_alive, processes)), f"all of {processes} ended")  # noqa: B023
     found = bundle.finish(job)
     assert len(bundle.starts) == len(strikes) + 1
     assert_no_step_was_redone(bundle)
