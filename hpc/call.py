@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from hpc.command import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.preempt import keep_notice
 
 _ERROR_PREFIX = "error: "
 _TAIL_BYTES = 16384
@@ -52,13 +52,7 @@ def _drop_submitit_handlers() -> None:
     # there is nothing to save. A job that sets none may use its time to the end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    # a time limit's notice that comes while the job starts waits for them; ignored it would be lost
-    signal.signal(signal.SIGUSR2, _notice_unread)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-
-
-def _notice_unread(_number: int, _frame: FrameType | None) -> None:
-    """A job that sets no handlers of its own goes on."""
+    keep_notice()
 
 
 def last_error(logs: Iterable[Path]) -> str | None:
