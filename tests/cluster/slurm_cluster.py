@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 PROFILE = REPOSITORY / "configs/clusters/test-cluster.toml"
 PYTHON = sys.executable
 _PROGRAM = Path(__file__).with_name("cluster")
-_PATIENCE = 120.0  # seconds
+_PATIENCE = 300.0  # seconds; a busy machine takes its time to start four ranks
 _POLL = 0.05
 
 
