@@ -48,6 +48,9 @@ class Cluster:
         conf = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY)}
         self.environ = {**kept, **ours, **conf}
         self._spaces = f"lg{number}-"
+        if self.folder.exists():  # of a test run that was killed
+            self.do("down")
+            shutil.rmtree(self.folder)
         self.do("up", str(nodes))
         self.runs.mkdir()
 
