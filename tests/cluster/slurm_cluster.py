@@ -92,7 +92,7 @@ class Cluster:
         say."""
         return subprocess.run(
             list(map(str, words)), cwd=cwd or self.runs, env={**self.environ, **environ},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
 
     def answer(self, *words: object, **environ: str) -> str:
