@@ -1,12 +1,13 @@
 # make demo    run the whole pipeline on the built-in data set (a few minutes on 2 cores)
 # make test    lint, type check, tests
-# Both set up .venv first; a second run reuses it.
+# make cluster start a Slurm cluster of 4 nodes on this machine, as root
+# demo and test set up .venv first; a second run reuses it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test lint venv cluster clean
 
 demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
@@ -20,6 +21,14 @@ lint: $(READY)
 	$(BIN)/mypy
 
 venv: $(READY)
+
+cluster:
+	@tests/cluster/cluster up 4
+	@echo "4 nodes are up, in the partitions batch and urgent. To use them:"
+	@echo "    $$(tests/cluster/cluster env)"
+	@echo "    sinfo"
+	@echo "    .venv/bin/python -m pipeline.submit all configs/demo.toml --cluster test-cluster"
+	@echo "Fail and revive nodes with tests/cluster/cluster; 'tests/cluster/cluster down' ends it all."
 
 # The stamp is made last, so that an interrupted installation is taken up again.
 $(READY): pyproject.toml constraints.txt

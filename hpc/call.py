@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.command import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.preempt import keep_notice
 
 _ERROR_PREFIX = "error: "
 _TAIL_BYTES = 16384
@@ -51,7 +52,7 @@ def _drop_submitit_handlers() -> None:
     # there is nothing to save. A job that sets none may use its time to the end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    keep_notice()
 
 
 def last_error(logs: Iterable[Path]) -> str | None:

@@ -25,11 +25,23 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number)
 
 
+_early = StopRequest()
+
+
+def keep_notice() -> None:
+    """Until the job listens, keep a time limit's notice for it, which comes once. Blocking the
+    signal would not do: libraries have threads by then that do not block it. One that no job
+    listens for changes nothing."""
+    _early.signal = None
+    signal.signal(signal.SIGUSR2, _early._note)
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Listen for USR2 (time limit ahead), TERM (preemption, cancel) and INT inside the block.
-    Replaces submitit's handlers, which act on rank 0 alone."""
+    Replaces submitit's handlers, which act on rank 0 alone. What `keep_notice` kept counts too."""
     request = StopRequest()
+    request.signal = _early.signal
     before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
     try:
         yield request

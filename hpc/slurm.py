@@ -169,8 +169,8 @@ def requeue(job_id: str) -> bool:
     SIGTERM, and SIGKILL some seconds later. `job_id` is `ARRAY_TASK` for an array's element: the
     raw id of its last element is the array's, and would requeue them all.
 
-    Returns False, with nothing done, for a job that Slurm is ending already: a preempted one Slurm
-    requeues itself, and a cancelled one would rise from the dead.
+    Returns False, with nothing done, for a job that Slurm is ending already: a cancelled one would
+    rise from the dead. One that is being preempted counts as running until its grace is over.
     """
     if _answer(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]).strip() != "RUNNING":
         return False

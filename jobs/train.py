@@ -28,7 +28,7 @@ from hpc import checkpoint, slurm
 from hpc.command import argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
-from hpc.preempt import StopRequest, signal, stop_request
+from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
 from jobs.batches import TrainingBatches, load_steps
 from jobs.cell import Cell
@@ -272,13 +272,14 @@ def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBa
 
 
 def leave(job: Run, step: int, total: int) -> None:
-    """After a stop: all is saved; hand the job back to Slurm if its time was up."""
+    """After a stop: all is saved; hand the job back to Slurm."""
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
     job.say(f"stopped by {name} after step {step} of {total}; run grid again to resume")
     env = job.group.env
-    # preempted jobs are requeued by Slurm itself, cancelled ones by nobody
-    if job.group.is_main and env.job_id and job.stop.signal is signal.SIGUSR2:
+    # also a preempted job, which Slurm requeues only if it has not ended before its grace does; one
+    # that was cancelled is refused
+    if job.group.is_main and env.job_id:
         slurm.requeue(env.job_id)
 
 

@@ -1,11 +1,14 @@
 """A job is a module's name and strings; its failure is one line that can be found again."""
 
+import os
 import pickle
 import signal
+import threading
 
 import pytest
 
 from hpc.call import ModuleCall, last_error
+from hpc.preempt import keep_notice, stop_request
 
 PROGRAM = """
 import sys
@@ -29,6 +32,8 @@ def program(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    keep_notice()  # forgets one of an earlier test
+    signal.signal(signal.SIGUSR2, handlers[signal.SIGUSR2])
 
 
 def call(*arguments):
@@ -63,7 +68,16 @@ def test_submitits_signal_handlers_are_gone():
     signal.signal(signal.SIGTERM, lambda *_: None)
     call("x")()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
+
+
+def test_a_time_limits_notice_waits_for_the_jobs_own_handlers():
+    call("x")()
+    thread = threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    thread.start()  # while torch is imported, say
+    thread.join()
+    with stop_request() as stop:
+        assert stop.signal is signal.SIGUSR2
+    os.kill(os.getpid(), signal.SIGUSR2)  # after the last step it changes nothing
 
 
 def test_the_error_is_found_among_what_the_launcher_adds(tmp_path):

@@ -231,6 +231,19 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
     assert bool(list(task.paths.counts.glob("*.h5"))) == (module is counts_file)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, None])
+def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, number):
+    """Whatever stopped it, on whichever rank: Slurm knows if the job was cancelled."""
+    _, task = two_starts
+    newest = Run(task, two_starts[0].group, StopRequest(), {})
+    newest.stop.signal = number
+    handed_back = []
+    monkeypatch.setattr(train.slurm, "requeue", handed_back.append)
+    newest.group.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
+    train.leave(newest, 3, 20)
+    assert handed_back == ["4711"]
+
+
 def test_a_stale_start_hands_no_job_back_to_slurm(two_starts, monkeypatch):
     stale, _ = two_starts
     stale.stop.signal = signal.SIGUSR2

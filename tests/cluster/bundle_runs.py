@@ -1,0 +1,138 @@
+"""One bundle of two cells on two nodes with two ranks each, trained slowly on the cluster; and the
+undisturbed run that it must equal."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from pathlib import Path
+
+from data_prep.pack import pack
+from data_prep.settings import parse_dataset
+from jobs.cell import RunPaths
+from pipeline.grid import Grid, read_grid
+from pipeline.state import submissions
+from tests.cluster.slow_training import PAUSE, steps_begun
+from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
+from tests.jobs.small_runs import is_done, results, steps_saved, task_of
+from tests.pipeline.grids import grid_file
+
+WORLD_SIZE = 4
+BATCH_SIZE = 4
+IMAGES = 11
+EPOCHS = 20
+TOTAL = EPOCHS * (IMAGES // BATCH_SIZE)
+CHECKPOINT_SECONDS = 2.0
+
+
+def pack_streets(folder: Path) -> str:
+    """A small data set, packed; its folder."""
+    table = {"source": "synthetic", "shards": str(folder), "val": 5, "size": [40, 56]}
+    pack("streets", parse_dataset("streets", {**table, "train": IMAGES}, "grid.toml"), processes=1)
+    return str(folder)
+
+
+def bundle_grid(folder: Path, data: str) -> Grid:
+    """A grid of one bundle that is checkpointed every `CHECKPOINT_SECONDS`."""
+    folder.mkdir(parents=True)
+    path = grid_file(
+        folder,
+        ("seeds = [0, 1]", "seeds = [0]"),
+        (', "deeplabv3_mobilenet_v3_large"', ""),
+        (f'shards = "{folder}/streets"', f'shards = "{data}"'),
+        ("train = 6\nval = 3\nsize = [32, 40]", f"train = {IMAGES}\nval = 5\nsize = [40, 56]"),
+        ("epochs = 2", f"epochs = {EPOCHS}"),
+        ("batch_size = 2", f"batch_size = {BATCH_SIZE}"),
+        (
+            "threads = 1\n",
+            f"threads = 1\nworkers = 1\ncheckpoint_minutes = {CHECKPOINT_SECONDS / 60}\n",
+        ),
+    )
+    return read_grid(path)
+
+
+def torchrun(cluster: Cluster, task: Path, program: str = "jobs.train") -> str:
+    """Train a task on this machine, without Slurm, with the ranks of the cluster's jobs."""
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone"]
+    return cluster.answer(*launcher, f"--nproc-per-node={WORLD_SIZE}", "-m", program, task)
+
+
+def undisturbed(cluster: Cluster, folder: Path, data: str) -> dict:
+    """The results of the bundle, trained from beginning to end by `torchrun`."""
+    grid = bundle_grid(folder, data)
+    torchrun(cluster, task_of(grid))
+    return results(grid.run)
+
+
+class BundleRun:
+    """The bundle on the cluster: submitted by `grid`, slow until `hurry`."""
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, data: str, pause: float = 0.5, **profile: object
+    ) -> None:
+        """Seconds of a pause in every step, and keys of the profile that are not as usual."""
+        self.cluster = cluster
+        self.grid = bundle_grid(folder, data)
+        self.run: RunPaths = self.grid.run
+        self._pause = pause
+        self._profile = folder / "profile.toml"
+        table = {**tomllib.loads(PROFILE.read_text()), **profile}
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items()]
+        self._profile.write_text("".join(lines))
+
+    def submit(self) -> str:
+        """Submit what is missing of the grid; the job's id."""
+        self.run.root.mkdir(exist_ok=True, mode=0o700)
+        (self.run.root / PAUSE).write_text(str(self._pause))
+        command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
+        said = self.cluster.answer(*command, "--cluster", self._profile)
+        assert "submitted 1 jobs for 2 cells" in said
+        return list(submissions(self.run))[-1].job
+
+    def hurry(self) -> None:
+        """No more pauses."""
+        (self.run.root / PAUSE).unlink()
+
+    @property
+    def steps_saved(self) -> list[int]:
+        return steps_saved(self.grid)
+
+    @property
+    def starts(self) -> list[list[int]]:
+        """The steps that each start has begun."""
+        return steps_begun(self.run.root)
+
+    def wait_for_checkpoint(self, beyond: int = 0) -> None:
+        """Until a checkpoint of a later step is there, and the bundle is still being trained."""
+        until(lambda: max(self.steps_saved, default=0) > beyond, self.log)
+        assert not is_done(self.grid), "the bundle ended before it was struck"
+
+    def finish(self, job: str) -> dict:
+        """The results, once the job has left the queue."""
+        self.hurry()
+        self.cluster.wait_until_gone(job)
+        assert is_done(self.grid), self.log()
+        return results(self.run)
+
+    def log(self) -> str:
+        """What rank 0 of all jobs and starts has written."""
+        return "".join(log.read_text() for log in sorted(self.run.logs.glob("*_0_log.err")))
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """The step at which each start began, from what it said."""
+        return [
+            int(n) for n in re.findall(r"(?:resuming|starting) at step (\d+)$", self.log(), re.M)
+        ]
+
+    @property
+    def stopped_after(self) -> list[int]:
+        """The step after which each announced stop came, from what was said."""
+        return [int(n) for n in re.findall(r"stopped by .* after step (\d+) of", self.log())]
+
+    def most_redone(self) -> int:
+        """How many steps can be begun in the interval between two checkpoints, since each takes at
+        least its pause."""
+        return math.ceil(CHECKPOINT_SECONDS / self._pause)

@@ -1,0 +1,112 @@
+"""A bundle on two nodes is stopped in every way a cluster has, and ends with the same bits."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from tests.cluster.bundle_runs import TOTAL
+from tests.cluster.slurm_cluster import until
+from tests.jobs.job_processes import lives
+from tests.jobs.small_runs import assert_all_same
+
+LIMITS_REACHED = 5
+
+
+def assert_no_step_was_redone(bundle):
+    """As after a stop that was announced: it saved the step it had reached."""
+    starts = bundle.starts
+    assert [step for steps in starts for step in steps] == list(range(TOTAL))
+    assert bundle.stopped_after == [steps[0] for steps in starts[1:]]
+    assert bundle.resumed_at == [steps[0] for steps in starts]
+    assert all(step > 0 for step in bundle.resumed_at[1:])
+
+
+def is_alive(process):
+    return lives(Path(f"/proc/{process.pid}"))
+
+
+def test_preempted_by_an_urgent_job(cluster, bundle, expected):
+    job = bundle.submit()
+    bundle.wait_for_checkpoint()
+    urgent = cluster.urgent(cluster.nodes_of(job))
+    cluster.wait_for_state(urgent, "COMPLETED")
+    found = bundle.finish(job)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert len(bundle.starts) == 2
+    assert "stopped by SIGTERM" in bundle.log()
+    assert_no_step_was_redone(bundle)
+    assert_all_same(found, expected)
+
+
+def test_cancelled_and_submitted_again(cluster, bundle, expected):
+    job = bundle.submit()
+    bundle.wait_for_checkpoint()
+    cluster.answer("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    until(lambda: "stopped by SIGTERM" in bundle.log(), bundle.log)
+    again = bundle.submit()
+    assert again != job
+    found = bundle.finish(again)
+    assert cluster.state(job) == "CANCELLED", "it rose from the dead"
+    assert len(bundle.starts) == 2
+    assert_no_step_was_redone(bundle)
+    assert_all_same(found, expected)
+
+
+def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, bundle, expected):
+    job = bundle.submit()
+    strikes = [(signal.SIGUSR2, 3), (signal.SIGTERM, 0), (signal.SIGINT, 2)]
+    for times, (number, rank) in enumerate(strikes):
+        bundle.wait_for_checkpoint(beyond=max(bundle.steps_saved, default=0))
+        processes = [p for node in cluster.nodes_of(job) for p in cluster.processes(job, node)]
+        ranks = {p.rank: p for p in processes if p.rank is not None}
+        assert sorted(ranks) == [0, 1, 2, 3]
+        loaders = [p for p in processes if p.is_loader]
+        assert len(loaders) == 4
+        ranks[rank].send(number)
+        until(lambda: len(bundle.stopped_after) == times + 1, bundle.log)  # noqa: B023
+        what = number.name if rank == 0 else "another rank's signal"
+        assert f"stopped by {what} after step" in bundle.log()
+        until(lambda: cluster.job(job)["Restarts"] == str(times + 1), bundle.log)  # noqa: B023
+        # ranks, their loaders, and what started them
+        until(lambda: not any(map(is_alive, processes)), f"all of {processes} ended")  # noqa: B023
+    found = bundle.finish(job)
+    assert len(bundle.starts) == len(strikes) + 1
+    assert_no_step_was_redone(bundle)
+    assert_all_same(found, expected)
+
+
+def test_a_node_that_fails_costs_one_checkpoint_interval_at_most(cluster, new_bundle, expected):
+    bundle = new_bundle()
+    job = bundle.submit()
+    bundle.wait_for_checkpoint()
+    node = cluster.nodes_of(job)[-1]
+    cluster.fail(node)
+    try:
+        until(lambda: cluster.job(job)["Restarts"] == "1", lambda: str(cluster.job(job)))
+        found = bundle.finish(job)
+    finally:
+        cluster.revive(node)
+    (first, second) = bundle.starts
+    resumed = second[0]
+    assert bundle.resumed_at == [0, resumed]
+    assert resumed > 0
+    assert first == list(range(len(first)))
+    assert second == list(range(resumed, TOTAL))
+    assert len(first) - resumed <= bundle.most_redone()
+    assert_all_same(found, expected)
+
+
+def test_a_time_limit_shorter_than_the_run(cluster, time_limited, expected):
+    bundle, job = time_limited
+    until(
+        lambda: int(cluster.job(job)["Restarts"]) >= LIMITS_REACHED,
+        lambda: f"{cluster.job(job)} {bundle.log()}",
+        seconds=600,
+    )
+    found = bundle.finish(job)
+    assert len(bundle.starts) > LIMITS_REACHED
+    assert bundle.log().count("stopped by SIGUSR2") == len(bundle.starts) - 1
+    assert_no_step_was_redone(bundle)
+    assert_all_same(found, expected)
