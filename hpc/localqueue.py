@@ -81,12 +81,16 @@ class LocalQueue:
         return ids
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
-        """The state of each job, from its files."""
-        return {job_id: JobState(self.tickets.state(job_id)) for job_id in ids}
+        """The state of each job, from its files; and of one that has ended, its outcome."""
+        return {job_id: self.tickets.look(job_id) for job_id in ids}
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
+
+    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+        """Nothing: `look` tells all that is known."""
+        return {}
 
     def room(self) -> None:
         """Any number of tickets may wait."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from hpc.atomic import read_json, write_json
+from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
 from hpc.private import private_folder
 
@@ -98,6 +98,19 @@ class Tickets:
             return "waiting"
         with self.path(job_id, "lock").open() as file:
             return "gone" if take_lock(file, fcntl.LOCK_SH) else "running"
+
+    def look(self, job_id: str) -> JobState:
+        """Its state; of one that has ended also its outcome: `cancelled` where that was asked for,
+        even if the job then ended well."""
+        state = self.state(job_id)
+        if state != "gone":
+            return JobState(state)
+        if self.path(job_id, "cancelled").exists():
+            return JobState(state, "cancelled")
+        try:
+            return JobState(state, read_json(self.path(job_id, "ended"))["outcome"])
+        except (Damaged, FileNotFoundError, KeyError):  # not recorded yet
+            return JobState(state)
 
 
 def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
