@@ -1,6 +1,6 @@
-"""How a job that is gone has ended, from what is left of it: the queue's last word, and the logs of
-its ranks. Neither alone is enough: Slurm soon forgets, accounting may be off, and a lost node writes
-nothing."""
+"""How a job that is gone has ended, from what is left of it: the queue's last word, and the logs
+of its ranks. Neither alone is enough: Slurm soon forgets, accounting may be off, and a lost node
+writes nothing."""
 
 from __future__ import annotations
 

@@ -61,9 +61,12 @@ class FakeQueue:
         self.recalled.append(sorted(ids))
         return {job: self.accounting[job] for job in ids if job in self.accounting}
 
+    def log(self, job_id: str) -> Path:
+        """Where the one rank of a job writes."""
+        return self._folder / f"{job_id}.err"
+
     def log_files(self, job_id: str) -> list[Path]:
-        path = self._folder / f"{job_id}.err"
-        return [path] if path.exists() else []
+        return [path] if (path := self.log(job_id)).exists() else []
 
     def ensure_runner(self) -> None:
         raise NotImplementedError
