@@ -30,6 +30,7 @@ from hpc.tickets import (
     Outcome,
     State,
     Tickets,
+    choose_gpus,
     processes,
     send,
     standard_input,
@@ -185,7 +186,7 @@ class Runner:
             if any(self.tickets.state(before) != "gone" for before in ticket["after"]):
                 return False
             taken = [gpu for other in running for gpu in self.tickets.gpus(other)]
-            self._start(job_id, ticket, _choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))
+            self._start(job_id, ticket, choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))
         except (OSError, UserError) as error:
             self._refuse(job_id, error)
             return False
@@ -275,14 +276,6 @@ def _python_command(job_id: str, ticket: dict[str, Any], gpus: Sequence[str]) ->
     if ticket["setup"]:
         words += ["bash", "-c", "\n".join([*ticket["setup"], 'exec "$0" "$@"'])]
     return shlex.join([*words, *shlex.split(ticket["python"])])
-
-
-def _choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:
-    """GPUs for a job: those that no other job has come first."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = [str(i) for i in range(wanted * jobs)] if visible is None else visible.split(",")
-    taken = set(taken)
-    return sorted(every, key=lambda gpu: gpu in taken)[:wanted]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -154,3 +154,11 @@ def send(number: int, to: Iterable[int]) -> None:
     for process in to:
         with suppress(ProcessLookupError):
             os.kill(process, number)
+
+
+def choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:
+    """GPUs for a job: those that no other job has come first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [str(i) for i in range(wanted * jobs)] if visible is None else visible.split(",")
+    taken = set(taken)
+    return sorted(every, key=lambda gpu: gpu in taken)[:wanted]

@@ -18,12 +18,13 @@ from pathlib import Path
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import open_queue
 from jobs.cell import Cell, RunPaths
+from pipeline.choice import unsent
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import cells_named
 from pipeline.records import cancellations
 from pipeline.show import TOO_LARGE
 from pipeline.state import NOT_FINITE, CellState, Survey, survey
-from pipeline.submit import check, plan_of, submit, unsent
+from pipeline.submit import check, plan_of, submit
 from pipeline.wait import wait_for
 
 _AGAIN = ("node failure", "preemption", "time limit", "killed", "unknown")

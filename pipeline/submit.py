@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,16 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
-from jobs.cell import Cell
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
+from pipeline.choice import Choice, to_do, unsent
 from pipeline.ended import granted
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.plan import Plan, make_plan, split
 from pipeline.records import Submission, cancellations
 from pipeline.show import describe_plan, describe_survey
-from pipeline.state import NOT_FINITE, Survey, survey
+from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
 
 STAGES = ("prep", "grid", "reduce", "report", "all")
@@ -58,10 +58,8 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
-        state, forecast = (
-            survey(grid, queue, accounting=True),
-            Forecast(grid, arguments.step_seconds),
-        )
+        state = survey(grid, queue, accounting=True)
+        forecast = Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
         check(grid, stages)  # after the plan: it can be looked at before its data are there
         return 0
@@ -91,27 +89,6 @@ def check(grid: Grid, stages: Sequence[str]) -> None:
         check_sources(grid)
     if "grid" in stages:
         check_inputs(grid, packed="prep" not in stages)
-
-
-Choice = Callable[[Survey], Sequence[Cell]]  # which cells to submit
-
-
-def to_do(state: Survey) -> list[Cell]:
-    """All cells that are neither done, failed for good, nor on their way."""
-    return state.held + [
-        cell.cell
-        for cell in state.cells
-        if cell.state in ("missing", "interrupted", "failed")
-        and cell.cause != NOT_FINITE
-        and state.fits(cell.cell)
-    ]
-
-
-def unsent(state: Survey) -> list[Cell]:
-    """Those that were not sent yet: what `--wait` sends as there is room. An error would come
-    again, and again."""
-    never = [c.cell for c in state.cells if (c.state, c.job, c.cause) == ("missing", "", "")]
-    return state.held + [cell for cell in never if state.fits(cell)]
 
 
 def submit(

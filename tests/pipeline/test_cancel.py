@@ -11,10 +11,11 @@ from hpc.command import UserError
 from pipeline import cancel as command
 from pipeline import status, wait
 from pipeline.cancel import cancel
+from pipeline.choice import unsent
 from pipeline.grid import Grid
 from pipeline.records import cancellations
 from pipeline.state import survey
-from pipeline.submit import submit, unsent
+from pipeline.submit import submit
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import beat, cells_of, save, words

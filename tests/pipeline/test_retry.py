@@ -11,9 +11,10 @@ from hpc.command import UserError, run
 from hpc.tickets import JobState
 from pipeline import retry
 from pipeline.cancel import cancel
+from pipeline.choice import unsent
 from pipeline.grid import Grid
 from pipeline.state import survey
-from pipeline.submit import plan_of, submit, unsent
+from pipeline.submit import plan_of, submit
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import (
