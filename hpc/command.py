@@ -33,6 +33,12 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def warn(text: str) -> None:
+    """A line on stderr that begins with `warning: `."""
+    sys.stderr.write(f"warning: {one_line(text)}\n")
+    sys.stderr.flush()
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Call `main(argv)` and leave the process: its return value or 0, 2 for a `UserError`,
     130 after Ctrl-C. The traceback of a `UserError` is shown only with `--debug`.

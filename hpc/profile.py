@@ -67,6 +67,7 @@ class ClusterProfile(Settings):
     setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
     python: str = ""  # the command that starts Python on a node; default: this interpreter
     mpi: str = ""  # srun --mpi: pmi2, pmix, ...; default: the site's
+    node_local: str = ""  # a folder on each node's own disk ($TMPDIR): data are copied there
     network_interface: str = ""  # which NCCL and gloo use: ib0, ...; default: they choose
     local_jobs: int = Field(1, ge=1, le=1024)  # jobs the local queue runs at the same time
 
@@ -76,6 +77,13 @@ class ClusterProfile(Settings):
         # a line break would end the `#SBATCH` line and start a command
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("must be one line of plain text")
+        return value
+
+    @field_validator("node_local")
+    @classmethod
+    def _is_absolute(cls, value: str) -> str:
+        if value and not value.startswith(("/", "$")):
+            raise ValueError("must be an absolute path on the nodes, or begin with a variable")
         return value
 
     @field_validator("python")

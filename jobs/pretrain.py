@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
+from data_prep.staging import nearby
 from hpc import checkpoint
 from hpc.atomic import file_sha256, read_json, write_json
 from hpc.command import UserError, argument_parser, run
@@ -60,8 +61,15 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     (consumer,) = task.cells
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
-    manifest = Manifest.load(task.data)
-    start = load_backbone(trained.cells[0], task.paths, group)
+    with nearby(task.data, task.node_local) as manifest:
+        pretrain_on(manifest, trained, consumer, group, stop)
+
+
+def pretrain_on(
+    manifest: Manifest, trained: Task, consumer: Cell, group: Group, stop: StopRequest
+) -> None:
+    """Train the one cell of `trained`, whose backbone is that of `consumer`."""
+    start = load_backbone(trained.cells[0], trained.paths, group)
     job = Run(trained, group, stop, {"data set": manifest.fingerprint})
     _, trainees = make_trainees(trained, manifest, start, group)
     step, total = train(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
+from data_prep.staging import nearby
 from hpc import checkpoint, slurm
 from hpc.command import argument_parser, run
 from hpc.env import read_env
@@ -63,7 +64,12 @@ def configure_torch(protocol: Protocol) -> None:
 
 def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     """Train, evaluate and publish the cells of `task`, or save them and return if asked to stop."""
-    manifest = Manifest.load(task.data)
+    with nearby(task.data, task.node_local) as manifest:
+        train_on(manifest, task, group, stop)
+
+
+def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) -> None:
+    """`train_bundle` on the data set of `manifest`."""
     backbone = load_backbone(task.cells[0], task.paths, group)
     inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
     job = Run(task, group, stop, inputs)

@@ -114,7 +114,8 @@ class Forecast:
         if self._step_seconds:
             return f"from a step of {self._step_seconds:g} s"
         if self._shown:
-            return f"from the step times of {len(self._shown)} jobs of this run"
+            jobs = "1 job" if len(self._shown) == 1 else f"{len(self._shown)} jobs"
+            return f"from the step times of {jobs} of this run"
         return "not measured (see --step-seconds)"
 
 

@@ -98,6 +98,7 @@ def _task(grid: Grid, kind: Any, cells: list[Cell], step: int, source: Mapping[s
         name=name,
         run=str(grid.run.root),
         data=grid.datasets[cells[0].dataset].shards,
+        node_local=grid.cluster.node_local,
         cells=tuple(cells),
         source=dict(source),
     )
