@@ -59,10 +59,11 @@ _OUT_OF_MEMORY = re.compile(
     r"|^srun: error: \S+: tasks? \S+: Out Of Memory"
 )
 _ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
-# what a rank says whose peer has gone without a word
+# what a rank says whose peer, or loader process, has gone without a word
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|connectFullMesh|[Tt]imed out (waiting|after)"
     r"|Socket Timeout|remote process exited|DistNetworkError|DistBackendError"
+    r"|is killed by signal: Killed"
 )
 _STOPPED = re.compile(r": stopped by SIG(TERM|INT) ")
 _RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? \S+: (.*)")

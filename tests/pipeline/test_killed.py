@@ -53,12 +53,12 @@ def steps_saved(grid: Grid) -> list[int]:
 
 
 def ranks(grid: Grid, job: str) -> dict[int, int]:
-    """The process of each rank of a job."""
+    """The process of each rank of a job; its loaders, which come later, have its environment."""
     found = {}
-    for pid in processes(Tickets(grid.run.queue).path(job, "lock")):
+    for pid in sorted(processes(Tickets(grid.run.queue).path(job, "lock"))):
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         if rank := re.search(rb"\0SUBMITIT_LOCAL_GLOBALID=(\d+)", environment):
-            found[int(rank.group(1))] = pid
+            found.setdefault(int(rank.group(1)), pid)
     return found
 
 
