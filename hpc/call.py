@@ -6,14 +6,17 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.command import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.env import read_env
 from hpc.preempt import keep_notice
 
-_ERROR_PREFIX = "error: "
+ERROR_PREFIX = "error: "
+START_PREFIX = "--- start "
 _TAIL_BYTES = 16384
 # what the launcher, and not the job, writes at the end of a log
 _LAUNCHER_PREFIXES = ("srun: ", "slurmstepd", "submitit ")
@@ -36,10 +39,11 @@ class ModuleCall:
         return value other than 0 or None becomes the exit code; other exceptions pass through.
         """
         _drop_submitit_handlers()
+        _mark_start()
         try:
             code = importlib.import_module(self.module).main(list(self.arguments))
         except UserError as error:
-            print(f"{_ERROR_PREFIX}{one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"{ERROR_PREFIX}{one_line(str(error))}", file=sys.stderr, flush=True)
             # SystemExit, which submitit lets pass: the process fails with no traceback after the
             # line, Slurm shows FAILED, and the absent result tells the local queue the same
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
@@ -55,22 +59,38 @@ def _drop_submitit_handlers() -> None:
     keep_notice()
 
 
+def _mark_start() -> None:
+    """A line in this rank's log: a requeued job goes on in the log of its starts before."""
+    env = read_env()
+    if env.start_id:
+        place = f"rank {env.rank} of {env.world_size} on {env.node}"
+        line = f"{START_PREFIX}{env.start_id}: {place}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        print(line, file=sys.stderr, flush=True)
+
+
 def last_error(logs: Iterable[Path]) -> str | None:
     """The line that says why a job failed, from the stderr logs of its ranks: the last `error: `
     line of the first rank that has one, or else the last line of the first log that has any.
     """
-    tails = [_tail(log) for log in logs]
-    errors = [[line for line in tail if line.startswith(_ERROR_PREFIX)] for tail in tails]
-    return next((lines[-1] for lines in (*errors, *tails) if lines), None)
+    starts = [[line for line in last_start(log) if not is_launchers(line)] for log in logs]
+    errors = [[line for line in lines if line.startswith(ERROR_PREFIX)] for lines in starts]
+    return next((lines[-1].strip() for lines in (*errors, *starts) if lines), None)
 
 
-def _tail(log: Path) -> list[str]:
-    """The job's own lines among the last few thousand characters of a log."""
+def last_start(log: Path) -> list[str]:
+    """What a rank, and its launcher, wrote since the job's last start, as far as it is among the
+    last few thousand characters of a log."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:
+    except OSError:
         return []
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith(_LAUNCHER_PREFIXES)]
+    lines = [line.rstrip() for line in text.splitlines()]
+    begins = [number for number, line in enumerate(lines, 1) if line.startswith(START_PREFIX)]
+    return [line for line in lines[begins[-1] if begins else 0 :] if line]
+
+
+def is_launchers(line: str) -> bool:
+    """Whether the launcher, and not the job, wrote a line of its log."""
+    return line.startswith(_LAUNCHER_PREFIXES)

@@ -30,6 +30,7 @@ from hpc.tickets import (
     Outcome,
     State,
     Tickets,
+    choose_gpus,
     processes,
     send,
     standard_input,
@@ -81,12 +82,16 @@ class LocalQueue:
         return ids
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
-        """The state of each job, from its files."""
-        return {job_id: JobState(self.tickets.state(job_id)) for job_id in ids}
+        """The state of each job, from its files; and of one that has ended, its outcome."""
+        return {job_id: self.tickets.look(job_id) for job_id in ids}
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
+
+    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+        """Nothing: `look` tells all that is known."""
+        return {}
 
     def room(self) -> None:
         """Any number of tickets may wait."""
@@ -181,7 +186,7 @@ class Runner:
             if any(self.tickets.state(before) != "gone" for before in ticket["after"]):
                 return False
             taken = [gpu for other in running for gpu in self.tickets.gpus(other)]
-            self._start(job_id, ticket, _choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))
+            self._start(job_id, ticket, choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))
         except (OSError, UserError) as error:
             self._refuse(job_id, error)
             return False
@@ -271,14 +276,6 @@ def _python_command(job_id: str, ticket: dict[str, Any], gpus: Sequence[str]) ->
     if ticket["setup"]:
         words += ["bash", "-c", "\n".join([*ticket["setup"], 'exec "$0" "$@"'])]
     return shlex.join([*words, *shlex.split(ticket["python"])])
-
-
-def _choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:
-    """GPUs for a job: those that no other job has come first."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = [str(i) for i in range(wanted * jobs)] if visible is None else visible.split(",")
-    taken = set(taken)
-    return sorted(every, key=lambda gpu: gpu in taken)[:wanted]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -42,6 +42,9 @@ class Queue(Protocol):
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
 
+    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+        """The last words of jobs that `look` has none for, as far as an accounting knows them."""
+
     def room(self) -> int | None:
         """How many more jobs the queue takes of this user now; None where nothing limits them."""
 

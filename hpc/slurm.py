@@ -1,6 +1,7 @@
 """The queue on Slurm: submits through submitit.
 
-Nothing here asks sacct: states come from one squeue call, and the truth about work is in files.
+States come from one squeue call, and the truth about work is in files; sacct, where there is one,
+only adds how jobs have ended that squeue has forgotten.
 """
 
 from __future__ import annotations
@@ -83,6 +84,19 @@ class SlurmQueue:
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
+
+    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+        """The last words of jobs that squeue has forgotten, by one call of sacct; none where
+        accounting is off or does not answer."""
+        ids = list(ids)
+        command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
+        try:
+            answer = _answer([*command, f"--jobs={','.join(ids)}"]) if ids else ""
+        except QueueUnreachable:
+            return {}
+        rows = (line.split("|") for line in answer.splitlines() if line.count("|") == 1)
+        words = {job_id: state.split(maxsplit=1)[0] for job_id, state in rows if state.strip()}
+        return {job_id: words[job_id] for job_id in ids if words.get(job_id) in _ENDED}
 
     def room(self) -> int | None:
         """What the profile's `max_jobs`, or else the site's limit for this user, leaves: by one

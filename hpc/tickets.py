@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from hpc.atomic import read_json, write_json
+from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
 from hpc.private import private_folder
 
@@ -99,6 +99,19 @@ class Tickets:
         with self.path(job_id, "lock").open() as file:
             return "gone" if take_lock(file, fcntl.LOCK_SH) else "running"
 
+    def look(self, job_id: str) -> JobState:
+        """Its state; of one that has ended also its outcome: `cancelled` where that was asked for,
+        even if the job then ended well."""
+        state = self.state(job_id)
+        if state != "gone":
+            return JobState(state)
+        if self.path(job_id, "cancelled").exists():
+            return JobState(state, "cancelled")
+        try:
+            return JobState(state, read_json(self.path(job_id, "ended"))["outcome"])
+        except (Damaged, FileNotFoundError, KeyError):  # not recorded yet
+            return JobState(state)
+
 
 def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     """Lock an open file if nobody else has; whether that worked."""
@@ -141,3 +154,11 @@ def send(number: int, to: Iterable[int]) -> None:
     for process in to:
         with suppress(ProcessLookupError):
             os.kill(process, number)
+
+
+def choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:
+    """GPUs for a job: those that no other job has come first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = [str(i) for i in range(wanted * jobs)] if visible is None else visible.split(",")
+    taken = set(taken)
+    return sorted(every, key=lambda gpu: gpu in taken)[:wanted]

@@ -26,20 +26,28 @@ def make_plan(
     backbones: Collection[str],
     source: Mapping[str, str],
     fits: Callable[[Sequence[Cell]], int] = len,
+    at_most: Mapping[str, int] | None = None,
 ) -> Plan:
     """The tasks that train `cells`. A task is the cells of equal bundle and equal step, so that
     none loses progress for another; `cluster.cells_per_job` splits it further.
 
     steps: how far each cell's newest checkpoint is, by signature. backbones: the keys of those
     that are trained, or being trained, already. source: the code's commit, for the record. fits:
-    how many of some cells one job can train, where the profile says cells_per_job = "fit".
+    how many of some cells one job can train, where the profile says cells_per_job = "fit". at_most:
+    the most that a job of a cell may have, by signature, as one of more ran out of memory.
     """
-    wanted = list(cells)
+    wanted, limits = list(cells), at_most or {}
+
+    def size(together: Sequence[Cell]) -> int:
+        asked = grid.cluster.cells_per_job
+        most = fits(together) if asked == "fit" else asked or len(together)
+        return max(1, min([most, *(limits.get(c.signature, most) for c in together)]))
+
     parts = [
         part
         for bundle in bundles(wanted).values()
         for step, together in _by_step(bundle, steps)
-        for part in _split(grid, step, together, source, fits)
+        for part in _split(grid, step, together, source, size(together))
     ]
     missing = {
         cell.backbone_key: cell
@@ -81,14 +89,8 @@ def _by_step(cells: list[Cell], steps: Mapping[str, int]) -> list[tuple[int, lis
 
 
 def _split(
-    grid: Grid,
-    step: int,
-    cells: list[Cell],
-    source: Mapping[str, str],
-    fits: Callable[[Sequence[Cell]], int],
+    grid: Grid, step: int, cells: list[Cell], source: Mapping[str, str], size: int
 ) -> Iterator[Task]:
-    wanted = grid.cluster.cells_per_job
-    size = fits(cells) if wanted == "fit" else wanted or len(cells)
     for first in range(0, len(cells), size):
         yield _task(grid, "bundle", cells[first : first + size], step, source)
 

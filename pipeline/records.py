@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from hpc.command import UserError
 from jobs.cell import RunPaths
 from jobs.task import Task
 
-BUNDLE, PRETRAIN = "bundle", "pretrain"
+BUNDLE, PRETRAIN, CANCEL = "bundle", "pretrain", "cancel"
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """One task of a submission, or a stage beside training (`kind` is then its name).
+    """One task of a submission, or a stage beside training (`kind` is then its name). Of kind
+    "cancel" it was cancelled, with the job it has.
 
     job: what it became, "" if the submission ended before the queue answered. held: why it was not
     sent at all, for one that the next submission is to send. A task of a batch script is an
-    `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`.
+    `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`. granted:
+    what its job gets, and at_most: how many cells it may have with that (None: any number), see
+    `pipeline.ended`.
     """
 
     task: str
@@ -36,6 +39,8 @@ class Submitted:
     held: str = ""
     script: str = ""
     element: int = 0
+    granted: str = ""
+    at_most: int | None = None
 
     @classmethod
     def of(cls, task: Task, **more: Any) -> Submitted:
@@ -51,11 +56,36 @@ class Submission:
     def __init__(self, run: RunPaths) -> None:
         self._path = record_path(run, new_token())
         self._tasks: dict[str, Submitted] = {}
+        self._granted = ""
+        self._at_most: Mapping[str, int] = {}
+
+    def limits(self, granted: str, at_most: Mapping[str, int]) -> None:
+        """What the jobs get, and how many cells they may have, by a cell's signature or the key of
+        a backbone to be trained; for the tasks that are planned after."""
+        self._granted, self._at_most = granted, at_most
 
     def plan(self, tasks: Sequence[Task], held: Sequence[Task] = (), why: str = "") -> None:
         """Note tasks that are about to be sent, and others that are not, and why."""
-        self._tasks |= {task.name: Submitted.of(task) for task in tasks}
-        self._tasks |= {task.name: Submitted.of(task, held=why) for task in held}
+        self._tasks |= {task.name: self._planned(task) for task in tasks}
+        self._tasks |= {task.name: replace(self._planned(task), held=why) for task in held}
+        self.write()
+
+    def _planned(self, task: Task) -> Submitted:
+        planned = Submitted.of(task, granted=self._granted)
+        known = [
+            self._at_most.get(name)
+            for name in ([planned.backbone] if planned.backbone else planned.cells)
+        ]
+        at_most = min((most for most in known if most is not None), default=None)
+        return replace(planned, at_most=at_most)
+
+    def cancelled(self, tasks: Iterable[Submitted], whole: bool) -> None:
+        """Note that the jobs of tasks are about to be ended, and that those without one are no
+        longer to be sent; `whole`: the whole grid."""
+        for task in tasks:
+            self._tasks[f"{task.task} {task.job}"] = replace(task, kind=CANCEL, held="")
+        if whole:
+            self._tasks[CANCEL] = Submitted(CANCEL, CANCEL)
         self.write()
 
     def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
@@ -101,6 +131,11 @@ def submissions(run: RunPaths) -> Iterator[Submitted]:
         except (Damaged, FileNotFoundError, KeyError, TypeError):
             continue
         yield from tasks
+
+
+def cancellations(run: RunPaths) -> int:
+    """How often the whole grid was cancelled."""
+    return sum(task.task == CANCEL for task in submissions(run))
 
 
 def json_files(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,10 @@ from pipeline.grid import Grid
 from pipeline.plan import Plan
 from pipeline.state import STATES, CellState, Survey
 
+TOO_LARGE = (
+    "do not fit into memory, even one in a job: give jobs more of it, or more nodes, in [cluster], "
+    "or lower batch_size or crop"
+)
 _COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
@@ -24,6 +28,16 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     for note in grid.notes:
         print(f"note: {one_line(note)}")
     print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
+    if tight := sum(c.state == "failed" and not state.fits(c.cell) for c in state.cells):
+        print(f"{tight} cells {TOO_LARGE}")
+
+
+def stage_lines(state: Survey) -> Iterator[str]:
+    """`reduce: waiting (Dependency)`: the stages beside training that wait or run."""
+    named = [("pre-training", job) for job in state.pretraining.values()]
+    for name, job in (*named, *state.stages.items()):
+        known = state.jobs[job]
+        yield f"{name}: {known.state}{f' ({known.why})' if known.why else ''}, job {job}"
 
 
 def counts_line(state: Survey) -> str:

@@ -3,7 +3,6 @@ failures, checkpoints, heartbeats and submission records are all there is."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from typing import Any, Literal
 
 from hpc import checkpoint
 from hpc.atomic import Damaged, read_json
-from hpc.call import last_error
+from hpc.endings import Ending
 from hpc.queue import Queue
 from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
+from pipeline.ended import answerable, cells_at_most, endings, granted
 from pipeline.grid import Grid
-from pipeline.records import BUNDLE, PRETRAIN, Submitted, json_files, submissions
+from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted, json_files, submissions
 from pipeline.script_jobs import candidates, job_of, noted_arrays
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
@@ -27,14 +27,17 @@ STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "faile
 # A job that the queue has forgotten but whose heart beat this recently is still ending.
 DEAD_AFTER_SECONDS = 30.0
 GONE = JobState("gone")
-_ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
+# how a job ends that could not help it, and has begun even if its heart never beat
+_INTERRUPTIONS = ("node failure", "preemption", "time limit", "killed")
+NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
 class CellState:
     """A cell's state; the step its newest checkpoint or heartbeat names, of a total (0 where not
     known yet), steps a second, and why, where there is something to say. job: the last that was
-    sent for it; a waiting cell without one is held back, for the next submission."""
+    sent for it; a waiting cell without one is held back, for the next submission. cause: how that
+    job has ended, as in `hpc.endings`, or "not finite", where the cell is not done; else ""."""
 
     cell: Cell
     state: State
@@ -43,6 +46,7 @@ class CellState:
     rate: float = 0.0
     why: str = ""
     job: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,31 @@ class Survey:
     stages: Mapping[str, str]  # prep, reduce, report -> the job that waits or runs
     jobs: Mapping[str, JobState]  # of all that the queue was asked about
     problems: tuple[str, ...]  # lines about damaged files
+    at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
 
     @property
     def held(self) -> list[Cell]:
         """The cells that the queue had no room for; the next submission is to send them."""
         return [c.cell for c in self.cells if c.state == "waiting" and not c.job]
 
+    def fits(self, cell: Cell) -> bool:
+        """Whether it may be tried: neither it alone, nor the training of the backbone that it
+        needs, ran out of memory with what jobs get now."""
+        backbone = cell.protocol.weights == "pretrain" and self.at_most.get(cell.backbone_key) == 0
+        return not backbone and self.at_most.get(cell.signature) != 0
+
     def count(self, state: State) -> int:
         """How many cells are in `state`."""
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-def survey(grid: Grid, queue: Queue, also: Iterable[str] = ()) -> Survey:
-    """Look at the run directory and ask the queue once, about the jobs `also` too."""
+def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool = False) -> Survey:
+    """Look at the run directory and ask the queue once, about the jobs `also` too; with
+    `accounting`, jobs that have ended nobody knows how are looked up there as well."""
     done, problems = finished_cells(grid.run)
     sent = list(submissions(grid.run))
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
-    stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN)}  # the last of each
+    stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN, CANCEL)}  # the last
     arrays = noted_arrays(grid.run.submitted)
     asked = {job for task in open_tasks for job in _jobs_of(task, arrays)}
     jobs = queue.look(asked.union(stages.values(), also) - {""})
@@ -89,26 +101,38 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = ()) -> Survey:
         steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
-    latest = {cell: task for task in by_work for cell in task.cells if task.kind == BUNDLE}
+    latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
+    tasks = {
+        c.signature: answerable(c, grid.run, latest.get(c.signature), sent) for c in grid.cells
+    }
+    gone = {t.job for t in [*latest.values(), *tasks.values()] if t and t not in active}
+    ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
     states = []
     for cell in grid.cells:
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
         if cell.signature in done:
             states.append(replace(state, state="done"))
             continue
-        task = latest.get(cell.signature)
+        task, asked_of = latest.get(cell.signature), tasks[cell.signature]
         beat = beats[task.task] if task else {}
-        states.append(_unfinished(state, grid.run, task, jobs, active, beat, queue))
+        told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]
+        ending = told[0] if told else Ending("unknown")
+        states.append(_unfinished(state, grid.run, task, jobs, active, beat, ending))
     # one that the queue has lost is not waited for, even if its heart still beats
     pretraining = {
         t.backbone: t.job
         for t in open_tasks
         if t.kind == PRETRAIN and jobs.get(t.job, GONE).state != "gone"
     }
-    active_jobs = sorted({task.job for task in active if task.job})
-    stages = {kind: job for kind, job in stages.items() if jobs.get(job, GONE).state != "gone"}
     return Survey(
-        tuple(states), steps, pretraining, tuple(active_jobs), stages, jobs, tuple(problems)
+        cells=tuple(states),
+        steps=steps,
+        pretraining=pretraining,
+        active_jobs=tuple(sorted({task.job for task in active if task.job})),
+        stages={kind: j for kind, j in stages.items() if jobs.get(j, GONE).state != "gone"},
+        jobs=jobs,
+        problems=tuple(problems),
+        at_most=cells_at_most(sent, ended, granted(grid.cluster)),
     )
 
 
@@ -168,11 +192,6 @@ def _heartbeat(run: RunPaths, task: str) -> dict[str, Any]:
         return {}
 
 
-def names_error(line: str) -> bool:
-    """Whether a job's last line says that it failed: a refusal of ours, or a traceback's end."""
-    return _ERROR_LINE.search(line) is not None
-
-
 def _reason(failure: Path) -> str:
     """Why a cell stopped for good, and how to try it again."""
     try:
@@ -196,11 +215,12 @@ def _unfinished(
     jobs: Mapping[str, JobState],
     active: Collection[Submitted],
     beat: Mapping[str, Any],
-    queue: Queue,
+    ending: Ending,
 ) -> CellState:
     failure = run.failure(state.cell.signature)
     if failure.exists():
-        return replace(state, state="failed", why=_reason(failure))
+        state = replace(state, job=task.job if task else "")
+        return replace(state, state="failed", why=_reason(failure), cause=NOT_FINITE)
     if task is None:
         return state
     step = max(state.step, beat.get("step", 0))
@@ -209,12 +229,20 @@ def _unfinished(
         job = jobs.get(task.job, GONE)
         if job.state == "waiting":
             return replace(known, state="waiting", why=job.why)
-        return replace(known, state="running", rate=beat.get("steps_per_second", 0.0))
+        rate, why = beat.get("steps_per_second", 0.0), "being cancelled"
+        why = why if task.kind == CANCEL else ""
+        return replace(known, state="running", rate=rate, why=why)
     if task.held:
         return replace(known, state="waiting", why=task.held)
-    error = last_error(queue.log_files(task.job)) if task.job else None
-    if error and names_error(error):
-        return replace(known, state="failed", why=error)
-    unseen = task.script and not task.job and not beat
-    why = "its script has not started" if unseen else ""
-    return replace(known, state="interrupted" if beat else "missing", step=state.step, why=why)
+    if task.kind == CANCEL:
+        ending = Ending("cancelled")
+    known = replace(
+        known, step=state.step, cause=ending.cause if task.job or task.kind == CANCEL else ""
+    )
+    if ending.cause in ("error", "out of memory"):
+        return replace(known, state="failed", why=ending.line or ending.cause)
+    began = beat or ending.cause in _INTERRUPTIONS
+    why = "" if ending.cause == "unknown" else ending.cause
+    if task.script and not task.job and not beat:
+        why = "its script has not started"
+    return replace(known, state="interrupted" if began else "missing", why=why)

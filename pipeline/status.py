@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpc.command import argument_parser, run
+from hpc.command import argument_parser, one_line, run
 from hpc.queue import open_queue
 from pipeline.grid import find_config, read_grid
-from pipeline.show import cells_table, console, describe_survey
+from pipeline.show import cells_table, console, describe_survey, stage_lines
 from pipeline.state import STATES, survey
 
 
@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
     shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
     console().print(cells_table(shown))
-    if state.pretraining:
-        print(f"pre-training: {', '.join(sorted(state.pretraining))}")
+    for line in stage_lines(state):
+        print(one_line(line))
     describe_survey(grid, state)
     return 0
 

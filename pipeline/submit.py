@@ -28,10 +28,12 @@ from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
+from pipeline.choice import Choice, to_do, unsent
+from pipeline.ended import granted
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.plan import Plan, make_plan, split, without_waiting
-from pipeline.records import Submission, new_token
+from pipeline.records import Submission, cancellations, new_token
 from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_plan, describe_survey
@@ -65,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
-        state, forecast = survey(grid, queue), Forecast(grid, arguments.step_seconds)
+        state = survey(grid, queue, accounting=True)
+        forecast = Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
         check(grid, stages)  # after the plan: it can be looked at before its data are there
         if scripts:
@@ -77,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     jobs = submit(grid, queue, stages)
     if not arguments.wait:
         return 0
-    return wait_for(grid, queue, jobs, stages, partial(submit, grid, queue))
+    again = partial(submit, grid, queue, choose=unsent, cancelled=cancellations(grid.run))
+    return wait_for(grid, queue, jobs, stages, again)
 
 
 def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
@@ -101,18 +105,26 @@ def check(grid: Grid, stages: Sequence[str]) -> None:
         check_inputs(grid, packed="prep" not in stages)
 
 
-def submit(grid: Grid, queue: Queue, stages: Sequence[str]) -> dict[str, list[str]]:
+def submit(
+    grid: Grid,
+    queue: Queue,
+    stages: Sequence[str],
+    choose: Choice = to_do,
+    cancelled: int | None = None,
+) -> dict[str, list[str]]:
     """Submit `stages`, each after the one before. Returns the job ids by stage. Where the queue has
     no room for more, the stages that are not there, and perhaps some of a grid's tasks, are held
-    back."""
+    back. Refuses if the grid was cancelled since it had been `cancelled` so many times."""
     check(grid, stages)  # a refused submission leaves no run directory
     with submission(grid) as config:
+        if cancelled is not None and cancellations(grid.run) != cancelled:
+            raise UserError("the grid was cancelled meanwhile; what was held back is not sent")
         record = Submission(grid.run)
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
         for stage in stages:
             if stage == "grid":
-                jobs[stage], all_sent = submit_grid(grid, queue, after, record)
+                jobs[stage], all_sent = submit_grid(grid, queue, after, record, choose)
                 after = [*jobs[stage], *after]
                 if not all_sent:
                     break
@@ -141,12 +153,13 @@ def _resources(grid: Grid, queue: Queue, stage: str) -> Resources:
 
 
 def submit_grid(
-    grid: Grid, queue: Queue, after: Sequence[str], record: Submission
+    grid: Grid, queue: Queue, after: Sequence[str], record: Submission, choose: Choice = to_do
 ) -> tuple[list[str], bool]:
     """Submit the tasks that are missing, as many as the queue has room for. Returns the ids of all
     jobs that work on the grid now, old and new, and whether all tasks were sent."""
-    state = survey(grid, queue)
-    plan = plan_of(grid, state)
+    state = survey(grid, queue, accounting=True)
+    plan = plan_of(grid, state, choose=choose)
+    record.limits(granted(grid.cluster), state.at_most)
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     describe_survey(grid, state)
     if not plan.bundles:
@@ -203,14 +216,11 @@ def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
     return ready
 
 
-def plan_of(grid: Grid, state: Survey, forecast: Forecast | None = None) -> Plan:
-    """The tasks for all cells that are neither done, failed for good, nor on their way."""
-    wanted = state.held + [
-        cell.cell
-        for cell in state.cells
-        if cell.state in ("missing", "interrupted")
-        or (cell.state == "failed" and not grid.run.failure(cell.cell.signature).exists())
-    ]
+def plan_of(
+    grid: Grid, state: Survey, forecast: Forecast | None = None, choose: Choice = to_do
+) -> Plan:
+    """The tasks for the cells that are to be submitted."""
+    wanted = choose(state)
     ready = {
         cell.backbone_key
         for cell in wanted
@@ -218,7 +228,7 @@ def plan_of(grid: Grid, state: Survey, forecast: Forecast | None = None) -> Plan
     }
     backbones = {*ready, *state.pretraining}
     fits = (forecast or Forecast(grid)).fits
-    return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits)
+    return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits, state.at_most)
 
 
 def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...], list[Task]]:

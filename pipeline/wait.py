@@ -13,11 +13,12 @@ from rich.text import Text
 
 from hpc.call import last_error
 from hpc.command import USER_ERROR_EXIT_CODE, one_line
+from hpc.endings import names_error
 from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from pipeline.grid import Grid
 from pipeline.show import counts_line, time_left
-from pipeline.state import CellState, Survey, names_error, survey
+from pipeline.state import CellState, Survey, survey
 
 _LOCAL_POLL_SECONDS = 0.5
 _CLUSTER_POLL_SECONDS = 15.0

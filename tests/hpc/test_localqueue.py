@@ -15,6 +15,7 @@ from hpc import localqueue
 from hpc.atomic import read_json
 from hpc.call import ModuleCall, last_error
 from hpc.command import UserError
+from hpc.endings import ending
 from hpc.localqueue import LocalQueue, Runner
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
@@ -284,6 +285,29 @@ def test_ranks_do_not_wait_for_a_dead_one(place):
     ids = queue.submit([call("lose_rank_1", place / "a")], queue.profile.training(), "lost")
     wait_until_gone(queue, ids)
     assert outcome(queue, ids[0]) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("program", "cause", "line"),
+    [("lose_rank_1", "killed", ""), ("mistake", "error", "error: no manifest")],
+)
+def test_how_a_job_has_ended_is_told_from_what_its_ranks_left(place, program, cause, line):
+    queue = open_local(place)
+    path = [place / "hold"] if program == "lose_rank_1" else []
+    (job,) = queue.submit([call(program, *path)], Resources(tasks_per_node=2), "two")
+    wait_for(lambda: queue.look([job])[job].why != "", seconds=120.0)
+    assert queue.look([job]) == {job: ("gone", "failed")}
+    assert ending("failed", queue.log_files(job)) == (cause, line)
+
+
+def test_a_job_that_was_cancelled_is_told_as_that_even_if_it_ended_well(place):
+    queue = open_local(place)
+    (job,) = queue.submit([call("hold", place / "hold")], ONE, "one")
+    wait_for((place / "hold").exists)
+    queue.tickets.path(job, "cancelled").touch()
+    (place / "hold.go").touch()
+    wait_until_gone(queue, [job])
+    assert queue.look([job]) == {job: ("gone", "cancelled")}
 
 
 def test_many_submits_at_once_start_one_runner_and_lose_nothing(place):

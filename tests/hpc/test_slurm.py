@@ -12,6 +12,7 @@ import pytest
 
 from hpc.call import ModuleCall, last_error
 from hpc.command import UserError
+from hpc.endings import ending
 from hpc.localqueue import LocalQueue
 from hpc.profile import ClusterProfile, Resources, read_profile
 from hpc.queue import open_queue
@@ -31,6 +32,10 @@ COMMANDS = {
     "scontrol": """
         echo "MaxArraySize            = $(cat max_array_size 2>/dev/null || echo 1001)" """,
     "scancel": "",
+    "sacct": """
+        if [ -e accounting_is_off ]; then echo "Slurm accounting storage is disabled" >&2; exit 1
+        fi
+        cat accounting 2>/dev/null || true """,
     "sacctmgr": """
         if [ -e accounting_is_off ]; then echo "sacctmgr: error: not running" >&2; exit 1; fi
         cat max_submit 2>/dev/null || true """,
@@ -240,6 +245,37 @@ def test_what_a_job_waits_for_and_how_it_ended_are_in_the_same_answer(slurm, log
         "10": ("gone", ""),
     }
     assert len(slurm.asked("squeue")) == 1
+
+
+def test_the_accounting_is_asked_once_for_what_squeue_has_forgotten_and_may_be_off(slurm, logs):
+    slurm.answer("accounting", "7_0|CANCELLED by 1000\n7_1|NODE_FAIL\n8|RUNNING\n10|TIMEOUT\n")
+    queue = open_slurm(logs)
+    assert queue.remembered(["7_0", "7_1", "8", "9"]) == {"7_0": "CANCELLED", "7_1": "NODE_FAIL"}
+    (asked,) = slurm.asked("sacct")
+    assert "--jobs=7_0,7_1,8,9" in asked
+    slurm.answer("accounting_is_off")
+    assert queue.remembered(["7_0"]) == {}
+    (slurm.folder / "bin" / "sacct").unlink()
+    assert queue.remembered(["7_0"]) == {}
+    assert queue.remembered([]) == {}
+
+
+def test_every_start_is_marked_in_the_log_and_only_the_last_counts(slurm, logs):
+    """A requeued job goes on in the same logs: here it refuses, and then runs."""
+    queue = open_slurm(logs)
+    queue.submit([call("mistake")], Resources(), "train")
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert slurm.run(1, {**step, "SLURM_ARRAY_JOB_ID": "", "SLURM_RESTART_COUNT": "0"}) == 2
+    (log,) = queue.folder.glob("*.err")
+    first = log.read_text()
+    assert first.splitlines()[0].startswith("--- start 1-0-0: rank 0 of 1 on ")
+    assert ending("", [log]) == ("error", "error: no manifest")
+    assert slurm.run(1, {**step, "SLURM_ARRAY_JOB_ID": "", "SLURM_RESTART_COUNT": "1"}) == 2
+    second = log.read_text()  # the fake srun begins its logs anew
+    assert second.splitlines()[0].startswith("--- start 1-1-0: rank 0 of 1 on ")
+    log.write_text(first + second.splitlines()[0] + "\nstep 3 of 6\n")
+    assert ending("", [log]) == ("unknown", "")
+    assert last_error([log]) == "step 3 of 6"
 
 
 def test_the_room_left_is_the_sites_limit_less_what_is_queued(slurm, logs):

@@ -23,6 +23,9 @@ class FakeQueue:
         self.questions = 0
         self.why: dict[str, str] = {}
         self.max_jobs: int | None = None
+        self.cancelled: list[list[str]] = []  # the jobs of each call
+        self.accounting: dict[str, str] = {}
+        self.recalled: list[list[str]] = []  # the jobs that it was asked about
         self._folder = folder
 
     def submit(
@@ -49,11 +52,21 @@ class FakeQueue:
         return None if self.max_jobs is None else max(0, self.max_jobs - queued)
 
     def cancel(self, ids: Iterable[str]) -> None:
-        raise NotImplementedError
+        """Every one of them ends at once."""
+        self.cancelled.append(sorted(ids))
+        for job in self.cancelled[-1]:
+            self.jobs[job], self.why[job] = "gone", "CANCELLED"
+
+    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+        self.recalled.append(sorted(ids))
+        return {job: self.accounting[job] for job in ids if job in self.accounting}
+
+    def log(self, job_id: str) -> Path:
+        """Where the one rank of a job writes."""
+        return self._folder / f"{job_id}.err"
 
     def log_files(self, job_id: str) -> list[Path]:
-        path = self._folder / f"{job_id}.err"
-        return [path] if path.exists() else []
+        return [path] if (path := self.log(job_id)).exists() else []
 
     def ensure_runner(self) -> None:
         raise NotImplementedError

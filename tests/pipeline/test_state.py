@@ -172,10 +172,8 @@ def test_a_job_that_never_began_is_missing_again(grid, queue):
     [
         ("a warning\nerror: data/x is damaged; mend\n", "error: data/x is damaged; mend"),
         ("Traceback (most recent call last):\nValueError: boom\n", "ValueError: boom"),
-        ("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n", (
-            "[rank0]: torch.OutOfMemoryError: CUDA out of memory")),
     ],
-)  # fmt: skip
+)
 def test_a_job_that_ended_with_an_error_says_why_and_is_tried_again(
     grid, queue, tmp_path, log, why
 ):
@@ -185,6 +183,19 @@ def test_a_job_that_ended_with_an_error_says_why_and_is_tried_again(
     assert words(grid, queue) == {"waiting": 4, "failed": 4}
     assert states(grid, queue)["streets/fcn_mobilenet_v3_large/CE/0"].why == why
     assert submit(grid, queue, ["grid"]) == {"grid": ["job2", "job3"]}
+
+
+def test_a_job_without_memory_says_so_and_is_tried_again_in_halves(grid, queue, tmp_path):
+    submit(grid, queue, ["grid"])
+    cells = cells_of(queue, "job1")
+    queue.jobs["job1"] = "gone"
+    (tmp_path / "job1.err").write_text("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n")
+    assert words(grid, queue) == {"waiting": 4, "failed": 4}
+    state = states(grid, queue)["streets/fcn_mobilenet_v3_large/CE/0"]
+    assert state.why == "[rank0]: torch.OutOfMemoryError: CUDA out of memory"
+    assert state.cause == "out of memory"
+    assert submit(grid, queue, ["grid"]) == {"grid": ["job2", "job3", "job4"]}
+    assert [cells_of(queue, job) for job in ("job3", "job4")] == [cells[:2], cells[2:]]
 
 
 def test_words_of_its_log_are_no_error(grid, queue, tmp_path):

@@ -1,0 +1,85 @@
+"""End the jobs of a grid, or those that train some cells.
+
+    python -m pipeline.cancel [CONFIG] [--cell NAME]...
+
+Running jobs save before they end; waiting ones never start, and what was held back is not sent, not
+even by a `--wait` that goes on. `python -m pipeline.submit grid` goes on where they stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence, Set
+
+from hpc.command import argument_parser, one_line, run
+from hpc.queue import Queue, open_queue
+from jobs.cell import Cell
+from pipeline.grid import Grid, find_config, read_grid
+from pipeline.names import cells_named
+from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted, submissions
+from pipeline.submit import one_at_a_time
+
+
+def main(argv: Sequence[str]) -> int:
+    """End all jobs of a grid, or some."""
+    parser = argument_parser("python -m pipeline.cancel", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--cell", action="append", default=[], metavar="NAME",
+                        help="only the jobs that train it; may be given again")  # fmt: skip
+    parser.add_argument("--cluster", metavar="PROFILE", help="the profile it was submitted with")
+    arguments = parser.parse_args(argv)
+    grid = read_grid(find_config(arguments.config), arguments.cluster)
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    for line in cancel(grid, queue, cells_named(grid, arguments.cell)):
+        print(one_line(line))
+    return 0
+
+
+def cancel(grid: Grid, queue: Queue, cells: Sequence[Cell] = ()) -> list[str]:
+    """End what works on the grid, or on `cells`, by one call of the queue. What was done, in lines.
+    It is noted first, so that a cancelled cell is known as one, whatever Slurm remembers of it."""
+    if not grid.run.submitted.exists():
+        return ["nothing to cancel: nothing was submitted"]
+    with one_at_a_time(grid.run.root, grid.cluster.group):
+        signatures = {cell.signature for cell in cells}
+        alive, held = open_work(grid, queue, signatures)
+        if not cells or alive or held:
+            bundles = [task for task in (*alive, *held) if task.kind == BUNDLE]
+            Submission(grid.run).cancelled(bundles, whole=not cells)
+        jobs = {task.job: task for task in alive}
+        queue.cancel(jobs)
+    if not jobs and not held:
+        return ["nothing to cancel: no job waits or runs"]
+    lines = [f"cancelled {len(jobs)} jobs{_stages(jobs.values())}"]
+    if held:
+        lines.append(f"no longer held back: {len(held)} jobs")
+    others = {cell for task in (*alive, *held) for cell in task.cells} - signatures
+    if cells and others:
+        lines.append(f"with them end {len(others)} other cells, which are in the same jobs")
+    config = shlex.quote(str(grid.path))
+    lines.append(f"running ones save first; `python -m pipeline.submit grid {config}` goes on")
+    return lines
+
+
+def open_work(
+    grid: Grid, queue: Queue, signatures: Set[str] = frozenset()
+) -> tuple[list[Submitted], list[Submitted]]:
+    """The tasks and stages whose jobs wait or run, and the tasks that are held back; with
+    `signatures`, only those that train one of these cells."""
+    sent = [task for task in submissions(grid.run) if task.kind != CANCEL or not task.job]
+    if signatures:
+        sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
+    jobs = queue.look({task.job for task in sent if task.job})
+    alive = {t.job: t for t in sent if t.job and jobs[t.job].state != "gone"}
+    latest = {cell: task for task in sent for cell in task.cells if task.kind != PRETRAIN}
+    held = {task.task: task for task in latest.values() if task.held}
+    return list(alive.values()), list(held.values())
+
+
+def _stages(tasks: Collection[Submitted]) -> str:
+    stages = sorted({task.kind for task in tasks if not task.cells})
+    return f", {', '.join(stages)} among them" if stages else ""
+
+
+if __name__ == "__main__":
+    run(main)

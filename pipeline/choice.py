@@ -1,0 +1,28 @@
+"""Which cells a submission sends, of those that a survey finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jobs.cell import Cell
+from pipeline.state import NOT_FINITE, Survey
+
+Choice = Callable[[Survey], Sequence[Cell]]
+
+
+def to_do(state: Survey) -> list[Cell]:
+    """All cells that are neither done, failed for good, nor on their way."""
+    return state.held + [
+        cell.cell
+        for cell in state.cells
+        if cell.state in ("missing", "interrupted", "failed")
+        and cell.cause != NOT_FINITE
+        and state.fits(cell.cell)
+    ]
+
+
+def unsent(state: Survey) -> list[Cell]:
+    """Those that were not sent yet: what `--wait` sends when there is room. What was sent and has
+    failed would fail again, and again."""
+    never = [c.cell for c in state.cells if (c.state, c.job, c.cause) == ("missing", "", "")]
+    return state.held + [cell for cell in never if state.fits(cell)]

@@ -1,0 +1,68 @@
+"""How the tasks of a run have ended, and what planning learns of it: how many cells a job may have
+where one of more ran out of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hpc.endings import Ending, ending
+from hpc.profile import ClusterProfile
+from hpc.queue import Queue
+from hpc.tickets import JobState
+from jobs.cell import Cell, RunPaths
+from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted
+
+
+def endings(
+    jobs: Mapping[str, JobState], queue: Queue, accounting: bool = False
+) -> dict[str, Ending]:
+    """How each of `jobs` that is gone has ended, from the queue's last word and its logs; with
+    `accounting`, those that neither explains are looked up there, all by one question."""
+    found = {job: ending(j.why, queue.log_files(job)) for job, j in jobs.items() if _is_gone(j)}
+    unknown = sorted(job for job in found if found[job].cause == "unknown")
+    words = queue.remembered(unknown) if accounting and unknown else {}
+    return found | {job: ending(word, queue.log_files(job)) for job, word in words.items()}
+
+
+def _is_gone(job: JobState) -> bool:
+    return job.state == "gone"
+
+
+def granted(site: ClusterProfile) -> str:
+    """What a job of the profile gets, as far as its memory depends on it: a job that ran out of
+    memory says nothing about others that get more, or other nodes."""
+    keys = ("partition", "constraint", "gres", "nodes", "tasks_per_node", "cpus_per_task",
+            "gpus_per_node", "memory_gb", "extra")  # fmt: skip
+    given = {key: getattr(site, key) for key in keys}
+    return ", ".join(f"{key} {value}" for key, value in given.items() if value)
+
+
+def cells_at_most(
+    sent: Iterable[Submitted], ended: Mapping[str, Ending], grant: str
+) -> dict[str, int]:
+    """How many cells a job of each cell may have, by signature: half of a job that ran out of
+    memory, with what jobs are granted now; 0 where a cell did so alone, and, by its key, for a
+    backbone whose training did. A later submission keeps it in its record, since logs are deleted
+    and a queue forgets."""
+    found: dict[str, int] = {}
+    for task in sent:
+        if task.kind not in (BUNDLE, PRETRAIN) or task.granted != grant:
+            continue
+        limits = [task.at_most] if task.at_most is not None else []
+        if task.job in ended and ended[task.job].cause == "out of memory":
+            limits.append(len(task.cells) // 2)
+        for name in ([task.backbone] if task.backbone else task.cells) if limits else ():
+            found[name] = min([*limits, found.get(name, limits[0])])
+    return found
+
+
+def answerable(
+    cell: Cell, run: RunPaths, task: Submitted | None, sent: Sequence[Submitted]
+) -> Submitted | None:
+    """The task whose ending tells why a cell is not done: its own; or, where the backbone that it
+    needs was not trained, the one that should have."""
+    if task is None or task.kind == CANCEL or cell.protocol.weights != "pretrain":
+        return task
+    if run.backbone(cell.backbone_key).with_suffix(".json").exists():
+        return task
+    return next((t for t in reversed(sent) if t.backbone == cell.backbone_key and t.job), task)

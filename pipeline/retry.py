@@ -1,0 +1,149 @@
+"""Submit again what was tried and is not done, by the cause of its end.
+
+    python -m pipeline.retry [CONFIG] [--cell NAME]...
+
+After a node failure, preemption, time limit or kill: as it was, from its last checkpoint. Out of
+memory: in jobs of half as many cells. What a user should mend, or has cancelled, and losses that
+were not finite, are told, and tried again only by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from hpc.command import UserError, argument_parser, one_line, run
+from hpc.queue import open_queue
+from jobs.cell import Cell, RunPaths
+from pipeline.choice import unsent
+from pipeline.grid import Grid, find_config, read_grid
+from pipeline.names import cells_named
+from pipeline.records import cancellations
+from pipeline.show import TOO_LARGE
+from pipeline.state import NOT_FINITE, CellState, Survey, survey
+from pipeline.submit import check, plan_of, submit
+from pipeline.wait import wait_for
+
+_AGAIN = ("node failure", "preemption", "time limit", "killed", "unknown")
+_MEMORY = "out of memory"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit again what was tried before."""
+    parser = argument_parser("python -m pipeline.retry", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--cell", action="append", default=[], metavar="NAME",
+                        help="this cell, whatever its cause; may be given again")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
+    parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
+    parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    arguments = parser.parse_args(argv)
+    grid = read_grid(find_config(arguments.config), arguments.cluster)
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    named = cells_named(grid, arguments.cell)
+    state = survey(grid, queue, accounting=True)
+    chosen = choose(state, named)
+    for line in describe(grid, state, named):
+        print(one_line(line))
+    if arguments.dry_run or not chosen:
+        check(grid, ["grid"])
+        num_jobs = len(plan_of(grid, state, choose=lambda _: chosen).bundles)
+        print(f"would submit {num_jobs} jobs" if chosen else "nothing to submit again")
+        return 0
+    jobs = submit(grid, queue, ["grid"], partial(choose_and_forgive, grid.run, named))
+    if not arguments.wait:
+        return 0
+    again = partial(submit, grid, queue, choose=unsent, cancelled=cancellations(grid.run))
+    return wait_for(grid, queue, jobs, ("grid",), again)
+
+
+def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:
+    """The cells to submit again: those `named`, or all that were tried and may be tried again by
+    themselves. Raises `UserError` for one that is named and done, or on its way."""
+    if named:
+        states = {cell.cell.signature: cell for cell in state.cells}
+        for cell in named:
+            _require_stopped(states[cell.signature], state)
+        return list(named)
+    return [cell.cell for cell in _tried(state) if _by_itself(cell, state)]
+
+
+def choose_and_forgive(run: RunPaths, named: Sequence[Cell], state: Survey) -> list[Cell]:
+    """As `choose`; of a named cell whose loss was not finite, the record that keeps it from
+    training is kept under another name."""
+    chosen = choose(state, named)
+    for cell in named:
+        record = run.failure(cell.signature)
+        if record.exists():
+            record.rename(_free_name(run, cell))
+    return chosen
+
+
+def _free_name(run: RunPaths, cell: Cell) -> Path:
+    names = (run.failure(f"{cell.signature}-retried-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _tried(state: Survey) -> list[CellState]:
+    """Cells whose job has ended without finishing them."""
+    return [cell for cell in state.cells if cell.cause and cell.state not in ("done", "running")]
+
+
+def _by_itself(cell: CellState, state: Survey) -> bool:
+    if cell.cause == _MEMORY:
+        return state.fits(cell.cell)
+    return cell.cause in _AGAIN
+
+
+def _require_stopped(cell: CellState, state: Survey) -> None:
+    name = cell.cell.name
+    if cell.state == "done":
+        raise UserError(f"{name} is done; there is nothing to try again")
+    if cell.job in state.active_jobs or cell.state == "running":
+        what = "is waiting" if cell.state == "waiting" else "is running"
+        if cell.cause == NOT_FINITE:
+            what = "has failed, but the other cells of its job still train"
+        raise UserError(f"{name} {what}, job {cell.job}; wait for its end, or cancel it first")
+
+
+def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[str]:
+    """A line for each cause: how many cells, and what happens to them; and one for each cell that
+    is not submitted again by itself."""
+    signatures = {cell.signature for cell in named}
+    tried = [c for c in _tried(state) if not named or c.cell.signature in signatures]
+    for (cause, again), cells in _by_cause(tried, state).items():
+        number = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+        if named or (again and cause != _MEMORY):
+            yield f"{number}: {cause}: again"
+        elif again:
+            sizes = sorted({state.at_most[c.cell.signature] for c in cells
+                            if c.cell.signature in state.at_most})  # fmt: skip
+            how = f"at most {' or '.join(map(str, sizes))} in a job" if sizes else "with more of it"
+            yield f"{number}: {cause}: again, {how}"
+        else:
+            yield f"{number}: {cause}: not by themselves; {_remedy(grid, cause)}"
+            yield from (f"  {c.cell.name}: {c.why}" for c in cells)
+
+
+def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool], list[CellState]]:
+    grouped: dict[tuple[str, bool], list[CellState]] = {}
+    for cell in cells:
+        grouped.setdefault((cell.cause, _by_itself(cell, state)), []).append(cell)
+    return grouped
+
+
+def _remedy(grid: Grid, cause: str) -> str:
+    config = shlex.quote(str(grid.path))
+    by_name = f"`python -m pipeline.retry {config} --cell NAME`"
+    return {
+        "cancelled": f"`python -m pipeline.submit grid {config}` submits them",
+        _MEMORY: f"they {TOO_LARGE}; then, or with {by_name}, they are tried again",
+        NOT_FINITE: f"change their settings, or try the same again with {by_name}",
+    }.get(cause, f"mend it, then `python -m pipeline.submit grid {config}`, or {by_name}")
+
+
+if __name__ == "__main__":
+    run(main)
