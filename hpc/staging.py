@@ -107,7 +107,7 @@ class _Copy:
         if free < wanted + _SPARE_BYTES:
             raise UserError(
                 f"{self.folder.parent} on {socket.gethostname()} has {free / 1e9:.1f} GB free, "
-                f"not the {wanted / 1e9:.1f} GB of the shards"
+                f"not the {wanted / 1e9:.1f} GB of the files"
             )
         try:
             self.folder.mkdir(0o700)
@@ -165,8 +165,6 @@ def _copy_checked(source: Path, target: Path, sha256: str) -> None:
                 digest.update(chunk)
                 write.write(chunk)
     except FileNotFoundError as error:
-        raise Damaged(
-            f"{source} cannot be read: {error.strerror}; pack the data set again"
-        ) from error
+        raise Damaged(f"{source} cannot be read: {error.strerror}; restore it") from error
     if digest.hexdigest() != sha256:
-        raise Damaged(f"{source} is damaged (its checksum does not fit); pack the data set again")
+        raise Damaged(f"{source} is damaged (its checksum does not fit); restore it")
