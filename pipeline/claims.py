@@ -176,8 +176,8 @@ def _dice_varies_most(evidence: Evidence) -> Claim:
     return Claim(
         "dice_varies_most",
         "Dice alone varies most over seeds.",
-        "The largest standard deviation of recall over seeds is that of DL or WDL. A standard "
-        "deviation of 4 seeds is itself known to 40 % only.",
+        "The largest standard deviation of recall over seeds is that of DL or WDL. It is itself "
+        "uncertain, by 40 % with 4 seeds and by 70 % with 2.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
