@@ -25,7 +25,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
 from data_prep.staging import nearby
 from hpc import checkpoint, slurm
-from hpc.command import argument_parser, run
+from hpc.command import UserError, argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
@@ -280,7 +280,10 @@ def leave(job: Run, step: int, total: int) -> None:
     # also a preempted job, which Slurm requeues only if it has not ended before its grace does; one
     # that was cancelled is refused
     if job.group.is_main and env.job_id:
-        slurm.requeue(env.job_id)
+        try:
+            slurm.requeue(env.job_id)
+        except UserError as error:  # in an interactive allocation, for one
+            job.say(f"warning: not requeued: {error}")
 
 
 if __name__ == "__main__":

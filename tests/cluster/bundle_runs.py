@@ -117,8 +117,11 @@ class BundleRun:
         return results(self.run)
 
     def log(self) -> str:
-        """What rank 0 of all jobs and starts has written."""
-        return "".join(log.read_text() for log in sorted(self.run.logs.glob("*_0_log.err")))
+        """What rank 0 of all jobs and starts has written, in order of jobs."""
+        logs = sorted(
+            self.run.logs.glob("*_0_log.err"), key=lambda log: int(log.name.split("_")[0])
+        )
+        return "".join(log.read_text() for log in logs)
 
     @property
     def resumed_at(self) -> list[int]:
