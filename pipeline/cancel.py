@@ -16,7 +16,8 @@ from hpc.queue import Queue, open_queue
 from jobs.cell import Cell
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import cells_named
-from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted, submissions
+from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted
+from pipeline.script_jobs import sent_tasks
 from pipeline.submit import one_at_a_time
 
 
@@ -66,7 +67,7 @@ def open_work(
 ) -> tuple[list[Submitted], list[Submitted]]:
     """The tasks and stages whose jobs wait or run, and the tasks that are held back; with
     `signatures`, only those that train one of these cells."""
-    sent = [task for task in submissions(grid.run) if task.kind != CANCEL or not task.job]
+    sent = [task for task in sent_tasks(grid.run) if task.kind != CANCEL or not task.job]
     if signatures:
         sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
     jobs = queue.look({task.job for task in sent if task.job})

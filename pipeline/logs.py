@@ -17,7 +17,8 @@ from hpc.endings import error_of, traceback_at
 from hpc.queue import Queue, open_queue
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import one_named
-from pipeline.records import CANCEL, PRETRAIN, submissions
+from pipeline.records import CANCEL, PRETRAIN
+from pipeline.script_jobs import sent_tasks
 
 STAGES = ("prep", PRETRAIN, "reduce", "report")
 _LINES = 20
@@ -47,7 +48,7 @@ def jobs_of(grid: Grid, name: str) -> tuple[str, list[str]]:
     """What `name` means, and the jobs that were sent for it, the last first. Raises `UserError`
     where it means nothing, or nothing was sent."""
     meant = one_named(grid, name, STAGES)
-    sent = [task for task in submissions(grid.run) if task.job and task.kind != CANCEL]
+    sent = [task for task in sent_tasks(grid.run) if task.job and task.kind != CANCEL]
     if isinstance(meant, str):
         known, title = [task for task in sent if task.kind == meant], meant
     else:

@@ -5,9 +5,13 @@ file `submitted/TOKEN-NAME.ID`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from jobs.cell import RunPaths
+from pipeline.records import Submitted, submissions
 
 _NOTE = re.compile(r"(?P<script>.+)\.(?P<array>[0-9]+)")
 
@@ -22,6 +26,15 @@ def noted_arrays(folder: Path) -> dict[str, list[str]]:
     for match in filter(None, map(_NOTE.fullmatch, names)):
         found.setdefault(match["script"], []).append(match["array"])
     return {script: sorted(arrays, key=int, reverse=True) for script, arrays in found.items()}
+
+
+def sent_tasks(run: RunPaths) -> Iterator[Submitted]:
+    """What all submission records hold, oldest first; a task of a script once for each job that it
+    may have become."""
+    arrays = noted_arrays(run.submitted)
+    for task in submissions(run):
+        found = [] if task.job else candidates(task.script, task.element, arrays)
+        yield from (replace(task, job=job) for job in reversed(found)) if found else (task,)
 
 
 def candidates(script: str, element: int, arrays: Mapping[str, Sequence[str]]) -> list[str]:

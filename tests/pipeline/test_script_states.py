@@ -11,7 +11,9 @@ import pytest
 
 from hpc.atomic import read_json, write_json
 from pipeline import submit as command
+from pipeline.cancel import cancel
 from pipeline.grid import Grid
+from pipeline.logs import jobs_of
 from pipeline.state import survey
 from pipeline.submit import plan_of, submit, write_scripts
 from tests.pipeline.fake_queue import FakeQueue
@@ -177,3 +179,18 @@ def test_a_refusal_by_sbatch_ends_the_sending(grid, cluster, tmp_path):
     )
     assert done.returncode and done.stderr == "sbatch: error: invalid partition\n"
     assert not [*grid.run.submitted.glob("*-train.*")]
+
+
+def test_their_jobs_are_cancelled_and_their_logs_shown_like_others(grid, cluster, tmp_path):
+    write(grid, cluster)
+    note(grid, 7)
+    note(grid, 9)  # sent again
+    cluster.jobs = {"7_0": "gone", "7_1": "gone", "9_0": "running", "9_1": "waiting"}
+    cell = next(cell for cell in grid.cells if states(grid, cluster)[cell.name].job == "9_1")
+    assert jobs_of(grid, cell.name) == (cell.name, ["9_1", "7_1"])
+    ended = []
+    cluster.cancel = ended.extend
+    assert cancel(grid, cluster)[0] == "cancelled 2 jobs"
+    assert sorted(ended) == ["9_0", "9_1"]
+    cluster.jobs = {}
+    assert {state.cause for state in states(grid, cluster).values()} == {"cancelled"}
