@@ -127,7 +127,11 @@ class SlurmQueue:
             with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.submit_array(calls)
         except (FailedJobError, FailedSubmissionError) as error:
-            raise UserError(f"sbatch refused the job: {one_line(str(error))}") from error
+            said = one_line(str(error))
+            hint = (
+                "; max_jobs in the profile holds back what is too many" if "limit" in said else ""
+            )
+            raise UserError(f"sbatch refused the job: {said}{hint}") from error
         return [job.job_id for job in jobs]
 
     def _parameters(self, wanted: Resources, name: str, after: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hpc.slurm import QueueUnreachable, SlurmQueue, requeue
 
 COMMANDS = {
     "sbatch": """
+        if [ -s refuse ]; then echo "sbatch: error: $(cat refuse)" >&2; exit 1; fi
         if [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
         number=$(($(cat number 2>/dev/null || echo 0) + 1)); echo $number >number
         cp "$1" script.$number
@@ -232,6 +233,14 @@ def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, log
     slurm.answer("error", "slurm_load_jobs error: Unable to contact slurm controller\n")
     with pytest.raises(QueueUnreachable, match="Unable to contact"):
         queue.states(["7"])
+
+
+def test_a_limit_that_the_site_does_not_tell_can_be_set(slurm, logs):
+    slurm.answer("refuse", "Job violates accounting/QOS policy (job submit limit)")
+    with pytest.raises(
+        UserError, match=r"submit limit\).*; max_jobs in the profile holds back the rest"
+    ):
+        open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
 def test_what_a_job_waits_for_and_how_it_ended_are_in_the_same_answer(slurm, logs):
