@@ -237,9 +237,7 @@ def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, log
 
 def test_a_limit_that_the_site_does_not_tell_can_be_set(slurm, logs):
     slurm.answer("refuse", "Job violates accounting/QOS policy (job submit limit)")
-    with pytest.raises(
-        UserError, match=r"submit limit\).*; max_jobs in the profile holds back the rest"
-    ):
+    with pytest.raises(UserError, match=r"submit limit\).*; max_jobs in the profile"):
         open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
