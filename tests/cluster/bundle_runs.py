@@ -34,8 +34,9 @@ def pack_streets(folder: Path) -> str:
     return str(folder)
 
 
-def bundle_grid(folder: Path, data: str) -> Grid:
-    """A grid of one bundle that is checkpointed every `CHECKPOINT_SECONDS`."""
+def bundle_grid(folder: Path, data: str, workers: int = 0) -> Grid:
+    """A grid of one bundle that is checkpointed every `CHECKPOINT_SECONDS`. Each rank has `workers`
+    loader processes, which take as long to start as it does."""
     folder.mkdir(parents=True)
     path = grid_file(
         folder,
@@ -47,7 +48,7 @@ def bundle_grid(folder: Path, data: str) -> Grid:
         ("batch_size = 2", f"batch_size = {BATCH_SIZE}"),
         (
             "threads = 1\n",
-            f"threads = 1\nworkers = 1\ncheckpoint_minutes = {CHECKPOINT_SECONDS / 60}\n",
+            f"threads = 1\nworkers = {workers}\ncheckpoint_minutes = {CHECKPOINT_SECONDS / 60}\n",
         ),
     )
     return read_grid(path)
@@ -70,11 +71,18 @@ class BundleRun:
     """The bundle on the cluster: submitted by `grid`, slow until `hurry`."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, data: str, pause: float = 0.5, **profile: object
+        self,
+        cluster: Cluster,
+        folder: Path,
+        data: str,
+        pause: float = 0.5,
+        workers: int = 0,
+        **profile: object,
     ) -> None:
-        """Seconds of a pause in every step, and keys of the profile that are not as usual."""
+        """Seconds of a pause in every step, loader processes, and keys of the profile that are not
+        as usual."""
         self.cluster = cluster
-        self.grid = bundle_grid(folder, data)
+        self.grid = bundle_grid(folder, data, workers)
         self.run: RunPaths = self.grid.run
         self._pause = pause
         self._profile = folder / "profile.toml"

@@ -54,7 +54,8 @@ def test_cancelled_and_submitted_again(cluster, bundle, expected):
     assert_all_same(found, expected)
 
 
-def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, bundle, expected):
+def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, new_bundle, expected):
+    bundle = new_bundle(workers=1, exclude="n[3-4]")
     job = bundle.submit()
     strikes = [(signal.SIGUSR2, 3), (signal.SIGTERM, 0), (signal.SIGINT, 2)]
     for times, (number, rank) in enumerate(strikes):

@@ -23,7 +23,7 @@ from jobs.trainee import Trainee
 from pipeline import reduce
 from pipeline.grid import Grid
 from pipeline.results import read_results
-from pipeline.submit import submit_grid
+from pipeline.submit import submit
 from tests.jobs.cells import CLASS_WEIGHTS, MODEL, a_cell, a_share
 from tests.jobs.job_processes import Job, jobs, lives, until
 from tests.jobs.small_runs import (
@@ -153,7 +153,7 @@ def test_two_losses_are_added_to_an_interrupted_grid_and_one_is_removed(
 ):
     folder, queue = tmp_path / "grid", FakeQueue(tmp_path)
     first = grid_of(folder, streets.folder, "CE", "WCE", "DLNWCE")
-    (job_id,) = submit_grid(first, queue, [])
+    (job_id,) = submit(first, queue, ["grid"])["grid"]
     job = start(queue.calls[job_id])
     until(lambda: steps_saved(first), "a checkpoint")
     job.send(signal.SIGTERM)
@@ -164,7 +164,7 @@ def test_two_losses_are_added_to_an_interrupted_grid_and_one_is_removed(
 
     second = grid_of(folder, streets.folder, "WDL", "DLNWCE", "CE", "FL")
     logs = {}
-    for job_id in submit_grid(second, queue, []):
+    for job_id in submit(second, queue, ["grid"])["grid"]:
         job = start(queue.calls[job_id])
         assert job.end() == [0], job.log
         task = read_task(queue.calls[job_id].arguments[0])

@@ -170,7 +170,7 @@ def test_a_run_that_has_shown_its_steps_is_estimated_from_them(tmp_path):
     write_task(task)
     write_json(grid.run.progress_of(task.name), {"steps_per_second": 0.001, "step": 3})
     after = list(Forecast(grid).lines(plan.bundles))
-    assert "from the step times of 1 jobs of this run" in after[-1]
+    assert "from the step times of 1 job of this run" in after[-1]
     # 2 epochs of 3 steps, 1000 s each, and an evaluation slower by as much
     assert "min for the longest job" in after[0]
     asked = list(Forecast(grid, step_seconds=1e5).lines(plan.bundles))
