@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from data_prep.pack import pack
 from hpc.command import run
+from tests.pipeline.grids import small_grid
+
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory) -> Path:
+    """The packed data set of the small grid."""
+    folder = tmp_path_factory.mktemp("streets")
+    pack("streets", small_grid(folder).datasets["streets"], processes=1)
+    return folder / "streets"
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from data_prep.pack import pack
 from hpc.command import UserError
 from pipeline import cancel as command
 from pipeline import status, wait
@@ -22,13 +19,6 @@ from tests.pipeline.stories import beat, cells_of, save, words
 
 ALL = ("prep", "grid", "reduce", "report")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
-
-
-@pytest.fixture(scope="session")
-def streets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    pack("streets", small_grid(folder).datasets["streets"], processes=1)
-    return folder / "streets"
 
 
 @pytest.fixture

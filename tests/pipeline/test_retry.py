@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from data_prep.pack import pack
 from hpc.command import UserError, run
 from hpc.tickets import JobState
 from pipeline import retry
@@ -30,13 +27,6 @@ from tests.pipeline.stories import (
 
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 ALONE = ('kind = "local"', 'kind = "local"\ncells_per_job = 1')
-
-
-@pytest.fixture(scope="session")
-def streets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    pack("streets", small_grid(folder).datasets["streets"], processes=1)
-    return folder / "streets"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ and goes with a later submission."""
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 
@@ -20,13 +19,6 @@ from tests.pipeline.grids import finish, small_grid
 SEEDS = ("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4]")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 ALL = ("prep", "grid", "reduce", "report")
-
-
-@pytest.fixture(scope="session")
-def streets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("streets")
-    pack("streets", small_grid(folder).datasets["streets"], processes=1)
-    return folder / "streets"
 
 
 @pytest.fixture
