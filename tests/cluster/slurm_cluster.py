@@ -9,17 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.jobs import job_processes
 
 REPOSITORY = Path(__file__).parents[2]
 PROFILE = REPOSITORY / "configs/clusters/test-cluster.toml"
 PYTHON = sys.executable
 _PROGRAM = Path(__file__).with_name("cluster")
 _PATIENCE = 300.0  # seconds; a busy machine takes its time to start four ranks
-_POLL = 0.05
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,8 @@ class Cluster:
 def until(
     condition: Callable[[], object], what: str | Callable[[], str], seconds: float = _PATIENCE
 ) -> None:
-    """Wait until `condition()` is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= deadline:
-            raise AssertionError(
-                f"not within {seconds} s: {what if isinstance(what, str) else what()}"
-            )
-        time.sleep(_POLL)
+    """Wait until `condition()` is true, with the patience that a cluster needs."""
+    job_processes.until(condition, what, seconds)
 
 
 def why_no_cluster() -> str:
