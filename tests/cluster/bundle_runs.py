@@ -108,8 +108,13 @@ class BundleRun:
         return steps_saved(self.grid)
 
     @property
+    def times_started(self) -> int:
+        """How often the job was started, also where a start was stopped before its first step."""
+        return len(re.findall("^--- start .*: rank 0 of ", self.log(), re.M))
+
+    @property
     def starts(self) -> list[list[int]]:
-        """The steps that each start has begun."""
+        """The steps that each start has begun, of those that began any."""
         return steps_begun(self.run.root)
 
     def wait_for_checkpoint(self, beyond: int = 0) -> None:
