@@ -1,6 +1,15 @@
-"""Options of the whole test run."""
+"""The whole test run: its options, and which tests may run beside which.
+
+    pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+runs two tests at a time: the tests on the cluster, which wait often, on one worker, one file after
+the other on the other. More would not help: many tests start processes of their own.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +31,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test is collected, since a test's share of the cases is fixed then."""
     cases.plan(config.getoption("--fuzz-cases"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share what they set up, and those on the cluster the cluster. These take
+    longest, so they begin."""
+    cluster = Path(__file__).with_name("cluster")
+    items.sort(key=lambda item: cluster not in item.path.parents)
+    for item in items:
+        group = cluster if cluster in item.path.parents else item.path
+        item.add_marker(pytest.mark.xdist_group(group.name))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells how many cases it tried."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["fuzzed"] = cases.tried()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker has ended; one that crashed tells nothing."""
+    cases.add(getattr(node, "workeroutput", {}).get("fuzzed", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -15,7 +15,7 @@ import faulthandler
 import math
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -69,6 +69,16 @@ def fuzzed(share: float, **strategies: SearchStrategy[Any]) -> Callable[[Any], A
         return counted
 
     return decorate
+
+
+def tried() -> dict[str, int]:
+    """How many cases each test has tried in this process."""
+    return dict(_tried)
+
+
+def add(cases: Mapping[str, int]) -> None:
+    """Count cases that another process has tried."""
+    _tried.update(cases)
 
 
 def summary() -> list[str]:
