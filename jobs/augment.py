@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.settings import VOID
+from data_prep.shards import SplitReader
+from jobs.crop_window import Span, Window
 from jobs.protocol import Protocol
 
 Bytes = NDArray[np.uint8]
@@ -33,22 +37,73 @@ class Draw:
         return np.argsort(self._bits.random_raw(length), kind="stable")
 
 
+class View(NamedTuple):
+    """What a training sample shows of its image: the part from (`top`, `left`) of `shape` pixels of
+    the image, once that was resized to `size` and, if `mirrored`, flipped."""
+
+    size: tuple[int, int]
+    top: int
+    left: int
+    shape: tuple[int, int]
+    mirrored: bool
+
+    def window(self, height: int, width: int) -> Window:
+        """Its window of an image of `height` x `width`."""
+        rows, columns = self.shape
+        # what is on the left of the mirrored image is on the right of the image
+        left = self.size[1] - self.left - columns if self.mirrored else self.left
+        return Window(
+            Span(height, self.size[0], self.top, self.top + rows),
+            Span(width, self.size[1], left, left + columns, self.mirrored),
+        )
+
+
+def draw_view(height: int, width: int, protocol: Protocol, draw: Draw) -> View:
+    """A random view of an image of `height` x `width`: the short side resized to a random length
+    from `protocol.resize`, a horizontal flip, a random crop."""
+    smallest, largest = protocol.resize
+    size = resized(height, width, smallest + draw.below(largest - smallest + 1))
+    mirrored = draw.chance(protocol.flip)
+    top, left = (
+        draw.below(max(length - crop, 0) + 1)
+        for length, crop in zip(size, protocol.crop, strict=True)
+    )
+    shape = (min(protocol.crop[0], size[0]), min(protocol.crop[1], size[1]))
+    return View(size, top, left, shape, mirrored)
+
+
+def augmented_sample(
+    reader: SplitReader, i: int, protocol: Protocol, draw: Draw
+) -> tuple[Bytes, Bytes]:
+    """Sample `i` as `augment` makes it from its image and label map, but reading and resizing only
+    what its view shows. Returns uint8 [3, h, w], channels first, and [h, w]."""
+    height, width = reader.size(i)
+    view = draw_view(height, width, protocol, draw)
+    window = view.window(height, width)
+    image = np.zeros((3, *protocol.crop), np.uint8)
+    label = np.full(protocol.crop, VOID, np.uint8)
+    rows, columns = view.shape
+    image[:, :rows, :columns] = window.of_image(reader.image(i, window.source_rows))
+    label[:rows, :columns] = window.of_label(reader.label(i, window.source_rows))
+    return image, label
+
+
 def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple[Bytes, Bytes]:
-    """One training sample of the crop's size: the short side resized to a random length from
-    `protocol.resize`, a horizontal flip, a random crop. Where the crop reaches beyond the image,
-    pixels are 0 and labels void.
+    """One training sample of the crop's size: `draw_view`'s view of the image. Where the crop
+    reaches beyond the image, pixels are 0 and labels void. The plain way, through Pillow, which
+    `augmented_sample` must equal.
 
     image: uint8 [H, W, 3]; label: uint8 [H, W]. Returns uint8 [h, w, 3] and [h, w].
     """
-    smallest, largest = protocol.resize
-    short_side = smallest + draw.below(largest - smallest + 1)
-    image, label = resize_short_side(image, label, short_side)
-    if draw.chance(protocol.flip):
+    height, width = label.shape
+    view = draw_view(height, width, protocol, draw)
+    image, label = _resize(image, label, view.size)
+    if view.mirrored:
         image, label = image[:, ::-1], label[:, ::-1]
-    height, width = protocol.crop
-    top = draw.below(max(label.shape[0] - height, 0) + 1)
-    left = draw.below(max(label.shape[1] - width, 0) + 1)
-    window = (slice(top, top + height), slice(left, left + width))
+    window = tuple(
+        slice(first, first + length)
+        for first, length in zip((view.top, view.left), view.shape, strict=True)
+    )
     return _pad(image[window], protocol.crop, 0), _pad(label[window], protocol.crop, VOID)
 
 
@@ -56,13 +111,24 @@ def resize_short_side(image: Bytes, label: Bytes, short_side: int) -> tuple[Byte
     """Both resized so that the shorter side has `short_side` pixels: the image bilinear with
     antialiasing, the label by nearest neighbour. 0 leaves the size as it is."""
     height, width = label.shape
+    return _resize(image, label, resized(height, width, short_side))
+
+
+def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """The size of an image whose shorter side becomes `short_side`; 0 leaves it as it is."""
     if short_side in (0, min(height, width)):
-        return image, label
+        return height, width
     scale = short_side / min(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))  # PIL: width first
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resize(image: Bytes, label: Bytes, size: tuple[int, int]) -> tuple[Bytes, Bytes]:
+    if size == label.shape:
+        return image, label
+    width_first = size[::-1]
     return (
-        np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)),
-        np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST)),
+        np.asarray(Image.fromarray(image).resize(width_first, Image.Resampling.BILINEAR)),
+        np.asarray(Image.fromarray(label).resize(width_first, Image.Resampling.NEAREST)),
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import SplitReader
 from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
-from jobs.augment import Draw, augment, resize_short_side
+from jobs.augment import Draw, augmented_sample, resize_short_side
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -51,16 +51,15 @@ class TrainingBatches(Dataset[Batch]):
         samples = [int(order[first + position]) for position in self._positions]
         pairs = [self._sample(epoch, sample) for sample in samples]
         height, width = self._protocol.crop
-        images = np.zeros((len(pairs), height, width, 3), np.uint8)
+        images = np.zeros((len(pairs), 3, height, width), np.uint8)
         target = np.zeros((len(pairs), height, width), np.uint8)
         for k, (image, label) in enumerate(pairs):
             images[k], target[k] = image, label
-        channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return Batch(channels_first, torch.from_numpy(target), self._positions)
+        return Batch(torch.from_numpy(images), torch.from_numpy(target), self._positions)
 
     def _sample(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        image, label = self._reader.image(sample), self._reader.label(sample)
-        return augment(image, label, self._protocol, Draw(self._seed, epoch, sample))
+        draw = Draw(self._seed, epoch, sample)
+        return augmented_sample(self._reader, sample, self._protocol, draw)
 
 
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):

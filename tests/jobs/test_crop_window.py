@@ -1,0 +1,92 @@
+"""The window of a resized image is, byte for byte, that of Pillow's resize of the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.shards import SplitReader
+from jobs.augment import Draw, augment, augmented_sample
+from jobs.crop_window import Span, Window
+from jobs.protocol import Protocol
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def spans(draw, longest=90):
+    """Any part of an axis, which was shortened, lengthened or left as it was."""
+    length = draw(st.integers(1, longest))
+    resized = draw(st.one_of(st.just(length), st.integers(1, 2 * longest)))
+    start = draw(st.integers(0, resized - 1))
+    return Span(length, resized, start, draw(st.integers(start + 1, resized)), draw(st.booleans()))
+
+
+def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image and a label map of noise; some images are black and white, where sums overflow."""
+    chance = np.random.default_rng(seed)
+    image = chance.integers(256, size=(height, width, 3), dtype=np.uint8)
+    label = chance.integers(256, size=(height, width), dtype=np.uint8)
+    return (image if seed % 3 else image // 128 * 255), label
+
+
+def pillows(pixels: np.ndarray, rows: Span, columns: Span, how: Image.Resampling) -> np.ndarray:
+    """The same window of Pillow's whole."""
+    whole = Image.fromarray(pixels).resize((columns.resized, rows.resized), how)
+    window = np.asarray(whole)[rows.start : rows.stop, columns.start : columns.stop]
+    return window[:: -1 if rows.mirrored else 1, :: -1 if columns.mirrored else 1]
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(rows=spans(), columns=spans(), seed=SEEDS)
+def test_a_window_of_any_resize_is_that_of_pillow(rows, columns, seed):
+    image, label = picture(rows.length, columns.length, seed)
+    window = Window(rows, columns)
+    read = slice(*window.source_rows)
+    bilinear = pillows(image, rows, columns, Image.Resampling.BILINEAR)
+    nearest = pillows(label, rows, columns, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(window.of_image(image[read]).transpose(1, 2, 0), bilinear)
+    np.testing.assert_array_equal(window.of_label(label[read]), nearest)
+
+
+@pytest.mark.parametrize("size", [(1024, 2048), (360, 480), (500, 333), (1200, 310)])
+@pytest.mark.parametrize("scale", [0.23, 0.71, 1.0, 1.9])
+def test_so_it_is_at_the_sizes_of_real_pictures(size, scale):
+    """Where rounding errors that are added up pixel by pixel have had their time."""
+    height, width = size
+    rows = Span(height, round(height * scale), round(height * scale) - 60, round(height * scale))
+    columns = Span(width, round(width * scale), round(width * scale) - 50, round(width * scale))
+    image, label = picture(height, width, 1)
+    window = Window(rows, columns)
+    read = slice(*window.source_rows)
+    bilinear = pillows(image, rows, columns, Image.Resampling.BILINEAR)
+    nearest = pillows(label, rows, columns, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(window.of_image(image[read]).transpose(1, 2, 0), bilinear)
+    np.testing.assert_array_equal(window.of_label(label[read]), nearest)
+
+
+def test_only_the_rows_that_the_window_depends_on_are_read():
+    """All others may be anything, and there are few of them."""
+    window = Window(Span(1000, 500, 100, 140), Span(80, 40, 0, 40))
+    first, stop = window.source_rows
+    assert (first, stop) == (199, 281)  # 200 to 279, and a neighbour on either side
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    resize=st.tuples(st.integers(1, 80), st.integers(0, 40)),
+    crop=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    seed=SEEDS,
+)
+def test_a_sample_is_what_the_plain_way_makes_of_the_whole_picture(streets, resize, crop, seed):
+    reader = SplitReader(streets, "train")
+    protocol = Protocol(resize=(resize[0], sum(resize)), crop=crop, flip=0.5)
+    for sample in range(3):
+        image, label = augmented_sample(reader, sample, protocol, Draw(seed, 0, sample))
+        whole = reader.image(sample), reader.label(sample)
+        expected_image, expected_label = augment(*whole, protocol, Draw(seed, 0, sample))
+        np.testing.assert_array_equal(image.transpose(1, 2, 0), expected_image)
+        np.testing.assert_array_equal(label, expected_label)
