@@ -1,5 +1,5 @@
-"""Submissions that die when sbatch has answered and nothing is noted yet: Slurm's commands are faked,
-and what they were sent is run as a node would."""
+"""Submissions that die when sbatch has answered and nothing is noted yet. The commands of Slurm are
+faked, and what they were sent is run as a node would."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ def test_after_a_submission_that_died_there_is_one_more_until_the_next(grid, slu
         with pytest.raises(KeyboardInterrupt):
             submit(grid, queue, ["grid"])
     mark = slurm.options()["comment"]
-    queued(slurm, mark)  # in the place of a state: a word that is none of an end
+    # one answer to both questions: the mark, and a state that is none of an end
+    slurm.answer("queue", "".join(f"1_{element} {mark}\n" for element in range(12)))
     asked(slurm)
     assert status.main([str(grid.path)]) == 0
     assert asked(slurm) == Counter(squeue=2)
