@@ -34,6 +34,7 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
+_LATER = "jobs go on; run it again when Slurm answers"
 
 
 class QueueUnreachable(UserError):
@@ -247,7 +248,7 @@ def _answer(command: list[str], gone_is_fine: bool = False) -> str:
             command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise QueueUnreachable(f"{command[0]} does not answer: {error}") from error
+        raise QueueUnreachable(f"{command[0]} does not answer: {error}; {_LATER}") from error
     if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
-        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}")
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
     return done.stdout

@@ -88,10 +88,17 @@ class Survey:
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool = False) -> Survey:
+def survey(
+    grid: Grid,
+    queue: Queue,
+    also: Iterable[str] = (),
+    accounting: bool = False,
+    verify: bool = False,
+) -> Survey:
     """Look at the run directory and ask the queue once, about the jobs `also` too; with
-    `accounting`, jobs that have ended nobody knows how are looked up there as well."""
-    done, problems = finished_cells(grid.run)
+    `accounting`, jobs that have ended nobody knows how are looked up there as well; with `verify`,
+    all counts are read and compared with their checksums."""
+    done, problems = finished_cells(grid.run, verify)
     recorded = list(submissions(grid.run))
     sent = recall(recorded, queue)
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
@@ -149,8 +156,9 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool 
     )
 
 
-def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell by signature, and a line for each damaged one."""
+def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
+    tell, or with `verify` checksums."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
     for path in json_files(run.counts):
@@ -164,6 +172,12 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
             continue
         if not index.is_whole():
             broken.append(index)
+            continue
+        if verify and index.is_altered():
+            problems.append(
+                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
+                "cells anew"
+            )
             continue
         for cell in index.cells:
             done[cell["signature"]] = index

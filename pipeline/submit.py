@@ -24,6 +24,7 @@ from hpc.config import user_path
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
+from jobs.counts_file import set_aside_altered
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.choice import Choice, to_do, unsent
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
-        state = survey(grid, queue, accounting=True)
+        state = survey(grid, queue, accounting=True, verify=True)
         forecast = Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
         check(grid, stages)  # after the plan: it can be looked at before its data are there
@@ -157,6 +158,7 @@ def submit_grid(
 ) -> tuple[list[str], bool]:
     """Submit the tasks that are missing, as many as the queue has room for. Returns the ids of all
     jobs that work on the grid now, old and new, and whether all tasks were sent."""
+    _set_aside(grid)
     state = survey(grid, queue, accounting=True)
     settle(grid.run, state.recalled)
     plan = plan_of(grid, state, choose=choose)
@@ -206,6 +208,7 @@ def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path)
 
 
 def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
+    _set_aside(grid)
     state = survey(grid, queue)
     describe_survey(grid, state)
     plan = plan_of(grid, state)
@@ -215,6 +218,12 @@ def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
         jobs = ", ".join(sorted(set(state.pretraining.values())))
         print(f"{left_out} jobs are left out until {jobs} has trained their backbone")
     return ready
+
+
+def _set_aside(grid: Grid) -> None:
+    # once for all: a job that starts leaves out what is counted, and must not read all counts
+    for line in set_aside_altered(grid.run.counts):
+        print(f"warning: {one_line(line)}")
 
 
 def plan_of(
