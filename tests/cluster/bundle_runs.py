@@ -95,11 +95,11 @@ class BundleRun:
         about = [str(self.grid.path), "--cluster", str(self.profile)]
         return [PYTHON, "-m", module, *words, *about]
 
-    def submit(self) -> str:
-        """Submit what is missing of the grid; the job's id."""
+    def submit(self, program: str = "tests.cluster.slow_training") -> str:
+        """Submit what is missing of the grid, as `program` does; the job's id."""
         self.run.root.mkdir(exist_ok=True, mode=0o700)
         (self.run.root / PAUSE).write_text(str(self._pause))
-        said = self.cluster.answer(*self.command("tests.cluster.slow_training", "grid"))
+        said = self.cluster.answer(*self.command(program, "grid"))
         assert "submitted 1 jobs for 2 cells" in said
         return list(submissions(self.run))[-1].job
 
