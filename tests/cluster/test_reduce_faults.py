@@ -1,5 +1,5 @@
-"""A rank of the reduction is killed: the job ends, the results of before stay, and the next one gives
-the bytes that it gives undisturbed."""
+"""A rank of the reduction is killed: the job ends, older results stay, and the next one gives the
+bytes that it gives undisturbed."""
 
 from __future__ import annotations
 
