@@ -173,7 +173,8 @@ def settle(run: RunPaths, recalled: Iterable[Submitted]) -> None:
         of_record[task.token, task.element] = task if task.job else replace(task, token="")
     for token, known in by_record.items():
         path = record_path(run, token)
-        write_tasks(path, [known.get((t.token, t.element), t) for t in _tasks_of(path)])
+        if tasks := [known.get((t.token, t.element), t) for t in _tasks_of(path)]:
+            write_tasks(path, tasks)
 
 
 def cancellations(run: RunPaths) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.records import submissions
 from tests.cluster.bundle_runs import TOTAL, BundleRun
 from tests.cluster.diverging_training import LOSS
-from tests.cluster.slurm_cluster import PYTHON, Cluster, until
+from tests.cluster.slurm_cluster import PYTHON, Cluster
 from tests.cluster.test_interruptions import assert_no_step_was_redone
 from tests.jobs.small_runs import assert_all_same, results
 from tests.pipeline.damages import flip
@@ -166,7 +166,8 @@ def test_without_accounting_and_then_without_a_controller(cluster, new_bundle, e
     bundle.wait_for_checkpoint(beyond=max(bundle.steps_saved))
     waiting = started(cluster, bundle.command(SLOW, "grid", "--wait"))
     assert waiting.stdout
-    until(lambda: "running" in waiting.stdout.readline(), "--wait has seen the job")
+    assert "2 running" in waiting.stdout.readline()
+    assert waiting.stdout.readline().startswith("small: 2 running; "), "it has seen how far it is"
 
     cluster.do("controller", "stop")
     try:
