@@ -103,6 +103,14 @@ def remove_file(path: str | Path) -> None:
         raise _explained(error, Path(path)) from error
 
 
+def rename_file(path: str | Path, new: str | Path) -> None:
+    """Give a file another name, replacing what has it."""
+    try:
+        Path(path).rename(new)
+    except OSError as error:
+        raise _explained(error, Path(path)) from error
+
+
 def remove_dead_folders(parent: str | Path) -> None:
     """Delete the temporary folders that killed processes left in `parent`: those to which nothing
     was written for an hour."""

@@ -22,7 +22,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
-from hpc import sbatch
+from hpc import sbatch, sends
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
 from hpc.private import private_folder
@@ -34,6 +34,7 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
+_LATER = "jobs go on; run it again when Slurm answers"
 
 
 class QueueUnreachable(UserError):
@@ -59,6 +60,7 @@ class SlurmQueue:
         resources: Resources,
         name: str,
         after: Sequence[str] = (),
+        token: str = "",
     ) -> list[str]:
         """One array (several, if it is longer than the site allows); a single call is a plain job.
         If Slurm refuses any, none is left in the queue.
@@ -69,11 +71,18 @@ class SlurmQueue:
         ids: list[str] = []
         try:
             for start in range(0, len(calls), size):
-                ids += self._submit_array(calls[start : start + size], parameters)
+                mark = sends.mark_of(token, start) if token else ""
+                ids += self._submit_array(calls[start : start + size], parameters, mark)
         except UserError:
             self.cancel(ids)
             raise
         return ids
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        """By one squeue call; nothing is found where the site, or the profile, has comments of its
+        own."""
+        command = ["squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i %k"]
+        return sends.marked(_answer(command).splitlines(), tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, by one squeue call."""
@@ -120,9 +129,15 @@ class SlurmQueue:
     def ensure_runner(self) -> None:
         """Nothing to do: Slurm runs."""
 
-    def _submit_array(self, calls: Sequence[ModuleCall], parameters: dict[str, Any]) -> list[str]:
+    def _submit_array(
+        self, calls: Sequence[ModuleCall], parameters: dict[str, Any], mark: str
+    ) -> list[str]:
         executor = submitit.SlurmExecutor(self.folder, python=self.profile.python_command())
         executor.update_parameters(**parameters)
+        if mark:
+            sends.leave_calls(self.folder, mark, calls)
+            setup = [*sends.take_call(self.folder, mark), *self.profile.setup_lines()]
+            executor.update_parameters(comment=mark, setup=setup)
         try:
             with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.submit_array(calls)
@@ -233,7 +248,7 @@ def _answer(command: list[str], gone_is_fine: bool = False) -> str:
             command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise QueueUnreachable(f"{command[0]} does not answer: {error}") from error
+        raise QueueUnreachable(f"{command[0]} does not answer: {error}; {_LATER}") from error
     if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
-        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}")
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
     return done.stdout

@@ -18,7 +18,16 @@ from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
 from pipeline.ended import answerable, cells_at_most, endings, granted
 from pipeline.grid import Grid
-from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted, json_files, submissions
+from pipeline.records import (
+    BUNDLE,
+    CANCEL,
+    PRETRAIN,
+    Submitted,
+    is_lost,
+    json_files,
+    recall,
+    submissions,
+)
 from pipeline.script_jobs import candidates, job_of, noted_arrays
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
@@ -61,6 +70,7 @@ class Survey:
     jobs: Mapping[str, JobState]  # of all that the queue was asked about
     problems: tuple[str, ...]  # lines about damaged files
     at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
+    recalled: tuple[Submitted, ...]  # tasks whose record does not tell the job, as the queue does
 
     @property
     def held(self) -> list[Cell]:
@@ -78,13 +88,22 @@ class Survey:
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool = False) -> Survey:
+def survey(
+    grid: Grid,
+    queue: Queue,
+    also: Iterable[str] = (),
+    accounting: bool = False,
+    verify: bool = False,
+) -> Survey:
     """Look at the run directory and ask the queue once, about the jobs `also` too; with
-    `accounting`, jobs that have ended nobody knows how are looked up there as well."""
-    done, problems = finished_cells(grid.run)
-    sent = list(submissions(grid.run))
+    `accounting`, jobs that have ended nobody knows how are looked up there as well; with `verify`,
+    all counts are read and compared with their checksums."""
+    done, problems = finished_cells(grid.run, verify)
+    recorded = list(submissions(grid.run))
+    sent = recall(recorded, queue)
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
-    stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN, CANCEL)}  # the last
+    # of each the last
+    stages = {t.kind: t.job for t in sent if t.job and t.kind not in (BUNDLE, PRETRAIN, CANCEL)}
     arrays = noted_arrays(grid.run.submitted)
     asked = {job for task in open_tasks for job in _jobs_of(task, arrays)}
     jobs = queue.look(asked.union(stages.values(), also) - {""})
@@ -133,11 +152,13 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool 
         jobs=jobs,
         problems=tuple(problems),
         at_most=cells_at_most(sent, ended, granted(grid.cluster)),
+        recalled=tuple(now for was, now in zip(recorded, sent, strict=True) if is_lost(was)),
     )
 
 
-def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell by signature, and a line for each damaged one."""
+def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
+    tell, or with `verify` checksums."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
     for path in json_files(run.counts):
@@ -151,6 +172,12 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
             continue
         if not index.is_whole():
             broken.append(index)
+            continue
+        if verify and index.is_altered():
+            problems.append(
+                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
+                "cells anew"
+            )
             continue
         for cell in index.cells:
             done[cell["signature"]] = index

@@ -85,23 +85,27 @@ class BundleRun:
         self.grid = bundle_grid(folder, data, workers)
         self.run: RunPaths = self.grid.run
         self._pause = pause
-        self._profile = folder / "profile.toml"
+        self.profile = folder / "profile.toml"
         table = {**tomllib.loads(PROFILE.read_text()), **profile}
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items()]
-        self._profile.write_text("".join(lines))
+        self.profile.write_text("".join(lines))
 
-    def submit(self) -> str:
-        """Submit what is missing of the grid; the job's id."""
+    def command(self, module: str, *words: str) -> list[str]:
+        """A command about this grid: a module, and what comes before the grid file."""
+        about = [str(self.grid.path), "--cluster", str(self.profile)]
+        return [PYTHON, "-m", module, *words, *about]
+
+    def submit(self, program: str = "tests.cluster.slow_training") -> str:
+        """Submit what is missing of the grid, as `program` does; the job's id."""
         self.run.root.mkdir(exist_ok=True, mode=0o700)
         (self.run.root / PAUSE).write_text(str(self._pause))
-        command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
-        said = self.cluster.answer(*command, "--cluster", self._profile)
+        said = self.cluster.answer(*self.command(program, "grid"))
         assert "submitted 1 jobs for 2 cells" in said
         return list(submissions(self.run))[-1].job
 
     def hurry(self) -> None:
         """No more pauses."""
-        (self.run.root / PAUSE).unlink()
+        (self.run.root / PAUSE).unlink(missing_ok=True)
 
     @property
     def steps_saved(self) -> list[int]:

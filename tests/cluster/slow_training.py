@@ -3,7 +3,8 @@ however fast the machine is; and with a record of every step that it begins.
 
     python -m tests.cluster.slow_training grid CONFIG ...
 
-is `python -m pipeline.submit` whose bundles train like this.
+is `python -m pipeline.submit` whose bundles train like this, and with `retry` for `grid` it is
+`python -m pipeline.retry`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def steps_begun(run: Path) -> list[list[int]]:
 
 if __name__ == "__main__":
     from hpc.command import run
-    from pipeline import submit
+    from pipeline import retry, submit
 
     submit._PROGRAMS["bundle"] = "tests.cluster.slow_training"
-    run(submit.main)
+    run(lambda argv: retry.main(argv[1:]) if argv[0] == "retry" else submit.main(argv))
