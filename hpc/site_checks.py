@@ -80,8 +80,8 @@ def account(profile: ClusterProfile, site: Site) -> str:
     if not own:
         if enforced:
             raise UserError(
-                f"accounting knows no account of {site.user!r}, and Slurm takes no job without; ask "
-                "those who run the site for one"
+                f"accounting knows no account of {site.user!r}, and Slurm takes no job without; "
+                "ask those who run the site for one"
             )
         raise NotAsked(f"accounting knows no account of {site.user!r}, and Slurm wants none")
     if profile.account and profile.account not in own:
@@ -182,7 +182,7 @@ def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
     if read.returncode:
         said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
         raise UserError(f"the shell cannot read them ({said}); mend setup in the profile")
-    return f"{len(profile.setup_lines())} lines that a shell can read"
+    return f"a shell can read all {len(profile.setup_lines())}"
 
 
 def trial(profile: ClusterProfile, site: Site) -> str:

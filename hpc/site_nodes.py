@@ -21,8 +21,8 @@ def partitions_of(profile: ClusterProfile, site: Site) -> list[Row]:
     if not profile.partition:
         default = [row for row in site.partitions.values() if row.get("Default") == "YES"]
         if not default:
-            names = ", ".join(site.partitions)
-            raise UserError(f"the site has no default partition; set partition to one of {names}")
+            known = ", ".join(site.partitions)
+            raise UserError(f"the site has no default partition; set partition to one of {known}")
         return default
     names = profile.partition.split(",")
     for name in names:
@@ -51,13 +51,14 @@ def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
                 f"nodes = {profile.nodes}, but the partition {row['PartitionName']} gives a job at "
                 f"most {most}; set nodes in the profile"
             )
-    return _enough(
-        profile,
-        _nodes(profile, site),
-        lambda node: True,
-        ", without those that it excludes" * bool(profile.exclude),
-        "nodes",
-    )
+    found = len(_nodes(profile, site))
+    if found < profile.nodes:
+        left = ", without those that it excludes" if profile.exclude else ""
+        raise UserError(
+            f"nodes = {profile.nodes}, but the partition has {found}{left}; set nodes in the "
+            "profile, or choose another partition"
+        )
+    return f"{profile.nodes} of {found}"
 
 
 def features(profile: ClusterProfile, site: Site) -> str:
@@ -72,17 +73,18 @@ def features(profile: ClusterProfile, site: Site) -> str:
         own = set(node.get("AvailableFeatures", "").split(","))
         return any(wanted <= own for wanted in alternatives)
 
-    known = {f for n in _nodes(profile, site) for f in n.get("AvailableFeatures", "").split(",")}
+    nodes = _nodes(profile, site)
+    known = {f for node in nodes for f in node.get("AvailableFeatures", "").split(",")}
     names = ", ".join(sorted(known - {"", "(null)"})) or "none"
-    return _enough(profile, _nodes(profile, site), has, f"; their features: {names}",
-                   "constraint", f"the features {profile.constraint!r}")  # fmt: skip
+    mend = f"there are {names}, so set constraint"
+    return _enough(profile, nodes, has, f"the features {profile.constraint!r}", mend)
 
 
 def cpus(profile: ClusterProfile, site: Site) -> str:
     """Enough nodes have CPUs for all tasks."""
     wanted = profile.tasks_per_node * profile.cpus_per_task
     return _enough_of(
-        profile, site, lambda node: int(node.get("CPUEfctv") or node.get("CPUTot", 0)), wanted,
+        profile, site, lambda node: int(node.get("CPUEfctv") or node["CPUTot"]), wanted,
         "tasks_per_node or cpus_per_task", "CPUs",
     )  # fmt: skip
 
@@ -92,7 +94,7 @@ def memory(profile: ClusterProfile, site: Site) -> str:
     if not profile.memory_gb:
         raise NotAsked("the profile leaves it to the site's default (memory_gb)")
     megabytes = round(1024 * profile.memory_gb)
-    return _enough_of(profile, site, lambda node: int(node.get("RealMemory", 0)), megabytes,
+    return _enough_of(profile, site, lambda node: int(node["RealMemory"]), megabytes,
                       "memory_gb", "MB of memory")  # fmt: skip
 
 
@@ -133,22 +135,16 @@ def _nodes(profile: ClusterProfile, site: Site) -> list[Row]:
 
 
 def _enough(
-    profile: ClusterProfile,
-    nodes: Sequence[Row],
-    fits: Callable[[Row], bool],
-    hint: str,
-    key: str,
-    what: str = "",
+    profile: ClusterProfile, nodes: Sequence[Row], fits: Callable[[Row], bool], what: str, mend: str
 ) -> str:
-    """Enough of `nodes` fit: how many, else what is wrong with `key` of the profile."""
+    """Enough of `nodes` have `what`: how many, else what to mend."""
     fitting = sum(map(fits, nodes))
     if fitting < profile.nodes:
-        number = f"only {fitting} of {len(nodes)} nodes have {what}" if what else f"{fitting}"
         raise UserError(
-            f"nodes = {profile.nodes}, but the partition has {number}{hint}; "
-            f"set {key} in the profile"
+            f"nodes = {profile.nodes}, but only {fitting} of the partition's {len(nodes)} have "
+            f"{what}; {mend} in the profile"
         )
-    return f"{fitting} of {len(nodes)} have {what}" if what else f"{fitting}"
+    return f"{fitting} of {len(nodes)} have {what}"
 
 
 def _enough_of(
@@ -162,5 +158,5 @@ def _enough_of(
     """Enough nodes have `wanted` of a unit."""
     nodes = _nodes(profile, site)
     most = max(map(amount, nodes), default=0)
-    return _enough(profile, nodes, lambda node: amount(node) >= wanted, f", the most is {most}", key,
-                   f"{wanted} {unit}")  # fmt: skip
+    mend = f"the most is {most}, so set {key}"
+    return _enough(profile, nodes, lambda node: amount(node) >= wanted, f"{wanted} {unit}", mend)
