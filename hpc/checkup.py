@@ -61,6 +61,6 @@ def findings(checks: Iterable[Check]) -> Iterator[Finding]:
     return (check.finding() for check in checks)
 
 
-def gigabytes(number: float) -> str:
-    """Bytes for people."""
-    return f"{number / 1e9:.1f} GB"
+def shown_bytes(number: float) -> str:
+    """Bytes for people; few ones in MB."""
+    return f"{number / 1e9:.1f} GB" if number >= 5e7 else f"{number / 1e6:.1f} MB"

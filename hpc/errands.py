@@ -28,7 +28,8 @@ _ANSWER_SECONDS = 0.05
 _LATE_SECONDS = 10.0  # by which a network file system shows what a node has written
 _END_SECONDS = 90.0  # what cancelled jobs get to end
 # Slurm's reasons for which a job waits until somebody does something
-_FOR_EVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit")
+_FOR_EVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit",
+            "PerJob")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpc.checkup import Doubt, NotAsked, gigabytes
+from hpc.checkup import Doubt, NotAsked, shown_bytes
 from hpc.command import UserError
 from hpc.errands import Report
 from hpc.profile import ClusterProfile
@@ -134,7 +134,7 @@ def same_files(report: Report, expected: Mapping[str, int]) -> str:
                     f"{node} {state} {path}, which has {size} here; put it on a file system that "
                     "all nodes share"
                 )
-    return f"all {len(expected)}, {gigabytes(sum(expected.values()))}"
+    return f"all {len(expected)}, {shown_bytes(sum(expected.values()))}"
 
 
 def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
@@ -145,11 +145,11 @@ def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
     for node, free in found.items():
         if free < needed:
             raise UserError(
-                f"{node} has {gigabytes(free)} free in {profile.node_local}, not the "
-                f"{gigabytes(needed)} that are copied there, so jobs would read from the shared "
+                f"{node} has {shown_bytes(free)} free in {profile.node_local}, not the "
+                f"{shown_bytes(needed)} that are copied there, so jobs would read from the shared "
                 "disk; set node_local to another folder, or leave it out"
             )
-    return f"{profile.node_local} has {gigabytes(min(found.values()))} free or more"
+    return f"{profile.node_local} has {shown_bytes(min(found.values()))} free or more"
 
 
 def graphics(profile: ClusterProfile, report: Report) -> str:
@@ -187,15 +187,13 @@ def time_to_save(profile: ClusterProfile, report: Report, bytes_saved: int) -> s
     rates = of_ranks(report, "bytes_per_second", "look at the disk of the run directory", first=1)
     rate = next(iter(rates.values()))
     seconds = bytes_saved / rate
+    takes = f"{shown_bytes(bytes_saved)} in about {seconds:.1f} s, at {rate / 1e6:.0f} MB a second"
     if seconds > profile.lead_seconds:
         raise UserError(
-            f"saving {gigabytes(bytes_saved)} takes about {seconds:.0f} s at {rate / 1e6:.0f} MB a "
-            f"second, more than lead_seconds = {profile.lead_seconds}; set it higher in the profile"
+            f"a job saves {takes}, which is longer than lead_seconds = {profile.lead_seconds}; set "
+            "it higher in the profile"
         )
-    return (
-        f"{gigabytes(bytes_saved)} take about {seconds:.1f} s at {rate / 1e6:.0f} MB a second, of "
-        f"lead_seconds = {profile.lead_seconds}"
-    )
+    return f"{takes}; lead_seconds = {profile.lead_seconds}"
 
 
 def mpi_world(profile: ClusterProfile, report: Report) -> str:

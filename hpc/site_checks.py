@@ -176,13 +176,15 @@ def mpi_type(profile: ClusterProfile, site: Site) -> str:
 
 
 def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
-    """A shell can read them. What they do, only a node can tell."""
-    text = "\n".join(profile.setup_lines())
+    """A shell can read them."""
+    if not profile.setup:
+        raise NotAsked("the profile has none (setup)")
+    text = "\n".join(profile.setup)
     read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=30)
     if read.returncode:
         said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
         raise UserError(f"the shell cannot read them ({said}); mend setup in the profile")
-    return f"a shell can read all {len(profile.setup_lines())}"
+    return "a shell can read them; what they do, only a node can tell"
 
 
 def trial(profile: ClusterProfile, site: Site) -> str:
@@ -209,12 +211,12 @@ def _asked(look: Callable[[], T]) -> T:
 
 
 def _associations(profile: ClusterProfile, site: Site) -> list[Row]:
-    """Of the profile's account, in its partition or in all."""
+    """Of the profile's account, or the only one there is, in its partition or in all."""
     places = {"", *profile.partition.split(",")}
+    accounts = {row["Account"] for row in site.associations}
+    own = {profile.account} if profile.account else accounts if len(accounts) == 1 else set()
     return [
-        row
-        for row in site.associations
-        if row["Account"] == (profile.account or row["Account"]) and row["Partition"] in places
+        row for row in site.associations if row["Account"] in own and row["Partition"] in places
     ]
 
 

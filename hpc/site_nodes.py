@@ -12,7 +12,8 @@ from hpc.config import did_you_mean, shown
 from hpc.profile import ClusterProfile
 from hpc.site import Row, Site, num_gpus
 
-_AWAY = re.compile(r"DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|POWERING_DOWN|UNKNOWN|\*")
+# not POWERED_DOWN: such nodes are started for a job
+_AWAY = re.compile(r"(^|\+)(DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN)|\*")
 
 
 def partitions_of(profile: ClusterProfile, site: Site) -> list[Row]:

@@ -13,7 +13,7 @@ from data_prep.overlap import ids_of, overlap_warnings
 from data_prep.settings import DatasetSettings
 from data_prep.sources import SOURCES
 from data_prep.weights import WITHOUT_FILE, require_weights
-from hpc.checkup import gigabytes
+from hpc.checkup import shown_bytes
 from hpc.command import UserError, one_line
 from jobs.cell import Cell, bundles
 from pipeline.estimate import bytes_of, files_of
@@ -91,10 +91,10 @@ def check_room(grid: Grid, cells: Iterable[Cell]) -> str:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{grid.run.root} needs {gigabytes(needed)} for heads and checkpoints, but "
-            f"{existing} has {gigabytes(free)} free; make room or set run_dir to another disk"
+            f"{grid.run.root} needs {shown_bytes(needed)} for heads and checkpoints, but "
+            f"{existing} has {shown_bytes(free)} free; make room or set run_dir to another disk"
         )
-    return f"{gigabytes(needed)} at most, {gigabytes(free)} are free"
+    return f"{shown_bytes(needed)} at most, {shown_bytes(free)} are free"
 
 
 def check_files(grid: Grid, cells: Iterable[Cell]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.manifest import MANIFEST, remedy
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.atomic import file_sha256
-from hpc.checkup import Check, Finding, NotAsked, findings, gigabytes
+from hpc.checkup import Check, Finding, NotAsked, findings, shown_bytes
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.node_facts import versions
 from hpc.private import require_private
@@ -109,8 +109,8 @@ def _private(grid: Grid) -> str:
     group = grid.cluster.group
     require_private(grid.run.root, group, "set run_dir to a folder of yours")
     existing = existing_folder(grid)
-    where = "it" if existing == grid.run.root else f"{existing}, where it will be,"
     who = f"you and the group {group}" if group else "you"
+    where = grid.run.root if existing == grid.run.root else f"{existing}, where it will be made"
     return f"only {who} can write to {where}"
 
 
@@ -148,13 +148,13 @@ def _data_set(grid: Grid, name: str) -> str:
         if file_sha256(path) != shard.sha256:
             raise UserError(f"{path} is damaged (its checksum does not fit); {remedy(path)}")
     total = sum(shard.bytes for shard in shards)
-    return f"{gigabytes(total)} in {len(shards)} shards, {gigabytes(read)} read and as packed"
+    return f"{shown_bytes(total)} in {len(shards)} shards, {shown_bytes(read)} read and as packed"
 
 
 def _weights(weights: str, model: str) -> str:
     path = require_weights(weights, model)
     if (weights, model) not in FILES:
-        return f"{path}, {gigabytes(path.stat().st_size)}"
+        return f"{path}, {shown_bytes(path.stat().st_size)}"
     check_published(path)
     return f"{path}, with the hash in its name"
 

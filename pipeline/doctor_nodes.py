@@ -3,7 +3,7 @@ only tell what they see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def node_findings(grid: Grid, say: Callable[[str], None]) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("FAIL", "a job on the nodes", str(error))
         return
-    yield from findings(_checks(grid, reports))
+    yield from findings(checks_of(grid, reports))
 
 
 def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
@@ -69,7 +69,8 @@ def _num_ranks(wanted: Resources) -> int:
     return wanted.nodes * wanted.tasks_per_node
 
 
-def _checks(grid: Grid, reports: dict[str, Report]) -> list[Check]:
+def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
+    """What the reports of the jobs `train` and `reduce`, where there is one, say of the nodes."""
     profile, report = grid.cluster, reports["train"]
     looks: dict[str, Callable[[], str]] = {
         "a job on the nodes": partial(node_checks.launch, profile, report),
@@ -80,7 +81,7 @@ def _checks(grid: Grid, reports: dict[str, Report]) -> list[Check]:
             node_checks.same_versions, profile, report, versions(PACKAGES, SOURCES)
         ),
         "shards and weights from the nodes": partial(node_checks.same_files, report, inputs(grid)),
-        "content of the shards": partial(shards, report, len(_packed(grid))),
+        "content of the shards": partial(content, report, _packed(grid)),
         "disk of the nodes": partial(node_checks.node_disk, profile, report, _staged_bytes(grid)),
         "GPUs as torch sees them": partial(node_checks.graphics, profile, report),
         "network interface": partial(node_checks.interface, profile, report),
@@ -109,15 +110,15 @@ def _files(manifest: Manifest) -> list[Path]:
     return [manifest.folder / shard.file for half in halves for shard in half.shards]
 
 
-def shards(report: Report, num_packed: int) -> str:
+def content(report: Report, packed: Sequence[Manifest]) -> str:
     """The ranks, each with its share of the shards, have found no byte that is not as packed."""
-    if not num_packed:
+    if not packed:
         raise NotAsked("nothing is packed yet")
     damaged = node_checks.of_ranks(report, "damaged", "run `python -m data_prep.verify` on it")
     if lines := [line for of_rank in damaged.values() for line in of_rank]:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}")
-    return f"every byte of {num_packed} data sets is as packed"
+    return f"every byte of {', '.join(manifest.name for manifest in packed)} is as packed"
 
 
 def _staged_bytes(grid: Grid) -> int:
