@@ -174,7 +174,7 @@ def network(profile: ClusterProfile, report: Report) -> str:
         "the other nodes (`ip link`), and see that no firewall is between them"
     )
     found = of_ranks(report, "met", mend)
-    right = sum(range(1, len(found) + 1))
+    right = sum(range(1, report.errand.world_size + 1))
     for place, met in found.items():
         if met["sum"] != right:
             raise UserError(f"{place} has a sum of {met['sum']:g} instead of {right}; {mend}")
