@@ -140,7 +140,7 @@ def _enough(
 ) -> str:
     """Enough of `nodes` have `what`: how many, else what to mend."""
     fitting = sum(map(fits, nodes))
-    if fitting < profile.nodes:
+    if fitting < min(profile.nodes, len(nodes)):  # too few nodes is another line
         raise UserError(
             f"nodes = {profile.nodes}, but only {fitting} of the partition's {len(nodes)} have "
             f"{what}; {mend} in the profile"

@@ -108,9 +108,9 @@ def _run_directory(grid: Grid) -> list[Check]:
 def _private(grid: Grid) -> str:
     group = grid.cluster.group
     require_private(grid.run.root, group, "set run_dir to a folder of yours")
-    existing = existing_folder(grid)
+    root, existing = grid.run.root.absolute(), existing_folder(grid).absolute()
     who = f"you and the group {group}" if group else "you"
-    where = grid.run.root if existing == grid.run.root else f"{existing}, where it will be made"
+    where = root if existing == root else f"{existing}, where it will be made"
     return f"only {who} can write to {where}"
 
 

@@ -21,8 +21,8 @@ Lines = tuple[int, list[str]]
 
 @pytest.fixture
 def examine(cluster, streets_on_cluster) -> Callable[..., Lines]:
-    """The exit code of the doctor on a grid in `folder`, and its lines; whatever it finds, it leaves
-    nothing."""
+    """The exit code of the doctor on a grid in `folder`, and its lines. Whatever it finds, it
+    leaves nothing behind."""
 
     def lines(folder: Path, *options: str, **profile: object) -> Lines:
         grid = bundle_grid(folder, streets_on_cluster)
@@ -96,19 +96,17 @@ def test_a_run_directory_that_the_nodes_do_not_see(examine, tmp_path):
 def test_what_slurm_does_not_know(cluster, examine):
     folder = cluster.runs / "doctor-strange"
     strange = {"account": "nobodys", "qos": "golden", "nodes": 9, "minutes": 60}
-    assert [line.split(";")[0] for line in failed(examine(folder, **strange))] == [
-        "account: account = 'nobodys' is no account of 'root'",
-        "quality of service: there is no quality of service 'golden'",
-        "nodes of the partition: nodes = 9, but the partition has 4",
-        "CPUs of a node: nodes = 9, but only 4 of the partition's 4 have 2 CPUs",
-        "a training job, as sbatch sees it: sbatch says: allocation failure: Requested node "
-        "configuration is not available",
-    ]
+    lines = failed(examine(folder, **strange))
+    for line, begin in zip(lines, [
+        "account: account = 'nobodys' is no account of 'root'; ",
+        "quality of service: there is no quality of service 'golden'; ",
+        "nodes of the partition: nodes = 9, but the partition has 4; set nodes in the profile",
+        "a training job, as sbatch sees it: sbatch says: allocation failure: Requested node conf",
+    ], strict=True):  # fmt: skip
+        assert line.startswith(begin)
 
 
 def test_a_partition_that_is_not_there_is_one_failure(cluster, examine):
     lines = failed(examine(cluster.runs / "doctor-nowhere", "--on-nodes", partition="bach"))
-    assert lines == [
-        "partition: there is no partition 'bach'; did you mean 'batch'?; set partition in the "
-        "profile (`sinfo` lists them)"
-    ]
+    (line,) = lines
+    assert line.startswith("partition: there is no partition 'bach'; did you mean 'batch'?; set ")

@@ -1,13 +1,10 @@
 """What the nodes tell the doctor: the facts of a real rank, dealt to the ranks of two nodes, are
-wrong in one way at a time; then real jobs on the local queue, which leave nothing behind."""
+wrong in one way at a time."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,19 +19,15 @@ from hpc.call import ModuleCall
 from hpc.checkup import findings
 from hpc.command import UserError
 from hpc.env import RankEnv
-from hpc.errands import Errand, Report, run_errands
+from hpc.errands import Errand, Report
 from hpc.node_facts import Facts, answer_hellos, room
 from hpc.profile import Resources
 from jobs import probe
-from pipeline import doctor
 from pipeline.doctor_nodes import checks_of, inputs
 from pipeline.grid import Grid, read_grid
-from tests.jobs.job_processes import tree, until
-from tests.pipeline.fake_queue import FakeQueue
+from tests.pipeline.doctor_lines import flip
 from tests.pipeline.fake_site import profile_file
 from tests.pipeline.grids import grid_file
-from tests.pipeline.test_doctor import flip
-from tests.test_layers import REPOSITORY
 
 CALL, RESOURCES = ModuleCall("jobs.probe"), Resources(nodes=2, tasks_per_node=2)
 Ranks = list[dict[str, Any]]
@@ -339,49 +332,3 @@ def test_a_node_local_folder_that_is_none(tmp_path):
         room("/proc/nothing")
     assert room(f"{tmp_path}/not/made/yet") > 0
     assert not list(tmp_path.iterdir())
-
-
-def test_a_job_that_would_wait_for_ever_is_cancelled(tmp_path):
-    queue = FakeQueue(tmp_path)
-    queue.why["job1"] = "PartitionTimeLimit"
-    heard: list[str] = []
-    with pytest.raises(
-        UserError, match=r"job job1 would wait for ever \(PartitionTimeLimit\); see"
-    ):
-        run_errands(queue, [Errand("train", CALL, RESOURCES)], tmp_path, heard.append)
-    assert queue.cancelled == [["job1"]]
-
-
-@pytest.fixture
-def local(tmp_path, streets) -> Path:
-    """A grid file for the local queue, and two ranks."""
-    return grid_file(
-        tmp_path,
-        (f"{tmp_path}/streets", str(streets)),
-        ('kind = "local"', 'kind = "local"\ntasks_per_node = 2'),
-    )
-
-
-def test_on_the_local_queue_a_job_is_asked_too_and_nothing_is_left(local, tmp_path, capsys):
-    before = tree(tmp_path)
-    assert doctor.main([str(local), "--on-nodes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert not [line for line in lines if not line.startswith(("pass", "skip"))]
-    for what in ("a job on the nodes (2 ranks on ", "clocks (within ", "content of the shards (ev",
-                 "network between the ranks (2 ranks added"):  # fmt: skip
-        assert [line for line in lines if line.startswith(f"pass  {what}")], what
-    assert "skip  time to save: the local queue has no time limit" in lines
-    assert tree(tmp_path) == before
-
-
-def test_ctrl_c_ends_the_job_and_leaves_nothing(local, tmp_path):
-    before = tree(tmp_path)
-    command = [sys.executable, "-m", "pipeline.doctor", str(local), "--on-nodes"]
-    with (tmp_path.parent / f"{tmp_path.name}.err").open("w+") as said:
-        person = subprocess.Popen(command, cwd=REPOSITORY, stderr=said, stdout=subprocess.DEVNULL)
-        until(lambda: "is running" in Path(said.name).read_text(), "the job runs")
-        person.send_signal(signal.SIGINT)
-        assert person.wait(timeout=120) == 130
-    assert tree(tmp_path) == before
-    words = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in words
