@@ -62,5 +62,7 @@ def findings(checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 def shown_bytes(number: float) -> str:
-    """Bytes for people; few ones in MB."""
-    return f"{number / 1e9:.1f} GB" if number >= 5e7 else f"{number / 1e6:.1f} MB"
+    """Bytes for people."""
+    if number < 5e4:
+        return f"{number / 1e3:.1f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 5e7 else f"{number / 1e9:.1f} GB"

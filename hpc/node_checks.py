@@ -85,7 +85,8 @@ def set_up_words(profile: ClusterProfile, report: Report) -> str:
         raise NotAsked("the profile has none")
     _told(report)
     if bad := [line for line in report.set_up if _COMPLAINT.search(line)]:
-        raise UserError(f"they say {bad[0]!r}; mend setup in the profile")
+        said = re.sub(r"^\S*/slurm_script: ", "", bad[0])
+        raise UserError(f"they say {said!r}; mend setup in the profile")
     return f"{len(profile.setup)} lines, no complaint"
 
 
@@ -153,10 +154,10 @@ def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
 
 
 def graphics(profile: ClusterProfile, report: Report) -> str:
-    """Every rank has a GPU that its torch has kernels for."""
+    """Torch loads, and every rank has a GPU that it has kernels for."""
+    ranks = of_ranks(report, "device", "mend python or setup in the profile")
     if not profile.gpus_per_node:
         raise NotAsked("the profile asks for none (gpus_per_node)")
-    ranks = of_ranks(report, "device", "mend python or setup in the profile")
     if blind := [place for place, device in ranks.items() if device["name"] == "cpu"]:
         raise UserError(
             f"torch sees no GPU on {blind[0]}; install a build of torch for CUDA, or see with "

@@ -109,9 +109,11 @@ def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
     """Leave a file, and wait for the login node's answer to it: seconds since 1970, on this node's
     clock, of leaving and of the answer's coming, and on the login node's in between. Raises
     `UserError` if no answer comes."""
+    hello, answer = (folder / f"{name}-{rank}.{kind}" for kind in (HELLO, ANSWER))
+    for old in (hello, answer):  # of a start before: the job may have been requeued
+        old.unlink(missing_ok=True)
     left = time.time()
-    write_text(folder / f"{name}-{rank}.{HELLO}", f"{left!r}")
-    answer = folder / f"{name}-{rank}.{ANSWER}"
+    write_text(hello, f"{left!r}")
     deadline = time.monotonic() + _ANSWER_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -89,7 +89,7 @@ def test_large_shards_are_left_to_the_nodes(examine, shards, monkeypatch):
     code, lines = examine()
     assert code == 0
     (line,) = [line for line in lines if "data set streets" in line]
-    assert "0.0 MB read" in line
+    assert "0.0 kB read" in line
 
 
 def test_a_data_set_that_is_not_packed_yet_is_no_failure(examine, shards):

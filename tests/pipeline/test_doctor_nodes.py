@@ -198,7 +198,7 @@ BREAKS = {
     no_interface: "network interface: n2 has no 'lo', only eth0, ib0; set network_interface in",
     unseen_file: "shards and weights from the nodes: n2 cannot read ",
     old_file: "shards and weights from the nodes: n2 has ",
-    full_node: "disk of the nodes: n2 has 0.0 MB free in /tmp, not the ",
+    full_node: "disk of the nodes: n2 has 1.0 kB free in /tmp, not the ",
     no_gpu: "GPUs as torch sees them: torch sees no GPU on rank 3 on n2; install a build of torch",
     no_peer: "network between the ranks: rank 2 on n2: RuntimeError: Unable to find address for: "
     "ib0; the ranks cannot talk over lo: set network_interface in the profile to one that leads",
@@ -277,8 +277,8 @@ def test_a_job_whose_python_does_not_start(examine):
 
 
 def test_set_up_lines_that_fail_on_the_nodes(examine):
-    said = "slurm_script: line 9: module: command not found"
-    line = only_failure(examine(set_up=("Loading mpi", said)))
+    said = "line 9: module: command not found"
+    line = only_failure(examine(set_up=("Loading mpi", f"/spool/n1/slurm_script: {said}")))
     assert line == f"set-up lines on the nodes: they say '{said}'; mend setup in the profile"
 
 
@@ -311,6 +311,19 @@ def test_a_torch_without_kernels_for_the_gpu(examine, monkeypatch, tmp_path):
     line = only_failure(examine(change))
     assert line.startswith("GPUs as torch sees them: rank 1 on n1: torch ")
     assert "has no kernels for Tesla V100 (sm_70), only sm_80, sm_90; install a build that" in line
+
+
+def test_a_torch_that_does_not_load_is_told_where_no_gpu_is_asked_for_too(examine, grid):
+    def change(ranks: Ranks) -> None:
+        for rank in ranks:
+            del rank["device"], rank["met"]
+            rank["errors"]["device"] = "ImportError: libgomp.so.1: cannot open shared object file"
+
+    profile = grid.cluster.model_dump(exclude_unset=True)
+    lines = examine(change, on=replace(grid, profile={**profile, "gpus_per_node": 0}))
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert failed[0].startswith("FAIL  GPUs as torch sees them: rank 0 on n1: ImportError: libgomp")
+    assert failed[1].startswith("FAIL  network between the ranks: rank 0 on n1 ended before it cou")
 
 
 def test_ranks_read_every_byte_of_the_shards(examine, grid, streets, tmp_path):
