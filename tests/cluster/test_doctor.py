@@ -4,6 +4,8 @@ told by the line that is about it."""
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,23 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.bundle_runs import bundle_grid
-from tests.cluster.slurm_cluster import PROFILE, PYTHON
+from tests.cluster.slurm_cluster import PROFILE, PYTHON, until
 from tests.jobs.job_processes import tree
 
 # so long that a busy machine's disk does not decide
 USUAL = {"lead_seconds": 900, "reduce_nodes": 2, "reduce_tasks_per_node": 2}
 Lines = tuple[int, list[str]]
+
+
+def doctor_of(folder: Path, data: str, *options: str, **profile: object) -> list[object]:
+    """The command that examines a new grid in `folder`, with keys of the profile that are not as
+    usual."""
+    grid = bundle_grid(folder, data)
+    table = {**tomllib.loads(PROFILE.read_text()), **USUAL, **profile}
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+    (folder / "profile.toml").write_text(text)
+    site = ["--cluster", folder / "profile.toml"]
+    return [PYTHON, "-m", "pipeline.doctor", grid.path, *site, *options]
 
 
 @pytest.fixture
@@ -25,13 +38,9 @@ def examine(cluster, streets_on_cluster) -> Callable[..., Lines]:
     leaves nothing behind."""
 
     def lines(folder: Path, *options: str, **profile: object) -> Lines:
-        grid = bundle_grid(folder, streets_on_cluster)
-        table = {**tomllib.loads(PROFILE.read_text()), **USUAL, **profile}
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-        (folder / "profile.toml").write_text(text)
+        command = doctor_of(folder, streets_on_cluster, *options, **profile)
         before = tree(folder)
-        command = [PYTHON, "-m", "pipeline.doctor", grid.path, *options]
-        done = cluster.command(*command, "--cluster", folder / "profile.toml")
+        done = cluster.command(*command)
         assert not done.stderr or "--on-nodes" in options, done.stderr
         assert "Traceback" not in done.stderr
         assert tree(folder) == before
@@ -91,6 +100,24 @@ def test_a_run_directory_that_the_nodes_do_not_see(examine, tmp_path):
     (line,) = lines
     assert line.startswith("a job on the nodes: the nodes do not see the run directory: job ")
     assert line.endswith("; set run_dir to a folder on a file system that the nodes share")
+
+
+def test_ctrl_c_takes_the_job_out_of_the_queue(cluster, streets_on_cluster):
+    folder = cluster.runs / "doctor-left"
+    later = {"extra.begin": "now+1hour"}
+    command = doctor_of(folder, streets_on_cluster, "--on-nodes", **later)
+    before = tree(folder)
+    with (cluster.runs / "doctor-left.err").open("w+") as said:
+        person = subprocess.Popen(
+            list(map(str, command)), cwd=cluster.runs, env=cluster.environ, stderr=said,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        until(lambda: "is waiting (BeginTime)" in Path(said.name).read_text(), "it waits")
+        assert "doctor" in cluster.answer("squeue", "--noheader", "--format=%j")
+        person.send_signal(signal.SIGINT)
+        assert person.wait(timeout=300) == 130
+    assert "doctor" not in cluster.answer("squeue", "--noheader", "--format=%j")
+    assert tree(folder) == before
 
 
 def test_what_slurm_does_not_know(cluster, examine):

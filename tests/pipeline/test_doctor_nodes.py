@@ -51,9 +51,9 @@ def one_rank(grid, tmp_path_factory) -> dict[str, Any]:
     return told(tmp_path_factory.mktemp("probe"), list(inputs(grid)), shards)
 
 
-def told(folder: Path, files: list[str], data: str) -> dict[str, Any]:
+def told(folder: Path, files: list[str], data: str | None) -> dict[str, Any]:
     plan = folder / "plan.json"
-    write_json(plan, {"files": files, "data": [data], "node_local": str(folder)})
+    write_json(plan, {"files": files, "data": [data] if data else [], "node_local": str(folder)})
     ended = threading.Event()
 
     def answer() -> None:
@@ -214,6 +214,13 @@ BREAKS = {
 @pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__qualname__)
 def test_something_is_wrong_on_the_nodes(examine, change):
     assert only_failure(examine(change)).startswith(BREAKS[change])
+
+
+def test_a_requeued_job_is_answered_anew(tmp_path):
+    for kind in ("hello", "answer"):
+        (tmp_path / f"train-0.{kind}").write_text("1000000000.0")
+    clock = told(tmp_path, [], None)["clock"]
+    assert clock["left"] <= clock["between"] <= clock["came"] < clock["left"] + 30
 
 
 def test_which_way_a_clock_is_wrong_is_said(examine):
