@@ -58,7 +58,7 @@ def test_amounts_of_a_limit():
     ("said", "types"),
     [
         (
-            "MPI plugin types are...\n\tpmix\n\tnone\n\tpmi2\nversions available: pmix_v4,pmix_v5\n",
+            "MPI types are...\n\tpmix\n\tnone\n\tpmi2\nversions available: pmix_v4,pmix_v5\n",
             {"pmix", "none", "pmi2", "pmix_v4", "pmix_v5"},
         ),
         ("srun: MPI types are...\nsrun: none\nsrun: openmpi\n", {"none", "openmpi"}),
