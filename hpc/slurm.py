@@ -241,14 +241,28 @@ def _job_state(word: str, reason: str = "None") -> JobState:
 
 def _answer(command: list[str], gone_is_fine: bool = False) -> str:
     """What a Slurm command prints; nothing where it fails because a job is gone and may be."""
+    done = _asked(command)
+    if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
+    return done.stdout
+
+
+def ask(*command: str) -> str:
+    """All that a Slurm command says that changes nothing, on both streams, as some answer on
+    standard error. Raises `QueueUnreachable` where it does not answer, or refuses."""
+    done = _asked(list(command))
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise QueueUnreachable(f"{command[0]} says: {one_line('; '.join(said[-2:]))}")
+    return done.stdout + done.stderr
+
+
+def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
     # SQUEUE_STATES and its like are for people, and would hide jobs from us
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnreachable(f"{command[0]} does not answer: {error}; {_LATER}") from error
-    if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
-        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
-    return done.stdout

@@ -60,12 +60,13 @@ def main(arguments):
 class FakeSlurm:
     """The folder in which the fake commands find their answers and leave what they were asked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commands: dict[str, str] | None = None) -> None:
+        """`commands` in place of some of the usual ones."""
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
-        for name, body in COMMANDS.items():
+        for name, body in {**COMMANDS, **(commands or {})}.items():
             note = f'cd {shlex.quote(str(folder))}; printf "%s\\n" "{name} $*" >>asked\n'
-            if name == "srun":
+            if body == COMMANDS["srun"]:
                 note = ""  # stays where the job runs
             script = folder / "bin" / name
             script.write_text(f"#!/bin/bash\n{note}{body}\n")
