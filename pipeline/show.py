@@ -99,7 +99,7 @@ def literal(name: str) -> Text:
 
 def cells_overview(cells: Sequence[CellState]) -> Table:
     """One row a data set and model: how many of their cells are in which state."""
-    table = Table("data set", "model", *(Text(s, style=_COLOURS.get(s, "")) for s in STATES))
+    table = Table("data set", "model", *STATES)
     counts: dict[tuple[str, str], Counter[str]] = {}
     for cell in cells:
         counts.setdefault((cell.cell.dataset, cell.cell.model), Counter())[cell.state] += 1

@@ -48,11 +48,14 @@ class Site:
 
 @pytest.fixture
 def held_folder(cluster, tmp_path) -> Iterator[Path]:
-    """A folder that the nodes see; whatever happens, no held job stays for the tests that follow."""
+    """A folder on a disk that has room for the heads and checkpoints of so many cells, which nobody
+    writes. Whatever happens, no held job stays for the tests that follow."""
     folder = cluster.runs / tmp_path.name
     folder.mkdir()
+    cluster.answer("mount", "-t", "tmpfs", "-o", "size=500G,mode=700", "tmpfs", folder)
     yield folder
     cluster.command("scancel", "--user=root", "--name=small-bundle")
+    cluster.answer("umount", folder)
 
 
 def test_2500_held_jobs_are_three_calls_of_sbatch_one_of_squeue_and_one_of_scancel(
