@@ -35,7 +35,8 @@ class Settings(BaseModel):
     def __copy__(self) -> Self:
         # without what was computed and kept: `model_copy(update=...)` is another one
         return self.model_construct(
-            self.model_fields_set, **{name: getattr(self, name) for name in type(self).model_fields}
+            set(self.model_fields_set),
+            **{name: getattr(self, name) for name in type(self).model_fields},
         )
 
 
