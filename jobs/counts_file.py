@@ -101,13 +101,8 @@ def read_counts(index: CountsIndex) -> dict[str, Any]:
     try:
         with h5py.File(index.path, "r") as file:
             return {name: _array(file, name) for name in file}
-    except (
-        OSError,
-        RuntimeError,
-        TypeError,
-        KeyError,
-        ValueError,
-    ) as error:  # of another program's HDF5, or of none
+    # of another program's HDF5, or of none
+    except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise _damaged(index.path, "is not a file of counts") from error
 
 
