@@ -59,30 +59,34 @@ def main() -> int:
 def _measure(folder: Path, seeds: int) -> int:
     grid = large_grid(folder, seeds)
     config = str(grid.path)
-    found = {
-        "plan (in-process)": _timed(lambda: _plan(config)),
-        "submit grid --dry-run": _command("pipeline.submit", "grid", config, "--dry-run"),
-    }
-    tasks = send_all(grid)
-    end(grid, tasks)
-    print(f"{len(grid.cells)} cells in {len(tasks)} jobs, load {os.getloadavg()[0]:.1f}")
-    found["status (in-process)"] = _timed(lambda: _survey(config))
-    found["status"] = _command("pipeline.status", config)
-    found["reduce"] = _command("pipeline.reduce", config)
+    print("| what | wall s | CPU s | bound s |\n|---|---:|---:|---:|")
+    late = [
+        *_row("plan (in-process)", _timed(lambda: _plan(config))),
+        *_row("submit grid --dry-run", _command("pipeline.submit", "grid", config, "--dry-run")),
+    ]
+    end(grid, send_all(grid))
+    late += _row("status (in-process)", _timed(lambda: _survey(config)))
+    late += _row("status", _command("pipeline.status", config))
+    late += _row("reduce", _command("pipeline.reduce", config))
     mpiexec = Path(sys.executable).with_name("mpiexec")
     if mpiexec.exists():
         launcher = (str(mpiexec), "-n", "2")
-        found["mpiexec -n 2 reduce"] = _command("pipeline.reduce", config, launcher=launcher)
-    found["report"] = _command("pipeline.report", config)
+        late += _row("mpiexec -n 2 reduce", _command("pipeline.reduce", config, launcher=launcher))
+    late += _row("report", _command("pipeline.report", config))
     page = (grid.run.report / "index.html").stat().st_size / 1e6
-    print("| what | wall s | CPU s | bound s |\n|---|---:|---:|---:|")
-    for what, (wall, cpu) in found.items():
-        print(f"| {what} | {wall:.1f} | {cpu:.1f} | {BOUNDS[what] or ''} |")
     print(f"| page, MB | {page:.1f} | | {PAGE_MB:g} |")
-    late = [what for what, (wall, _) in found.items() if wall > (BOUNDS[what] or wall)]
     late += ["page"] * (page > PAGE_MB)
+    print(f"{len(grid.cells)} cells, load {os.getloadavg()[0]:.1f} at the end")
     print(f"over their bounds: {', '.join(late) or 'none'}")
     return 1 if late else 0
+
+
+def _row(what: str, found: Seconds) -> list[str]:
+    """Print it; its name if it took too long."""
+    wall, cpu = found
+    bound = BOUNDS[what]
+    print(f"| {what} | {wall:.1f} | {cpu:.1f} | {bound or ''} |", flush=True)
+    return [what] if bound and wall > bound else []
 
 
 def _plan(config: str) -> None:
