@@ -198,8 +198,8 @@ def requeue(job_id: str) -> bool:
 
 
 def _in_few_words(ids: Iterable[str]) -> list[str]:
-    """`7_[0-999]` for so many elements of an array that follow each other: scancel sends the
-    controller a message for each of its words."""
+    """`7_[0-999]` for so many elements of an array that follow each other: scancel may ask
+    the controller once for each of its words."""
     words: list[str] = []
     plain: list[str] = []
     elements: dict[str, list[int]] = {}

@@ -107,8 +107,7 @@ def read_counts(index: CountsIndex) -> dict[str, Any]:
 
 
 def _array(file: Any, name: str) -> Any:
-    """All of a data set. By HDF5's own calls: h5py's objects take four times as long as the data of
-    a few cells."""
+    """All of a data set. By HDF5's own calls: for a few cells h5py's objects take twice as long."""
     import h5py
     import numpy as np
 

@@ -317,7 +317,7 @@ def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
 
 
 def test_a_thousand_elements_of_an_array_are_cancelled_by_one_word(slurm, logs):
-    """scancel sends a message for each."""
+    """Each may be a question to the controller."""
     elements = [f"7_{n}" for n in (*range(1000, 200, -1), 17, 3)]
     open_slurm(logs).cancel([*elements, "8"])
     assert slurm.asked("scancel") == [["--quiet", "7_3", "7_17", "7_[201-1000]", "8"]]
