@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
 from io import StringIO
-from itertools import count, takewhile
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 _LATER = "jobs go on; run it again when Slurm answers"
+_LONG_ROW = 16  # elements of an array that are cancelled as one
 
 
 class QueueUnreachable(UserError):
@@ -119,7 +120,7 @@ class SlurmQueue:
     def cancel(self, ids: Iterable[str]) -> None:
         """Let Slurm end jobs; those that are gone are left alone."""
         if ids := list(ids):
-            _answer(["scancel", "--quiet", *ids], gone_is_fine=True)
+            _answer(["scancel", "--quiet", *_in_few_words(ids)], gone_is_fine=True)
 
     def log_files(self, job_id: str) -> list[Path]:
         """The stderr logs of a job's ranks; rank 0's also holds what the batch script wrote."""
@@ -209,6 +210,29 @@ def requeue(job_id: str) -> bool:
         return False
     _answer(["scontrol", "requeue", job_id])
     return True
+
+
+def _in_few_words(ids: Iterable[str]) -> list[str]:
+    """`7_[0-999]` for so many elements of an array that follow each other: scancel may ask
+    the controller once for each of its words."""
+    words: list[str] = []
+    plain: list[str] = []
+    elements: dict[str, list[int]] = {}
+    for job_id in ids:
+        array, _, element = job_id.partition("_")
+        if element.isdecimal():
+            elements.setdefault(array, []).append(int(element))
+        else:
+            plain.append(job_id)
+    for array, numbers in elements.items():
+        # equal for those that follow each other
+        for _, group in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+            row = [number for _, number in group]
+            if len(row) < _LONG_ROW:
+                words += [f"{array}_{number}" for number in row]
+            else:
+                words.append(f"{array}_[{row[0]}-{row[-1]}]")
+    return words + plain
 
 
 @contextmanager

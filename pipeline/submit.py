@@ -231,11 +231,8 @@ def plan_of(
 ) -> Plan:
     """The tasks for the cells that are to be submitted."""
     wanted = choose(state)
-    ready = {
-        cell.backbone_key
-        for cell in wanted
-        if grid.run.backbone(cell.backbone_key).with_suffix(".json").exists()
-    }
+    needed = {cell.backbone_key for cell in wanted if cell.protocol.weights == "pretrain"}
+    ready = {key for key in needed if grid.run.backbone(key).with_suffix(".json").exists()}
     backbones = {*ready, *state.pretraining}
     fits = (forecast or Forecast(grid)).fits
     return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits, state.at_most)

@@ -317,6 +317,13 @@ def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
     assert slurm.asked("scancel") == [["--quiet", "7_0", "8"]]
 
 
+def test_a_thousand_elements_of_an_array_are_cancelled_by_one_word(slurm, logs):
+    """Each may be a question to the controller."""
+    elements = [f"7_{n}" for n in (*range(1000, 200, -1), 17, 3)]
+    open_slurm(logs).cancel([*elements, "8"])
+    assert slurm.asked("scancel") == [["--quiet", "7_3", "7_17", "7_[201-1000]", "8"]]
+
+
 def test_a_refusal_is_one_line_and_leaves_nothing_queued(slurm, logs):
     slurm.answer("refuse")
     queue = open_slurm(logs)
