@@ -274,9 +274,10 @@ def _newest_start(victim: Victim) -> tuple[int, int]:
 
 def _can_be_struck(victim: Victim, kind: str) -> bool:
     """Whether a bundle is being trained, with progress since a checkpoint, and not near its end."""
-    saved, last = victim.steps_saved, _newest_start(victim)[1]
-    needed = 2 if kind == TWO_CHECKPOINTS else 1
-    return len(saved) >= needed and saved[-1] <= last < 2 * EPOCHS - LAST_STEPS
+    saved = victim.steps_saved
+    if len(saved) < (2 if kind == TWO_CHECKPOINTS else 1):
+        return False
+    return saved[-1] <= _newest_start(victim)[1] < 2 * EPOCHS - LAST_STEPS
 
 
 def say(text: str) -> None:
