@@ -8,7 +8,7 @@ import math
 import re
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.pack import pack
@@ -37,7 +37,12 @@ def pack_streets(folder: Path) -> str:
 
 
 def bundle_grid(
-    folder: Path, data: str, workers: int = 0, seeds: Iterable[int] = (0,), epochs: int = EPOCHS
+    folder: Path,
+    data: str,
+    workers: int = 0,
+    seeds: Iterable[int] = (0,),
+    losses: Sequence[str] = ("CE", "DLNWCE"),
+    epochs: int = EPOCHS,
 ) -> Grid:
     """A grid of one bundle for each seed that is checkpointed every `CHECKPOINT_SECONDS`. Each rank
     has `workers` loader processes, which take as long to start as it does."""
@@ -46,6 +51,7 @@ def bundle_grid(
         folder,
         ("seeds = [0, 1]", f"seeds = {list(seeds)}"),
         (', "deeplabv3_mobilenet_v3_large"', ""),
+        ('losses = ["CE", "DLNWCE"]', f"losses = {json.dumps(losses)}"),
         (f'shards = "{folder}/streets"', f'shards = "{data}"'),
         ("train = 6\nval = 3\nsize = [32, 40]", f"train = {IMAGES}\nval = 5\nsize = [40, 56]"),
         ("epochs = 2", f"epochs = {epochs}"),

@@ -37,7 +37,7 @@ def test_three_faults_leave_every_bit_as_it_is(cluster, capsys):
     for kind in ON_TWO_NODES:
         assert re.search(rf"^\| {kind} \| [1-9]\d* \| [1-9]\d* \|", said, re.M), said
     assert re.search(r"^\| all \| \d+ \| 3 \|", said, re.M), said
-    assert re.search(r"^\d times 4 cells, all bit for bit as undisturbed", said, re.M), said
+    assert re.search(r"^\d times 6 cells, all bit for bit as undisturbed", said, re.M), said
 
 
 def test_what_was_lost_is_counted_in_steps_and_seconds():
