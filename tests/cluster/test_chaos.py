@@ -30,7 +30,8 @@ def record(*starts: range, bundle: str = "bundle") -> list[Begun]:
 
 
 def test_three_faults_leave_every_bit_as_it_is(cluster, capsys):
-    plan = Plan(3, seed=1, kinds=ON_TWO_NODES, num_bundles=2, profile={"exclude": "n[3-4]"})
+    profile = {"exclude": "n[3-4]", "cpus_per_task": 4}
+    plan = Plan(3, seed=1, kinds=ON_TWO_NODES, num_bundles=2, profile=profile)
     code = torment(cluster, cluster.runs / "chaos", plan)
     said = capsys.readouterr().out
     assert code == 0, said
