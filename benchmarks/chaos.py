@@ -17,8 +17,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
     with ThreadPoolExecutor(1) as pool:
         # beside the first round, most of which is waiting
         alone = pool.submit(undisturbed, folder / "undisturbed", data, plan.num_bundles)
-        while number == 0 or (deck and outcomes and not missing):
+        while number == 0 or (deck and not missing):
             number += 1
             current = Round(cluster, folder / f"round{number}", data, plan)
             strikes = current.train(deck, rng)
@@ -105,10 +105,11 @@ def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
             outcomes += judged
             deck = deck[len(strikes) :] + [outcome.kind for outcome in judged if outcome.uncounted]
             found = results(current.grid.run)
-            missing |= expected(alone).keys() - found.keys()
-            different |= set(differing(found, expected(alone)))
+            expected = alone.result()
+            missing |= expected.keys() - found.keys()
+            different |= set(differing(found, expected))
             say(f"round {number} is done: {len(found)} cells")
-            if not any(not outcome.uncounted for outcome in judged):
+            if all(outcome.uncounted for outcome in judged):
                 break  # it would not get better
     return conclude(outcomes, plan, number, missing, different)
 
@@ -159,12 +160,7 @@ def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
     return results(grid.run)
 
 
-def expected(alone: Future[dict]) -> dict:
-    """What was trained without any fault."""
-    return alone.result()
-
-
-def differing(found: dict, wanted: dict) -> Iterator[str]:
+def differing(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Iterator[str]:
     """The names of the cells whose weights or counts are not bit for bit as they should be."""
     for name in found.keys() & wanted.keys():
         try:
