@@ -20,9 +20,10 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-from benchmarks.chaos_record import Outcome, Strike, failures, judge, table
+from benchmarks.chaos_record import Outcome, Strike, failures, judge_all, table
 from hpc.atomic import Damaged, read_json
 from jobs.cell import Cell, bundles
 from jobs.counts_file import counted_cells
@@ -101,7 +102,7 @@ def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
             current = Round(cluster, folder / f"round{number}", data, plan)
             strikes = current.train(deck, rng)
             record = all_begun(current.grid.run.root)
-            judged = [judge(strike, record) for strike in strikes]
+            judged = judge_all(strikes, record)
             outcomes += judged
             deck = deck[len(strikes) :] + [outcome.kind for outcome in judged if outcome.uncounted]
             found = results(current.grid.run)
@@ -264,15 +265,14 @@ class Round:
 
 
 def _newest_start(victim: Victim) -> tuple[int, int]:
-    """The number of a bundle's newest start, and the step that it has begun last, or -1."""
-    claims = victim.run.generations(victim.bundle).iterdir()
-    newest = max(int(path.name) for path in claims if path.name.isdigit())
-    steps = (
-        begun.step
-        for begun in all_begun(victim.run.root)
-        if (begun.bundle, begun.generation) == (victim.bundle, newest)
-    )
-    return newest, max(steps, default=-1)
+    """The number of a bundle's newest start, and the step that it has begun last; (0, -1) while the
+    job, which may have been requeued, has not yet begun one."""
+    # without this a job that only starts would be taken for the start that was struck before
+    started = datetime.fromisoformat(victim.cluster.job(victim.job)["StartTime"]).timestamp()
+    own = [begun for begun in all_begun(victim.run.root) if begun.bundle == victim.bundle]
+    if not own or own[-1].time < started:
+        return 0, -1
+    return own[-1].generation, own[-1].step
 
 
 def _can_be_struck(victim: Victim, kind: str) -> bool:

@@ -61,6 +61,19 @@ def judge(strike: Strike, record: Sequence[Begun]) -> Outcome:
     return Outcome(strike.kind, unsaved, redone, beyond.time - last.time, harm=harm)
 
 
+def judge_all(strikes: Sequence[Strike], record: Sequence[Begun]) -> list[Outcome]:
+    """What each strike did; a start counts once, however often it was struck."""
+    outcomes: list[Outcome] = []
+    struck: set[tuple[str, int]] = set()
+    for strike in strikes:
+        outcome, start = judge(strike, record), (strike.bundle, strike.generation)
+        if start in struck:
+            outcome = Outcome(strike.kind, uncounted="that start had been struck before")
+        struck.add(start)
+        outcomes.append(outcome)
+    return outcomes
+
+
 def failures(
     outcomes: Sequence[Outcome], wanted: int, missing: Collection[str], different: Collection[str]
 ) -> list[str]:

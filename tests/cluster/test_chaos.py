@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.chaos import Plan, conclude, differing, draw, torment
-from benchmarks.chaos_record import Outcome, Strike, failures, judge, table
+from benchmarks.chaos_record import Outcome, Strike, failures, judge, judge_all, table
 from tests.cluster.faults import KINDS
 from tests.cluster.slow_training import Begun
 
@@ -64,6 +64,12 @@ def test_what_disturbed_nothing_does_not_count(strike, starts, why):
     outcome = judge(strike, record(*starts))
     assert why in outcome.uncounted
     assert failures([outcome], 1, (), ()) == ["0 faults were counted, and 1 were wanted"]
+
+
+def test_a_start_counts_once():
+    first, second = judge_all([STRIKE, STRIKE], record(range(6), range(4, 10)))
+    assert first.uncounted == ""
+    assert second.uncounted == "that start had been struck before"
 
 
 @pytest.mark.parametrize(
