@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hpc.command import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 _DEAD_AFTER_SECONDS = 3600.0  # since a temporary folder or anything in it was last written
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 # Asked when all is on disk, right before it appears: raises if it must not appear any more.
 Check = Callable[[], None]
 
@@ -103,6 +104,14 @@ def remove_file(path: str | Path) -> None:
         raise _explained(error, Path(path)) from error
 
 
+def rename_file(path: str | Path, new: str | Path) -> None:
+    """Give a file another name, replacing what has it."""
+    try:
+        Path(path).rename(new)
+    except OSError as error:
+        raise _explained(error, Path(path)) from error
+
+
 def remove_dead_folders(parent: str | Path) -> None:
     """Delete the temporary folders that killed processes left in `parent`: those to which nothing
     was written for an hour."""
@@ -155,7 +164,21 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def fingerprint(value: Any) -> str:
     """SHA-256 of a value of plain types in canonical JSON: equal values, equal fingerprints."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return text_sha256(canonical(value))
+
+
+def canonical(value: Any) -> str:
+    """The JSON text that `fingerprint` is the hash of."""
+    return _CANONICAL.encode(value)
+
+
+def canonical_table(texts: Mapping[str, str]) -> str:
+    """`canonical` of a table from those of its values, by plain keys."""
+    return "{" + ",".join(f'"{key}":{texts[key]}' for key in sorted(texts)) + "}"
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of ASCII text."""
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 

@@ -17,6 +17,12 @@ class UserError(Exception):
 
 
 class _OneLineParser(argparse.ArgumentParser):
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
+        """Options may stand between the other arguments: `grid --wait CONFIG`."""
+        return self.parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR_EXIT_CODE, f"error: {message} (see {self.prog} --help)\n")
 

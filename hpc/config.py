@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -31,6 +31,13 @@ class Settings(BaseModel):
     def _accept_toml_spelling(cls, table: Any) -> Any:
         # TOML writes 1 where 1.0 is meant, and lists where tuples are meant
         return _loosen(cls, table) if isinstance(table, dict) else table
+
+    def __copy__(self) -> Self:
+        # without what was computed and kept: `model_copy(update=...)` is another one
+        return self.model_construct(
+            set(self.model_fields_set),
+            **{name: getattr(self, name) for name in type(self).model_fields},
+        )
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

@@ -80,7 +80,7 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     `rendezvous` is a folder that all ranks see, where rank 0 leaves its address: it takes a free
     port itself, so two jobs on one node cannot collide.
     """
-    device = _own_device(env)
+    device = own_device(env)
     store = _store(env, rendezvous)
     # integers that ranks agree on lie in main memory, hence gloo beside NCCL
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -98,7 +98,9 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _own_device(env: RankEnv) -> torch.device:
+def own_device(env: RankEnv) -> torch.device:
+    """The GPU of this rank, or the CPU where none is visible. Raises `UserError` if torch has no
+    kernels for it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickletools
 import shlex
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from hpc.tickets import (
     Tickets,
     choose_gpus,
     processes,
+    result_of,
     send,
     standard_input,
     take_lock,
@@ -66,6 +66,7 @@ class LocalQueue:
         resources: Resources,
         name: str,
         after: Sequence[str] = (),
+        token: str = "",
     ) -> list[str]:
         """One ticket a call, and a runner for them."""
         if resources.nodes > 1:
@@ -77,9 +78,13 @@ class LocalQueue:
         common = self._common_part(resources, name, after)
         work = [{"module": call.module, "arguments": list(call.arguments)} for call in calls]
         with self.tickets.locked():
-            ids = self.tickets.add([{**part, **common} for part in work])
+            ids = self.tickets.add([{**part, **common} for part in work], token)
         self.ensure_runner()
         return ids
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        """From what the tickets say."""
+        return self.tickets.sent_as(tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, from its files; and of one that has ended, its outcome."""
@@ -249,24 +254,13 @@ class Runner:
 
     def _results(self, job_id: str) -> list[str]:
         """`success` or `error` for each rank that has left a result; killed ones leave none."""
-        return [_result(file) for file in self._folder(job_id).glob("*_result.pkl")]
+        return [result_of(file) for file in self._folder(job_id).glob("*_result.pkl")]
 
     def _folder(self, job_id: str) -> Path:
         return Path(self._ticket(job_id)["folder"]) / job_id
 
     def _ticket(self, job_id: str) -> dict[str, Any]:
         return read_json(self.tickets.path(job_id, "json"))
-
-
-def _result(file: Path) -> str:
-    # submitit leaves the pickle of (success or error, value): the first string in it tells, and can
-    # be read without running what a pickle may run
-    try:
-        values = (value for _, value, _ in pickletools.genops(file.read_bytes()))
-        first = next(value for value in values if isinstance(value, str))
-    except (OSError, ValueError, StopIteration):
-        return "error"
-    return "success" if first == "success" else "error"
 
 
 def _python_command(job_id: str, ticket: dict[str, Any], gpus: Sequence[str]) -> str:

@@ -27,12 +27,19 @@ class Queue(Protocol):
         resources: Resources,
         name: str,
         after: Sequence[str] = (),
+        token: str = "",
     ) -> list[str]:
         """Queue one job a call, all with the same resources; their ids, in the order of `calls`.
+        A `token`, a new word, is what `sent_as` finds them by if the caller dies before it has
+        their ids.
 
         They start when every job in `after` has ended, however it ended. Raises `UserError` if
         the queue refuses them.
         """
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        """The jobs that were queued with some `tokens`: by token, and number of the call among
+        those it was given with. Raises `QueueUnreachable` as `look` does."""
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job: `waiting`, `running`, or `gone`: ended or unknown; and why. Raises

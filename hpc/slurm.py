@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
 from io import StringIO
-from itertools import count, takewhile
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
-from hpc import sbatch
+from hpc import sbatch, sends
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
 from hpc.private import private_folder
@@ -34,6 +34,8 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
+_LATER = "jobs go on; run it again when Slurm answers"
+_LONG_ROW = 16  # elements of an array that are cancelled as one
 
 
 class QueueUnreachable(UserError):
@@ -59,6 +61,7 @@ class SlurmQueue:
         resources: Resources,
         name: str,
         after: Sequence[str] = (),
+        token: str = "",
     ) -> list[str]:
         """One array (several, if it is longer than the site allows); a single call is a plain job.
         If Slurm refuses any, none is left in the queue.
@@ -69,11 +72,18 @@ class SlurmQueue:
         ids: list[str] = []
         try:
             for start in range(0, len(calls), size):
-                ids += self._submit_array(calls[start : start + size], parameters)
+                mark = sends.mark_of(token, start) if token else ""
+                ids += self._submit_array(calls[start : start + size], parameters, mark)
         except UserError:
             self.cancel(ids)
             raise
         return ids
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        """By one squeue call; nothing is found where the site, or the profile, has comments of its
+        own."""
+        command = ["squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i %k"]
+        return sends.marked(_answer(command).splitlines(), tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, by one squeue call."""
@@ -110,7 +120,7 @@ class SlurmQueue:
     def cancel(self, ids: Iterable[str]) -> None:
         """Let Slurm end jobs; those that are gone are left alone."""
         if ids := list(ids):
-            _answer(["scancel", "--quiet", *ids], gone_is_fine=True)
+            _answer(["scancel", "--quiet", *_in_few_words(ids)], gone_is_fine=True)
 
     def log_files(self, job_id: str) -> list[Path]:
         """The stderr logs of a job's ranks; rank 0's also holds what the batch script wrote."""
@@ -120,9 +130,15 @@ class SlurmQueue:
     def ensure_runner(self) -> None:
         """Nothing to do: Slurm runs."""
 
-    def _submit_array(self, calls: Sequence[ModuleCall], parameters: dict[str, Any]) -> list[str]:
+    def _submit_array(
+        self, calls: Sequence[ModuleCall], parameters: dict[str, Any], mark: str
+    ) -> list[str]:
         executor = submitit.SlurmExecutor(self.folder, python=self.profile.python_command())
         executor.update_parameters(**parameters)
+        if mark:
+            sends.leave_calls(self.folder, mark, calls)
+            setup = [*sends.take_call(self.folder, mark), *self.profile.setup_lines()]
+            executor.update_parameters(comment=mark, setup=setup)
         try:
             with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.submit_array(calls)
@@ -196,6 +212,29 @@ def requeue(job_id: str) -> bool:
     return True
 
 
+def _in_few_words(ids: Iterable[str]) -> list[str]:
+    """`7_[0-999]` for so many elements of an array that follow each other: scancel may ask
+    the controller once for each of its words."""
+    words: list[str] = []
+    plain: list[str] = []
+    elements: dict[str, list[int]] = {}
+    for job_id in ids:
+        array, _, element = job_id.partition("_")
+        if element.isdecimal():
+            elements.setdefault(array, []).append(int(element))
+        else:
+            plain.append(job_id)
+    for array, numbers in elements.items():
+        # equal for those that follow each other
+        for _, group in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+            row = [number for _, number in group]
+            if len(row) < _LONG_ROW:
+                words += [f"{array}_{number}" for number in row]
+            else:
+                words.append(f"{array}_[{row[0]}-{row[-1]}]")
+    return words + plain
+
+
 @contextmanager
 def _outside_a_job() -> Iterator[None]:
     """In a job (or an salloc shell) its SLURM_ variables would shape the new job as well."""
@@ -226,14 +265,28 @@ def _job_state(word: str, reason: str = "None") -> JobState:
 
 def _answer(command: list[str], gone_is_fine: bool = False) -> str:
     """What a Slurm command prints; nothing where it fails because a job is gone and may be."""
+    done = _asked(command)
+    if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
+    return done.stdout
+
+
+def ask(*command: str) -> str:
+    """All that a Slurm command says that changes nothing, on both streams, as some answer on
+    standard error. Raises `QueueUnreachable` where it does not answer, or refuses."""
+    done = _asked(list(command))
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise QueueUnreachable(f"{command[0]} says: {one_line('; '.join(said[-2:]))}")
+    return done.stdout + done.stderr
+
+
+def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
     # SQUEUE_STATES and its like are for people, and would hide jobs from us
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise QueueUnreachable(f"{command[0]} does not answer: {error}") from error
-    if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
-        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}")
-    return done.stdout
+        raise QueueUnreachable(f"{command[0]} does not answer: {error}; {_LATER}") from error

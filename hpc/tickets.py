@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickletools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -67,14 +68,24 @@ class Tickets:
                 f"cannot write {path}: {error.strerror}; make room or mend permissions, run again"
             ) from error
 
-    def add(self, tickets: Sequence[dict[str, Any]]) -> list[str]:
-        """Queue jobs; their ids."""
+    def add(self, tickets: Sequence[dict[str, Any]], token: str = "") -> list[str]:
+        """Queue jobs; their ids. By `token` they are found again."""
         numbers = [int(file.stem.removeprefix("local-")) for file in self.folder.glob("*.json")]
         first = max(numbers, default=0) + 1
         ids = [f"local-{number:06d}" for number in range(first, first + len(tickets))]
-        for job_id, ticket in zip(ids, tickets, strict=True):
-            write_json(self.path(job_id, "json"), ticket)
+        for element, (job_id, ticket) in enumerate(zip(ids, tickets, strict=True)):
+            write_json(self.path(job_id, "json"), {**ticket, "token": token, "element": element})
         return ids
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        """The jobs that were added with some tokens, by token and their place among those."""
+        found: dict[str, dict[int, str]] = {token: {} for token in tokens}
+        for path in self.folder.glob("*.json"):
+            with suppress(Damaged, FileNotFoundError):
+                ticket = read_json(path)
+                if ticket.get("token") in found:
+                    found[ticket["token"]][ticket["element"]] = path.stem
+        return found
 
     def gpus(self, job_id: str) -> list[str]:
         """The GPUs that a started job was given."""
@@ -154,6 +165,18 @@ def send(number: int, to: Iterable[int]) -> None:
     for process in to:
         with suppress(ProcessLookupError):
             os.kill(process, number)
+
+
+def result_of(file: Path) -> str:
+    """`success`, or else `error`, of one rank."""
+    # submitit leaves the pickle of (success or error, value): the first string in it tells, and can
+    # be read without running what a pickle may run
+    try:
+        values = (value for _, value, _ in pickletools.genops(file.read_bytes()))
+        first = next(value for value in values if isinstance(value, str))
+    except (OSError, ValueError, StopIteration):
+        return "error"
+    return "success" if first == "success" else "error"
 
 
 def choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:

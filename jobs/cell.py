@@ -3,14 +3,13 @@ of a run. Free of torch, h5py and mpi4py: planning reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 
-from hpc.atomic import fingerprint
+from hpc.atomic import canonical, canonical_table, text_sha256
 from hpc.config import Settings
 from jobs.losses.names import LossSpec
 from jobs.models.names import MODELS
@@ -42,18 +41,19 @@ class Cell(Settings):
     @cached_property
     def signature(self) -> str:
         """Hash of the resolved settings that change the result; the identity of the cell."""
-        return _key({**self._shared(), "model": self.model, "loss": self.loss.identity()})
+        loss, model = canonical(self.loss.identity()), canonical(self.model)
+        return _key({**self._shared(), "model": model, "loss": loss})
 
     @cached_property
     def bundle_key(self) -> str:
         """Equal for the cells that may share a backbone's pass. A cell that trains the whole
         network shares with none; COCO's backbones differ between the models' own files."""
         shared = self._shared()
-        shared["backbone"] = MODELS[self.model].backbone
+        shared["backbone"] = canonical(MODELS[self.model].backbone)
         if self.protocol.train == "all":
-            shared["alone"] = self.signature
+            shared["alone"] = canonical(self.signature)
         elif self.protocol.weights in ("coco", "pre-fine"):
-            shared["weights_of"] = self.model
+            shared["weights_of"] = canonical(self.model)
         return _key(shared)
 
     @cached_property
@@ -61,28 +61,28 @@ class Cell(Settings):
         """Names the backbone that `weights = "pretrain"` trains: one a data set and backbone."""
         shared = self._shared()
         del shared["seed"]
+        protocol = self.protocol.result_changing()
         for settings in ("weights", "train", "backbone_batchnorm", "bins", "eval_size",
                          "naive_ramp", "alternating_ramp", "epochs", "batch_size",
                          "learning_rate"):  # fmt: skip
-            del shared["protocol"][settings]
-        return _key({**shared, "backbone": MODELS[self.model].backbone})
+            del protocol[settings]
+        shared["protocol"] = canonical(protocol)
+        return _key({**shared, "backbone": canonical(MODELS[self.model].backbone)})
 
-    def __copy__(self) -> Cell:
-        # without the keys that were computed: `model_copy(update=...)` is another cell
-        return self.model_construct(**{name: getattr(self, name) for name in Cell.model_fields})
-
-    def _shared(self) -> dict[str, Any]:
+    def _shared(self) -> dict[str, str]:
         return {
-            "format": FORMAT,
-            "dataset": self.dataset,
-            "data": self.data,
-            "seed": self.seed,
-            "protocol": self.protocol.result_changing(),
+            "format": canonical(FORMAT),
+            "dataset": canonical(self.dataset),
+            "data": canonical(self.data),
+            "seed": canonical(self.seed),
+            "protocol": self.protocol.result_json,
         }
 
 
-def _key(settings: dict[str, Any]) -> str:
-    return fingerprint(settings)[:KEY_LENGTH]
+def _key(settings: Mapping[str, str]) -> str:
+    """The fingerprint of settings from the canonical JSON of each: what thousands of cells share is
+    written once."""
+    return text_sha256(canonical_table(settings))[:KEY_LENGTH]
 
 
 def bundles(cells: Iterable[Cell]) -> dict[str, list[Cell]]:

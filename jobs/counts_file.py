@@ -9,7 +9,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from hpc.atomic import Check, Damaged, file_sha256, read_json, write_bytes, write_json
+from hpc.atomic import (
+    Check,
+    Damaged,
+    file_sha256,
+    read_json,
+    rename_file,
+    write_bytes,
+    write_json,
+)
+
+ASIDE = ".json-damaged"  # the index of a file that is not to count any more
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,13 @@ class CountsIndex:
         try:
             return self.path.stat().st_size == self.size
         except OSError:
+            return False
+
+    def is_altered(self) -> bool:
+        """Whether it has its full length but another content. Reads all of it."""
+        try:
+            return self.is_whole() and file_sha256(self.path) != self.sha256
+        except OSError:  # it may be another time
             return False
 
     def verify(self) -> None:
@@ -79,16 +96,34 @@ def read_index(path: Path) -> CountsIndex:
     return found
 
 
+def set_aside_altered(folder: Path) -> list[str]:
+    """Rename the indices in `folder` whose files were altered, so that their cells count as missing
+    for everybody; the files themselves stay. A line for each. Raises `UserError`."""
+    lines = []
+    for index in map(_index_or_none, sorted(folder.glob("*.json"))):
+        if index is not None and index.is_altered():
+            path = index.path.with_suffix(".json")
+            rename_file(path, path.with_suffix(ASIDE))
+            lines.append(
+                f"{index.path} is damaged (its checksum does not fit); its cells are trained anew, "
+                f"its index is {path.with_suffix(ASIDE).name} now"
+            )
+    return lines
+
+
+def _index_or_none(path: Path) -> CountsIndex | None:
+    try:
+        return read_index(path)
+    except (Damaged, FileNotFoundError):
+        return None
+
+
 def counted_cells(folder: Path) -> set[str]:
     """The signatures of the cells that whole counts files in `folder` hold. What cannot be read
     holds none, so that its cells are trained again."""
     found: set[str] = set()
-    for path in folder.glob("*.json"):
-        try:
-            index = read_index(path)
-        except (Damaged, FileNotFoundError):
-            continue
-        if index.is_whole():
+    for index in map(_index_or_none, folder.glob("*.json")):
+        if index is not None and index.is_whole():
             found.update(cell["signature"] for cell in index.cells)
     return found
 
@@ -100,9 +135,21 @@ def read_counts(index: CountsIndex) -> dict[str, Any]:
     index.verify()
     try:
         with h5py.File(index.path, "r") as file:
-            return {name: file[name][...] for name in file}
-    except (OSError, RuntimeError, TypeError) as error:  # of another program's HDF5, or of none
+            return {name: _array(file, name) for name in file}
+    # of another program's HDF5, or of none
+    except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise _damaged(index.path, "is not a file of counts") from error
+
+
+def _array(file: Any, name: str) -> Any:
+    """All of a data set. By HDF5's own calls: for a few cells h5py's objects take twice as long."""
+    import h5py
+    import numpy as np
+
+    stored = h5py.h5d.open(file.id, name.encode())
+    array = np.empty(stored.shape, stored.dtype)
+    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+    return array
 
 
 def _damaged(path: Path, what: str) -> Damaged:

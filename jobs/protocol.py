@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hpc.atomic import canonical
 from hpc.command import UserError
 from hpc.config import Settings
 
@@ -105,3 +107,8 @@ class Protocol(Settings):
         if self.weights != "pretrain":
             del fields["pretrain"]
         return fields
+
+    @cached_property
+    def result_json(self) -> str:
+        """`result_changing` as canonical JSON: all cells of a data set have the same."""
+        return canonical(self.result_changing())

@@ -67,7 +67,7 @@ def open_work(
 ) -> tuple[list[Submitted], list[Submitted]]:
     """The tasks and stages whose jobs wait or run, and the tasks that are held back; with
     `signatures`, only those that train one of these cells."""
-    sent = [task for task in sent_tasks(grid.run) if task.kind != CANCEL or not task.job]
+    sent = [task for task in sent_tasks(grid.run, queue) if task.kind != CANCEL or not task.job]
     if signatures:
         sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
     jobs = queue.look({task.job for task in sent if task.job})

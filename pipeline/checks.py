@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,9 +13,10 @@ from data_prep.overlap import ids_of, overlap_warnings
 from data_prep.settings import DatasetSettings
 from data_prep.sources import SOURCES
 from data_prep.weights import WITHOUT_FILE, require_weights
+from hpc.checkup import shown_bytes
 from hpc.command import UserError, one_line
-from jobs.cell import Cell
-from pipeline.estimate import bytes_of
+from jobs.cell import Cell, bundles
+from pipeline.estimate import bytes_of, files_of
 from pipeline.grid import Grid
 
 
@@ -32,7 +34,7 @@ def check_inputs(grid: Grid, packed: bool) -> None:
     ids = {}
     for name, settings in grid.datasets.items():
         if packed:
-            manifest = _packed(settings)
+            manifest = packed_as_asked(settings)
             ids[name] = ids_of(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
@@ -61,7 +63,9 @@ def _left_out(manifest: Manifest) -> list[str]:
     ]
 
 
-def _packed(settings: DatasetSettings) -> Manifest:
+def packed_as_asked(settings: DatasetSettings) -> Manifest:
+    """The manifest of a packed data set. Raises `UserError` if it is not there, a shard is missing
+    or of another length, or it was packed with other settings."""
     manifest = Manifest.load(settings.shards)
     manifest.check_files()
     if manifest.identity != settings.identity():
@@ -79,17 +83,34 @@ def _source_ids(settings: DatasetSettings) -> dict[str, list[str]]:
     return {split: [s.id for s in source.samples(settings, split)] for split in SPLITS}
 
 
-def check_room(grid: Grid, cells: Iterable[Cell]) -> None:
-    """Raise `UserError` if the run directory's disk cannot hold heads and checkpoints."""
+def check_room(grid: Grid, cells: Iterable[Cell]) -> str:
+    """What the run directory's disk holds, and is to hold. Raises `UserError` if it has no room for
+    heads and checkpoints."""
     needed = sum(bytes_of(cell) for cell in cells)
-    existing = next(p for p in (grid.run.root, *grid.run.root.parents) if p.exists())
+    existing = existing_folder(grid)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"{grid.run.root} needs {_shown(needed)} for heads and checkpoints, but "
-            f"{Path(existing)} has {_shown(free)} free; make room or set run_dir to another disk"
+            f"{grid.run.root} needs {shown_bytes(needed)} for heads and checkpoints, but "
+            f"{existing} has {shown_bytes(free)} free; make room or set run_dir to another disk"
         )
+    return f"{shown_bytes(needed)} at most, {shown_bytes(free)} are free"
 
 
-def _shown(number: float) -> str:
-    return f"{number / 1e9:.1f} GB"
+def check_files(grid: Grid, cells: Iterable[Cell]) -> str:
+    """The same of the number of files, where the disk has a limit on it."""
+    needed = sum(map(files_of, bundles(cells).values()))
+    disk = os.statvfs(existing_folder(grid))
+    if not disk.f_files:
+        return f"{needed:,} at most, the disk sets no limit"
+    if needed > disk.f_favail:
+        raise UserError(
+            f"{grid.run.root} needs {needed:,} files, but its disk takes {disk.f_favail:,} more; "
+            "remove some or set run_dir to another disk"
+        )
+    return f"{needed:,} at most, {disk.f_favail:,} are free"
+
+
+def existing_folder(grid: Grid) -> Path:
+    """The run directory, or where it would be made."""
+    return next(p for p in (grid.run.root, *grid.run.root.parents) if p.exists())

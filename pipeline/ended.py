@@ -3,7 +3,7 @@ where one of more ran out of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from hpc.endings import Ending, ending
 from hpc.profile import ClusterProfile
@@ -57,12 +57,20 @@ def cells_at_most(
 
 
 def answerable(
-    cell: Cell, run: RunPaths, task: Submitted | None, sent: Sequence[Submitted]
+    cell: Cell, task: Submitted | None, untrained: Mapping[str, Submitted]
 ) -> Submitted | None:
     """The task whose ending tells why a cell is not done: its own; or, where the backbone that it
-    needs was not trained, the one that should have."""
+    needs was not trained, the one that should have, see `untrained`."""
     if task is None or task.kind == CANCEL or cell.protocol.weights != "pretrain":
         return task
-    if run.backbone(cell.backbone_key).with_suffix(".json").exists():
-        return task
-    return next((t for t in reversed(sent) if t.backbone == cell.backbone_key and t.job), task)
+    return untrained.get(cell.backbone_key, task)
+
+
+def untrained(run: RunPaths, sent: Iterable[Submitted]) -> dict[str, Submitted]:
+    """The last task that was to train each backbone that is not there, by its key."""
+    trainers = {task.backbone: task for task in sent if task.backbone and task.job}
+    return {
+        key: task
+        for key, task in trainers.items()
+        if not run.backbone(key).with_suffix(".json").exists()
+    }

@@ -82,7 +82,7 @@ def cost(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> Cost:
         gpu_bytes=gpu_bytes(job, ranks),
         node_bytes=cluster.tasks_per_node * (_PROCESS + loaders),
         storage=sum(map(bytes_of, job.cells)),
-        files=_FILES["task"] + len(job.cells) * (_FILES["cell"] + KEPT + 1) + KEPT + 1,
+        files=files_of(job.cells),
     )
 
 
@@ -124,14 +124,28 @@ def gpu_bytes(job: Job, ranks: int) -> float:
     return _CUDA + _LOST * _BYTES * (weights + numbers)
 
 
+def files_of(cells: Sequence[Cell]) -> int:
+    """The most files that one job of these cells has in the run directory."""
+    return _FILES["task"] + len(cells) * (_FILES["cell"] + KEPT + 1) + KEPT + 1
+
+
 def bytes_of(cell: Cell) -> int:
     """The most that a cell takes on disk: its trained weights, and while it trains the kept
-    checkpoints and the one being written, each with weights and momentum."""
+    checkpoints and the one being written."""
+    return int(_trained(cell) * _BYTES) + (KEPT + 1) * checkpoint_bytes(cell)
+
+
+def checkpoint_bytes(cell: Cell) -> int:
+    """What a checkpoint holds of a cell: its trained weights and their momentum."""
+    return int(_trained(cell) * _BYTES) * 2
+
+
+def _trained(cell: Cell) -> float:
+    """The number of its trained weights."""
     parameters = _head_parameters(cell)
     if cell.protocol.train == "all":
         parameters += BACKBONE_PARAMETERS[MODELS[cell.model].backbone]
-    copies = 1 + 2 * (KEPT + 1)
-    return int(parameters * _BYTES * copies)
+    return parameters
 
 
 def cells_that_fit(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> int:

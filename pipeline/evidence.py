@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jobs.losses.names import LossSpec
-from jobs.metrics.scores import scores, unpredicted
+from jobs.metrics.scores import unpredicted
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import Row
 
@@ -71,10 +71,7 @@ def evidence(results: Results, table: Iterable[Row]) -> Evidence:
     rows = {(row.dataset, row.model, row.loss): row for row in table}
     classes = {dataset.name: dataset.classes for dataset in results.datasets}
     return Evidence(
-        scores={
-            key: {s: scores(c) for s, c in zip(row.seeds, row.each, strict=True)}
-            for key, row in rows.items()
-        },
+        scores={key: dict(zip(row.seeds, row.by_seed, strict=True)) for key, row in rows.items()},
         unpredicted={key: _left_out(row, classes[row.dataset]) for key, row in rows.items()},
         kinds={loss["name"]: kind_of_record(loss) for loss in results.record.get("losses", [])},
         most_imbalanced=max(results.datasets, key=imbalance).name if results.datasets else "",

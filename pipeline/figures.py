@@ -3,7 +3,7 @@ matrices. Equal values give equal bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hpc.command import one_line
 from jobs.losses.names import Knot
 from jobs.losses.schedule import term_weights
-from jobs.metrics.scores import class_recall, reliability
+from jobs.metrics.scores import reliability
 from pipeline.drawing import (
     BLUE,
     FAINT,
@@ -32,9 +32,11 @@ from pipeline.drawing import (
     small_multiples,
     svg,
 )
+from pipeline.figure_data import mean_recall
 from pipeline.results import DatasetResults
 from pipeline.tables import Row
 
+LARGEST_OVERVIEW = (60, 40)  # losses; data sets and models
 LARGEST_LABELLED_MATRIX = 40  # classes; beyond that tick labels overlap
 
 Reals = NDArray[np.float64]
@@ -70,26 +72,30 @@ def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     """Recall of every class (columns, most frequent first) under every loss (rows), the mean over
     seeds. A class without a labelled pixel is left out."""
     order = [label for label in frequency_order(dataset) if dataset.val_class_pixels[label] > 0]
-    table = np.array([np.mean([class_recall(one)[order] for one in r.each], axis=0) for r in block])
+    table = np.array([mean_recall(row)[order] for row in block])
     width = min(WIDTH * 1.5, max(WIDTH * 0.6, 2.2 + 0.46 * len(order)))
     figure = Figure(figsize=(width, 1.5 + 0.29 * len(block)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
-    axes.set_yticks(range(len(block)), labels=[one_line(row.loss) for row in block])
-    axes.set_xticks(
-        range(len(order)),
-        labels=[one_line(dataset.classes[label]) for label in order],
-        rotation=40,
-        ha="left",
-        rotation_mode="anchor",
+    classes = [dataset.classes[label] for label in order]
+    _draw_heatmap(figure, axes, table, [row.loss for row in block], classes, "recall")
+    return png(figure)
+
+
+@matplotlib.rc_context(STYLE)
+def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
+    """S_rec of every loss (rows) on every data set and model (columns), the mean over seeds, for at
+    most `LARGEST_OVERVIEW` of each."""
+    means = {
+        (row.loss, key): row.scores["s_rec"].mean for key, rows in found.items() for row in rows
+    }
+    losses = list(dict.fromkeys(loss for loss, _ in means))[: LARGEST_OVERVIEW[0]]
+    columns = list(found)[: LARGEST_OVERVIEW[1]]
+    table = np.array([[means.get((loss, key), np.nan) for key in columns] for loss in losses])
+    figure = Figure(
+        figsize=(2.2 + 0.46 * len(columns), 2.6 + 0.24 * len(losses)), layout="constrained"
     )
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    if len(order) <= LARGEST_LABELLED_MATRIX:
-        _write_values(axes, table)
-    _as_tiles(axes, table.shape)
-    figure.colorbar(image, ax=axes, label="recall", fraction=0.03, pad=0.01).outline.set_visible(
-        False
-    )
+    names = [" · ".join(key) for key in columns]
+    _draw_heatmap(figure, figure.subplots(), table, losses, names, "S_rec")
     return png(figure)
 
 
@@ -166,9 +172,12 @@ def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
 
 
 @matplotlib.rc_context(STYLE)
-def trade_off(block: Sequence[Row], scheduled_losses: Sequence[str]) -> bytes:
+def trade_off(
+    block: Sequence[Row], scheduled_losses: Sequence[str], named: Container[str] | None = None
+) -> bytes:
     """Accuracy over recall and cal over recall, a point a loss, bars of one standard deviation over
-    seeds. `scheduled_losses` are drawn in their own colour."""
+    seeds. `scheduled_losses` are drawn in their own colour; only `named` ones have their name
+    (None: all)."""
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     for axes, score, label in zip(
         figure.subplots(1, 2), ("acc", "cal"), ("accuracy", "cal"), strict=True
@@ -181,8 +190,9 @@ def trade_off(block: Sequence[Row], scheduled_losses: Sequence[str]) -> bytes:
         axes.margins(0.12)
         axes.ticklabel_format(useOffset=False)  # ticks are scores, not differences from one
         axes.set(xlabel="class-averaged recall", ylabel=label)
-        places = [(row.scores["rec"].mean, row.scores[score].mean) for row in drawn]
-        name_points(figure, axes, [one_line(row.loss) for row in drawn], places)
+        with_name = [row for row in drawn if named is None or row.loss in named]
+        places = [(row.scores["rec"].mean, row.scores[score].mean) for row in with_name]
+        name_points(figure, axes, [one_line(row.loss) for row in with_name], places)
     kinds = [("one loss or a sum", BLUE), ("scheduled", ORANGE)]
     handles = [Line2D([], [], color=c, marker="o", linestyle="") for _, c in kinds]
     figure.legend(handles, [name for name, _ in kinds], loc="outside upper left", ncols=2)
@@ -219,6 +229,25 @@ def _write_values(axes: Axes, table: Reals) -> None:
         text = f"{value:.2f}".removeprefix("0")
         colour = "white" if value > 0.55 else INK
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7.5)
+
+
+def _draw_heatmap(
+    figure: Figure, axes: Axes, table: Reals, rows: Sequence[str], columns: Sequence[str], what: str
+) -> None:
+    image = axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(rows)), labels=[one_line(name) for name in rows])
+    axes.set_xticks(
+        range(len(columns)),
+        labels=[one_line(name) for name in columns],
+        rotation=40,
+        ha="left",
+        rotation_mode="anchor",
+    )
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    if len(columns) <= LARGEST_LABELLED_MATRIX:
+        _write_values(axes, table)
+    _as_tiles(axes, table.shape)
+    figure.colorbar(image, ax=axes, label=what, fraction=0.03, pad=0.01).outline.set_visible(False)
 
 
 def _as_tiles(axes: Axes, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,10 +124,13 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     _refuse_too_many(path, [datasets, file.models, names + file.loss, file.seeds])
     absent = absences(path, file.losses, file.models, datasets, protocols)
     cells = tuple(
-        Cell(dataset=name, data=datasets[name].identity(), model=model, loss=loss, seed=seed,
-             protocol=protocol_of(loss, protocols[name]))
-        for name in datasets
-        for model, loss, seed in product(file.models, losses[name], file.seeds)
+        # of values that were checked above, thousands of times
+        Cell.model_construct(dataset=name, data=identity, model=model, loss=loss, seed=seed,
+                             protocol=protocol)
+        for name, identity in {n: d.identity() for n, d in datasets.items()}.items()
+        for model in file.models
+        for loss, protocol in [(loss, protocol_of(loss, protocols[name])) for loss in losses[name]]
+        for seed in file.seeds
         if loss.name != PRE_FINE or (name, model) not in absent
     )  # fmt: skip
     return Grid(

@@ -38,17 +38,17 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--lines must be 1 or more")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
-    name, jobs = jobs_of(grid, arguments.cell)
+    name, jobs = jobs_of(grid, queue, arguments.cell)
     for line in describe(queue, name, jobs, None if arguments.all else arguments.lines):
         print(one_line(line))
     return 0
 
 
-def jobs_of(grid: Grid, name: str) -> tuple[str, list[str]]:
+def jobs_of(grid: Grid, queue: Queue, name: str) -> tuple[str, list[str]]:
     """What `name` means, and the jobs that were sent for it, the last first. Raises `UserError`
     where it means nothing, or nothing was sent."""
     meant = one_named(grid, name, STAGES)
-    sent = [task for task in sent_tasks(grid.run) if task.job and task.kind != CANCEL]
+    sent = [task for task in sent_tasks(grid.run, queue) if task.job and task.kind != CANCEL]
     if isinstance(meant, str):
         known, title = [task for task in sent if task.kind == meant], meant
     else:

@@ -29,10 +29,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """The figures of a topic. The template has the topic's heading and how to read them."""
+    """The figures of a topic. The template has the topic's heading and how to read them. `note`:
+    what is not drawn."""
 
     topic: str
     figures: list[Drawn]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def render(
         commit=results.record.get("commit", ""),
         columns=[(LABELS[score], score in ERRORS) for score in SCORES],
         blocks=[_block(*key, block) for key, block in blocks(table).items()],
-        winners=[winner for block in blocks(table).values() for winner in _winners(block)],
+        winners=[winner for block in blocks(table).values() for winner in winners(block)],
         any_unpredicted=any(row.unpredicted for row in table),
         sections=sections,
         bins=_bins(results),
@@ -166,7 +168,9 @@ def _score_cell(summary: Summary, is_best: bool) -> ScoreCell:
     return ScoreCell(f"{summary.mean:.3f}", spread, is_best)
 
 
-def _winners(block: Sequence[Row]) -> list[dict[str, str]]:
+def winners(block: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows of a block with the best S_rec, in words."""
+    champions = best(block, "s_rec")
     return [
         {
             "dataset": row.dataset,
@@ -175,7 +179,7 @@ def _winners(block: Sequence[Row]) -> list[dict[str, str]]:
             "s_rec": shown(row.scores["s_rec"]),
         }
         for row in block
-        if row.loss in best(block, "s_rec")
+        if row.loss in champions
     ]
 
 

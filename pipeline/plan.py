@@ -66,7 +66,8 @@ def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
     pretrain, later = plan.pretrain[:room], plan.pretrain[room:]
     ready = without_waiting(plan, {task.cells[0].backbone_key for task in later}).bundles
     now = ready[: room - len(pretrain)]
-    rest = tuple(task for task in plan.bundles if task not in now)
+    sent = {task.name for task in now}
+    rest = tuple(task for task in plan.bundles if task.name not in sent)
     return Plan(pretrain, now), Plan(later, rest)
 
 

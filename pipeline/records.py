@@ -13,6 +13,7 @@ from typing import Any
 
 from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
+from hpc.queue import Queue
 from jobs.cell import RunPaths
 from jobs.task import Task
 
@@ -26,9 +27,9 @@ class Submitted:
 
     job: what it became, "" if the submission ended before the queue answered. held: why it was not
     sent at all, for one that the next submission is to send. A task of a batch script is an
-    `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`. granted:
-    what its job gets, and at_most: how many cells it may have with that (None: any number), see
-    `pipeline.ended`.
+    `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`; any other is
+    an element of what was sent with `token`, see `recall`. granted: what its job gets, and at_most:
+    how many cells it may have with that (None: any number), see `pipeline.ended`.
     """
 
     task: str
@@ -41,6 +42,7 @@ class Submitted:
     element: int = 0
     granted: str = ""
     at_most: int | None = None
+    token: str = ""
 
     @classmethod
     def of(cls, task: Task, **more: Any) -> Submitted:
@@ -88,12 +90,24 @@ class Submission:
             self._tasks[CANCEL] = Submitted(CANCEL, CANCEL)
         self.write()
 
-    def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
-        """Note which jobs tasks became; a name that was not planned is a stage's."""
-        for name, job in zip(names, jobs, strict=True):
-            known = self._tasks.get(name, Submitted(name, name))
-            self._tasks[name] = replace(known, job=job)
+    def sending(self, names: Sequence[str]) -> str:
+        """Note that tasks are about to be sent together; a name that was not planned is a stage's.
+        Returns the token to send them with."""
+        earlier = {task.token for task in self._tasks.values()} - {""}
+        token = f"{self._path.stem}-{len(earlier)}"
+        for element, name in enumerate(names):
+            self._tasks[name] = replace(self._known(name), token=token, element=element)
         self.write()
+        return token
+
+    def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
+        """Note which jobs tasks became."""
+        for name, job in zip(names, jobs, strict=True):
+            self._tasks[name] = replace(self._known(name), job=job)
+        self.write()
+
+    def _known(self, name: str) -> Submitted:
+        return self._tasks.get(name, Submitted(name, name))
 
     def write(self) -> None:
         """Put it on disk as it is."""
@@ -122,15 +136,45 @@ def write_tasks(path: Path, tasks: Iterable[Submitted]) -> None:
 def submissions(run: RunPaths) -> Iterator[Submitted]:
     """What all submission records hold, oldest first."""
     for path in json_files(run.submitted):
-        try:
-            tasks = [
-                Submitted(**{**task, "cells": tuple(task["cells"])})
-                for task in read_json(path)["tasks"]
-            ]
-        # damaged, or no such record: what it submitted is found by its files
-        except (Damaged, FileNotFoundError, KeyError, TypeError):
-            continue
-        yield from tasks
+        yield from _tasks_of(path)
+
+
+def _tasks_of(path: Path) -> list[Submitted]:
+    try:
+        return [
+            Submitted(**{**task, "cells": tuple(task["cells"])})
+            for task in read_json(path)["tasks"]
+        ]
+    # damaged, or no such record: what it submitted is found by its files
+    except (Damaged, FileNotFoundError, KeyError, TypeError):
+        return []
+
+
+def is_lost(task: Submitted) -> bool:
+    """Whether its submission ended before it could note the job."""
+    return bool(task.token) and not task.job
+
+
+def recall(tasks: Iterable[Submitted], queue: Queue) -> list[Submitted]:
+    """`tasks`, the lost ones with the jobs that the queue knows by their tokens; if there are none,
+    it is not asked."""
+    known = list(tasks)
+    tokens = {task.token for task in known if is_lost(task)}
+    found = queue.sent_as(tokens) if tokens else {}
+    return [replace(t, job=found[t.token].get(t.element, "")) if is_lost(t) else t for t in known]
+
+
+def settle(run: RunPaths, recalled: Iterable[Submitted]) -> None:
+    """Write what became of lost tasks into their records, once nobody else submits: the job, or
+    that there is none, so that the queue need not be asked again."""
+    by_record: dict[str, dict[tuple[str, int], Submitted]] = {}
+    for task in recalled:
+        of_record = by_record.setdefault(task.token.rpartition("-")[0], {})
+        of_record[task.token, task.element] = task if task.job else replace(task, token="")
+    for token, known in by_record.items():
+        path = record_path(run, token)
+        if tasks := [known.get((t.token, t.element), t) for t in _tasks_of(path)]:
+            write_tasks(path, tasks)
 
 
 def cancellations(run: RunPaths) -> int:

@@ -18,8 +18,10 @@ from hpc.atomic import write_text
 from pipeline import figures, page
 from pipeline.analysis import analyse, write_files
 from pipeline.drawing import PNG_DPI
+from pipeline.figure_data import write_figure_data
 from pipeline.grid import find_config, read_grid
 from pipeline.results import Results, read_results
+from pipeline.selection import select
 from pipeline.show import literal
 from pipeline.tables import (
     LABELS,
@@ -35,6 +37,9 @@ from pipeline.tables import (
 )
 
 CSS_DPI = 96  # what a browser takes for an inch
+MOST_DATASETS = 12  # whose classes are drawn
+MOST_SCHEDULES = 12  # drawn of a grid that is not drawn whole
+_OF_BLOCKS = ("trade-off", "recall", "calibration", "confusion")
 
 
 @dataclass(frozen=True)
@@ -52,17 +57,25 @@ def main(argv: Sequence[str]) -> None:
     parser = command.argument_parser("python -m pipeline.report", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
     run = read_grid(find_config(parser.parse_args(argv).config)).run
-    print_report(run.results, write_report(run.results, run.report).page)
+    results = read_results(run.results)
+    table = rows(results)
+    _print(results, table, _write(results, table, run.report).page)
 
 
 def print_report(results_path: str | Path, page_path: Path) -> None:
     """Print the table of `results.h5` and the path of its page."""
+    results = read_results(results_path)
+    _print(results, rows(results), page_path)
+
+
+def _print(results: Results, table: Sequence[Row], page_path: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100  # a log has no width; this is what the table needs
-    results = read_results(results_path)
-    for (dataset, model), block in blocks(rows(results)).items():
+    for (dataset, model), block in select(table).drawn.items():
         console.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
+    if left_out := select(table).left_out:
+        console.print(literal(f"all {len(table)} rows are in table.csv. {left_out}"))
     missing = results.record.get("missing", [])
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -77,8 +90,10 @@ def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
     Raises `UserError` if the results are missing and `Damaged` if they are not as written.
     """
     results = read_results(results_path)
-    table = rows(results)
-    folder = Path(folder)
+    return _write(results, rows(results), Path(folder))
+
+
+def _write(results: Results, table: Sequence[Row], folder: Path) -> ReportPaths:
     paths = ReportPaths(
         folder / "table.csv", folder / "table.md", folder / "table.tex", folder / "index.html"
     )
@@ -87,6 +102,7 @@ def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
     write_text(paths.latex, to_latex(table))
     found = analyse(results, table)
     write_files(found, folder)
+    write_figure_data(results, table, folder)
     write_text(paths.page, page.render(results, table, sections(results, table), found))
     return paths
 
@@ -94,23 +110,38 @@ def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
 def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
     """The page's figures by topic; a topic without figures is left out."""
     by_name = {dataset.name: dataset for dataset in results.datasets}
+    selection, found = select(table), blocks(table)
     of_block = [
         (f"{dataset} · {model}", by_name[dataset], block)
-        for (dataset, model), block in blocks(table).items()
+        for (dataset, model), block in selection.drawn.items()
     ]
     losses = figures.scheduled(results.record.get("losses", []))
     moving = [loss["name"] for loss in losses]
+    if selection.left_out:
+        losses = [loss for loss in losses if loss["name"] in selection.losses][:MOST_SCHEDULES]
     topics = {
-        "trade-off": [_svg(n, figures.trade_off(block, moving)) for n, _, block in of_block],
+        "overview": [_png("", figures.overview(found))] if selection.left_out else [],
+        "trade-off": [
+            _svg(
+                " · ".join(key), figures.trade_off(found[key], moving, {row.loss for row in block})
+            )
+            for key, block in selection.drawn.items()
+        ],
         "recall": [_png(n, figures.recall_heatmap(data, block)) for n, data, block in of_block],
         "calibration": [_svg(n, figures.reliability_diagrams(block)) for n, _, block in of_block],
         "confusion": [
             _png(n, figures.confusion_matrices(data, block)) for n, data, block in of_block
         ],
-        "classes": [_svg(d.name, figures.class_frequencies(d)) for d in results.datasets],
+        "classes": [
+            _svg(d.name, figures.class_frequencies(d)) for d in results.datasets[:MOST_DATASETS]
+        ],
         "schedules": [_svg("", figures.loss_schedules(losses))] if losses else [],
     }
-    return [page.Section(topic, drawn) for topic, drawn in topics.items() if drawn]
+    return [
+        page.Section(topic, drawn, selection.left_out if topic in _OF_BLOCKS else "")
+        for topic, drawn in topics.items()
+        if drawn
+    ]
 
 
 def printed_table(title: str, block: Sequence[Row]) -> Table:
@@ -122,11 +153,12 @@ def printed_table(title: str, block: Sequence[Row]) -> Table:
     printed.add_column("loss", no_wrap=True)
     for score in PAPER_SCORES:
         printed.add_column(LABELS[score], justify="right", no_wrap=True)
+    champions = {score: best(block, score) for score in PAPER_SCORES}
     for row in block:
         printed.add_row(
             literal(row.loss),
             *(
-                Text(shown(row.scores[s]), style="bold" if row.loss in best(block, s) else "")
+                Text(shown(row.scores[s]), style="bold" if row.loss in champions[s] else "")
                 for s in PAPER_SCORES
             ),
         )

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hpc.queue import Queue
 from jobs.cell import RunPaths
-from pipeline.records import Submitted, submissions
+from pipeline.records import Submitted, recall, submissions
 
 _NOTE = re.compile(r"(?P<script>.+)\.(?P<array>[0-9]+)")
 
@@ -28,11 +29,11 @@ def noted_arrays(folder: Path) -> dict[str, list[str]]:
     return {script: sorted(arrays, key=int, reverse=True) for script, arrays in found.items()}
 
 
-def sent_tasks(run: RunPaths) -> Iterator[Submitted]:
-    """What all submission records hold, oldest first; a task of a script once for each job that it
-    may have become."""
+def sent_tasks(run: RunPaths, queue: Queue) -> Iterator[Submitted]:
+    """What all submission records hold, oldest first, with the jobs that only `queue` remembers; a
+    task of a script once for each job that it may have become."""
     arrays = noted_arrays(run.submitted)
-    for task in submissions(run):
+    for task in recall(submissions(run), queue):
         found = [] if task.job else candidates(task.script, task.element, arrays)
         yield from (replace(task, job=job) for job in reversed(found)) if found else (task,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -18,6 +19,7 @@ TOO_LARGE = (
     "do not fit into memory, even one in a job: give jobs more of it, or more nodes, in [cluster], "
     "or lower batch_size or crop"
 )
+MOST_ROWS = 1000  # of a table in the terminal
 _COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
@@ -61,7 +63,7 @@ def describe_plan(
         seed = str(cell.protocol.pretrain.seed)
         words = (cell.dataset, "backbone", "CE", seed, "-", "-", task.name)
         table.add_row(*map(literal, words))
-    for task in plan.bundles:
+    for task in plan.bundles[:MOST_ROWS]:
         models = sorted({cell.model for cell in task.cells})
         losses = list(dict.fromkeys(cell.loss.name for cell in task.cells))
         dataset, models_below = literal(task.cells[0].dataset), Text("\n".join(models))
@@ -70,6 +72,8 @@ def describe_plan(
         others = [" ".join(losses), *map(str, numbers), task.name]
         table.add_row(dataset, models_below, *map(literal, others))
     console().print(table)
+    if (more := len(plan.bundles) - MOST_ROWS) > 0:
+        print(f"and {more} more jobs")
     num_cells = sum(len(task.cells) for task in plan.bundles)
     print(
         f"would submit {len(plan.bundles)} jobs for {num_cells} cells and {len(plan.pretrain)} "
@@ -93,6 +97,24 @@ def literal(name: str) -> Text:
     return Text(one_line(name))
 
 
+def cells_overview(cells: Sequence[CellState]) -> Table:
+    """One row a data set and model: how many of their cells are in which state."""
+    table = Table("data set", "model", *STATES)
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for cell in cells:
+        counts.setdefault((cell.cell.dataset, cell.cell.model), Counter())[cell.state] += 1
+    for names, of in counts.items():
+        numbers = (f"{of[state]}" if of[state] else "" for state in STATES)
+        table.add_row(*map(literal, names), *numbers)
+    return table
+
+
+def cells_lines(cells: Sequence[CellState]) -> Iterator[str]:
+    """What `cells_table` says, a line a cell: to lay out a table of thousands takes seconds."""
+    for cell in cells:
+        yield one_line("  ".join([cell.cell.name, *filter(None, _words(cell))]))
+
+
 def cells_table(cells: Sequence[CellState]) -> Table:
     """One row a cell: state, step, rate, time left, and why."""
     table = Table()
@@ -101,15 +123,20 @@ def cells_table(cells: Sequence[CellState]) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column("why", overflow="fold")
     for cell in cells:
-        table.add_row(
-            literal(cell.cell.name),
-            Text(cell.state, style=_COLOURS.get(cell.state, "")),
-            f"{cell.step}/{cell.total}" if cell.total else str(cell.step or ""),
-            f"{cell.rate:.2f}" if cell.rate else "",
-            time_left(cell),
-            literal(cell.why),
-        )
+        state, *numbers, why = _words(cell)
+        coloured = Text(state, style=_COLOURS.get(state, ""))
+        table.add_row(literal(cell.cell.name), coloured, *numbers, literal(why))
     return table
+
+
+def _words(cell: CellState) -> tuple[str, str, str, str, str]:
+    return (
+        cell.state,
+        f"{cell.step}/{cell.total}" if cell.total else str(cell.step or ""),
+        f"{cell.rate:.2f}" if cell.rate else "",
+        time_left(cell),
+        cell.why,
+    )
 
 
 def time_left(cell: CellState) -> str:

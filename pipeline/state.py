@@ -3,8 +3,10 @@ failures, checkpoints, heartbeats and submission records are all there is."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +18,18 @@ from hpc.queue import Queue
 from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
 from jobs.counts_file import CountsIndex, read_index
-from pipeline.ended import answerable, cells_at_most, endings, granted
+from pipeline.ended import answerable, cells_at_most, endings, granted, untrained
 from pipeline.grid import Grid
-from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted, json_files, submissions
+from pipeline.records import (
+    BUNDLE,
+    CANCEL,
+    PRETRAIN,
+    Submitted,
+    is_lost,
+    json_files,
+    recall,
+    submissions,
+)
 from pipeline.script_jobs import candidates, job_of, noted_arrays
 
 State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
@@ -61,6 +72,7 @@ class Survey:
     jobs: Mapping[str, JobState]  # of all that the queue was asked about
     problems: tuple[str, ...]  # lines about damaged files
     at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
+    recalled: tuple[Submitted, ...]  # tasks whose record does not tell the job, as the queue does
 
     @property
     def held(self) -> list[Cell]:
@@ -78,13 +90,36 @@ class Survey:
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool = False) -> Survey:
+@contextmanager
+def _many_records() -> Iterator[None]:
+    """Python looks again and again for garbage among thousands of records that all stay: half of
+    the time that a survey takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_many_records()
+def survey(
+    grid: Grid,
+    queue: Queue,
+    also: Iterable[str] = (),
+    accounting: bool = False,
+    verify: bool = False,
+) -> Survey:
     """Look at the run directory and ask the queue once, about the jobs `also` too; with
-    `accounting`, jobs that have ended nobody knows how are looked up there as well."""
-    done, problems = finished_cells(grid.run)
-    sent = list(submissions(grid.run))
+    `accounting`, jobs that have ended nobody knows how are looked up there as well; with `verify`,
+    all counts are read and compared with their checksums."""
+    done, problems = finished_cells(grid.run, verify)
+    recorded = list(submissions(grid.run))
+    sent = recall(recorded, queue)
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
-    stages = {t.kind: t.job for t in sent if t.kind not in (BUNDLE, PRETRAIN, CANCEL)}  # the last
+    # of each the last
+    stages = {t.kind: t.job for t in sent if t.job and t.kind not in (BUNDLE, PRETRAIN, CANCEL)}
     arrays = noted_arrays(grid.run.submitted)
     asked = {job for task in open_tasks for job in _jobs_of(task, arrays)}
     jobs = queue.look(asked.union(stages.values(), also) - {""})
@@ -102,11 +137,11 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool 
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
     latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
-    tasks = {
-        c.signature: answerable(c, grid.run, latest.get(c.signature), sent) for c in grid.cells
-    }
+    waited_for = untrained(grid.run, sent)
+    tasks = {c.signature: answerable(c, latest.get(c.signature), waited_for) for c in grid.cells}
     gone = {t.job for t in [*latest.values(), *tasks.values()] if t and t not in active}
     ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
+    failures = {path.name for path in json_files(grid.run.failures)}
     states = []
     for cell in grid.cells:
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
@@ -117,7 +152,9 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool 
         beat = beats[task.task] if task else {}
         told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]
         ending = told[0] if told else Ending("unknown")
-        states.append(_unfinished(state, grid.run, task, jobs, active, beat, ending))
+        record = grid.run.failure(cell.signature)
+        failed = record if record.name in failures else None
+        states.append(_unfinished(state, failed, task, jobs, active, beat, ending))
     # one that the queue has lost is not waited for, even if its heart still beats
     pretraining = {
         t.backbone: t.job
@@ -133,11 +170,14 @@ def survey(grid: Grid, queue: Queue, also: Iterable[str] = (), accounting: bool 
         jobs=jobs,
         problems=tuple(problems),
         at_most=cells_at_most(sent, ended, granted(grid.cluster)),
+        recalled=tuple(now for was, now in zip(recorded, sent, strict=True) if is_lost(was)),
     )
 
 
-def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell by signature, and a line for each damaged one."""
+@_many_records()
+def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
+    tell, or with `verify` checksums."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
     for path in json_files(run.counts):
@@ -151,6 +191,12 @@ def finished_cells(run: RunPaths) -> tuple[dict[str, CountsIndex], list[str]]:
             continue
         if not index.is_whole():
             broken.append(index)
+            continue
+        if verify and index.is_altered():
+            problems.append(
+                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
+                "cells anew"
+            )
             continue
         for cell in index.cells:
             done[cell["signature"]] = index
@@ -210,15 +256,14 @@ def _heart_stopped(beat: Mapping[str, Any]) -> bool:
 
 def _unfinished(
     state: CellState,
-    run: RunPaths,
+    failure: Path | None,
     task: Submitted | None,
     jobs: Mapping[str, JobState],
     active: Collection[Submitted],
     beat: Mapping[str, Any],
     ending: Ending,
 ) -> CellState:
-    failure = run.failure(state.cell.signature)
-    if failure.exists():
+    if failure:
         state = replace(state, job=task.job if task else "")
         return replace(state, state="failed", why=_reason(failure), cause=NOT_FINITE)
     if task is None:

@@ -1,4 +1,5 @@
-"""Show the cells of a grid with their state, step, rate and time left.
+"""Show the cells of a grid with their state, step, rate and time left; of more than 1000 cells how
+many are in which state.
 
 python -m pipeline.status [CONFIG]
 """
@@ -10,7 +11,15 @@ from collections.abc import Sequence
 from hpc.command import argument_parser, one_line, run
 from hpc.queue import open_queue
 from pipeline.grid import find_config, read_grid
-from pipeline.show import cells_table, console, describe_survey, stage_lines
+from pipeline.show import (
+    MOST_ROWS,
+    cells_lines,
+    cells_overview,
+    cells_table,
+    console,
+    describe_survey,
+    stage_lines,
+)
 from pipeline.state import STATES, survey
 
 
@@ -24,7 +33,13 @@ def main(argv: Sequence[str]) -> int:
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
     shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
-    console().print(cells_table(shown))
+    if len(shown) <= MOST_ROWS:
+        console().print(cells_table(shown))
+    elif arguments.state:
+        print("\n".join(cells_lines(shown)))
+    else:
+        console().print(cells_overview(shown))
+        print(f"more than {MOST_ROWS} cells: --state STATE names those in a state")
     for line in stage_lines(state):
         print(one_line(line))
     describe_survey(grid, state)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import shlex
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +24,7 @@ from hpc.config import user_path
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
+from jobs.counts_file import set_aside_altered
 from jobs.task import Task, write_task
 from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.choice import Choice, to_do, unsent
@@ -33,10 +32,11 @@ from pipeline.ended import granted
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.plan import Plan, make_plan, split, without_waiting
-from pipeline.records import Submission, cancellations, new_token
+from pipeline.records import Submission, cancellations, new_token, settle
 from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_plan, describe_survey
+from pipeline.source import source_of_code
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
-        state = survey(grid, queue, accounting=True)
+        state = survey(grid, queue, accounting=True, verify=True)
         forecast = Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
         check(grid, stages)  # after the plan: it can be looked at before its data are there
@@ -132,7 +132,8 @@ def submit(
             if queue.room() == 0:
                 break
             call = ModuleCall(_STAGE_PROGRAMS[stage], (str(config),))
-            jobs[stage] = queue.submit([call], _resources(grid, queue, stage), stage, after)
+            wanted, token = _resources(grid, queue, stage), record.sending([stage])
+            jobs[stage] = queue.submit([call], wanted, stage, after, token)
             record.sent([stage], jobs[stage])
             after = jobs[stage]
     if held := [stage for stage in stages if stage not in jobs]:
@@ -157,7 +158,9 @@ def submit_grid(
 ) -> tuple[list[str], bool]:
     """Submit the tasks that are missing, as many as the queue has room for. Returns the ids of all
     jobs that work on the grid now, old and new, and whether all tasks were sent."""
+    _set_aside(grid)
     state = survey(grid, queue, accounting=True)
+    settle(grid.run, state.recalled)
     plan = plan_of(grid, state, choose=choose)
     record.limits(granted(grid.cluster), state.at_most)
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
@@ -205,6 +208,7 @@ def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path)
 
 
 def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
+    _set_aside(grid)
     state = survey(grid, queue)
     describe_survey(grid, state)
     plan = plan_of(grid, state)
@@ -216,16 +220,19 @@ def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
     return ready
 
 
+def _set_aside(grid: Grid) -> None:
+    # once for all: a job that starts leaves out what is counted, and must not read all counts
+    for line in set_aside_altered(grid.run.counts):
+        print(f"warning: {one_line(line)}")
+
+
 def plan_of(
     grid: Grid, state: Survey, forecast: Forecast | None = None, choose: Choice = to_do
 ) -> Plan:
     """The tasks for the cells that are to be submitted."""
     wanted = choose(state)
-    ready = {
-        cell.backbone_key
-        for cell in wanted
-        if grid.run.backbone(cell.backbone_key).with_suffix(".json").exists()
-    }
+    needed = {cell.backbone_key for cell in wanted if cell.protocol.weights == "pretrain"}
+    ready = {key for key in needed if grid.run.backbone(key).with_suffix(".json").exists()}
     backbones = {*ready, *state.pretraining}
     fits = (forecast or Forecast(grid)).fits
     return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits, state.at_most)
@@ -248,8 +255,10 @@ def _send(
     if not tasks:
         return []
     calls = [ModuleCall(_PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
-    jobs = queue.submit(calls, grid.cluster.training(), f"{grid.name}-{tasks[0].kind}", after)
-    record.sent([task.name for task in tasks], jobs)
+    names, title = [task.name for task in tasks], f"{grid.name}-{tasks[0].kind}"
+    token = record.sending(names)
+    jobs = queue.submit(calls, grid.cluster.training(), title, after, token)
+    record.sent(names, jobs)
     return jobs
 
 
@@ -281,18 +290,6 @@ def _keep_config(grid: Grid) -> Path:
     path = grid.run.root / "grid.toml"
     write_bytes(path, grid.path.read_bytes())
     return path.absolute()
-
-
-def source_of_code() -> dict[str, str]:
-    """The commit of this program and what differs from it, where it runs from a git checkout."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return {}
-    answers = {}
-    for key, words in {"commit": ["rev-parse", "HEAD"], "diff": ["diff", "HEAD"]}.items():
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
-        answers[key] = done.stdout.decode(errors="replace").strip()
-    return answers
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -47,6 +47,7 @@ class Row:
     unpredicted: tuple[str, ...]
     counts: Counts
     each: tuple[Counts, ...]  # one a seed
+    by_seed: tuple[dict[str, float], ...]  # their scores
 
 
 def rows(results: Results) -> list[Row]:
@@ -104,7 +105,8 @@ def to_latex(table: Iterable[Row]) -> str:
     lines.append(_latex_line(header))
     for block in blocks(table).values():
         lines.append(r"\midrule")
-        lines += [_latex_row(row, block) for row in block]
+        champions = {score: best(block, score) for score in PAPER_SCORES}
+        lines += [_latex_row(row, champions) for row in block]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -173,6 +175,7 @@ def _row(dataset: DatasetResults, model: str, loss: str, indices: list[int]) -> 
         unpredicted=tuple(dataset.classes[c] for c in np.flatnonzero(unpredicted(total))),
         counts=total,
         each=each,
+        by_seed=tuple(by_seed),
     )
 
 
@@ -195,10 +198,10 @@ def _cells(row: Row, names: Iterable[str], plus_minus: str) -> list[str]:
     return [shown(row.scores[name], plus_minus) for name in names]
 
 
-def _latex_row(row: Row, block: list[Row]) -> str:
+def _latex_row(row: Row, champions: Mapping[str, set[str]]) -> str:
     cells = _cells(row, PAPER_SCORES, r"$\pm$")
     marked = [
-        rf"\textbf{{{cell}}}" if row.loss in best(block, score) else cell
+        rf"\textbf{{{cell}}}" if row.loss in champions[score] else cell
         for score, cell in zip(PAPER_SCORES, cells, strict=True)
     ]
     return _latex_line([*_names(row, latex_escaped), str(len(row.seeds)), *marked])

@@ -6,6 +6,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 from rich.console import Console
 from rich.status import Status
@@ -16,6 +18,7 @@ from hpc.command import USER_ERROR_EXIT_CODE, one_line
 from hpc.endings import names_error
 from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
+from hpc.slurm import QueueUnreachable
 from pipeline.grid import Grid
 from pipeline.show import counts_line, time_left
 from pipeline.state import CellState, Survey, survey
@@ -24,7 +27,7 @@ _LOCAL_POLL_SECONDS = 0.5
 _CLUSTER_POLL_SECONDS = 15.0
 _LINE_SECONDS = 30.0  # between lines where there is no terminal
 
-
+T = TypeVar("T")
 Jobs = Mapping[str, Sequence[str]]  # ids by stage
 
 
@@ -41,7 +44,7 @@ def wait_for(
     try:
         while _watch(grid, queue, jobs, stages) and submit:
             held = [stage for stage in stages if stage == "grid" or stage not in jobs]
-            jobs = {**jobs, **submit(held)}
+            jobs = {**jobs, **patiently(partial(submit, held))}
     except KeyboardInterrupt:
         config = one_line(shlex.quote(str(grid.path)))
         print(f"the jobs go on; see `python -m pipeline.status {config}`", file=sys.stderr)
@@ -60,6 +63,20 @@ def wait_for(
     return 1 if unfinished else 0
 
 
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask()` returns, once the queue answers: jobs go on without a controller, and so do we.
+    Says so, once."""
+    told = False
+    while True:
+        try:
+            return ask()
+        except QueueUnreachable as error:
+            if not told:
+                print(one_line(f"{error}; --wait does so by itself"), file=sys.stderr)
+            told = True
+            time.sleep(_CLUSTER_POLL_SECONDS)
+
+
 def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
     """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
     ids = {job for of_stage in jobs.values() for job in of_stage}
@@ -70,7 +87,7 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
     seen: set[str] = set()  # alive when we looked before
     with Status("waiting", console=console) as status:
         while True:
-            state = survey(grid, queue, ids)
+            state = patiently(partial(survey, grid, queue, ids))
             alive = {job for job in ids if state.jobs[job].state != "gone"}
             held = missing or bool(state.held)
             if not alive and not held:
@@ -118,5 +135,5 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
 
 def _unfinished(grid: Grid, queue: Queue) -> list[str]:
     """A line for each cell that is not done."""
-    cells = survey(grid, queue).cells
+    cells = patiently(partial(survey, grid, queue)).cells
     return [f"{c.cell.name}: {c.state} {c.why}".rstrip() for c in cells if c.state != "done"]

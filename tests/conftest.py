@@ -1,19 +1,20 @@
 """The whole test run: its options, and which tests may run beside which.
 
-    pytest -n 2 --dist loadgroup --no-loadscope-reorder
+    pytest -n 2
 
-runs two tests at a time: the tests on the cluster, which wait often, on one worker, one file after
-the other on the other. More would not help: many tests start processes of their own.
+runs two tests at a time: those on the cluster, which wait often, on one worker, one file after the
+other on the other. More would not help: many tests start processes of their own.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fuzz import cases
+
+_CLUSTER = "tests/cluster/"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,13 +35,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share what they set up, and those on the cluster the cluster. These take
-    longest, so they begin."""
-    cluster = Path(__file__).with_name("cluster")
-    items.sort(key=lambda item: cluster not in item.path.parents)
-    for item in items:
-        group = cluster if cluster in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(group.name))
+    """Those on the cluster take longest, so they begin."""
+    items.sort(key=lambda item: _CLUSTER not in item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share what they set up, and those on the cluster the cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _CLUSTER if _CLUSTER in nodeid else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

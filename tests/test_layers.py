@@ -142,6 +142,7 @@ print("heavy:", *sorted(loaded & {"torch", "torchvision", "h5py", "mpi4py"}))
 PLANNING = (
     "pipeline.submit",
     "pipeline.status",
+    "pipeline.doctor",
     "pipeline.grid",
     "pipeline.checks",
     "pipeline.state",

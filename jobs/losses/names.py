@@ -11,7 +11,9 @@ s and e of all iterations.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 KINDS = {
@@ -66,8 +68,12 @@ class LossSpec:
     terms: tuple[Term, ...]
     schedule: tuple[Knot, ...]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
         """Plain values for a fingerprint."""
+        return self._identity
+
+    @cached_property  # thousands of cells have the same loss
+    def _identity(self) -> Mapping[str, Any]:
         record = asdict(self)
         for term in record["terms"]:
             if not term["parameters"]:  # as before there were any

@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
 from jobs.cell import RunPaths
 from pipeline.grid import Grid, read_grid
-from pipeline.state import submissions
+from pipeline.state import DEAD_AFTER_SECONDS, submissions
 from tests.cluster.slow_training import PAUSE, steps_begun
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
 from tests.jobs.small_runs import is_done, results, steps_saved, task_of
@@ -34,17 +36,25 @@ def pack_streets(folder: Path) -> str:
     return str(folder)
 
 
-def bundle_grid(folder: Path, data: str, workers: int = 0) -> Grid:
-    """A grid of one bundle that is checkpointed every `CHECKPOINT_SECONDS`. Each rank has `workers`
-    loader processes, which take as long to start as it does."""
+def bundle_grid(
+    folder: Path,
+    data: str,
+    workers: int = 0,
+    seeds: Iterable[int] = (0,),
+    losses: Sequence[str] = ("CE", "DLNWCE"),
+    epochs: int = EPOCHS,
+) -> Grid:
+    """A grid of one bundle for each seed that is checkpointed every `CHECKPOINT_SECONDS`. Each rank
+    has `workers` loader processes, which take as long to start as it does."""
     folder.mkdir(parents=True)
     path = grid_file(
         folder,
-        ("seeds = [0, 1]", "seeds = [0]"),
+        ("seeds = [0, 1]", f"seeds = {list(seeds)}"),
         (', "deeplabv3_mobilenet_v3_large"', ""),
+        ('losses = ["CE", "DLNWCE"]', f"losses = {json.dumps(losses)}"),
         (f'shards = "{folder}/streets"', f'shards = "{data}"'),
         ("train = 6\nval = 3\nsize = [32, 40]", f"train = {IMAGES}\nval = 5\nsize = [40, 56]"),
-        ("epochs = 2", f"epochs = {EPOCHS}"),
+        ("epochs = 2", f"epochs = {epochs}"),
         ("batch_size = 2", f"batch_size = {BATCH_SIZE}"),
         (
             "threads = 1\n",
@@ -52,6 +62,14 @@ def bundle_grid(folder: Path, data: str, workers: int = 0) -> Grid:
         ),
     )
     return read_grid(path)
+
+
+def write_profile(folder: Path, **changes: object) -> Path:
+    """The file of the cluster's profile with keys that are not as usual."""
+    table = {**tomllib.loads(PROFILE.read_text()), **changes}
+    path = folder / "profile.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
+    return path
 
 
 def torchrun(cluster: Cluster, task: Path, program: str = "jobs.train") -> str:
@@ -84,24 +102,32 @@ class BundleRun:
         self.cluster = cluster
         self.grid = bundle_grid(folder, data, workers)
         self.run: RunPaths = self.grid.run
+        self.key = self.grid.cells[0].bundle_key
         self._pause = pause
-        self._profile = folder / "profile.toml"
-        table = {**tomllib.loads(PROFILE.read_text()), **profile}
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items()]
-        self._profile.write_text("".join(lines))
+        self.profile = write_profile(folder, **profile)
 
-    def submit(self) -> str:
-        """Submit what is missing of the grid; the job's id."""
+    def command(self, module: str, *words: str) -> list[str]:
+        """A command about this grid: a module, and what comes before the grid file."""
+        about = [str(self.grid.path), "--cluster", str(self.profile)]
+        return [PYTHON, "-m", module, *words, *about]
+
+    def submit(self, program: str = "tests.cluster.slow_training") -> str:
+        """Submit what is missing of the grid, as `program` does; the job's id."""
         self.run.root.mkdir(exist_ok=True, mode=0o700)
         (self.run.root / PAUSE).write_text(str(self._pause))
-        command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
-        said = self.cluster.answer(*command, "--cluster", self._profile)
+        said = self.cluster.answer(*self.command(program, "grid"))
         assert "submitted 1 jobs for 2 cells" in said
         return list(submissions(self.run))[-1].job
 
+    def submit_again(self) -> str:
+        """As `submit`, once a job that ended without a word counts as dead."""
+        (beat,) = self.run.progress.glob("*.json")
+        until(lambda: time.time() - beat.stat().st_mtime > DEAD_AFTER_SECONDS, self.log)
+        return self.submit()
+
     def hurry(self) -> None:
         """No more pauses."""
-        (self.run.root / PAUSE).unlink()
+        (self.run.root / PAUSE).unlink(missing_ok=True)
 
     @property
     def steps_saved(self) -> list[int]:
@@ -115,7 +141,7 @@ class BundleRun:
     @property
     def starts(self) -> list[list[int]]:
         """The steps that each start has begun, of those that began any."""
-        return steps_begun(self.run.root)
+        return steps_begun(self.run.root, self.key)
 
     def wait_for_checkpoint(self, beyond: int = 0) -> None:
         """Until a checkpoint of a later step is there, and the bundle is still being trained."""
@@ -147,6 +173,17 @@ class BundleRun:
     def stopped_after(self) -> list[int]:
         """The step after which each announced stop came, from what was said."""
         return [int(n) for n in re.findall(r"stopped by .* after step (\d+) of", self.log())]
+
+    def assert_resumed_once(self, most_redone: int) -> None:
+        """It was started twice, the second time above step 0, and did at most so many steps
+        twice."""
+        (first, second) = self.starts
+        resumed = second[0]
+        assert self.resumed_at == [0, resumed]
+        assert resumed > 0
+        assert first == list(range(len(first)))
+        assert second == list(range(resumed, TOTAL))
+        assert len(first) - resumed <= most_redone
 
     def most_redone(self) -> int:
         """How many steps can be begun in the interval between two checkpoints, since each takes at

@@ -3,7 +3,8 @@ however fast the machine is; and with a record of every step that it begins.
 
     python -m tests.cluster.slow_training grid CONFIG ...
 
-is `python -m pipeline.submit` whose bundles train like this.
+is `python -m pipeline.submit` whose bundles train like this, and with `retry` for `grid` it is
+`python -m pipeline.retry`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 PAUSE = "pause-seconds"  # in the run directory; without it there is no pause any more
-STEPS = "steps-begun"  # in the run directory: generation and step of each that was begun
+STEPS = "steps-begun"  # in the run directory, see `Begun`
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     def noted_beat(run: Run, stage: str, step: int, total: int, force: bool = False) -> None:
         if run.group.is_main and stage == "training":
             with (run.task.paths.root / STEPS).open("a") as file:
-                file.write(f"{run.generation.number} {step}\n")
+                begun = (run.bundle_key, run.generation.number, step, time.time())
+                file.write(f"{' '.join(map(str, begun))}\n")
         beat(run, stage, step, total, force)
 
     def slow_decide(run: Run) -> Action:
@@ -45,18 +48,38 @@ def pause_of(run: Path) -> float:
         return 0.0
 
 
-def steps_begun(run: Path) -> list[list[int]]:
-    """The steps that each start of a run's only bundle has begun, oldest start first."""
+class Begun(NamedTuple):
+    """A step that was begun: of which bundle, by which of its starts, and when (seconds since the
+    epoch)."""
+
+    bundle: str
+    generation: int
+    step: int
+    time: float
+
+
+def all_begun(run: Path) -> list[Begun]:
+    """Every step that a run has begun, in that order."""
+    try:
+        lines = (run / STEPS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    words = (line.split() for line in lines)
+    return [Begun(key, int(number), int(step), float(at)) for key, number, step, at in words]
+
+
+def steps_begun(run: Path, bundle: str) -> list[list[int]]:
+    """The steps that each start of a bundle has begun, oldest start first."""
     starts: dict[int, list[int]] = {}
-    for line in (run / STEPS).read_text().splitlines():
-        generation, step = map(int, line.split())
-        starts.setdefault(generation, []).append(step)
+    for begun in all_begun(run):
+        if begun.bundle == bundle:
+            starts.setdefault(begun.generation, []).append(begun.step)
     return [starts[generation] for generation in sorted(starts)]
 
 
 if __name__ == "__main__":
     from hpc.command import run
-    from pipeline import submit
+    from pipeline import retry, submit
 
     submit._PROGRAMS["bundle"] = "tests.cluster.slow_training"
-    run(submit.main)
+    run(lambda argv: retry.main(argv[1:]) if argv[0] == "retry" else submit.main(argv))

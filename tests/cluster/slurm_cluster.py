@@ -31,6 +31,11 @@ class Process:
     rank: int | None
     is_loader: bool
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is more than what its parent has yet to read."""
+        return job_processes.lives(Path(f"/proc/{self.pid}"))
+
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -52,7 +57,6 @@ class Cluster:
             self.do("down")
             shutil.rmtree(self.folder)
         self.do("up", str(nodes))
-        self.runs.mkdir()
 
     def end(self) -> None:
         """End it, and remove all that it and its jobs wrote."""
@@ -84,6 +88,14 @@ class Cluster:
     def revive(self, node: str) -> None:
         """Power and network are back; returns when the controller says so too."""
         self.do("revive", node)
+
+    def cut(self, node: str, other: str) -> None:
+        """Cut the link between two nodes only."""
+        self.do("cut", node, other)
+
+    def join(self, node: str, other: str) -> None:
+        """That link is back."""
+        self.do("join", node, other)
 
     def command(
         self, *words: object, cwd: Path | None = None, **environ: str
@@ -160,9 +172,10 @@ class Cluster:
 
     def wait_until_gone(self, *jobs: str, seconds: float = _PATIENCE) -> None:
         """Until squeue lists none of some jobs."""
-        until(lambda: not self._left(jobs), lambda: f"left: {self._left(jobs)}", seconds)
+        until(lambda: not self.left(jobs), lambda: f"left: {self.left(jobs)}", seconds)
 
-    def _left(self, jobs: Sequence[str]) -> list[str]:
+    def left(self, jobs: Sequence[str]) -> list[str]:
+        """A line for each of some jobs that squeue still lists."""
         lines = self.answer("squeue", "--noheader", "--format=%i %F %T %r").splitlines()
         return [line for line in lines if set(line.split()[:2]) & set(jobs)]
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 from tests.cluster.bundle_runs import TOTAL
 from tests.cluster.slurm_cluster import until
-from tests.jobs.job_processes import lives
 from tests.jobs.small_runs import assert_all_same
 
 LIMITS_REACHED = 5
@@ -22,10 +20,6 @@ def assert_no_step_was_redone(bundle):
     assert [steps[0] for steps in starts] == [s for s in bundle.resumed_at if s < TOTAL]
     assert bundle.resumed_at[0] == 0
     assert all(step > 0 for step in bundle.resumed_at[1:])
-
-
-def is_alive(process):
-    return lives(Path(f"/proc/{process.pid}"))
 
 
 def test_preempted_by_an_urgent_job(cluster, bundle, expected):
@@ -73,7 +67,7 @@ def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, new_bundle, expected
         assert f"stopped by {what} after step" in bundle.log()
         until(lambda: cluster.job(job)["Restarts"] == str(times + 1), bundle.log)  # noqa: B023
         # ranks, their loaders, and what started them
-        until(lambda: not any(map(is_alive, processes)), f"all of {processes} ended")  # noqa: B023
+        until(lambda: not any(p.is_alive for p in processes), f"all of {processes} ended")  # noqa: B023
     found = bundle.finish(job)
     assert len(bundle.starts) == len(strikes) + 1
     assert_no_step_was_redone(bundle)
@@ -91,13 +85,7 @@ def test_a_node_that_fails_costs_one_checkpoint_interval_at_most(cluster, new_bu
         found = bundle.finish(job)
     finally:
         cluster.revive(node)
-    (first, second) = bundle.starts
-    resumed = second[0]
-    assert bundle.resumed_at == [0, resumed]
-    assert resumed > 0
-    assert first == list(range(len(first)))
-    assert second == list(range(resumed, TOTAL))
-    assert len(first) - resumed <= bundle.most_redone()
+    bundle.assert_resumed_once(most_redone=bundle.most_redone())
     assert_all_same(found, expected)
 
 

@@ -82,6 +82,16 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(program, arguments):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["grid", "a.toml", "--debug"], ["grid", "--debug", "a.toml"],
+                                   ["--debug", "grid", "a.toml"]])  # fmt: skip
+def test_options_may_stand_anywhere(words):
+    parser = argument_parser("python -m program", None)
+    parser.add_argument("stage")
+    parser.add_argument("config", nargs="?")
+    found = parser.parse_args(words)
+    assert (found.stage, found.config, found.debug) == ("grid", "a.toml", True)
+
+
 def test_help_tells_what_it_does(program):
     done = program("--help")
     assert done.returncode == 0

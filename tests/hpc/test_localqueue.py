@@ -19,7 +19,7 @@ from hpc.endings import ending
 from hpc.localqueue import LocalQueue, Runner
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
-from hpc.tickets import processes, take_lock
+from hpc.tickets import processes, result_of, take_lock
 
 PROGRAM = '''
 import os, pickle, signal, sys, time
@@ -378,8 +378,8 @@ def test_the_runner_runs_nothing_that_a_result_pickles(place):
     assert len(list((place / "logs" / job).glob("*_result.pkl"))) == 2
     assert not attack.exists()
     for result in (place / "logs" / job).glob("*_result.pkl"):
-        assert localqueue._result(result) == "success"
-    assert localqueue._result(place / "attacked.pkl") == "error"
+        assert result_of(result) == "success"
+    assert result_of(place / "attacked.pkl") == "error"
     assert not attack.exists()
     pickle.loads((place / "attacked.pkl").read_bytes())
     assert attack.exists()  # it does attack those who load it

@@ -60,12 +60,13 @@ def main(arguments):
 class FakeSlurm:
     """The folder in which the fake commands find their answers and leave what they were asked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commands: dict[str, str] | None = None) -> None:
+        """`commands` in place of some of the usual ones."""
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
-        for name, body in COMMANDS.items():
+        for name, body in {**COMMANDS, **(commands or {})}.items():
             note = f'cd {shlex.quote(str(folder))}; printf "%s\\n" "{name} $*" >>asked\n'
-            if name == "srun":
+            if body == COMMANDS["srun"]:
                 note = ""  # stays where the job runs
             script = folder / "bin" / name
             script.write_text(f"#!/bin/bash\n{note}{body}\n")
@@ -314,6 +315,13 @@ def test_reduction_takes_the_tasks_that_mpi_gets(slurm, logs):
 def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
     open_slurm(logs).cancel(["7_0", "8"])
     assert slurm.asked("scancel") == [["--quiet", "7_0", "8"]]
+
+
+def test_a_thousand_elements_of_an_array_are_cancelled_by_one_word(slurm, logs):
+    """Each may be a question to the controller."""
+    elements = [f"7_{n}" for n in (*range(1000, 200, -1), 17, 3)]
+    open_slurm(logs).cancel([*elements, "8"])
+    assert slurm.asked("scancel") == [["--quiet", "7_3", "7_17", "7_[201-1000]", "8"]]
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing_queued(slurm, logs):

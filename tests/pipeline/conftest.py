@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from data_prep.pack import pack
 from hpc.command import run
-from tests.pipeline.grids import small_grid
+from pipeline import doctor
+from tests.pipeline.fake_site import FakeSite, profile_file
+from tests.pipeline.grids import grid_file, small_grid
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +43,31 @@ def refusal(tmp_path, monkeypatch, capsys):
         return line.removeprefix("error: ").rstrip("\n")
 
     return refused
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> FakeSite:
+    """A Slurm cluster on paper, which the commands on PATH tell of."""
+    fake = FakeSite(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(fake.folder / "bin"), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return fake
+
+
+@pytest.fixture
+def shards(tmp_path, streets) -> Path:
+    """A copy of the packed data set, to be damaged."""
+    return shutil.copytree(streets, tmp_path / "streets")
+
+
+@pytest.fixture
+def examine(tmp_path, site, shards, capsys):
+    """The doctor's lines about a grid on that site; and its exit code."""
+
+    def lines(*changes, arguments=(), **profile) -> tuple[int, list[str]]:
+        config = grid_file(tmp_path, *changes)
+        cluster = profile_file(tmp_path, **profile)
+        code = doctor.main([str(config), "--cluster", str(cluster), *arguments])
+        return code, capsys.readouterr().out.splitlines()
+
+    return lines

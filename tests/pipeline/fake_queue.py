@@ -20,6 +20,8 @@ class FakeQueue:
         self.jobs: dict[str, str] = {}
         self.calls: dict[str, ModuleCall] = {}
         self.after: dict[str, list[str]] = {}
+        self.tokens: dict[str, dict[int, str]] = {}
+        self.asked_for: list[list[str]] = []  # the tokens of each question
         self.questions = 0
         self.why: dict[str, str] = {}
         self.max_jobs: int | None = None
@@ -34,11 +36,17 @@ class FakeQueue:
         resources: Resources,
         name: str,
         after: Sequence[str] = (),
+        token: str = "",
     ) -> list[str]:
         ids = [f"job{len(self.jobs) + number}" for number in range(1, len(calls) + 1)]
         for job, call in zip(ids, calls, strict=True):
             self.jobs[job], self.calls[job], self.after[job] = "waiting", call, list(after)
+        self.tokens[token] = dict(enumerate(ids))
         return ids
+
+    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+        self.asked_for.append(sorted(tokens))
+        return {token: self.tokens.get(token, {}) for token in tokens}
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         self.questions += 1

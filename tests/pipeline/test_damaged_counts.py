@@ -3,6 +3,7 @@ to do, and doing it trains those cells anew and nothing else."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +14,17 @@ from data_prep.manifest import Manifest
 from data_prep.pack import pack
 from hpc.atomic import read_json, write_json
 from hpc.command import UserError
+from jobs import counts_file
+from jobs.counts_file import counted_cells
 from pipeline import reduce, status
 from pipeline.grid import Grid, read_grid
 from pipeline.results import read_results
 from pipeline.state import survey
-from pipeline.submit import plan_of
+from pipeline.submit import main, plan_of, submit
 from tests.pipeline.damages import DAMAGES, flip
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import counts_of, finish, grid_file
+from tests.pipeline.stories import cells_of, words
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,44 @@ def test_nothing_of_a_damaged_file_is_deleted_by_reduce_or_grid(grid):
     reduce.main([str(grid.path)])
     planned(grid)
     assert {path: path.read_bytes() for path in grid.run.counts.iterdir()} == before
+
+
+def test_grid_finds_counts_whose_content_alone_is_damaged(grid, tmp_path, capsys):
+    queue = FakeQueue(tmp_path)
+    intact, lost = seed(grid, 0), seed(grid, 1)
+    path = grid.run.counts_of("seed1", 1)
+    flip(path)
+    damaged = path.read_bytes()
+    assert words(grid, queue) == {"done": 8}, "status does not read all counts"
+    assert main(["grid", str(grid.path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {path} is damaged (its checksum does not fit); run grid again" in said
+    assert "would submit 1 jobs for 4 cells" in said
+
+    submit(grid, queue, ["grid"])
+    (line,) = warnings(capsys)
+    assert line == (
+        f"warning: {path} is damaged (its checksum does not fit); its cells are trained anew, its "
+        "index is seed1-g1.json-damaged now"
+    )
+    assert cells_of(queue, "job1") == tuple(lost)
+    assert words(grid, queue) == {"done": 4, "waiting": 4}
+    assert counted_cells(grid.run.counts) == {cell.signature for cell in intact}
+    assert_reduced(grid, intact)
+    finish(grid, lost, "seed1", generation=2)
+    assert_reduced(grid, grid.cells)
+    assert warnings(capsys) == []
+    assert path.read_bytes() == damaged, "nothing is deleted"
+    assert submit(grid, queue, ["grid"]) == {"grid": []}
+
+
+def test_counts_that_cannot_be_read_now_are_left_alone(grid, tmp_path, monkeypatch, capsys):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(counts_file, "file_sha256", fail)
+    assert submit(grid, FakeQueue(tmp_path), ["grid"]) == {"grid": []}
+    assert warnings(capsys) == []
 
 
 def test_the_counts_of_another_grid_change_nothing(grid, tmp_path, packed, capsys):

@@ -4,6 +4,7 @@ poll, one scancel, and sacct not at all where files and squeue say enough."""
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from data_prep.pack import pack
 from hpc.queue import open_queue
 from pipeline import cancel, status, wait
 from pipeline.grid import Grid
+from pipeline.records import Submission
 from pipeline.state import survey
 from pipeline.submit import submit
 from tests.hpc.test_slurm import FakeSlurm
@@ -82,6 +84,24 @@ def test_status_asks_once(grid, slurm):
     submit(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue), ["grid"])
     queued(slurm, "PENDING")
     asked(slurm)
+    assert status.main([str(grid.path)]) == 0
+    assert asked(slurm) == Counter(squeue=1)
+
+
+def test_after_a_submission_that_died_there_is_one_more_until_the_next(grid, slurm, monkeypatch):
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    with monkeypatch.context() as dying:
+        dying.setattr(Submission, "sent", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            submit(grid, queue, ["grid"])
+    mark = slurm.options()["comment"]
+    # one answer to both questions: the mark, and a state that is none of an end
+    slurm.answer("queue", "".join(f"1_{element} {mark}\n" for element in range(12)))
+    asked(slurm)
+    assert status.main([str(grid.path)]) == 0
+    assert asked(slurm) == Counter(squeue=2)
+    assert sorted(submit(grid, queue, ["grid"])["grid"]) == sorted(f"1_{n}" for n in range(12))
+    assert asked(slurm)["sbatch"] == 0
     assert status.main([str(grid.path)]) == 0
     assert asked(slurm) == Counter(squeue=1)
 

@@ -187,7 +187,7 @@ def test_their_jobs_are_cancelled_and_their_logs_shown_like_others(grid, cluster
     note(grid, 9)  # sent again
     cluster.jobs = {"7_0": "gone", "7_1": "gone", "9_0": "running", "9_1": "waiting"}
     cell = next(cell for cell in grid.cells if states(grid, cluster)[cell.name].job == "9_1")
-    assert jobs_of(grid, cell.name) == (cell.name, ["9_1", "7_1"])
+    assert jobs_of(grid, cluster, cell.name) == (cell.name, ["9_1", "7_1"])
     ended = []
     cluster.cancel = ended.extend
     assert cancel(grid, cluster)[0] == "cancelled 2 jobs"

@@ -2,9 +2,11 @@
 
 import pytest
 
+from hpc.slurm import QueueUnreachable
+from pipeline import wait
 from pipeline.wait import wait_for
 from tests.pipeline.fake_queue import FakeQueue
-from tests.pipeline.grids import small_grid
+from tests.pipeline.grids import finish, small_grid
 
 JOBS = {"prep": ["job1"], "reduce": ["job2"], "report": ["job3"]}
 
@@ -30,3 +32,28 @@ def test_cells_that_did_not_finish_are_named(tmp_path, capsys):
     assert wait_for(grid, FakeQueue(tmp_path), {"grid": ["job1"]}, ("grid",)) == 1
     said = capsys.readouterr().err
     assert said.splitlines() == [f"{cell.name}: missing" for cell in grid.cells]
+
+
+class Silent(FakeQueue):
+    """It answers no question for a while, and then the job has ended."""
+
+    silences = 3
+
+    def look(self, ids):
+        self.silences -= 1
+        if self.silences >= 0:
+            raise QueueUnreachable("squeue failed: Unable to contact slurm controller")
+        return super().look(ids)
+
+
+def test_it_waits_for_a_controller_that_is_away_and_says_so_once(
+    tmp_path, streets, monkeypatch, capsys
+):
+    monkeypatch.setattr(wait, "_CLUSTER_POLL_SECONDS", 0.01)
+    grid, queue = small_grid(tmp_path, (f"{tmp_path}/streets", str(streets))), Silent(tmp_path)
+    finish(grid, grid.cells, "task")
+    assert wait_for(grid, queue, {"grid": ["job1"]}, ("grid",)) == 0
+    assert queue.silences < 0
+    assert capsys.readouterr().err == (
+        "squeue failed: Unable to contact slurm controller; --wait does so by itself\n"
+    )

@@ -1,0 +1,127 @@
+"""How long the commands of the login node take on a large run, whose counts are real files.
+
+    python -m benchmarks.scale [--cells 10000] [--keep DIR]
+
+Each command is a process of its own, as a user starts it; wall is what he waits for, CPU is user
+and system time together, which other work on the machine moves less. The exit code is 1 if one
+takes longer than its bound, or the page is too large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.large_run import CLASSES, LOSSES, MODELS, end, large_grid, send_all
+from hpc.queue import open_queue
+from pipeline.forecast import Forecast
+from pipeline.grid import read_grid
+from pipeline.state import survey
+from pipeline.submit import plan_of
+
+PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
+BOUNDS = {  # seconds, for 10,000 cells; of what is measured within a process, without its start
+    "plan (in-process)": 2.0,
+    "submit grid --dry-run": None,
+    "status (in-process)": 1.0,
+    "status": None,
+    "reduce": 5.0,
+    "mpiexec -n 2 reduce": 5.0,
+    "report": 60.0,
+}
+PAGE_MB = 10.0
+Seconds = tuple[float, float]  # wall, CPU
+
+
+def main() -> int:
+    """Make the run, measure, print a table; 1 if a bound is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, default=10_000, help=f"a multiple of {PER_SEED}")
+    parser.add_argument("--keep", metavar="DIR", help="make the run there and leave it")
+    options = parser.parse_args()
+    if options.cells < 1 or options.cells % PER_SEED:
+        parser.error(f"--cells must be a multiple of {PER_SEED}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(options.keep or name)
+        folder.mkdir(exist_ok=True)
+        return _measure(folder.absolute(), options.cells // PER_SEED)
+
+
+def _measure(folder: Path, seeds: int) -> int:
+    grid = large_grid(folder, seeds)
+    config = str(grid.path)
+    print("| what | wall s | CPU s | bound s |\n|---|---:|---:|---:|")
+    late = [
+        *_row("plan (in-process)", _timed(lambda: _plan(config))),
+        *_row("submit grid --dry-run", _command("pipeline.submit", "grid", config, "--dry-run")),
+    ]
+    end(grid, send_all(grid))
+    late += _row("status (in-process)", _timed(lambda: _survey(config)))
+    late += _row("status", _command("pipeline.status", config))
+    late += _row("reduce", _command("pipeline.reduce", config))
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if mpiexec.exists():
+        launcher = (str(mpiexec), "-n", "2")
+        late += _row("mpiexec -n 2 reduce", _command("pipeline.reduce", config, launcher=launcher))
+    late += _row("report", _command("pipeline.report", config))
+    page = (grid.run.report / "index.html").stat().st_size / 1e6
+    print(f"| page, MB | {page:.1f} | | {PAGE_MB:g} |")
+    late += ["page"] * (page > PAGE_MB)
+    print(f"{len(grid.cells)} cells, load {os.getloadavg()[0]:.1f} at the end")
+    print(f"over their bounds: {', '.join(late) or 'none'}")
+    return 1 if late else 0
+
+
+def _row(what: str, found: Seconds) -> list[str]:
+    """Print it; its name if it took too long."""
+    wall, cpu = found
+    bound = BOUNDS[what]
+    print(f"| {what} | {wall:.1f} | {cpu:.1f} | {bound or ''} |", flush=True)
+    return [what] if bound and wall > bound else []
+
+
+def _plan(config: str) -> None:
+    """From the grid file to the tasks of a submission."""
+    grid = read_grid(config)
+    state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
+    assert plan_of(grid, state, Forecast(grid)).bundles
+
+
+def _survey(config: str) -> None:
+    grid = read_grid(config)
+    state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
+    assert state.count("done") == len(grid.cells)
+
+
+def _timed(work: Callable[[], None]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _command(module: str, *arguments: str, launcher: tuple[str, ...] = ()) -> Seconds:
+    def used() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    wall, cpu = time.perf_counter(), used()
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", module, *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - wall, used() - cpu
+
+
+if __name__ == "__main__":
+    sys.exit(main())

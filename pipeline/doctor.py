@@ -1,0 +1,163 @@
+"""Whether a grid would run here: what the site allows, what the grid needs, and, on request, what
+the nodes are like. Changes nothing.
+
+    python -m pipeline.doctor [CONFIG]               a few seconds; queues nothing
+    python -m pipeline.doctor [CONFIG] --on-nodes    also asks the nodes, by a small job or two
+
+A line a check: pass, with its evidence; FAIL, with what to do; warn; skip, and why. The exit code
+is 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from data_prep.manifest import MANIFEST, remedy
+from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
+from hpc.atomic import file_sha256
+from hpc.checkup import Check, Finding, NotAsked, findings, shown_bytes
+from hpc.command import UserError, argument_parser, one_line, run
+from hpc.node_facts import versions
+from hpc.private import require_private
+from hpc.queue import open_queue
+from hpc.site import Site
+from hpc.site_checks import setup_lines, site_checks
+from jobs.counts_file import counted_cells
+from jobs.probe import PACKAGES, SOURCES
+from pipeline.checks import check_files, check_room, existing_folder, packed_as_asked
+from pipeline.doctor_nodes import node_findings
+from pipeline.grid import Grid, find_config, read_grid
+
+_QUICK_BYTES = 1 << 30  # of shards, that the login node reads: about two seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check a grid and its cluster; a line a check."""
+    parser = argument_parser("python -m pipeline.doctor", __doc__)
+    parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    parser.add_argument("--on-nodes", action="store_true", help="ask the nodes, by a small job")
+    arguments = parser.parse_args(argv)
+    grid = read_grid(find_config(arguments.config), arguments.cluster)
+    failed = _show(findings([*_scheduler(grid), *_run_directory(grid)]))
+    damaged = _show(findings(_inputs(grid)))
+    if not arguments.on_nodes:
+        _show([Finding("skip", "the nodes", "only --on-nodes asks them")])
+    elif failed:
+        why = "a job would meet what fails above; mend it first"
+        _show([Finding("skip", "the nodes", why)])
+    else:
+        failed = _show(node_findings(grid, _say))
+    return int(failed or damaged)
+
+
+def _show(found: Iterable[Finding]) -> bool:
+    """Print each as it comes. Whether any fails."""
+    failed = False
+    for finding in found:
+        print(finding, flush=True)
+        failed |= finding.verdict == "FAIL"
+    return failed
+
+
+def _say(line: str) -> None:
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
+def _scheduler(grid: Grid) -> list[Check]:
+    """What takes the jobs."""
+    profile = grid.cluster  # a mistake in it is no finding
+    try:
+        queue = open_queue(profile, grid.run.logs, grid.run.queue)
+    except UserError as error:
+        return [Check("scheduler", partial(_fail, error))]
+    if queue.starts_mpi:
+        return site_checks(profile, Site())
+    return [
+        Check("local queue", partial(_local_queue, grid)),
+        Check("set-up lines", partial(setup_lines, profile)),
+    ]
+
+
+def _fail(error: UserError) -> str:
+    raise error
+
+
+def _local_queue(grid: Grid) -> str:
+    if grid.cluster.nodes > 1:
+        raise UserError(
+            f"it has one node, the profile asks for {grid.cluster.nodes}; set nodes = 1 in "
+            "[cluster], or submit where there is Slurm"
+        )
+    return f"jobs run on this machine, {grid.cluster.local_jobs} at a time; Slurm is not asked"
+
+
+def _run_directory(grid: Grid) -> list[Check]:
+    done = counted_cells(grid.run.counts)
+    left = [cell for cell in grid.cells if cell.signature not in done]
+    return [
+        Check("run directory", partial(_private, grid)),
+        Check("room on its disk", partial(check_room, grid, left)),
+        Check("files on its disk", partial(check_files, grid, left)),
+    ]
+
+
+def _private(grid: Grid) -> str:
+    group = grid.cluster.group
+    require_private(grid.run.root, group, "set run_dir to a folder of yours")
+    root, existing = grid.run.root.absolute(), existing_folder(grid).absolute()
+    who = f"you and the group {group}" if group else "you"
+    where = root if existing == root else f"{existing}, where it will be made"
+    return f"only {who} can write to {where}"
+
+
+def _inputs(grid: Grid) -> list[Check]:
+    """What jobs read. The nodes can be asked without it."""
+    wanted = {(cell.protocol.weights, cell.model) for cell in grid.cells}
+    weights = sorted({pair for pair in wanted if pair[0] not in WITHOUT_FILE})
+    return [
+        Check("software here", _software),
+        *(Check(f"data set {name}", partial(_data_set, grid, name)) for name in grid.datasets),
+        *(Check(f"weights {' for '.join(pair)}", partial(_weights, *pair)) for pair in weights),
+    ]
+
+
+def _software() -> str:
+    found = versions(PACKAGES, SOURCES)
+    if missing := [name for name, version in found.items() if version == "none"]:
+        raise UserError(f"{', '.join(missing)} not installed; install with -c constraints.txt")
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _data_set(grid: Grid, name: str) -> str:
+    """Lengths of all shards, and the content of as many as can be read in a moment."""
+    settings = grid.datasets[name]
+    if not (Path(settings.shards) / MANIFEST).exists():
+        raise NotAsked("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
+    manifest = packed_as_asked(settings)
+    shards = [shard for half in manifest.splits.values() for shard in half.shards]
+    read = 0
+    for shard in shards:
+        path = manifest.folder / shard.file
+        if read + shard.bytes > _QUICK_BYTES:
+            continue
+        read += shard.bytes
+        if file_sha256(path) != shard.sha256:
+            raise UserError(f"{path} is damaged (its checksum does not fit); {remedy(path)}")
+    total = sum(shard.bytes for shard in shards)
+    return f"{shown_bytes(total)} in {len(shards)} shards, {shown_bytes(read)} read and as packed"
+
+
+def _weights(weights: str, model: str) -> str:
+    path = require_weights(weights, model)
+    if (weights, model) not in FILES:
+        return f"{path}, {shown_bytes(path.stat().st_size)}"
+    check_published(path)
+    return f"{path}, with the hash in its name"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""The slow training in which the loss of one cell is not finite on one rank, in its second half.
+
+    python -m tests.cluster.diverging_training grid CONFIG ...
+
+is `python -m pipeline.submit` whose bundles train like this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tests.cluster import slow_training
+
+LOSS = "CE"
+RANK = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """The job: train the bundle of a task file."""
+    from hpc.env import read_env
+    from jobs import trainee
+
+    honest, rank = trainee.combined_loss, read_env().rank
+
+    def diverging(logits: Any, target: Any, loss: Any, position: float, *rest: Any) -> Any:
+        value = honest(logits, target, loss, position, *rest)
+        strikes = loss.name == LOSS and rank == RANK and position > 0.5
+        return value * float("nan") if strikes else value
+
+    trainee.combined_loss = diverging
+    return slow_training.main(argv)
+
+
+if __name__ == "__main__":
+    from hpc.command import run
+    from pipeline import submit
+
+    submit._PROGRAMS["bundle"] = "tests.cluster.diverging_training"
+    run(submit.main)
