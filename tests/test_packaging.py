@@ -88,7 +88,7 @@ def test_every_template_is_package_data():
         path.relative_to(REPOSITORY)
         for top in ("hpc", "data_prep", "jobs", "pipeline")
         for path in (REPOSITORY / top).rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__"
     ]
     assert Path("pipeline/templates/report.html") in others
     for path in others:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,6 +77,28 @@ def test_only_the_rows_that_the_window_depends_on_are_read():
     window = Window(Span(1000, 500, 100, 140), Span(80, 40, 0, 40))
     first, stop = window.source_rows
     assert (first, stop) == (199, 281)  # 200 to 279, and a neighbour on either side
+
+
+def test_pixels_that_may_not_be_written_to_are_read():
+    """As a decoder hands them out."""
+    image, _ = picture(20, 30, 1)
+    rows, columns = Span(20, 12, 0, 12), Span(30, 18, 3, 9)
+    image.setflags(write=False)
+    expected = pillows(image, rows, columns, Image.Resampling.BILINEAR)
+    found = Window(rows, columns).of_image(image).transpose(1, 2, 0)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_where_nothing_can_be_kept_each_process_compiles_for_itself(tmp_path):
+    """On a full disk, and where neither the program's folder nor a home may be written to."""
+    code = "from jobs.crop_window import *; print(Window(Span(9, 5, 0, 5), Span(9, 5, 0, 5)).shape)"
+    blocked = tmp_path / "file"
+    blocked.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "NUMBA_CACHE_DIR": str(blocked)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "(5, 5)\n"), done.stderr
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
