@@ -41,7 +41,7 @@ class Cell(Settings):
     @cached_property
     def signature(self) -> str:
         """Hash of the resolved settings that change the result; the identity of the cell."""
-        loss, model = canonical(self.loss.identity()), canonical(self.model)
+        loss, model = self.loss.identity_json, canonical(self.model)
         return _key({**self._shared(), "model": model, "loss": loss})
 
     @cached_property
@@ -61,20 +61,15 @@ class Cell(Settings):
         """Names the backbone that `weights = "pretrain"` trains: one a data set and backbone."""
         shared = self._shared()
         del shared["seed"]
-        protocol = self.protocol.result_changing()
-        for settings in ("weights", "train", "backbone_batchnorm", "bins", "eval_size",
-                         "naive_ramp", "alternating_ramp", "epochs", "batch_size",
-                         "learning_rate"):  # fmt: skip
-            del protocol[settings]
-        shared["protocol"] = canonical(protocol)
+        shared["protocol"] = self.protocol.backbone_json
         return _key({**shared, "backbone": canonical(MODELS[self.model].backbone)})
 
     def _shared(self) -> dict[str, str]:
         return {
-            "format": canonical(FORMAT),
+            "format": f"{FORMAT}",
             "dataset": canonical(self.dataset),
             "data": canonical(self.data),
-            "seed": canonical(self.seed),
+            "seed": f"{self.seed}",
             "protocol": self.protocol.result_json,
         }
 

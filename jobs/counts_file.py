@@ -3,6 +3,8 @@ is done when an index names it and the file it points to verifies."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -32,6 +34,7 @@ class CountsIndex:
     size: int
     cells: tuple[Mapping[str, Any], ...]
     record: Mapping[str, Any]
+    arrays: Mapping[str, tuple[int, str, list[int]]]  # where each lies: offset, type, shape
 
     def is_whole(self) -> bool:
         """Whether the file is there with its full length: cheap, for planning and status."""
@@ -47,16 +50,17 @@ class CountsIndex:
         except OSError:  # it may be another time
             return False
 
-    def verify(self) -> None:
-        """Read all of it. Raises `Damaged`."""
+    def read(self) -> bytes:
+        """All of it. Raises `Damaged`."""
         try:
-            intact = self.is_whole() and file_sha256(self.path) == self.sha256
+            data = self.path.read_bytes() if self.is_whole() else b""
         except OSError as error:
             raise Damaged(f"{self.path} cannot be read: {error.strerror}") from error
-        if not intact:
+        if hashlib.sha256(data).hexdigest() != self.sha256:
             raise Damaged(
                 f"{self.path} is damaged (its checksum does not fit); delete it and run grid again"
             )
+        return data
 
 
 def write_counts(
@@ -71,8 +75,10 @@ def write_counts(
     with h5py.File(whole, "w", track_order=False) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
+        places = {name: _place(stored) for name, stored in file.items()}
     write_bytes(path, whole.getvalue(), check)
-    index = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "cells": list(cells)}
+    index = {"sha256": file_sha256(path), "bytes": path.stat().st_size, "cells": list(cells),
+             "arrays": places}  # fmt: skip
     write_json(path.with_suffix(".json"), {**index, "record": dict(record)}, check)
 
 
@@ -87,6 +93,7 @@ def read_index(path: Path) -> CountsIndex:
             size=index["bytes"],
             cells=tuple(index["cells"]),
             record=dict(index["record"]),
+            arrays=dict(index.get("arrays", {})),  # older ones have none
         )
         signatures = [cell["signature"] for cell in found.cells]
     except (KeyError, TypeError, ValueError) as error:
@@ -130,26 +137,36 @@ def counted_cells(folder: Path) -> set[str]:
 
 def read_counts(index: CountsIndex) -> dict[str, Any]:
     """The arrays of a counts file by name, as they were written. Raises `Damaged`."""
+    import numpy as np
+
+    data = index.read()
+    if not index.arrays:
+        return read_by_hdf5(index)
+    try:
+        return {
+            name: np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)
+            for name, (offset, kind, shape) in index.arrays.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise _damaged(index.path, "is not as its index says") from error
+
+
+def read_by_hdf5(index: CountsIndex) -> dict[str, Any]:
+    """As `read_counts`, but slower, and without its checksum: as any tool does."""
     import h5py
 
-    index.verify()
     try:
         with h5py.File(index.path, "r") as file:
-            return {name: _array(file, name) for name in file}
+            return {name: file[name][...] for name in file}
     # of another program's HDF5, or of none
     except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
         raise _damaged(index.path, "is not a file of counts") from error
 
 
-def _array(file: Any, name: str) -> Any:
-    """All of a data set. By HDF5's own calls: for a few cells h5py's objects take twice as long."""
-    import h5py
-    import numpy as np
-
-    stored = h5py.h5d.open(file.id, name.encode())
-    array = np.empty(stored.shape, stored.dtype)
-    stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-    return array
+def _place(stored: Any) -> tuple[int, str, list[int]]:
+    """Where HDF5 has put an array in its file, as one run of bytes: thousands of files are read at
+    a tenth of what it takes to open them as HDF5."""
+    return stored.id.get_offset() or 0, stored.dtype.str, list(stored.shape)
 
 
 def _damaged(path: Path, what: str) -> Damaged:

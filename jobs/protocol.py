@@ -112,3 +112,12 @@ class Protocol(Settings):
     def result_json(self) -> str:
         """`result_changing` as canonical JSON: all cells of a data set have the same."""
         return canonical(self.result_changing())
+
+    @cached_property
+    def backbone_json(self) -> str:
+        """As `result_json`, without what leaves a backbone that `weights = "pretrain"` trains as it
+        is."""
+        of_cells = {"weights", "train", "backbone_batchnorm", "bins", "eval_size", "naive_ramp",
+                    "alternating_ramp", "epochs", "batch_size", "learning_rate"}  # fmt: skip
+        settings = self.result_changing()
+        return canonical({key: settings[key] for key in settings.keys() - of_cells})

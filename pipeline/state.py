@@ -144,10 +144,10 @@ def survey(
     failures = {path.name for path in json_files(grid.run.failures)}
     states = []
     for cell in grid.cells:
-        state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
         if cell.signature in done:
-            states.append(replace(state, state="done"))
+            states.append(CellState(cell, "done", step=steps.get(cell.signature, 0)))
             continue
+        state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
         task, asked_of = latest.get(cell.signature), tasks[cell.signature]
         beat = beats[task.task] if task else {}
         told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]

@@ -10,6 +10,7 @@ s and e of all iterations.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -70,15 +71,16 @@ class LossSpec:
 
     def identity(self) -> Mapping[str, Any]:
         """Plain values for a fingerprint."""
-        return self._identity
-
-    @cached_property  # thousands of cells have the same loss
-    def _identity(self) -> Mapping[str, Any]:
         record = asdict(self)
         for term in record["terms"]:
             if not term["parameters"]:  # as before there were any
                 del term["parameters"]
         return record
+
+    @cached_property
+    def identity_json(self) -> str:
+        """`identity` as canonical JSON: thousands of cells have the same loss."""
+        return json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"

@@ -12,8 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc.atomic import Damaged
-from jobs.counts_file import read_counts, read_index, write_counts
+from hpc.atomic import Damaged, read_json, write_json
+from jobs.counts_file import read_by_hdf5, read_counts, read_index, write_counts
 from jobs.metrics.counts import NAMES, Counts
 from tests.tiny_disk import NO_ROOM, on_tiny_disk
 
@@ -52,6 +52,26 @@ def test_counts_come_back_to_the_last_bit(written):
     for position in (0, 1):
         one = Counts.from_arrays({name: array[position] for name, array in arrays.items()})
         assert one.equals(some_counts(position))
+
+
+def test_what_is_read_in_one_piece_is_what_hdf5_reads(written):
+    index = read_index(written.with_suffix(".json"))
+    by_hdf5, found = read_by_hdf5(index), read_counts(index)
+    assert index.arrays.keys() == by_hdf5.keys() == found.keys()
+    for name, array in by_hdf5.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_index_that_does_not_say_where_the_arrays_lie_leaves_it_to_hdf5(written):
+    """As they were written before."""
+    path = written.with_suffix(".json")
+    content = read_json(path)
+    del content["arrays"]
+    found = read_counts(read_index(path))
+    write_json(path, content)
+    for name, array in read_counts(read_index(path)).items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_equal_counts_are_equal_bytes(written, tmp_path):

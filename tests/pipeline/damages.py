@@ -73,12 +73,12 @@ def without_nll(path):
 
 
 def fitting(damage):
-    """The damage, and an index whose checksum fits it."""
+    """The damage, and an index whose checksum fits it, and which leaves the rest to HDF5."""
 
     def both(path):
         damage(path)
         index = read_json(path.with_suffix(".json"))
-        changed = {**index, "sha256": file_sha256(path), "bytes": path.stat().st_size}
+        changed = {**index, "sha256": file_sha256(path), "bytes": path.stat().st_size, "arrays": {}}
         write_json(path.with_suffix(".json"), changed)
 
     both.__name__ = f"fitting_{damage.__name__}"
@@ -94,6 +94,13 @@ def other_index(change):
     return of_index
 
 
+def places(change):
+    """An index that says something else of where the arrays lie."""
+    return other_index(
+        lambda index: {**index, "arrays": {k: change(*v) for k, v in index["arrays"].items()}}
+    )
+
+
 OF_ARRAYS = [cut, flip, empty, remove, make_folder, link_to_itself, foreign, other_text]
 OF_ARRAYS += [fitting(d) for d in (foreign, other_text, three_bins, in_floats, without_nll)]
 OF_INDEX = {
@@ -101,6 +108,9 @@ OF_INDEX = {
     "without_cells": other_index(lambda index: {k: v for k, v in index.items() if k != "cells"}),
     "of_numbers": other_index(lambda index: {**index, "cells": [1, 2]}),
     "without_names": other_index(lambda index: {**index, "cells": [{"name": "CE"}]}),
+    "beyond_the_end": places(lambda offset, kind, shape: [offset + 10**6, kind, shape]),
+    "in_floats": places(lambda offset, kind, shape: [offset, "<f8", shape]),
+    "of_nothing": places(lambda offset, kind, shape: [offset, "nothing", shape]),
     "of_another_version": other_index(lambda index: {**index, "record": {}}),
 }
 DAMAGES = [
