@@ -27,6 +27,7 @@ IMAGES = 11
 EPOCHS = 20
 TOTAL = EPOCHS * (IMAGES // BATCH_SIZE)
 CHECKPOINT_SECONDS = 2.0
+LIMITS_REACHED = 5  # by the bundle with a time limit, at least
 
 
 def pack_streets(folder: Path) -> str:
@@ -95,15 +96,17 @@ class BundleRun:
         data: str,
         pause: float = 0.5,
         workers: int = 0,
+        slow_starts: int | None = None,
         **profile: object,
     ) -> None:
-        """Seconds of a pause in every step, loader processes, and keys of the profile that are not
-        as usual."""
+        """Seconds of a pause in every step, loader processes, how many starts pause if not all, and
+        keys of the profile that are not as usual."""
         self.cluster = cluster
         self.grid = bundle_grid(folder, data, workers)
         self.run: RunPaths = self.grid.run
         self.key = self.grid.cells[0].bundle_key
         self._pause = pause
+        self._pauses = f"{pause}" if slow_starts is None else f"{pause} {slow_starts}"
         self.profile = write_profile(folder, **profile)
 
     def command(self, module: str, *words: str) -> list[str]:
@@ -114,7 +117,7 @@ class BundleRun:
     def submit(self, program: str = "tests.cluster.slow_training") -> str:
         """Submit what is missing of the grid, as `program` does; the job's id."""
         self.run.root.mkdir(exist_ok=True, mode=0o700)
-        (self.run.root / PAUSE).write_text(str(self._pause))
+        (self.run.root / PAUSE).write_text(self._pauses)
         said = self.cluster.answer(*self.command(program, "grid"))
         assert "submitted 1 jobs for 2 cells" in said
         return list(submissions(self.run))[-1].job

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.bundle_runs import BundleRun, pack_streets, undisturbed
+from tests.cluster.bundle_runs import LIMITS_REACHED, BundleRun, pack_streets, undisturbed
 from tests.cluster.slurm_cluster import Cluster, why_no_cluster
 
 NUM_NODES = 4
@@ -62,10 +62,12 @@ def bundle(new_bundle) -> BundleRun:
 
 @pytest.fixture(scope="session")
 def time_limited(new_bundle) -> tuple[BundleRun, str]:
-    """The bundle with a time limit that it cannot keep, submitted, and its job. Slurm looks at
-    limits twice a minute, so that the notice comes after 18 to 48 seconds; the long lead is for
-    busy machines, on which ranks take their time to start."""
-    run = new_bundle(pause=4.0, exclude="n[1-2]", minutes=2, lead_seconds=72)
+    """The bundle with a time limit that it cannot keep in its first starts, submitted, and its job.
+    Slurm looks at limits twice a minute, so that the notice comes after 18 to 48 seconds; the long
+    lead is for busy machines, on which ranks take their time to start."""
+    run = new_bundle(
+        pause=4.0, slow_starts=LIMITS_REACHED, exclude="n[1-2]", minutes=2, lead_seconds=72
+    )
     return run, run.submit()
 
 

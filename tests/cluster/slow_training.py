@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-PAUSE = "pause-seconds"  # in the run directory; without it there is no pause any more
+# In the run directory; without it there is no pause any more. After the seconds may stand the
+# number of the last start that pauses.
+PAUSE = "pause-seconds"
 STEPS = "steps-begun"  # in the run directory, see `Begun`
 
 
@@ -33,19 +35,20 @@ def main(argv: Sequence[str]) -> int:
         beat(run, stage, step, total, force)
 
     def slow_decide(run: Run) -> Action:
-        time.sleep(pause_of(run.task.paths.root))
+        time.sleep(pause_of(run.task.paths.root, run.generation.number))
         return decide(run)
 
     Run.beat, Run.decide = noted_beat, slow_decide  # type: ignore[method-assign]
     return train.main(argv)
 
 
-def pause_of(run: Path) -> float:
-    """The seconds of a pause now."""
+def pause_of(run: Path, start: int) -> float:
+    """The seconds of a pause now, in a start of this number."""
     try:
-        return float((run / PAUSE).read_text())
+        seconds, *last = (run / PAUSE).read_text().split()
     except FileNotFoundError:
         return 0.0
+    return 0.0 if last and start > int(last[0]) else float(seconds)
 
 
 class Begun(NamedTuple):

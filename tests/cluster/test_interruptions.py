@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 
-from tests.cluster.bundle_runs import TOTAL
+from tests.cluster.bundle_runs import LIMITS_REACHED, TOTAL
 from tests.cluster.slurm_cluster import until
 from tests.jobs.small_runs import assert_all_same
-
-LIMITS_REACHED = 5
 
 
 def assert_no_step_was_redone(bundle):
@@ -91,11 +89,7 @@ def test_a_node_that_fails_costs_one_checkpoint_interval_at_most(cluster, new_bu
 
 def test_a_time_limit_shorter_than_the_run(cluster, time_limited, expected):
     bundle, job = time_limited
-    until(
-        lambda: int(cluster.job(job)["Restarts"]) >= LIMITS_REACHED,
-        lambda: f"{cluster.job(job)} {bundle.log()}",
-        seconds=600,
-    )
+    until(lambda: bundle.times_started > LIMITS_REACHED, bundle.log, seconds=600)
     found = bundle.finish(job)
     assert len(bundle.starts) > LIMITS_REACHED
     assert bundle.log().count("stopped by SIGUSR2") == bundle.times_started - 1
