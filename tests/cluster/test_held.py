@@ -54,7 +54,7 @@ def held_folder(cluster, tmp_path) -> Iterator[Path]:
     folder.mkdir()
     cluster.answer("mount", "-t", "tmpfs", "-o", "size=500G,mode=700", "tmpfs", folder)
     yield folder
-    cluster.command("scancel", "--user=root", "--name=small-bundle")
+    cluster.command("scancel", "--user=root", "--name=held-bundle")
     cluster.answer("umount", folder)
 
 
@@ -63,6 +63,7 @@ def test_2500_held_jobs_are_three_calls_of_sbatch_one_of_squeue_and_one_of_scanc
 ):
     grid = small_grid(
         held_folder,
+        ('name = "small"', 'name = "held"'),
         ("seeds = [0, 1]", f"seeds = {list(range(BUNDLES))}"),
         (', "deeplabv3_mobilenet_v3_large"', ""),
         ('["CE", "DLNWCE"]', '["CE"]'),
