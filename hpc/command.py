@@ -17,6 +17,7 @@ class UserError(Exception):
 
 
 class _OneLineParser(argparse.ArgumentParser):
+    # argparse declares overloads for other namespaces, which nobody here gives it
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         time.sleep(pause_of(run.task.paths.root, run.generation.number))
         return decide(run)
 
+    # in this process alone; mypy knows of no other way to take the place of a method
     Run.beat, Run.decide = noted_beat, slow_decide  # type: ignore[method-assign]
     return train.main(argv)
 

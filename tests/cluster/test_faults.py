@@ -39,6 +39,7 @@ def struck_down(new_bundle) -> dict[Callable, BundleRun]:
                 pass
             assert bundle.times_started == 1, "it went on by itself"
         elif fault is faults.newest_checkpoint_cut_short:
+            # asked before the loop goes on
             until(lambda: len(bundle.steps_saved) > 1, bundle.log)  # noqa: B023
         with fault(victim, rank):
             pass

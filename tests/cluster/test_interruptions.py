@@ -60,6 +60,7 @@ def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, new_bundle, expected
         loaders = [p for p in processes if p.is_loader]
         assert len(loaders) == 4
         ranks[rank].send(number)
+        # what is asked here and below is asked before the loop goes on
         until(lambda: len(bundle.stopped_after) == times + 1, bundle.log)  # noqa: B023
         what = number.name if rank == 0 else "another rank's signal"
         assert f"stopped by {what} after step" in bundle.log()
