@@ -24,9 +24,9 @@ from jobs.counts_file import CountsIndex, read_counts
 from jobs.losses.names import LossSpec
 from jobs.metrics.counts import NAMES, shapes
 from jobs.protocol import WEIGHTS
+from pipeline.finished import finished_cells
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, Results, write_results
-from pipeline.state import finished_cells
 
 # What a counts file's index must say of all its cells.
 _RECORDED = {"manifest", "provenance", "source"}

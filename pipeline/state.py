@@ -3,10 +3,8 @@ failures, checkpoints, heartbeats and submission records are all there is."""
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +15,8 @@ from hpc.endings import Ending
 from hpc.queue import Queue
 from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
-from jobs.counts_file import CountsIndex, read_index
 from pipeline.ended import answerable, cells_at_most, endings, granted, untrained
+from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid
 from pipeline.records import (
     BUNDLE,
@@ -90,20 +88,7 @@ class Survey:
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-@contextmanager
-def _many_records() -> Iterator[None]:
-    """Python looks again and again for garbage among thousands of records that all stay: half of
-    the time that a survey takes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_many_records()
+@many_records()
 def survey(
     grid: Grid,
     queue: Queue,
@@ -125,15 +110,8 @@ def survey(
     jobs = queue.look(asked.union(stages.values(), also) - {""})
     open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
-    active = {
-        t
-        for t in open_tasks
-        if jobs.get(t.job, GONE).state != "gone"
-        or not (_gone_is_certain(t, queue) or _heart_stopped(beats[t.task]))
-    }
-    steps: dict[str, int] = {}
-    for key in {c.bundle_key for c in grid.cells if c.signature not in done}:
-        steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
+    active = {t for t in open_tasks if _may_work(t, jobs, beats[t.task], queue)}
+    steps = _steps_saved(grid, done)
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
     latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
@@ -155,16 +133,15 @@ def survey(
         record = grid.run.failure(cell.signature)
         failed = record if record.name in failures else None
         states.append(_unfinished(state, failed, task, jobs, active, beat, ending))
-    # one that the queue has lost is not waited for, even if its heart still beats
-    pretraining = {
-        t.backbone: t.job
-        for t in open_tasks
-        if t.kind == PRETRAIN and jobs.get(t.job, GONE).state != "gone"
-    }
     return Survey(
         cells=tuple(states),
         steps=steps,
-        pretraining=pretraining,
+        # one that the queue has lost is not waited for, even if its heart still beats
+        pretraining={
+            t.backbone: t.job
+            for t in open_tasks
+            if t.kind == PRETRAIN and jobs.get(t.job, GONE).state != "gone"
+        },
         active_jobs=tuple(sorted({task.job for task in active if task.job})),
         stages={kind: j for kind, j in stages.items() if jobs.get(j, GONE).state != "gone"},
         jobs=jobs,
@@ -174,38 +151,21 @@ def survey(
     )
 
 
-@_many_records()
-def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
-    tell, or with `verify` checksums."""
-    done: dict[str, CountsIndex] = {}
-    problems, broken = [], []
-    for path in json_files(run.counts):
-        try:
-            index = read_index(path)
-        except FileNotFoundError:  # a link to nowhere, or deleted meanwhile
-            problems.append(f"{path} is not there; its cells count as missing")
-            continue
-        except Damaged as error:
-            problems.append(str(error))
-            continue
-        if not index.is_whole():
-            broken.append(index)
-            continue
-        if verify and index.is_altered():
-            problems.append(
-                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
-                "cells anew"
-            )
-            continue
-        for cell in index.cells:
-            done[cell["signature"]] = index
-    problems += [
-        f"{index.path} is missing or cut short; run grid again to train its cells anew"
-        for index in broken
-        if any(cell["signature"] not in done for cell in index.cells)  # else counted anew
-    ]
-    return done, problems
+def _may_work(
+    task: Submitted, jobs: Mapping[str, JobState], beat: Mapping[str, Any], queue: Queue
+) -> bool:
+    """Whether nothing proves that the task's job is dead."""
+    if jobs.get(task.job, GONE).state != "gone":
+        return True
+    return not (_gone_is_certain(task, queue) or _heart_stopped(beat))
+
+
+def _steps_saved(grid: Grid, done: Collection[str]) -> dict[str, int]:
+    """The step of the newest checkpoint of each cell by signature, in bundles that are not done."""
+    steps: dict[str, int] = {}
+    for key in {cell.bundle_key for cell in grid.cells if cell.signature not in done}:
+        steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
+    return steps
 
 
 def _jobs_of(task: Submitted, arrays: Mapping[str, list[str]]) -> list[str]:

@@ -30,8 +30,9 @@ from jobs.counts_file import read_counts, read_index, write_counts
 from jobs.models.build import build_backbone, build_head
 from jobs.predictor import Predictor
 from jobs.task import Task, read_task, write_task
+from pipeline.finished import finished_cells
 from pipeline.results import read_results, write_results
-from pipeline.state import finished_cells, submissions
+from pipeline.state import submissions
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 from tests.jobs.cells import a_cell
