@@ -21,8 +21,8 @@ _SMALLEST = 0.05  # seconds that a round must last, so that the clock's grain is
 @dataclass(frozen=True)
 class Comparison:
     """Seconds of each round, for one unit of work, in turns with those of the peer. `target`: the
-    ratio that was aimed at, 0 for none. `limit`: what no program can go below, in words and numbers.
-    `more`: other numbers worth keeping, by name."""
+    ratio that was aimed at, 0 for none. `limit`: what no program can go below, in words and
+    numbers. `more`: other numbers worth keeping, by name."""
 
     what: str
     against: str

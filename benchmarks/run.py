@@ -2,9 +2,9 @@
 
     python -m benchmarks.run [NAME ...] [--out DIR]
 
-Prints a Markdown table and writes DIR/NAME.json for each NAME. What is compared runs in turns in one
-process (or in processes of equal kind), on this machine; a ratio is the median over rounds. Peers
-that are not installed are named as such: `pip install -e '.[benchmarks]'` brings them.
+Prints a Markdown table and writes DIR/NAME.json for each NAME. What is compared runs in turns in
+one process (or in processes of equal kind), on this machine; a ratio is the median over rounds.
+Peers that are not installed are named as such: `pip install -e '.[benchmarks]'` brings them.
 """
 
 from __future__ import annotations
