@@ -20,6 +20,11 @@ from hpc.command import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 _DEAD_AFTER_SECONDS = 3600.0  # since a temporary folder or anything in it was last written
+# A record's last line holds the hash of the bytes above it, which is compared in no time, and saves
+# writing the record anew for its checksum.
+_END = b',\n "above": "%s"\n}\n'
+_NO_SHA256 = b"0" * 64
+_CHECKSUMS = frozenset({"checksum", "above"})
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 # Asked when all is on disk, right before it appears: raises if it must not appear any more.
 Check = Callable[[], None]
@@ -136,20 +141,25 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, record: dict[str, Any], check: Check | None = None) -> None:
     """Write a record of plain values, with a checksum of itself under the key `checksum`, unless
     `check` raises."""
-    body = {key: value for key, value in record.items() if key != "checksum"}
+    body = {key: value for key, value in record.items() if key not in _CHECKSUMS}
     whole = {**body, "checksum": fingerprint(body)}
-    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8"), check)
+    text = json.dumps(whole, indent=1, ensure_ascii=False).removesuffix("\n}").encode("utf-8")
+    write_bytes(path, text + _END % hashlib.sha256(text).hexdigest().encode("ascii"), check)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A record that `write_json` wrote, without its checksum.
+    """A record that `write_json` wrote, without its checksum. It may be laid out anew since, but
+    not changed.
 
     Raises `FileNotFoundError` if there is none and `Damaged` if it is not as it was written.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record.pop("checksum") == fingerprint(record):
+        text = Path(path).read_bytes()
+        record = json.loads(text.decode("utf-8"))
+        above = text[: -len(_END % _NO_SHA256)]
+        as_written = text == above + _END % hashlib.sha256(above).hexdigest().encode("ascii")
+        checksum, _ = record.pop("checksum"), record.pop("above", None)
+        if as_written or checksum == fingerprint(record):
             return record
     except FileNotFoundError:
         raise

@@ -239,16 +239,29 @@ def test_a_damaged_record_is_named(tmp_path, damage):
     )
 
 
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda record: json.dumps(record),
+        lambda record: json.dumps(dict(reversed(record.items())), indent=4),
+        lambda record: json.dumps({k: v for k, v in record.items() if k != "above"}, indent=1),
+        lambda record: json.dumps({**record, "above": "f" * 64}, indent=1),
+    ],
+    ids=["one line", "another order", "by an older release", "its last line damaged"],
+)
+def test_a_record_may_be_laid_out_anew_but_not_changed(tmp_path, lay_out):
+    path, record = tmp_path / "index.json", {"step": 12, "name": "Zürich", "loss": [1.5, None]}
+    write_json(path, record)
+    path.write_text(lay_out(json.loads(path.read_text())))
+    assert read_json(path) == record
+    path.write_text(path.read_text().replace("12", "13"))
+    with pytest.raises(Damaged):
+        read_json(path)
+
+
 def test_a_missing_record_is_not_a_damaged_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
-
-
-def test_a_record_may_be_laid_out_anew_but_not_changed(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"b": [1, 2.5, None], "a": "ß"})
-    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
-    assert read_json(path) == {"a": "ß", "b": [1, 2.5, None]}
 
 
 def test_equal_values_have_equal_fingerprints(tmp_path):
