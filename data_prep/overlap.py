@@ -7,7 +7,7 @@ from itertools import permutations
 
 from data_prep.manifest import Manifest
 from data_prep.settings import DatasetSettings, SbdSettings
-from data_prep.sources import sbd
+from data_prep.sources import source_module
 from hpc.command import UserError
 
 Ids = Mapping[str, Sequence[str]]  # by split
@@ -51,7 +51,10 @@ def _with_voc(datasets: Mapping[str, DatasetSettings], ids: Mapping[str, Ids]) -
         return  # it is compared as it is
     for name in ids:
         settings = datasets[name]
-        if isinstance(settings, SbdSettings) and settings.val != sbd.VOC_VAL:
+        if not isinstance(settings, SbdSettings):
+            continue
+        sbd = source_module("sbd")
+        if settings.val != sbd.VOC_VAL:
             try:
                 theirs = sbd.voc_val_ids(settings)
             except UserError:  # shards outlive what they were packed from

@@ -14,7 +14,7 @@ from data_prep.manifest import ShardSummary
 from data_prep.plan import PlannedSample, ShardPlan
 from data_prep.settings import VOID
 from data_prep.shard_writer import ShardWriter
-from data_prep.sources import SOURCES
+from data_prep.sources import source_module
 from hpc.atomic import Damaged, file_sha256, new_file, read_json, write_json
 
 
@@ -70,7 +70,7 @@ class _BadSamples(Exception):
 
 
 def _write(path: Path, samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
-    num_classes = len(SOURCES[plan.settings.source].classes(plan.settings))
+    num_classes = len(source_module(plan.settings.source).classes(plan.settings))
     counts = np.zeros(256, np.int64)
     reasons: dict[str, str] = {}
     with new_file(path) as temporary:
@@ -107,7 +107,7 @@ def read_sample(
     sample, entry = planned.sample, planned.entry
     data = read_bytes(sample.image)
     image = decode_rgb(data, str(sample.image))  # an encoded image too must decode to its end
-    label = SOURCES[plan.settings.source].read_label(plan.settings, sample)
+    label = source_module(plan.settings.source).read_label(plan.settings, sample)
     if image.shape[:2] != label.shape:
         raise BadFile(
             f"{sample.image} is {_size(image)} but its label map {sample.label} is "

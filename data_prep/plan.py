@@ -14,7 +14,7 @@ from data_prep.images import BadFile, read_header
 from data_prep.layout import Entry
 from data_prep.manifest import FORMAT, SPLITS
 from data_prep.settings import DatasetSettings
-from data_prep.sources import SOURCES
+from data_prep.sources import source_module
 from data_prep.sources.sample import Sample
 from hpc.atomic import fingerprint
 from hpc.command import UserError
@@ -82,7 +82,7 @@ class Source:
 
 def find_source(settings: DatasetSettings) -> Source:
     """Make or check the source's files, and list them. Raises `UserError`."""
-    module = SOURCES[settings.source]
+    module = source_module(settings.source)
     module.prepare(settings)
     samples = {split: module.samples(settings, split) for split in SPLITS}
     stamps = {split: [_sample_stamp(s) for s in samples[split]] for split in SPLITS}

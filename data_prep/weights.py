@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.settings import DatasetSettings, read_datasets
-from data_prep.sources import SOURCES
+from data_prep.sources import source_module
 from hpc.atomic import Damaged, file_sha256, new_file
 from hpc.command import UserError, argument_parser, run
 from hpc.config import did_you_mean, read_toml, shown, user_path
@@ -80,7 +80,7 @@ def without_pre_fine(settings: DatasetSettings, model: str) -> str:
     """Why there is no pre-fine of `model` on this data set; "" where there is."""
     if (PRE_FINE, model) not in FILES:
         return f"no weights trained on COCO are published for {model}"
-    found = len(SOURCES[settings.source].classes(settings))
+    found = len(source_module(settings.source).classes(settings))
     if found != VOC_CLASSES:
         return f"pre-fine needs VOC's {VOC_CLASSES} classes, not {found}"
     return ""

@@ -15,9 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, signal
-from typing import IO, Any
-
-import submitit
+from typing import IO, TYPE_CHECKING, Any
 
 from hpc.atomic import read_json, write_json, write_text
 from hpc.call import ModuleCall
@@ -36,6 +34,9 @@ from hpc.tickets import (
     standard_input,
     take_lock,
 )
+
+if TYPE_CHECKING:
+    import submitit
 
 _POLL_SECONDS = 0.2
 _KILL_WAIT_SECONDS = 60.0  # what a cancelled job gets to save
@@ -205,6 +206,8 @@ class Runner:
             folder = Path(ticket["folder"]) / job_id
             for place in (folder.parent, folder):  # pickles will lie in it
                 private_folder(place, self.tickets.group)
+            import submitit  # see `hpc.slurm`: only the runner needs it
+
             executor = submitit.LocalExecutor(folder, python=_python_command(job_id, ticket, gpus))
             executor.update_parameters(
                 tasks_per_node=ticket["tasks"], timeout_min=_NO_LIMIT_MINUTES, signal_delay_s=0

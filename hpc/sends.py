@@ -8,8 +8,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from submitit.core.utils import DelayedSubmission
-
 from hpc.atomic import new_file
 from hpc.call import ModuleCall
 from hpc.command import USER_ERROR_EXIT_CODE
@@ -27,6 +25,8 @@ def mark_of(token: str, first: int) -> str:
 
 def leave_calls(folder: Path, mark: str, calls: Sequence[ModuleCall]) -> None:
     """Write what an array is to do, as submitit pickles it, into submitit's folder."""
+    from submitit.core.utils import DelayedSubmission  # see `hpc.slurm`: only who sends needs it
+
     for element, call in enumerate(calls):
         with new_file(folder / f"{mark}_{element}.pkl") as path:
             DelayedSubmission(call).dump(path)

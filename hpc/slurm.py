@@ -19,9 +19,6 @@ from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
-
 from hpc import sbatch, sends
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
@@ -124,6 +121,8 @@ class SlurmQueue:
 
     def log_files(self, job_id: str) -> list[Path]:
         """The stderr logs of a job's ranks; rank 0's also holds what the batch script wrote."""
+        from submitit.core.utils import JobPaths
+
         logs = (JobPaths(self.folder, job_id, rank).stderr for rank in count())
         return list(takewhile(Path.exists, logs))
 
@@ -133,6 +132,9 @@ class SlurmQueue:
     def _submit_array(
         self, calls: Sequence[ModuleCall], parameters: dict[str, Any], mark: str
     ) -> list[str]:
+        import submitit  # a fifth of a second, which looking at the queue need not take
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
         executor = submitit.SlurmExecutor(self.folder, python=self.profile.python_command())
         executor.update_parameters(**parameters)
         if mark:
@@ -242,7 +244,9 @@ def _outside_a_job() -> Iterator[None]:
         yield
         return
     kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
-    with submitit.helpers.clean_env():
+    from submitit.helpers import clean_env
+
+    with clean_env():
         os.environ.update(kept)
         yield
 

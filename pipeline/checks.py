@@ -11,7 +11,7 @@ from pathlib import Path
 from data_prep.manifest import SPLITS, Manifest
 from data_prep.overlap import ids_of, overlap_warnings
 from data_prep.settings import DatasetSettings
-from data_prep.sources import SOURCES
+from data_prep.sources import source_module
 from data_prep.weights import WITHOUT_FILE, require_weights
 from hpc.checkup import shown_bytes
 from hpc.command import UserError, one_line
@@ -78,7 +78,7 @@ def packed_as_asked(settings: DatasetSettings) -> Manifest:
 
 
 def _source_ids(settings: DatasetSettings) -> dict[str, list[str]]:
-    source = SOURCES[settings.source]
+    source = source_module(settings.source)
     # lists folders, and refuses what does not pair
     return {split: [s.id for s in source.samples(settings, split)] for split in SPLITS}
 

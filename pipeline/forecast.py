@@ -9,7 +9,7 @@ from statistics import median
 
 from data_prep.manifest import SPLITS, Manifest
 from data_prep.settings import DatasetSettings
-from data_prep.sources import SOURCES
+from data_prep.sources import source_module
 from hpc.atomic import read_json
 from hpc.command import UserError
 from jobs.cell import Cell, bundles
@@ -84,7 +84,7 @@ class Forecast:
         settings = self._grid.datasets[cells[0].dataset]
         train, sizes = self._images[cells[0].dataset]
         pixels = sum(_pixels(size, cells[0].protocol.eval_size) for size in sizes)
-        return Job(cells, train, pixels, len(SOURCES[settings.source].classes(settings)))
+        return Job(cells, train, pixels, len(source_module(settings.source).classes(settings)))
 
     @cached_property
     def _measured(self) -> float:
@@ -129,7 +129,7 @@ def images(settings: DatasetSettings) -> tuple[int, list[tuple[int, int]]]:
         ]
     except UserError:
         pass
-    source = SOURCES[settings.source]
+    source = source_module(settings.source)
     try:
         train, val = (len(source.samples(settings, split)) for split in SPLITS)
     except UserError:

@@ -138,6 +138,14 @@ if sys.argv[1] != "-":
 loaded = {name.split(".")[0] for name in sys.modules}
 print("heavy:", *sorted(loaded & {"torch", "torchvision", "h5py", "mpi4py"}))
 """
+# what looks at a run, or only says how it is used, need not read pictures nor send jobs
+LOOKING = """
+import sys
+from pipeline import cancel, logs, status, submit
+assert status.main([sys.argv[1]]) == 0
+loaded = {name.split(".")[0] for name in sys.modules}
+print("heavy:", *sorted(loaded & {"torch", "h5py", "mpi4py", "numpy", "PIL", "submitit", "scipy"}))
+"""
 
 PLANNING = (
     "pipeline.submit",
@@ -161,10 +169,10 @@ PLANNING = (
 )
 
 
-def _fresh(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The planning program in a Python of its own."""
+def _fresh(*arguments: str, folder: Path, program: str = CHEAP) -> subprocess.CompletedProcess[str]:
+    """A program of the login node in a Python of its own."""
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    line = [sys.executable, "-c", CHEAP, *arguments]
+    line = [sys.executable, "-c", program, *arguments]
     return subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, timeout=60)
 
 
@@ -180,6 +188,13 @@ def test_planning_imports_neither_torch_nor_hdf5_nor_mpi(tmp_path):
     assert done.stdout.splitlines()[-1] == "heavy:"
     assert "would submit" in done.stdout
     assert list(tmp_path.iterdir()) == []  # a dry run writes nothing
+
+
+def test_status_imports_nothing_that_reads_pictures_or_sends_jobs(tmp_path):
+    done = _fresh(str(REPOSITORY / "configs/demo.toml"), folder=tmp_path, program=LOOKING)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy:"
+    assert "missing" in done.stdout
 
 
 def test_a_program_that_does_import_one_is_noticed(tmp_path):

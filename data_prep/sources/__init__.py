@@ -8,15 +8,14 @@ read_label(settings, sample) -> uint8 [H, W]   class index or VOID; raises `BadF
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
-from data_prep.sources import cityscapes, coco, folder, sbd, synthetic, voc
+SOURCES = ("voc", "sbd", "cityscapes", "coco", "folder", "synthetic")
 
-SOURCES: dict[str, ModuleType] = {
-    "voc": voc,
-    "sbd": sbd,
-    "cityscapes": cityscapes,
-    "coco": coco,
-    "folder": folder,
-    "synthetic": synthetic,
-}
+
+def source_module(source: str) -> ModuleType:
+    """The module of one of `SOURCES`. Loaded when it is asked for: they read pictures, and most
+    commands of the login node never do."""
+    assert source in SOURCES
+    return import_module(f"data_prep.sources.{source}")

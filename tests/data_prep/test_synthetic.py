@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from data_prep.sources import SOURCES, synthetic
+from data_prep.sources import synthetic
 from data_prep.sources.scenes import CLASSES, draw_scene
 
 
@@ -78,7 +78,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone(tmp_path):
         _settings(tmp_path / "more", train=4, val=1),
     )
     for settings in (few, more):
-        SOURCES["synthetic"].prepare(settings)
+        synthetic.prepare(settings)
     for one, other in zip(
         synthetic.samples(few, "train"), synthetic.samples(more, "train"), strict=False
     ):
