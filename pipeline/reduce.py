@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hpc.mpi import World, world
 from jobs.cell import Cell
 from jobs.counts_file import CountsIndex, read_counts
 from jobs.losses.names import LossSpec
-from jobs.metrics.counts import NAMES, shapes
+from jobs.metrics.counts import Int64, shapes
 from jobs.protocol import WEIGHTS
 from pipeline.finished import finished_cells
 from pipeline.grid import Grid, find_config, read_grid
@@ -49,14 +50,14 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     assert found is not None
     chosen, problems = found
     indices = sorted({index.path: index for index in chosen.values()}.values(), key=_path)
-    mine = _read(grid, indices[ranks.rank :: ranks.size], chosen, problems)
-    gathered = ranks.gather((sorted(mine), problems))
+    mine = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
+    gathered = ranks.gather((sorted(mine.signatures), problems))
     datasets = []
     for name in grid.datasets:
-        cells = [cell for cell in grid.cells if cell.dataset == name]
-        summed = _sum(grid, cells, mine, ranks)
+        summed = {key: ranks.sum_to_root(array) for key, array in mine.counts[name].items()}
         if ranks.rank == 0:
             assert gathered is not None
+            cells = [cell for cell in grid.cells if cell.dataset == name]
             have = {signature for signatures, _ in gathered for signature in signatures}
             datasets.append(_dataset(grid, name, cells, have, summed, chosen))
     if ranks.rank == 0:
@@ -139,29 +140,59 @@ def _path(index: CountsIndex) -> Path:
     return index.path
 
 
-def _read(
+@dataclass(frozen=True)
+class Share:
+    """Counts that one rank has read: of each data set the arrays of `Counts`, whose first axis is
+    its cells in grid order, 0 where they are another's; and the signatures of those it has."""
+
+    counts: Mapping[str, Mapping[str, Int64]]
+    signatures: set[str]
+
+
+def read_share(
     grid: Grid,
     indices: Sequence[CountsIndex],
     chosen: Mapping[str, CountsIndex],
     problems: list[str],
-) -> dict[str, dict[str, Any]]:
-    """Arrays by cell signature; a damaged file becomes a line in `problems`. A cell that lies in
-    several files counts once, from the one chosen for it."""
-    expected = {name: _shapes(grid, name) for name in grid.datasets}
-    dataset_of = {cell.signature: cell.dataset for cell in grid.cells}
-    arrays: dict[str, dict[str, Any]] = {}
+) -> Share:
+    """Read the counts files of `indices`, each once; a damaged one becomes a line in `problems`. A
+    cell that lies in several files counts once, from the one `chosen` for it by signature."""
+    share = Share({name: _no_counts(grid, name) for name in grid.datasets}, set())
+    places = _places(grid)
     for index in indices:
         try:
             stacked = read_counts(index)
-            for name in {dataset_of[s] for s in _signatures(index) if s in dataset_of}:
-                _check_shapes(expected[name], index, stacked)
+            for name in {places[s][0] for s in _signatures(index) if s in places}:
+                _check_shapes(share.counts[name], index, stacked)
         except Damaged as error:
             problems.append(str(error))
             continue
-        for position, signature in enumerate(_signatures(index)):
-            if signature in chosen and chosen[signature].path == index.path:
-                arrays[signature] = {name: stacked[name][position] for name in NAMES}
-    return arrays
+        mine = [s in chosen and chosen[s].path == index.path for s in _signatures(index)]
+        _copy(stacked, index, mine, places, share)
+    return share
+
+
+def _places(grid: Grid) -> dict[str, tuple[str, int]]:
+    """Data set, and row among its cells, of each cell by signature."""
+    rows = {name: count() for name in grid.datasets}
+    return {cell.signature: (cell.dataset, next(rows[cell.dataset])) for cell in grid.cells}
+
+
+def _copy(
+    stacked: Mapping[str, Int64],
+    index: CountsIndex,
+    wanted: Sequence[bool],
+    places: Mapping[str, tuple[str, int]],
+    share: Share,
+) -> None:
+    """Put those cells of a file that are `wanted` into their rows, all of a data set at once."""
+    kept = [(k, s) for k, s in enumerate(_signatures(index)) if wanted[k]]
+    for name in {places[signature][0] for _, signature in kept}:
+        here = [(k, places[s][1]) for k, s in kept if places[s][0] == name]
+        positions, rows = ([*column] for column in zip(*here, strict=True))
+        for key, whole in share.counts[name].items():
+            whole[rows] = stacked[key] if len(rows) == len(wanted) else stacked[key][positions]
+    share.signatures.update(signature for _, signature in kept)
 
 
 def _signatures(index: CountsIndex) -> list[str]:
@@ -169,11 +200,11 @@ def _signatures(index: CountsIndex) -> list[str]:
 
 
 def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], index: CountsIndex, stacked: Mapping[str, Any]
+    wanted: Mapping[str, Int64], index: CountsIndex, stacked: Mapping[str, Any]
 ) -> None:
     """Raise `Damaged` unless the arrays are the counts of the index's cells on this data set."""
-    for name, of_cell in expected.items():
-        found, shape = stacked.get(name), (len(index.cells), *of_cell)
+    for name, array in wanted.items():
+        found, shape = stacked.get(name), (len(index.cells), *array.shape[1:])
         if found is None or found.dtype != np.int64 or found.shape != shape:
             what = "nothing" if found is None else f"{found.dtype} {found.shape}"
             raise Damaged(
@@ -182,25 +213,12 @@ def _check_shapes(
             )
 
 
-def _shapes(grid: Grid, dataset: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of a cell's counts."""
+def _no_counts(grid: Grid, dataset: str) -> dict[str, Int64]:
+    """Room for the counts of a data set's cells; takes none before it is written to."""
     manifest = Manifest.load(grid.datasets[dataset].shards)
-    return shapes(len(manifest.classes), grid.protocols[dataset].bins)
-
-
-def _sum(
-    grid: Grid, cells: Sequence[Cell], mine: Mapping[str, Mapping[str, Any]], ranks: World
-) -> dict[str, Any]:
-    """The arrays of a data set's cells with the cells as first axis, summed over ranks; empty but
-    on rank 0. A cell that no rank has stays 0."""
-    result = {}
-    for name, shape in _shapes(grid, cells[0].dataset).items():
-        whole = np.zeros((len(cells), *shape), np.int64)
-        for position, cell in enumerate(cells):
-            if cell.signature in mine:
-                whole[position] = mine[cell.signature][name]
-        result[name] = ranks.sum_to_root(whole)
-    return result if ranks.rank == 0 else {}
+    number = sum(cell.dataset == dataset for cell in grid.cells)
+    of_cell = shapes(len(manifest.classes), grid.protocols[dataset].bins)
+    return {name: np.zeros((number, *shape), np.int64) for name, shape in of_cell.items()}
 
 
 def _dataset(
@@ -219,7 +237,8 @@ def _dataset(
         train_class_pixels=np.array(manifest.splits["train"].class_pixels, np.int64),
         val_class_pixels=np.array(manifest.splits["val"].class_pixels, np.int64),
         cells=[_cell(cells[row], chosen[cells[row].signature]) for row in rows],
-        counts={key: array[rows] for key, array in summed.items()},
+        # all of them need no copy
+        counts={k: a if len(rows) == len(cells) else a[rows] for k, a in summed.items()},
     )
 
 

@@ -1,0 +1,167 @@
+"""Reducing 100,000 cells on one rank, from their files to the arrays of each data set, against the
+same counts in a file of HDF5 a cell, as scripts leave them. Ours lie in a file a job, here of 50
+cells (the paper's bundles have 32), and each is compared with its checksum; the peer's are not.
+
+    mpiexec -n 2 python -m benchmarks.reducing GRID     prints the seconds that the ranks take
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from benchmarks.large_run import CLASSES, LOSSES, MODELS, large_grid, made_up_counts, send_all
+from benchmarks.measure import Found, compare, copy_bandwidth
+from data_prep.manifest import Manifest
+from hpc.mpi import World, world
+from jobs.counts_file import CountsIndex, write_counts
+from jobs.metrics.counts import NAMES, Int64
+from pipeline.finished import finished_cells
+from pipeline.grid import Grid, read_grid
+from pipeline.reduce import read_share
+
+CELLS_PER_JOB = 50
+_PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
+_PEERS = 2000  # cells that the peer reads, of which each costs the same
+_KINDS = 40  # counts that differ, of each data set
+
+
+def measure() -> list[Found]:
+    """Seconds a cell, ours over 100,000 cells and the peer's over 2,000 of them."""
+    with _finished_run(100) as (grid, chosen):
+        files = sorted({index.path for index in chosen.values()})
+        size = sum(path.stat().st_size for path in files)
+        singles = _file_a_cell(grid)
+        found = compare(
+            "reducing 100,000 cells, per cell",
+            lambda: add_up(grid, chosen, World()),
+            {f"a file a cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
+            rounds=5,
+            limit=f"{size / 1e9:.2f} GB read once: {size / (copy_bandwidth() / 2):.2f} s in all",
+            more={"cells": len(grid.cells), "files": len(files)},
+        )
+        whole = _command(grid)
+    per_cell = [
+        type(one)(
+            one.what, one.against,
+            tuple(s / len(grid.cells) for s in one.ours), tuple(s / _PEERS for s in one.peers),
+            one.target, one.limit,
+            {**one.more, "all of ours, s": statistics.median(one.ours),
+             "the whole command, s": whole},
+        )
+        for one in found
+    ]  # fmt: skip
+    return list(per_cell)
+
+
+def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
+    """Seconds of three runs by (ranks, cells): from the files to the sums on rank 0."""
+    found = {}
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    for seeds in (0.1, 1, 10, 100):
+        with _finished_run(max(1, int(seeds)), few=seeds < 1) as (grid, _):
+            for ranks in (1, 2, 4):
+                command = [str(mpiexec), "-n", str(ranks), sys.executable]
+                done = subprocess.run(
+                    [*command, "-m", "benchmarks.reducing", str(grid.path)],
+                    capture_output=True, text=True, check=True,
+                )  # fmt: skip
+                found[ranks, len(grid.cells)] = tuple(map(float, done.stdout.split()))
+    return found
+
+
+def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> dict[str, Int64]:
+    """What `pipeline.reduce` does once it knows which files there are."""
+    indices = sorted({i.path: i for i in chosen.values()}.values(), key=lambda index: index.path)
+    problems: list[str] = []
+    share = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
+    assert not problems
+    return {
+        f"{name} {key}": ranks.sum_to_root(array)
+        for name, arrays in share.counts.items()
+        for key, array in arrays.items()
+    }
+
+
+@contextmanager
+def _finished_run(seeds: int, few: bool = False) -> Iterator[tuple[Grid, dict[str, CountsIndex]]]:
+    with tempfile.TemporaryDirectory() as name:
+        datasets, losses = (["streets"], LOSSES[:25]) if few else (tuple(CLASSES), LOSSES)
+        grid = large_grid(Path(name), seeds, datasets, losses, CELLS_PER_JOB)
+        _count_all(grid)
+        yield grid, finished_cells(grid.run)[0]
+
+
+def _count_all(grid: Grid) -> None:
+    """The counts files of all tasks, through the jobs' own writer."""
+    manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
+    kinds = {
+        name: [made_up_counts(len(m.classes), grid.protocols[name].bins, k) for k in range(_KINDS)]
+        for name, m in manifests.items()
+    }
+    for task in send_all(grid):
+        name = task.cells[0].dataset
+        some = [kinds[name][int(cell.signature, 16) % _KINDS].as_arrays() for cell in task.cells]
+        entries = [
+            {"signature": cell.signature, "name": cell.name, "backbone": "ab" * 32,
+             "loss": asdict(cell.loss)}
+            for cell in task.cells
+        ]  # fmt: skip
+        record = {"manifest": manifests[name].fingerprint, "provenance": [{}], "source": {}}
+        arrays = {key: np.stack([counts[key] for counts in some]) for key in NAMES}
+        write_counts(grid.run.counts_of(task.name, 1), entries, arrays, record)
+
+
+def _file_a_cell(grid: Grid) -> list[Path]:
+    """The counts of some cells of the largest data set, each in a file of its own."""
+    folder = grid.run.root / "singles"
+    folder.mkdir()
+    paths = [folder / f"{number}.h5" for number in range(_PEERS)]
+    for number, path in enumerate(paths):
+        with h5py.File(path, "w") as file:
+            for name, array in made_up_counts(21, 10, number % _KINDS).as_arrays().items():
+                file.create_dataset(name, data=array)
+    return paths
+
+
+def _add_up_singles(paths: list[Path]) -> dict[str, Int64]:
+    cells = []
+    for path in paths:
+        with h5py.File(path, "r") as file:
+            cells.append({name: file[name][()] for name in file})
+    return {name: np.stack([cell[name] for cell in cells]) for name in NAMES}
+
+
+def _command(grid: Grid) -> float:
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "pipeline.reduce", str(grid.path)], check=True, capture_output=True
+    )
+    return time.perf_counter() - start
+
+
+def main(path: str) -> None:
+    """Three times, between barriers."""
+    grid, ranks = read_grid(path), world()
+    chosen = finished_cells(grid.run)[0]
+    for _ in range(3):
+        ranks.barrier()
+        start = time.perf_counter()
+        add_up(grid, chosen, ranks)
+        ranks.barrier()
+        if ranks.rank == 0:
+            print(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
