@@ -26,9 +26,9 @@ from data_prep.manifest import Manifest
 from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
 from jobs.metrics.counts import NAMES, Int64
+from pipeline.counts_share import read_share
 from pipeline.finished import finished_cells
 from pipeline.grid import Grid, read_grid
-from pipeline.reduce import read_share
 
 CELLS_PER_JOB = 50
 _PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)

@@ -49,11 +49,11 @@ class World:
             self._communicator.Barrier()
 
     def sum_to_root(self, array: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """On rank 0 the element-wise sum over ranks of equally shaped int64 arrays, which of one
-        rank is `array` itself; None elsewhere."""
+        """On rank 0 the element-wise sum over ranks of equally shaped int64 arrays; None
+        elsewhere."""
         assert array.dtype == np.int64
         if not self._communicator:
-            return array
+            return array.copy()
         total = np.zeros_like(array, order="C") if self.rank == 0 else None
         self._communicator.Reduce(np.ascontiguousarray(array), total, root=0)
         return total

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from hpc.atomic import Damaged, file_sha256, read_json
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.mpi import World, world
 from jobs.cell import Cell
-from jobs.counts_file import CountsIndex, read_counts
+from jobs.counts_file import CountsIndex
 from jobs.losses.names import LossSpec
-from jobs.metrics.counts import Int64, shapes
 from jobs.protocol import WEIGHTS
+from pipeline.counts_share import read_share
 from pipeline.finished import finished_cells
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, Results, write_results
@@ -138,87 +137,6 @@ def _trained_here(grid: Grid, cell: Cell) -> dict[str, Any]:
 
 def _path(index: CountsIndex) -> Path:
     return index.path
-
-
-@dataclass(frozen=True)
-class Share:
-    """Counts that one rank has read: of each data set the arrays of `Counts`, whose first axis is
-    its cells in grid order, 0 where they are another's; and the signatures of those it has."""
-
-    counts: Mapping[str, Mapping[str, Int64]]
-    signatures: set[str]
-
-
-def read_share(
-    grid: Grid,
-    indices: Sequence[CountsIndex],
-    chosen: Mapping[str, CountsIndex],
-    problems: list[str],
-) -> Share:
-    """Read the counts files of `indices`, each once; a damaged one becomes a line in `problems`. A
-    cell that lies in several files counts once, from the one `chosen` for it by signature."""
-    share = Share({name: _no_counts(grid, name) for name in grid.datasets}, set())
-    places = _places(grid)
-    for index in indices:
-        try:
-            stacked = read_counts(index)
-            for name in {places[s][0] for s in _signatures(index) if s in places}:
-                _check_shapes(share.counts[name], index, stacked)
-        except Damaged as error:
-            problems.append(str(error))
-            continue
-        mine = [s in chosen and chosen[s].path == index.path for s in _signatures(index)]
-        _copy(stacked, index, mine, places, share)
-    return share
-
-
-def _places(grid: Grid) -> dict[str, tuple[str, int]]:
-    """Data set, and row among its cells, of each cell by signature."""
-    rows = {name: count() for name in grid.datasets}
-    return {cell.signature: (cell.dataset, next(rows[cell.dataset])) for cell in grid.cells}
-
-
-def _copy(
-    stacked: Mapping[str, Int64],
-    index: CountsIndex,
-    wanted: Sequence[bool],
-    places: Mapping[str, tuple[str, int]],
-    share: Share,
-) -> None:
-    """Put those cells of a file that are `wanted` into their rows, all of a data set at once."""
-    kept = [(k, s) for k, s in enumerate(_signatures(index)) if wanted[k]]
-    for name in {places[signature][0] for _, signature in kept}:
-        here = [(k, places[s][1]) for k, s in kept if places[s][0] == name]
-        positions, rows = ([*column] for column in zip(*here, strict=True))
-        for key, whole in share.counts[name].items():
-            whole[rows] = stacked[key] if len(rows) == len(wanted) else stacked[key][positions]
-    share.signatures.update(signature for _, signature in kept)
-
-
-def _signatures(index: CountsIndex) -> list[str]:
-    return [cell["signature"] for cell in index.cells]
-
-
-def _check_shapes(
-    wanted: Mapping[str, Int64], index: CountsIndex, stacked: Mapping[str, Any]
-) -> None:
-    """Raise `Damaged` unless the arrays are the counts of the index's cells on this data set."""
-    for name, array in wanted.items():
-        found, shape = stacked.get(name), (len(index.cells), *array.shape[1:])
-        if found is None or found.dtype != np.int64 or found.shape != shape:
-            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
-            raise Damaged(
-                f"{index.path} has other counts than this grid needs: {name} is {what}, should be "
-                f"int64 {shape}; delete it and run grid again"
-            )
-
-
-def _no_counts(grid: Grid, dataset: str) -> dict[str, Int64]:
-    """Room for the counts of a data set's cells; takes none before it is written to."""
-    manifest = Manifest.load(grid.datasets[dataset].shards)
-    number = sum(cell.dataset == dataset for cell in grid.cells)
-    of_cell = shapes(len(manifest.classes), grid.protocols[dataset].bins)
-    return {name: np.zeros((number, *shape), np.int64) for name, shape in of_cell.items()}
 
 
 def _dataset(
