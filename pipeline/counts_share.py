@@ -1,4 +1,4 @@
-"""The counts files that one rank of a reduction reads, as arrays over the cells of each data set."""
+"""What one rank of a reduction reads: counts as arrays over the cells of each data set."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _signatures(index: CountsIndex) -> list[str]:
 
 
 def _check_shapes(
-    wanted: Mapping[str, Int64], index: CountsIndex, stacked: Mapping[str, Any]
+    wanted: Mapping[str, Int64], index: CountsIndex, stacked: Mapping[str, Int64]
 ) -> None:
     """Raise `Damaged` unless the arrays are the counts of the index's cells on this data set."""
     for name, array in wanted.items():
