@@ -18,7 +18,7 @@ from statistics import median
 
 import matplotlib as mpl
 
-from benchmarks import bundles, growing_data, reducing
+from benchmarks import bundles, growth_data, reducing
 from benchmarks.measure import machine
 
 mpl.use("Agg")
@@ -76,12 +76,12 @@ def bundle() -> Plot:
 
 def packing() -> Plot:
     """Packing against worker processes."""
-    return _shared("Seconds to pack a data set", "worker processes", growing_data.packing_growth())
+    return _shared("Seconds to pack a data set", "worker processes", growth_data.packing_growth())
 
 
 def reading() -> Plot:
     """Reading and augmenting against loader processes."""
-    return _shared("Seconds of reading", "loader processes", growing_data.reading_growth())
+    return _shared("Seconds of reading", "loader processes", growth_data.reading_growth())
 
 
 def reduction() -> Plot:
