@@ -23,7 +23,7 @@ WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.
-RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes"})
+RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
 
 
 class Pretrain(Settings):
@@ -70,6 +70,7 @@ class Protocol(Settings):
     workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    profile: bool = False  # measure how long each part takes, see jobs/profile.py
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Protocol:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc.groups import Group
+from hpc.groups import COMMUNICATION, Group
+from hpc.stopwatch import Stopwatch
 from jobs.batches import Batch
 from jobs.cell import Cell
 from jobs.losses.combine import combined_loss
@@ -67,13 +70,20 @@ class Trainee:
         """
         cell, position = self.cell, step / total
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
-        with torch.autocast(self._group.device.type, torch.float16, enabled=self._is_mixed()):
+        watch, mixed = self._group.watch, self._is_mixed()
+        with (
+            watch.part("heads"),
+            torch.autocast(self._group.device.type, torch.float16, enabled=mixed),
+        ):
             logits = self._parallel(inputs)
-        logits = upsample(logits.float() if self._is_mixed() else logits, _size(target))
-        loss = combined_loss(
-            logits, target, cell.loss, position, self._class_weights, self._group.sum
-        )
-        value = float(self._group.sum(loss))
+        if watch.running:
+            logits.register_hook(partial(_enter_network, watch))
+        with watch.part("losses"):
+            logits = upsample(logits.float() if mixed else logits, _size(target))
+            loss = combined_loss(
+                logits, target, cell.loss, position, self._class_weights, self._group.sum
+            )
+            value = float(self._group.sum(loss))
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
             return value
@@ -85,9 +95,11 @@ class Trainee:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
-        self._scaler.scale(loss * self._group.world_size).backward()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        with self._group.watch.part("losses"):
+            self._scaler.scale(loss * self._group.world_size).backward()
+        with self._group.watch.part("optimiser"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
 
     def _is_mixed(self) -> bool:
         return self._scaler.is_enabled()
@@ -142,6 +154,14 @@ def is_mixed(protocol: Protocol, group: Group) -> bool:
     """Whether fp16 with a gradient scaler is used: where the protocol asks for it and there is a
     GPU. A processor computes in fp32; the provenance records which it was."""
     return protocol.precision == "mixed" and group.device.type == "cuda"
+
+
+def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
+    """For a profile: where a backward pass is once the logits have their gradient. When the
+    network has all of its, it waits for the other ranks."""
+    watch.begin("heads")
+    # before DistributedDataParallel queues its own, which ends the all-reduce
+    Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
 
 
 def _size(target: Tensor) -> tuple[int, int]:

@@ -106,7 +106,13 @@ def test_a_name_is_a_file_name_whatever_the_data_set_is_called():
 
 def test_how_fast_a_cell_is_trained_is_no_part_of_what_it_is():
     cell = a_cell()
-    runtime = {"threads": 7, "workers": 3, "deterministic": True, "checkpoint_minutes": 1.0}
+    runtime = {
+        "threads": 7,
+        "workers": 3,
+        "deterministic": True,
+        "checkpoint_minutes": 1.0,
+        "profile": True,
+    }
     assert a_cell(**runtime).signature == cell.signature
     assert a_cell(**runtime).bundle_key == cell.bundle_key
     assert bundle_task_name([a_cell(**runtime)], 0) == bundle_task_name([cell], 0)
