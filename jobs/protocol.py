@@ -59,7 +59,8 @@ class Protocol(Settings):
     train: Literal["head", "all"] = "head"
     backbone_batchnorm: Literal["eval", "train"] = "eval"  # of a frozen backbone
     batchnorm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    precision: Literal["fp32", "mixed"] = "fp32"  # mixed is fp16 with a gradient scaler, on a GPU
+    # mixed is fp16 with a gradient scaler, on a GPU; bf16 needs none, and a GPU newer than V100
+    precision: Literal["fp32", "mixed", "bf16"] = "fp32"
 
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)

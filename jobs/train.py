@@ -39,7 +39,7 @@ from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
-from jobs.trainee import Trainee, is_mixed
+from jobs.trainee import Trainee, autocast, half_precision
 
 
 def main(argv: Sequence[str]) -> int:
@@ -179,8 +179,7 @@ def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group
     inputs = normalise(images)
     if backbone is None:
         return inputs
-    mixed = is_mixed(cell.protocol, group)
-    with torch.no_grad(), torch.autocast(group.device.type, torch.float16, enabled=mixed):
+    with torch.no_grad(), autocast(group.device, half_precision(cell.protocol, group)):
         return backbone(inputs)
 
 

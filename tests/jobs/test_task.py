@@ -123,8 +123,8 @@ def test_how_fast_a_cell_is_trained_is_no_part_of_what_it_is():
 @pytest.mark.parametrize(
     "change",
     [{"epochs": 31}, {"batch_size": 11}, {"crop": (96, 97)}, {"weights": "coco"}, {"train": "all"},
-     {"precision": "mixed"}, {"bins": 11}, {"eval_size": 0}, {"backbone_batchnorm": "train"},
-     {"decay": "polynomial"}, {"weight_decay": 0.0}],
+     {"precision": "mixed"}, {"precision": "bf16"}, {"bins": 11}, {"eval_size": 0},
+     {"backbone_batchnorm": "train"}, {"decay": "polynomial"}, {"weight_decay": 0.0}],
 )  # fmt: skip
 def test_what_changes_a_result_makes_another_cell(change):
     assert a_cell(**change).signature != a_cell().signature
