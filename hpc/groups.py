@@ -19,19 +19,22 @@ from torch import Tensor
 from hpc.atomic import write_text
 from hpc.command import UserError
 from hpc.env import RankEnv
+from hpc.stopwatch import Stopwatch
 
 TIMEOUT = datetime.timedelta(minutes=10)  # minutes, so that nobody waits for the dead
+COMMUNICATION = "communication"
 _POLL_SECONDS = 0.1
 
 
 class Group:
-    """All ranks of one job."""
+    """All ranks of one job. `watch` is this rank's stopwatch; what follows is `communication`."""
 
     def __init__(self, env: RankEnv, device: torch.device) -> None:
         self.env = env
         self.rank = env.rank
         self.world_size = env.world_size
         self.device = device
+        self.watch = Stopwatch(device)
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +51,8 @@ class Group:
         """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""
         total = value.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(total)
+            with self.watch.part(COMMUNICATION):
+                dist.all_reduce(total)
         return total
 
     def max(self, value: int) -> int:
@@ -56,7 +60,8 @@ class Group:
         if self.world_size == 1:
             return value
         agreed = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        with self.watch.part(COMMUNICATION):
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         return int(agreed)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
@@ -64,13 +69,15 @@ class Group:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=source)
+        with self.watch.part(COMMUNICATION):
+            dist.broadcast_object_list(box, src=source)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            with self.watch.part(COMMUNICATION):
+                dist.barrier()
 
 
 @contextmanager

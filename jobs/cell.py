@@ -64,6 +64,11 @@ class Cell(Settings):
         shared["protocol"] = self.protocol.backbone_json
         return _key({**shared, "backbone": canonical(MODELS[self.model].backbone)})
 
+    def profiled(self) -> Cell:
+        """The same cell, whose job measures how long each of its parts takes."""
+        protocol = self.protocol.model_copy(update={"profile": True})
+        return self.model_copy(update={"protocol": protocol})
+
     def _shared(self) -> dict[str, str]:
         return {
             "format": f"{FORMAT}",
@@ -100,6 +105,7 @@ class RunPaths:
         self.counts = self.root / "counts"
         self.progress = self.root / "progress"
         self.failures = self.root / "failures"
+        self.profiles = self.root / "profiles"
         self.results = self.root / "results.h5"
         self.report = self.root / "report"
         self.rendezvous = self.root / "rendezvous"
@@ -109,6 +115,9 @@ class RunPaths:
 
     def progress_of(self, task: str) -> Path:
         return self.progress / f"{task}.json"
+
+    def profile(self, task: str, stage: str) -> Path:
+        return self.profiles / f"{task}-{stage}.json"
 
     def generations(self, bundle: str) -> Path:
         return self.root / "generations" / bundle

@@ -23,7 +23,7 @@ WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.
-RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes"})
+RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
 
 
 class Pretrain(Settings):
@@ -59,7 +59,8 @@ class Protocol(Settings):
     train: Literal["head", "all"] = "head"
     backbone_batchnorm: Literal["eval", "train"] = "eval"  # of a frozen backbone
     batchnorm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    precision: Literal["fp32", "mixed"] = "fp32"  # mixed is fp16 with a gradient scaler, on a GPU
+    # mixed is fp16 with a gradient scaler, on a GPU; bf16 needs none, and a GPU newer than V100
+    precision: Literal["fp32", "mixed", "bf16"] = "fp32"
 
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
@@ -70,6 +71,7 @@ class Protocol(Settings):
     workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    profile: bool = False  # measure how long each part takes, see jobs/profile.py
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Protocol:

@@ -171,7 +171,8 @@ class Run:
         """The next of `items`. None at their end, and where a `UserError` kept it from coming,
         which the ranks' next decision then says."""
         try:
-            return next(items, None)
+            with self.group.watch.part("data"):
+                return next(items, None)
         except UserError as error:
             self._trouble = error
             return None
@@ -179,7 +180,8 @@ class Run:
     def save(self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None) -> None:
         """Publish a checkpoint of the cells that still train; called by all ranks."""
         if trainees:
-            self.on_main(lambda: self._write_checkpoint(step, trainees, backbone))
+            with self.group.watch.part("checkpoints"):
+                self.on_main(lambda: self._write_checkpoint(step, trainees, backbone))
         self._saved_at = time.monotonic()
 
     def _write_checkpoint(

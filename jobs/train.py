@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +34,23 @@ from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
+from jobs.profile import report
 from jobs.protocol import Protocol
+from jobs.records import cell_record, job_record
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
-from jobs.trainee import Trainee, is_mixed
+from jobs.trainee import Trainee, autocast, half_precision
 
 
 def main(argv: Sequence[str]) -> int:
     """Train the cells of a task file."""
     parser = argument_parser("python -m jobs.train", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
-    task = read_task(parser.parse_args(argv).task, "bundle")
+    parser.add_argument("--profile", action="store_true", help="measure how long each part takes")
+    arguments = parser.parse_args(argv)
+    task = read_task(arguments.task, "bundle")
+    if arguments.profile:
+        task = task.model_copy(update={"cells": tuple(c.profiled() for c in task.cells)})
     configure_torch(task.cells[0].protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         train_bundle(task, group, stop)
@@ -134,6 +137,8 @@ def train(
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
     total = cell.protocol.epochs * batches.steps_per_epoch
     job.begin(start)
+    if cell.protocol.profile:
+        group.watch.start()
     step = start
     # closed on an error too: its traceback would keep the loaders alive, see `evaluate`
     with closing(load_steps(batches, start, total, cell.protocol.workers)) as items:
@@ -141,8 +146,11 @@ def train(
         job.raise_trouble()
         while batch is not None and (active := still_training(trainees)):
             job.beat("training", step, total)
-            inputs = features(backbone, batch.images.to(group.device), cell, group)
-            target = batch.target.to(group.device).long()
+            with group.watch.part("data"):
+                batch = batch.to(group.device)
+            with group.watch.part("backbone"):
+                inputs = features(backbone, batch.images, cell, group)
+            target = batch.target.long()
             for trainee in active:
                 trainee.step(inputs, batch, target, step, total)
                 if trainee.failure:
@@ -156,6 +164,7 @@ def train(
                 job.raise_trouble()
             if action is Action.STOP:
                 break
+    report(job, "training", "steps", step - start)
     return (step, total) if still_training(trainees) else (total, total)
 
 
@@ -170,8 +179,7 @@ def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group
     inputs = normalise(images)
     if backbone is None:
         return inputs
-    mixed = is_mixed(cell.protocol, group)
-    with torch.no_grad(), torch.autocast(group.device.type, torch.float16, enabled=mixed):
+    with torch.no_grad(), autocast(group.device, half_precision(cell.protocol, group)):
         return backbone(inputs)
 
 
@@ -186,19 +194,19 @@ def count(
 
     def forward(images: Tensor) -> list[Tensor]:
         job.beat("evaluating", total, total)
-        inputs = images if backbone is None else backbone(images)
-        return [trainee.network(inputs) for trainee in active]
+        with watch.part("backbone"):
+            inputs = images if backbone is None else backbone(images)
+        with watch.part("heads"):
+            return [trainee.network(inputs) for trainee in active]
 
-    return evaluate(
-        forward,
-        len(active),
-        SplitReader(manifest, "val"),
-        len(manifest.classes),
-        job.task.cells[0].protocol,
-        job.group,
-        lambda: job.agree() is Action.STOP,
-        job.fetch,
-    )
+    reader, watch = SplitReader(manifest, "val"), job.group.watch
+    with watch.part("counts"):
+        counts = evaluate(
+            forward, len(active), reader, len(manifest.classes), job.task.cells[0].protocol,
+            job.group, lambda: job.agree() is Action.STOP, job.fetch,
+        )  # fmt: skip
+    report(job, "evaluation", "images", len(reader) if counts else 0)
+    return counts
 
 
 def publish(
@@ -230,33 +238,6 @@ def publish(
     done = [cell.signature for cell in job.task.cells]
     checkpoint.prune(paths.checkpoints(job.bundle_key), job.generation, done)
     job.say(f"done: {len(finished)} cells")
-
-
-def cell_record(cell: Cell, backbone: LoadedBackbone) -> dict[str, Any]:
-    """How a counts file names a cell."""
-    return {
-        "signature": cell.signature,
-        "name": cell.name,
-        "dataset": cell.dataset,
-        "model": cell.model,
-        "loss": asdict(cell.loss),
-        "seed": cell.seed,
-        "backbone": backbone.sha256,
-    }
-
-
-def job_record(job: Run, manifest: Manifest) -> dict[str, Any]:
-    """What holds for all cells of a counts file."""
-    return {
-        "task": job.task.name,
-        "generation": job.generation.number,
-        "classes": list(manifest.classes),
-        "manifest": manifest.fingerprint,
-        "protocol": job.task.cells[0].protocol.model_dump(mode="json"),
-        "provenance": job.provenance,
-        "source": job.task.source,
-        "time": time.time(),
-    }
 
 
 def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBackbone) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc.groups import Group
+from hpc.command import UserError
+from hpc.groups import COMMUNICATION, Group
+from hpc.stopwatch import Stopwatch
 from jobs.batches import Batch
 from jobs.cell import Cell
 from jobs.losses.combine import combined_loss
@@ -56,7 +60,9 @@ class Trainee:
             momentum=protocol.momentum,
             weight_decay=protocol.weight_decay,
         )
-        self._scaler = torch.amp.GradScaler(group.device.type, enabled=is_mixed(protocol, group))
+        self._half = half_precision(protocol, group)
+        scaled = self._half == torch.float16  # bf16 has the range of fp32 and needs no scaler
+        self._scaler = torch.amp.GradScaler(group.device.type, enabled=scaled)
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
@@ -67,13 +73,18 @@ class Trainee:
         """
         cell, position = self.cell, step / total
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
-        with torch.autocast(self._group.device.type, torch.float16, enabled=self._is_mixed()):
+        watch = self._group.watch
+        with watch.part("heads"), autocast(self._group.device, self._half):
             logits = self._parallel(inputs)
-        logits = upsample(logits.float() if self._is_mixed() else logits, _size(target))
-        loss = combined_loss(
-            logits, target, cell.loss, position, self._class_weights, self._group.sum
-        )
-        value = float(self._group.sum(loss))
+        if watch.running:
+            logits.register_hook(partial(_enter_network, watch))
+        with watch.part("losses"):
+            logits = logits if self._half is None else logits.float()
+            loss = combined_loss(
+                upsample(logits, _size(target)),
+                target, cell.loss, position, self._class_weights, self._group.sum,
+            )  # fmt: skip
+            value = float(self._group.sum(loss))
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
             return value
@@ -85,12 +96,11 @@ class Trainee:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
-        self._scaler.scale(loss * self._group.world_size).backward()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-
-    def _is_mixed(self) -> bool:
-        return self._scaler.is_enabled()
+        with self._group.watch.part("losses"):
+            self._scaler.scale(loss * self._group.world_size).backward()
+        with self._group.watch.part("optimiser"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
 
     def state(self) -> dict[str, Any]:
         """Everything that a step changes: tensors and plain values."""
@@ -142,6 +152,33 @@ def is_mixed(protocol: Protocol, group: Group) -> bool:
     """Whether fp16 with a gradient scaler is used: where the protocol asks for it and there is a
     GPU. A processor computes in fp32; the provenance records which it was."""
     return protocol.precision == "mixed" and group.device.type == "cuda"
+
+
+def half_precision(protocol: Protocol, group: Group) -> torch.dtype | None:
+    """What training computes its networks in where it is not fp32. Raises `UserError` on a GPU
+    that has no bf16; every processor has it, if slowly."""
+    if protocol.precision != "bf16":
+        return torch.float16 if is_mixed(protocol, group) else None
+    on_gpu = group.device.type == "cuda"
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f'{torch.cuda.get_device_name(group.device)} has no bf16; set precision = "mixed" '
+            "(fp16) in [protocol], or ask for newer GPUs in the profile"
+        )
+    return torch.bfloat16
+
+
+def autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
+    """The block in which a network computes in `half`, or as it is."""
+    return torch.autocast(device.type, half or torch.float16, enabled=half is not None)
+
+
+def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
+    """For a profile: where a backward pass is once the logits have their gradient. When the
+    network has all of its, it waits for the other ranks."""
+    watch.begin("heads")
+    # before DistributedDataParallel queues its own, which ends the all-reduce
+    Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
 
 
 def _size(target: Tensor) -> tuple[int, int]:

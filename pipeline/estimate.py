@@ -104,7 +104,7 @@ def evaluation_flops(job: Job) -> float:
 def rate(protocol: Protocol, cluster: ClusterProfile) -> float:
     """Floating-point operations a second of one rank."""
     if cluster.gpus_per_node:
-        return FLOPS["gpu mixed" if protocol.precision == "mixed" else "gpu fp32"]
+        return FLOPS["gpu fp32" if protocol.precision == "fp32" else "gpu mixed"]
     return FLOPS["cpu"] * protocol.threads
 
 

@@ -30,7 +30,7 @@ from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.choice import Choice, to_do, unsent
 from pipeline.ended import granted
 from pipeline.forecast import Forecast
-from pipeline.grid import Grid, find_config, read_grid
+from pipeline.grid import Grid, find_config, profiled, read_grid
 from pipeline.plan import Plan, make_plan, split, without_waiting
 from pipeline.records import Submission, cancellations, new_token, settle
 from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
     parser.add_argument("--script", metavar="DIR", help="write scripts to submit by hand instead")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    parser.add_argument("--profile", action="store_true", help="measure the parts of the jobs")
     parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
     )
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--wait: scripts start no jobs that one could wait for")
     scripts = None if arguments.script is None else user_path(arguments.script, "--script")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
+    if arguments.profile:
+        grid = profiled(grid)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:

@@ -23,6 +23,7 @@ P = 1.3
 Q = P / (P - 1)
 FRACTION = 0.1  # m / n: how many pixels at least share the weight
 _WAYS = 4095  # thresholds tried at a time: six rounds find a float64
+_ROW = 256  # values that are summed by one product
 
 
 def pooling_weights(
@@ -49,7 +50,7 @@ def _threshold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold t, |J(t)|, and the sum of l^q over the others."""
     ordered = losses.sort().values
-    sums = torch.cat([ordered.new_zeros(1), (ordered**Q).cumsum(0)])
+    sums = torch.cat([ordered.new_zeros(1), prefix_sums(ordered**Q)])
 
     def at(thresholds: Tensor) -> tuple[Tensor, Tensor]:
         below = torch.searchsorted(ordered, thresholds, right=True)
@@ -69,3 +70,23 @@ def _threshold(
     threshold = torch.tensor(low, device=losses.device).view(torch.float64)
     capped, powers = at(threshold[None])
     return threshold, capped[0], powers[0]
+
+
+def prefix_sums(values: Tensor) -> Tensor:
+    """float [n] -> the sums of the first 1, 2, ... n values. A GPU has no deterministic `cumsum` of
+    real numbers; where one was asked for, it is that of rows, by a matrix product, and of what the
+    rows before them add up to."""
+    if values.is_cpu or not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(0)
+    return sums_by_rows(values)
+
+
+def sums_by_rows(values: Tensor) -> Tensor:
+    """`prefix_sums` where `cumsum` is refused."""
+    number = len(values)
+    if number <= 1:
+        return values
+    rows = torch.nn.functional.pad(values, (0, -number % _ROW)).view(-1, _ROW)
+    within = rows @ rows.new_ones(_ROW, _ROW).triu()
+    before = sums_by_rows(within[:-1, -1])
+    return (within + torch.nn.functional.pad(before, (1, 0))[:, None]).flatten()[:number]

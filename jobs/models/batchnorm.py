@@ -31,7 +31,8 @@ class BatchNorm2d(nn.BatchNorm2d):
                 self.eps,
             )  # fmt: skip
         # statistics and their sums stay in float32 under autocast
-        wide = input.float() if input.dtype == torch.float16 else input
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        wide = input.float() if half else input
         output, mean, variance, count = _Normalise.apply(
             wide, self.weight, self.bias, self.eps, self.group
         )

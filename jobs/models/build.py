@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50, segmentation
 from torchvision.models._utils import IntermediateLayerGetter
@@ -20,6 +19,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from jobs.models.batchnorm import replace_batchnorm
 from jobs.models.dropout import replace_dropout
 from jobs.models.names import FEATURES, MODELS
+from jobs.models.resize import replace_resizing, resize
 from jobs.models.unet import UNetHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -91,6 +91,7 @@ def build_head(
         head = _HEADS[architecture.head](FEATURES[architecture.backbone], num_classes)
     replace_batchnorm(head, momentum, group)
     replace_dropout(head)
+    replace_resizing(head)
     return head
 
 
@@ -103,7 +104,7 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, to `size` (height, width) in pixels, as torchvision's segmentation models do."""
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return resize(logits, size)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from jobs.models.resize import resize
 
 _WIDTHS = (256, 128, 64, 32)  # channels of the blocks, coarsest first
 
@@ -29,7 +30,7 @@ class UNetHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         *skips, x = features
         for skip, block in zip(reversed(skips), self.blocks, strict=True):
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = resize(x, (skip.shape[-2], skip.shape[-1]))
             x = block(torch.cat([skip, x], dim=1))
         return self.classifier(x)
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from data_prep.shards import SplitReader
 from hpc.command import UserError
 from jobs.batches import (
+    Batch,
     EvaluationImages,
     TrainingBatches,
     load_images,
@@ -176,3 +178,15 @@ def test_ranks_take_turns_and_see_every_validation_image_once(streets):
     ]
     expected = [reader.image(k).transpose(2, 0, 1).tobytes() for k in (0, 2, 1)]
     assert seen == expected
+
+
+def test_a_batch_is_pinned_where_a_gpu_reads_it(monkeypatch):
+    """Pinned by torch's loader; without a GPU nothing can be, so here it is copied instead."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 1)
+    images, target = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(2, 4, 5).byte()
+    pinned = pin_memory(Batch(images, target, range(6, 8)))
+    assert torch.equal(pinned.images, images + 1) and torch.equal(pinned.target, target + 1)
+    assert pinned.positions == range(6, 8)
+    there = pinned.to(torch.device("meta"))
+    assert (there.images.device.type, there.target.device.type) == ("meta", "meta")
+    assert there.images.dtype == torch.uint8 and there.positions == range(6, 8)

@@ -113,13 +113,14 @@ def test_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(normalised, (inputs, layer.weight, layer.bias))
 
 
-def test_half_precision_is_summed_in_single():
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(half):
     """40 000 pixels of 30: their sum is beyond half precision."""
     layer = BatchNorm2d(1)
-    inputs = torch.full((1, 1, 200, 200), 30.0).half()
+    inputs = torch.full((1, 1, 200, 200), 30.0, dtype=half)
     inputs[..., 1::2] = 32.0
     output = layer(inputs)
-    assert output.dtype == torch.float16
+    assert output.dtype == half
     assert layer.running_mean.item() == pytest.approx(3.1, rel=1e-6)
     torch.testing.assert_close(output[0, 0, 0, :2].float(), torch.tensor([-1.0, 1.0]))
 

@@ -37,7 +37,13 @@ CHANGES_THE_RESULT = {
     "alternating_ramp": (0.5, 0.8),
     "bins": 11,
 }
-CHANGES_THE_SPEED = {"threads": 3, "workers": 0, "deterministic": True, "checkpoint_minutes": 1.0}
+CHANGES_THE_SPEED = {
+    "threads": 3,
+    "workers": 0,
+    "deterministic": True,
+    "checkpoint_minutes": 1.0,
+    "profile": True,
+}
 PRETRAINING = {"epochs": 21, "batch_size": 9, "learning_rate": 0.03, "seed": 1}
 PRETRAINING_SPEED = {"threads": 5}
 

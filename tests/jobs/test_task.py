@@ -106,7 +106,13 @@ def test_a_name_is_a_file_name_whatever_the_data_set_is_called():
 
 def test_how_fast_a_cell_is_trained_is_no_part_of_what_it_is():
     cell = a_cell()
-    runtime = {"threads": 7, "workers": 3, "deterministic": True, "checkpoint_minutes": 1.0}
+    runtime = {
+        "threads": 7,
+        "workers": 3,
+        "deterministic": True,
+        "checkpoint_minutes": 1.0,
+        "profile": True,
+    }
     assert a_cell(**runtime).signature == cell.signature
     assert a_cell(**runtime).bundle_key == cell.bundle_key
     assert bundle_task_name([a_cell(**runtime)], 0) == bundle_task_name([cell], 0)
@@ -117,8 +123,8 @@ def test_how_fast_a_cell_is_trained_is_no_part_of_what_it_is():
 @pytest.mark.parametrize(
     "change",
     [{"epochs": 31}, {"batch_size": 11}, {"crop": (96, 97)}, {"weights": "coco"}, {"train": "all"},
-     {"precision": "mixed"}, {"bins": 11}, {"eval_size": 0}, {"backbone_batchnorm": "train"},
-     {"decay": "polynomial"}, {"weight_decay": 0.0}],
+     {"precision": "mixed"}, {"precision": "bf16"}, {"bins": 11}, {"eval_size": 0},
+     {"backbone_batchnorm": "train"}, {"decay": "polynomial"}, {"weight_decay": 0.0}],
 )  # fmt: skip
 def test_what_changes_a_result_makes_another_cell(change):
     assert a_cell(**change).signature != a_cell().signature

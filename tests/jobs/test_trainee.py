@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from jobs.models.build import Backbone, build_backbone, build_head
 from jobs.models.dropout import set_dropout_position
-from jobs.trainee import Trainee, is_mixed, learning_rate
+from jobs.trainee import Trainee, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell, a_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,7 +156,3 @@ def test_the_whole_network_trains_from_images(alone):
     after = trainee.network.backbone.state_dict()
     still = [name for name in after if torch.equal(after[name], before[name])]
     assert still == []
-
-
-def test_mixed_precision_is_for_a_gpu(alone):
-    assert not is_mixed(a_cell(precision="mixed").protocol, alone)

@@ -239,8 +239,7 @@ def test_a_backbone_of_its_own_is_pre_trained_where_no_weights_exist(packed):
 
 def test_mixed_precision_takes_a_list_of_features_too(alone, monkeypatch):
     """As on a GPU; here the processor computes in float16."""
-    for module in (train, trainee):
-        monkeypatch.setattr(module, "is_mixed", lambda protocol, group: True)
+    monkeypatch.setattr(trainee, "is_mixed", lambda protocol, group: True)
     cell = a_cell("WDLCE", UNET)
     trained = Trainee(cell, 3, CLASS_WEIGHTS, alone)
     backbone = build_backbone(PYRAMID, 0, momentum=0.1)

@@ -1,0 +1,56 @@
+"""How long each part of the work takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+OTHER = "other"
+
+
+class Stopwatch:
+    """Seconds by part. Every moment belongs to one part, so they add up to the time that has
+    passed; a part inside another one is not counted there too. Until it is started it measures
+    nothing, and waits for no GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.running = False
+        self._device = device
+        self._part = OTHER
+        self._since = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Measure from now on."""
+        self.running, self._since = True, time.perf_counter()
+
+    def lap(self) -> dict[str, float]:
+        """The seconds by part since the start, or the last lap."""
+        self.begin(self._part)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def begin(self, part: str) -> None:
+        """From now on it is `part`."""
+        if not self.running:
+            return
+        if self._device.type == "cuda":
+            # this stream alone: what NCCL still does on its own is no work of the part before
+            torch.cuda.current_stream(self._device).synchronize()
+        now = time.perf_counter()
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = part, now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """The block is the part `name`."""
+        before = self._part
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.begin(before)
