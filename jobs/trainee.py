@@ -47,8 +47,12 @@ class Trainee:
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
         # Looking for unused parameters costs little and keeps torch from regrouping gradients
         # after the first step, which would let a resumed run add them in another order.
+        # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
         self._parallel = DistributedDataParallel(
-            self.network, broadcast_buffers=False, find_unused_parameters=True
+            self.network,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
         )
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -69,10 +73,11 @@ class Trainee:
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
         with torch.autocast(self._group.device.type, torch.float16, enabled=self._is_mixed()):
             logits = self._parallel(inputs)
-        logits = upsample(logits.float() if self._is_mixed() else logits, _size(target))
-        loss = combined_loss(
-            logits, target, cell.loss, position, self._class_weights, self._group.sum
-        )
+        logits = logits.float() if self._is_mixed() else logits
+        loss = combined_loss(  # nobody else keeps the logits of all pixels
+            upsample(logits, _size(target)),
+            target, cell.loss, position, self._class_weights, self._group.sum,
+        )  # fmt: skip
         value = float(self._group.sum(loss))
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
