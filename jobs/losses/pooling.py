@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def _threshold(
     losses: Tensor, m: Tensor, number: Tensor, global_sum: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold t, |J(t)|, and the sum of l^q over the others."""
-    ordered = losses.sort().values
+    ordered = _sorted(losses)
     sums = torch.cat([ordered.new_zeros(1), (ordered**Q).cumsum(0)])
 
     def at(thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,3 +70,11 @@ def _threshold(
     threshold = torch.tensor(low, device=losses.device).view(torch.float64)
     capped, powers = at(threshold[None])
     return threshold, capped[0], powers[0]
+
+
+def _sorted(losses: Tensor) -> Tensor:
+    """In ascending order. On the CPU by numpy, which is 10 times as fast as torch where it has
+    vector instructions."""
+    if losses.device.type == "cpu":
+        return torch.from_numpy(np.sort(losses.numpy()))
+    return losses.sort().values
