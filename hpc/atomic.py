@@ -45,11 +45,11 @@ def new_file(path: str | Path, check: Check | None = None) -> Iterator[Path]:
     temporary = _temporary_name(path)
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         if check is not None:
             check()
         temporary.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
     finally:
@@ -69,14 +69,14 @@ def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _fsync(file)
-        _fsync(temporary)
+            fsync(file)
+        fsync(temporary)
         if path.exists():  # rename would silently replace an empty folder
             raise FileExistsError(f"{path} exists already")
         if check is not None:
             check()
         temporary.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -210,7 +210,8 @@ def _make_parent(path: Path) -> None:
         raise _explained(error, path) from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from hpc.atomic import (
     Check,
     Damaged,
     file_sha256,
+    fsync,
     new_file,
     new_folder,
     read_json,
@@ -29,6 +32,7 @@ from hpc.atomic import (
     write_json,
 )
 from hpc.generation import Generation
+from hpc.hashing import HashingFile
 
 KEPT = 2  # of each entry: the newest, and one to fall back to
 _NAME = re.compile(r"step-(\d{9})-g(\d+)")
@@ -87,9 +91,7 @@ def save(
     if path.exists():  # the same start at the same step: the same state
         return
     with new_folder(path, generation.check) as temporary:
-        for name, state in entries.items():
-            _dump(state, temporary / f"{name}.pt")
-        hashes = {name: file_sha256(temporary / f"{name}.pt") for name in entries}
+        hashes = _dump_entries(entries, temporary)
         write_json(temporary / _INDEX, {**record, **_place(path), "entries": hashes})
     prune(folder, generation, finished=(), resumed=resumed)
 
@@ -97,20 +99,50 @@ def save(
 def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = None) -> None:
     """Write tensors and plain values as one file that appears whole, unless `check` raises, and
     that `torch.load` reads with `weights_only=True`."""
-    with new_file(path, check) as temporary:
-        _dump(state, temporary)
+    with new_file(path, check) as temporary, temporary.open("wb") as file:
+        _dump(state, file)
 
 
-def _dump(state: Mapping[str, Any], path: Path) -> None:
+def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, str]:
+    """Write a file for each entry; their SHA-256. While one is written its content is hashed, and
+    the one before goes to disk."""
+    hashes, synced = {}, []
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer, _without_crc32():
+        for name, state in entries.items():
+            path = folder / f"{name}.pt"
+            with path.open("wb") as file:
+                hashing = HashingFile(file, hasher)
+                _dump(state, cast(BinaryIO, hashing))
+            hashes[name] = hashing.hexdigest()
+            synced.append(syncer.submit(fsync, path))
+        for one in synced:
+            one.result()
+    return hashes
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch's own checksums cost half of its time, and a checkpoint has a better one."""
+    from torch.serialization import get_crc32_options, set_crc32_options
+
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def _dump(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """torch gets a file, not a path, whose name would become part of the content."""
     import torch
 
-    with path.open("wb") as file:  # a path's name would become part of the content
-        try:
-            torch.save(dict(state), file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch hides that the disk is full
-                raise error.__context__ from error
-            raise
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides that the disk is full
+            raise error.__context__ from error
+        raise
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:

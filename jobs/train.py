@@ -22,6 +22,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
 from data_prep.staging import nearby
 from hpc import checkpoint, slurm
+from hpc.allocator import keep_freed_memory
 from hpc.command import UserError, argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
@@ -59,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
 
 def configure_torch(protocol: Protocol) -> None:
     """Threads come from the protocol, not from what the node happens to have: bits depend on
-    them."""
+    them. Memory is kept from step to step, which changes none."""
+    keep_freed_memory()
     torch.set_num_threads(protocol.threads)
     if protocol.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it

@@ -51,8 +51,12 @@ class Trainee:
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
         # Looking for unused parameters costs little and keeps torch from regrouping gradients
         # after the first step, which would let a resumed run add them in another order.
+        # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
         self._parallel = DistributedDataParallel(
-            self.network, broadcast_buffers=False, find_unused_parameters=True
+            self.network,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
         )
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -80,7 +84,7 @@ class Trainee:
             logits.register_hook(partial(_enter_network, watch))
         with watch.part("losses"):
             logits = logits if self._half is None else logits.float()
-            loss = combined_loss(
+            loss = combined_loss(  # nobody else keeps the logits of all pixels
                 upsample(logits, _size(target)),
                 target, cell.loss, position, self._class_weights, self._group.sum,
             )  # fmt: skip

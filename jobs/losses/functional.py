@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jobs.losses.names import TVERSKY
 from jobs.losses.pooling import pooling_weights
+from jobs.losses.powers import sum_of_powers
 
 VOID = 255
 DICE_SMOOTHING = 1.0
@@ -89,8 +90,7 @@ def dice(
     slightly below 0, an image without a labelled pixel near -1.
     """
     log_p, weight = _true_class(log_probs, target, class_weights)
-    labelled = (target != VOID).unsqueeze(1)
-    squares = torch.where(labelled, (2 * log_probs).exp(), 0.0).sum(dim=(2, 3))  # [B, C]
+    squares = sum_of_powers(log_probs, (target != VOID).unsqueeze(1), 2)  # [B, C]
     if class_weights is not None:
         squares = squares * class_weights.to(squares)
     overlap = (weight * log_p.exp()).sum(dim=(1, 2))
@@ -115,9 +115,8 @@ def tversky(
     labelled = (target != VOID).unsqueeze(1)
     classes = torch.arange(log_probs.shape[1], device=target.device)[:, None, None]
     truth = target.unsqueeze(1) == classes  # false for void
-    scores = torch.where(labelled, log_probs.exp(), 0.0)
-    hits = torch.where(truth, scores, 0.0).sum(dim=(2, 3))  # [B, C]
-    false_alarms = scores.sum(dim=(2, 3)) - hits
+    hits = sum_of_powers(log_probs, truth, 1)  # [B, C]
+    false_alarms = sum_of_powers(log_probs, labelled, 1) - hits
     misses = truth.sum(dim=(2, 3)) - hits
     found = hits + DICE_SMOOTHING
     per_class = 1 - found / (found + alpha * false_alarms + beta * misses)
@@ -176,6 +175,8 @@ def _pooled_mean(values: Tensor, weight: Tensor, labelled: Tensor, global_sum: G
     weight = weight[labelled].double()
     number, total = global_sum(torch.stack([weight.new_tensor(len(weight)), weight.sum()]))
     weight = weight * (number / torch.where(total > 0, total, 1.0))
-    losses = values[labelled]
-    pooling = pooling_weights(losses.detach().double() * weight, global_sum)
-    return ((pooling * weight).to(losses) * losses).sum()
+    pooling = pooling_weights(values.detach()[labelled].double() * weight, global_sum)
+    # spread out instead of picking the labelled losses, which would keep where each of them lies
+    shares = torch.zeros_like(values)
+    shares[labelled] = (pooling * weight).to(values)
+    return (shares * values).sum()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def _threshold(
     losses: Tensor, m: Tensor, number: Tensor, global_sum: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold t, |J(t)|, and the sum of l^q over the others."""
-    ordered = losses.sort().values
+    ordered = _sorted(losses)
     sums = torch.cat([ordered.new_zeros(1), prefix_sums(ordered**Q)])
 
     def at(thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,3 +91,11 @@ def sums_by_rows(values: Tensor) -> Tensor:
     within = rows @ rows.new_ones(_ROW, _ROW).triu()
     before = sums_by_rows(within[:-1, -1])
     return (within + torch.nn.functional.pad(before, (1, 0))[:, None]).flatten()[:number]
+
+
+def _sorted(losses: Tensor) -> Tensor:
+    """In ascending order. On the CPU by numpy, which is 10 times as fast as torch where it has
+    vector instructions."""
+    if losses.device.type == "cpu":
+        return torch.from_numpy(np.sort(losses.numpy()))
+    return losses.sort().values

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.grid import read_grid
 
     root = read_grid(Path(argv[0])).run.root
-    read, fsync = reduce.read_share, atomic._fsync
+    read, fsync = reduce.read_share, atomic.fsync
 
     def slow_read(*arguments: Any) -> Any:
         found = read(*arguments)
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         _halt(root, WRITING)  # all of results.h5 is in a temporary file, and not published
         fsync(path)
 
-    reduce.read_share, atomic._fsync = slow_read, slow_fsync
+    reduce.read_share, atomic.fsync = slow_read, slow_fsync
     return reduce.main(argv)
 
 

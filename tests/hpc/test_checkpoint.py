@@ -385,6 +385,20 @@ def test_the_same_state_is_the_same_bytes(run, tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "longer-name.pt").read_bytes()
 
 
+def test_a_large_unit_comes_back_and_its_hash_is_that_of_its_file(run):
+    weights = torch.randn(1000, 1000)
+    checkpoint.save(run.folder, 1, run.start("a"), {"a": {"weights": weights}}, {})
+    step, states, _, problems = checkpoint.load_latest(run.folder, ["a"])
+    assert (step, problems) == (1, [])
+    assert torch.equal(states["a"]["weights"], weights)
+
+
+def test_how_others_save_is_not_changed(run):
+    before = torch.serialization.get_crc32_options()
+    run.save(1, run.start("a"), "a")
+    assert torch.serialization.get_crc32_options() == before
+
+
 def test_what_a_killed_writer_left_goes_once_it_is_certainly_dead(run):
     mine = run.start("a")
     run.save(10, mine, "a")

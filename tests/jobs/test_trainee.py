@@ -2,16 +2,20 @@
 
 import copy
 import io
+import platform
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
+from hpc.allocator import keep_freed_memory
 from jobs.models.build import Backbone, build_backbone, build_head
 from jobs.models.dropout import set_dropout_position
 from jobs.trainee import Trainee, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell, a_share
+from tests.jobs.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +72,45 @@ def test_a_step_is_torchs_sgd_on_torchs_cross_entropy(alone):
     assert train(trainee, range(3)) == pytest.approx(expected, rel=1e-5)
     by_hand = torch.cat([parameter.detach().flatten() for parameter in head.parameters()])
     assert (weights(trainee) - by_hand).norm() < 1e-5 * (by_hand - start).norm()
+
+
+def test_gradients_lie_where_they_lay_in_the_step_before(alone):
+    trainee = trainee_of(a_cell(), alone)
+    train(trainee, [0])
+    # held here, so that the next ones cannot lie there by chance
+    first = [parameter.grad for parameter in trainee.network.parameters()]
+    train(trainee, [1])
+    second = [parameter.grad for parameter in trainee.network.parameters()]
+    assert [g.data_ptr() for g in second] == [g.data_ptr() for g in first]
+
+
+def test_where_gradients_lie_changes_no_bit(alone, monkeypatch):
+    in_buckets = trainee_of(a_cell("WDLWCE"), alone)
+
+    def apart(network, **options):
+        return DistributedDataParallel(network, **{**options, "gradient_as_bucket_view": False})
+
+    monkeypatch.setattr("jobs.trainee.DistributedDataParallel", apart)
+    on_their_own = trainee_of(a_cell("WDLWCE"), alone)
+    assert train(in_buckets, range(3)) == train(on_their_own, range(3))
+    assert_equal_states(in_buckets.state(), on_their_own.state())
+
+
+def after_three_steps(group, keeps_memory):
+    assert not keeps_memory or keep_freed_memory()
+    trainee = trainee_of(a_cell("WDLWCE"), group)
+    train(trainee, range(3))
+    return trainee.state()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_kept_changes_no_bit(tmp_path):
+    states = []
+    for keeps_memory in (False, True):
+        folder = tmp_path / str(keeps_memory)
+        folder.mkdir()
+        states += on_ranks(1, folder, after_three_steps, keeps_memory)
+    assert_equal_states(*states)
 
 
 def test_cells_that_differ_in_their_loss_start_from_the_same_weights(alone):

@@ -1,0 +1,133 @@
+"""A checkpoint of a bundle of four cells, each a head and its momentum, on the disk of this
+machine, per cell: ours, which is hashed, synced to disk and appears by one rename, against what
+people write after each epoch.
+
+* `torch.save` of the same content, which promises nothing to a reader or after a crash;
+* the same with the one sync that makes it last;
+* `torch.save` of the whole model and its optimiser's state, synced too. The optimiser of the
+  published code holds the head alone, so momentum is the head's here as well; `more` has the
+  sizes, and that of a whole model all of which has momentum.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Comparison, Work, compare
+from hpc import checkpoint
+from hpc.atomic import fsync
+from hpc.generation import Generation, claim
+from jobs.models.build import build_backbone, build_head
+
+MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
+CELLS = 4
+_SIZES = ("head_mb", "whole_mb", "whole_and_all_momentum_mb")
+
+
+def measure() -> list[Comparison]:
+    """Sizes and seconds for both heads of the paper."""
+    torch.set_num_threads(2)
+    backbone = build_backbone("resnet101", 0, 0.1)
+    found = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # not a file system in main memory
+        for model in MODELS:
+            found += _of_model(model, backbone, Path(folder) / model)
+    return found
+
+
+def _of_model(model: str, backbone: nn.Module, folder: Path) -> list[Comparison]:
+    head = build_head(model, 21, 0, 0.1)
+    ours = {"network": head.state_dict(), "momentum": _momentum(head), "scaler": {}, "backbone": {}}
+    entries = {f"cell-{number}": ours for number in range(CELLS)}
+    whole = {
+        "model": {**backbone.state_dict(), **head.state_dict()},
+        "optimizer": _momentum(head),
+    }
+    generation = claim(folder / "generations", entries)
+    plain = [folder / f"plain-{number}.pt" for number in range(CELLS)]
+    sizes = _sizes(ours, whole, {**whole, "all": _momentum(backbone)}, folder / "size.pt")
+    seconds = compare(
+        f"checkpoint of a cell, {model}: time",
+        _checkpoint(folder / "checkpoints", generation, entries),
+        {
+            "torch.save of the same": (_saved(ours, plain), 1 / 1.3),
+            "torch.save of the same, and a sync": (_synced(ours, plain), 0.0),
+            "torch.save of the whole model and its optimiser, and a sync": (
+                _synced(whole, plain), 0.0,
+            ),
+        },
+        limit=_limit(ours, folder / "limit"),
+        rounds=5,
+        units=CELLS,
+        more=sizes,
+    )  # fmt: skip
+    return [*seconds, *_of_sizes(model, sizes)]
+
+
+def _of_sizes(model: str, sizes: dict[str, float | str]) -> list[Comparison]:
+    """Sizes as comparisons, in seconds at 1 GB/s."""
+    head, whole, largest = (float(sizes[name]) / 1e3 for name in _SIZES)
+    what = f"checkpoint of a cell, {model}: size, as seconds at 1 GB/s"
+    return [
+        Comparison(what, "the whole model, the head's momentum", (head,), (whole,), more=sizes),
+        Comparison(what, "the whole model, all its momentum", (head,), (largest,), 3.0, more=sizes),
+    ]
+
+
+def _sizes(ours: Any, whole: Any, largest: Any, path: Path) -> dict[str, float | str]:
+    sizes: dict[str, float | str] = {}
+    for name, content in zip(_SIZES, (ours, whole, largest), strict=True):
+        torch.save(content, path)
+        sizes[name] = round(path.stat().st_size / 1e6, 1)
+    path.unlink()
+    return sizes
+
+
+def _momentum(module: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
+    return {i: {"momentum_buffer": p.detach().clone()} for i, p in enumerate(module.parameters())}
+
+
+def _checkpoint(folder: Path, generation: Generation, entries: dict[str, Any]) -> Work:
+    steps = iter(range(1, 10**9))
+
+    def save() -> None:  # as in a job: the two newest stay, the third is deleted
+        checkpoint.save(folder, next(steps), generation, entries, {"inputs": {}})
+
+    return save
+
+
+def _saved(content: Any, paths: list[Path]) -> Work:
+    def save() -> None:
+        for path in paths:
+            torch.save(content, path)
+
+    return save
+
+
+def _synced(content: Any, paths: list[Path]) -> Work:
+    def save() -> None:
+        for path in paths:
+            torch.save(content, path)
+            fsync(path)
+
+    return save
+
+
+def _limit(state: dict[str, Any], path: Path) -> str:
+    """The disk's own time for as many bytes, written in one piece and synced."""
+    torch.save(state, path)
+    data = path.read_bytes()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        path.write_bytes(data)
+        fsync(path)
+        seconds.append(time.perf_counter() - start)
+    path.unlink()
+    return f"{len(data) / 1e6:.0f} MB written and synced: {min(seconds) * 1e3:.0f} ms"
