@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.pack import pack
-from data_prep.settings import FolderSettings
+from data_prep.settings import VOID, FolderSettings
 from data_prep.shards import SplitReader
 from data_prep.sources.scenes import draw_scene
 
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_CAMVID, NUM_LARGE = 96, 8
 LARGE_SIZE = (1024, 2048)
 JPEG_QUALITY = 92  # that of the CamVid files
-NUM_CLASSES, CAMVID_VOID, DRAWN_VOID = 11, 11, 255
+NUM_CLASSES, CAMVID_VOID = 11, 11
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ def camvid() -> Iterator[Pictures | None]:
         root = _folders(Path(name))
         for image in islice(sorted((source / "train").iterdir()), NUM_CAMVID):
             shutil.copy(image, root / "jpeg")
-            shutil.copy(source / "trainannot" / f"{image.stem}.png", root / "labels")
-        yield _finished("CamVid", root, CAMVID_VOID)
+            label = decoded(source / "trainannot" / f"{image.stem}.png")
+            label = np.where(label == CAMVID_VOID, np.uint8(VOID), label)
+            Image.fromarray(label).save(root / "labels" / f"{image.stem}.png")
+        yield _finished("CamVid", root)
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def large_streets() -> Iterator[Pictures]:
             image, label = draw_scene(seed=0, split=0, index=index, size=LARGE_SIZE)
             Image.fromarray(image).save(root / "jpeg" / f"{index}.jpg", quality=JPEG_QUALITY)
             Image.fromarray(label).save(root / "labels" / f"{index}.png")
-        yield _finished("2048 x 1024", root, DRAWN_VOID)
+        yield _finished("2048 x 1024", root)
 
 
 def on_all(make: Callable[[Pictures], list], without_camvid: Callable[[], list]) -> list:
@@ -92,10 +94,10 @@ def decoded(file: Path) -> NDArray[np.uint8]:
         return np.asarray(image)
 
 
-def shard_settings(root: Path, shards: Path, void: int, shard_mb: int = 512) -> FolderSettings:
+def shard_settings(root: Path, shards: Path, shard_mb: int = 512) -> FolderSettings:
     """What to pack the folders of a set with."""
     return FolderSettings(
-        source="folder", root=str(root), shards=str(shards), shard_mb=shard_mb, void=void,
+        source="folder", root=str(root), shards=str(shards), shard_mb=shard_mb, void=VOID,
         classes=tuple(f"class {number}" for number in range(NUM_CLASSES)),
         train_images="png", train_labels="labels", val_images="val", val_labels="vallabels",
     )  # fmt: skip
@@ -107,14 +109,14 @@ def _folders(root: Path) -> Path:
     return root
 
 
-def _finished(name: str, root: Path, void: int) -> Pictures:
+def _finished(name: str, root: Path) -> Pictures:
     """The set, once its JPEG files and label maps lie there."""
     for file in (root / "jpeg").iterdir():
         Image.fromarray(decoded(file)).save(root / "png" / f"{file.stem}.png")
     files = sorted((root / "png").iterdir())
     shutil.copy(files[0], root / "val")  # a set has a validation split too
     shutil.copy(root / "labels" / files[0].name, root / "vallabels")
-    manifest = pack("pictures", shard_settings(root, root / "shards", void), processes=1)
+    manifest = pack("pictures", shard_settings(root, root / "shards"), processes=1)
     reader = SplitReader(manifest, "train")
     pixels = sum(height * width for height, width in map(reader.size, range(len(reader))))
     size = sum(file.stat().st_size for file in files)
