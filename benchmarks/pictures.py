@@ -29,7 +29,7 @@ from data_prep.shards import SplitReader
 from data_prep.sources.scenes import draw_scene
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NUM_CAMVID, NUM_LARGE = 96, 8
+NUM_CAMVID, NUM_LARGE = 96, 12  # the least is a batch
 LARGE_SIZE = (1024, 2048)
 JPEG_QUALITY = 92  # that of the CamVid files
 NUM_CLASSES, CAMVID_VOID = 11, 11

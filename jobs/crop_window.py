@@ -145,9 +145,9 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
     return nearest
 
 
-# What follows runs on vectors: an image's row of bytes is first packed to one integer a pixel, so that
-# a tap fetches a pixel with one load, apart from the arithmetic. All numbers are unsigned: numba looks
-# for negative indices otherwise, and takes 64 bits where 32 are enough.
+# What follows runs on vectors: an image's row of bytes is first packed to one integer a pixel, so
+# that a tap fetches a pixel with one load, apart from the arithmetic. All numbers are unsigned:
+# numba looks for negative indices otherwise, and takes 64 bits where 32 are enough.
 _ROUNDED_UP, _SHIFT, _MOST = np.uint32(1 << (_BITS - 1)), np.uint32(_BITS), np.uint32(255)
 _ONE, _TWO, _THREE, _BYTE, _TWO_BYTES = (np.uint32(number) for number in (1, 2, 3, 8, 16))
 
@@ -166,6 +166,20 @@ def _add_colours(pixels: Any, weights: Any, reds: Any, greens: Any, blues: Any) 
         reds[x] += weight * (pixel & _MOST)
         greens[x] += weight * (pixel >> _BYTE & _MOST)
         blues[x] += weight * (pixel >> _TWO_BYTES)
+
+
+@njit
+def _add(line: Bytes, weight: np.uint32, sums: Any) -> None:
+    for x in range(sums.size):
+        sums[x] += weight * np.uint32(line[x])
+
+
+@njit
+def _blend(one: Bytes, other: Bytes, weights: Ints, values: Bytes) -> None:
+    first, second = np.uint32(weights[0]), np.uint32(weights[1])
+    for x in range(values.size):
+        total = _ROUNDED_UP + first * np.uint32(one[x]) + second * np.uint32(other[x])
+        values[x] = min(total >> _SHIFT, _MOST)
 
 
 @njit
@@ -199,9 +213,11 @@ def _resize_rows(planes: Bytes, first: Ints, weights: Ints, window: Bytes) -> No
     sums = np.empty(planes.shape[2], np.uint32)
     for plane in range(planes.shape[0]):
         for y in range(num_rows):
+            lines = planes[plane, first[y] : first[y] + num_taps]
+            if num_taps == 2:  # whenever rows are enlarged
+                _blend(lines[0], lines[1], weights[y], window[plane, y])
+                continue
             sums[:] = _ROUNDED_UP
             for k in range(num_taps):
-                weight, row = np.uint32(weights[y, k]), planes[plane, first[y] + k]
-                for x in range(sums.size):
-                    sums[x] += weight * np.uint32(row[x])
+                _add(lines[k], np.uint32(weights[y, k]), sums)
             _shift(sums, window[plane, y])
