@@ -1,6 +1,6 @@
 """Reading, augmenting and batching with two loader processes, in the paper's protocol (short side
-260 to 1040, flip, crop 480, batches of 12): ours against the same pictures as a folder of PNG and of
-JPEG files, each with Pillow and the transforms of torchvision's reference programs, which the
+260 to 1040, flip, crop 480, batches of 12): ours against the same pictures as a folder of PNG and
+of JPEG files, each with Pillow and the transforms of torchvision's reference programs, which the
 published code uses. And one picture: the window alone against Pillow's resize of the whole.
 
 Batches are what training gets: uint8, channels first. Whoever resizes with Pillow decodes and

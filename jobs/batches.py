@@ -49,17 +49,13 @@ class TrainingBatches(Dataset[Batch]):
         order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
         first = within * self._protocol.batch_size
         samples = [int(order[first + position]) for position in self._positions]
-        pairs = [self._sample(epoch, sample) for sample in samples]
         height, width = self._protocol.crop
-        images = np.zeros((len(pairs), 3, height, width), np.uint8)
-        target = np.zeros((len(pairs), height, width), np.uint8)
-        for k, (image, label) in enumerate(pairs):
-            images[k], target[k] = image, label
+        images = np.empty((len(samples), 3, height, width), np.uint8)
+        target = np.empty((len(samples), height, width), np.uint8)
+        for into, sample in zip(zip(images, target, strict=True), samples, strict=True):
+            draw = Draw(self._seed, epoch, sample)
+            augmented_sample(self._reader, sample, self._protocol, draw, into)
         return Batch(torch.from_numpy(images), torch.from_numpy(target), self._positions)
-
-    def _sample(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        draw = Draw(self._seed, epoch, sample)
-        return augmented_sample(self._reader, sample, self._protocol, draw)
 
 
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):

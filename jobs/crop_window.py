@@ -76,9 +76,11 @@ class Window:
     def of_label(self, label: Bytes) -> Bytes:
         """The window of the label map, resized to the nearest neighbour, uint8 [h, w].
 
-        label: its `source_rows`, uint8 [rows, W].
+        label: its `source_rows`, contiguous uint8 [rows, W].
         """
-        return label[(self._row - self.source_rows[0])[:, None], self._column]
+        window = np.empty(self.shape, np.uint8)
+        _pick(label, self._row - self.source_rows[0], self._column, window)
+        return window
 
 
 types: Any = numba_types  # it makes its types as it runs
@@ -143,6 +145,15 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
             nearest[stop - 1 - i if mirrored else i - start] = int(place)
         place += scale
     return nearest
+
+
+@_compiled(types.void(_READ, _FIRST, _FIRST, types.uint8[:, ::1]))
+def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
+    column = columns.astype(np.uint32)
+    for y in range(rows.size):
+        line = label[rows[y]]
+        for x in range(column.size):
+            window[y, x] = line[column[x]]
 
 
 # What follows runs on vectors: an image's row of bytes is first packed to one integer a pixel, so
