@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import SplitReader
 from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
-from jobs.augment import Draw, augmented_sample, resize_short_side
+from jobs.augment import Draw, augmented_sample, resized
+from jobs.crop_window import Span, Window
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -67,9 +68,14 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._reader.image(index), self._reader.label(index)
-        image, label = resize_short_side(image, label, self._short_side)
-        image = np.array(image.transpose(2, 0, 1))  # contiguous, and ours to write to
-        return torch.from_numpy(image), torch.from_numpy(np.array(label))
+        height, width = label.shape
+        rows, columns = resized(height, width, self._short_side)
+        if (rows, columns) == label.shape:
+            image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        else:
+            whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
+            image, label = whole.of_image(image), whole.of_label(label)
+        return torch.from_numpy(image), torch.from_numpy(label)
 
 
 def share(batch_size: int, rank: int, world_size: int) -> range:

@@ -10,6 +10,7 @@ of the image that they depend on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -45,7 +46,7 @@ class Window:
         lost = rows.length - rows.resized, columns.length - columns.resized
         self._rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
 
-    @property
+    @cached_property
     def source_rows(self) -> tuple[int, int]:
         """The rows [first, stop) of the image, as it was before the resize, that are needed."""
         first, weights = self._down
