@@ -3,15 +3,19 @@ plotted: by that number, the seconds of each round."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.augmenting import PROTOCOL
-from benchmarks.pictures import large_streets, shard_settings
-from data_prep.pack import pack
+from benchmarks.pictures import REPOSITORY, large_streets, shard_settings
+from data_prep.manifest import Manifest
 from jobs.batches import TrainingBatches, load_steps
 
 PROCESSES = (1, 2, 3, 4)
@@ -21,16 +25,21 @@ SHARD_MB = 9  # so that a large picture and its label map are a shard
 
 
 def packing_growth() -> dict[int, tuple[float, ...]]:
-    """By the number of packing processes, seconds to pack 12 pictures of 2048 x 1024, PNG, into as
-    many shards; the processes' start is part of it."""
+    """By the number of packing processes, seconds that `python -m data_prep.pack` takes for 12
+    pictures of 2048 x 1024, PNG, into as many shards."""
     with large_streets() as pictures, TemporaryDirectory() as name:
-        shards = Path(name) / "shards"
-        settings = shard_settings(pictures.root, shards, SHARD_MB)
+        folder = Path(name)
+        settings = shard_settings(pictures.root, folder / "shards", SHARD_MB).model_dump()
+        lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        (folder / "grid.toml").write_text("\n".join(["[dataset.pictures]", *lines]))
+        command = [sys.executable, "-m", "data_prep.pack", str(folder / "grid.toml")]
 
         def packed(processes: int) -> None:
-            shutil.rmtree(shards, ignore_errors=True)
-            manifest = pack("pictures", settings, processes=processes)
-            assert len(manifest.splits["train"].shards) == len(pictures.reader)
+            shutil.rmtree(folder / "shards", ignore_errors=True)
+            many = [*command, "--processes", str(processes)]
+            subprocess.run(many, check=True, capture_output=True, cwd=REPOSITORY)
+            shards = Manifest.load(folder / "shards").splits["train"].shards
+            assert len(shards) == len(pictures.reader)
 
         return _by_processes(packed)
 
@@ -44,7 +53,9 @@ def reading_growth() -> dict[int, tuple[float, ...]]:
         def read(workers: int) -> None:
             assert sum(1 for _ in load_steps(batches, 0, STEPS, workers)) == STEPS
 
-        return _by_processes(read)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores
+            return _by_processes(read)
 
 
 def _by_processes(work: Callable[[int], None]) -> dict[int, tuple[float, ...]]:
