@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import RandomCrop, functional
 
-from benchmarks.measure import Absent, Found, compare
+from benchmarks.measure import Absent, Found, compare, copy_bandwidth
 from benchmarks.pictures import Pictures, on_all
 from data_prep.settings import VOID
 from jobs.batches import TrainingBatches, load_steps
@@ -100,11 +100,18 @@ def _compared(pictures: Pictures) -> list[Found]:
                 for name, (folder, target) in peers.items()
             },
             rounds=rounds,
-            limit="",
+            limit=_limit(),
             units=steps,
             more={"PNG bytes a pixel": round(pictures.png_bytes_per_pixel, 2)},
         )
     ]
+
+
+def _limit() -> str:
+    """What it takes to hand a batch over, once it is made."""
+    size = 4 * PROTOCOL.batch_size * PROTOCOL.crop[0] * PROTOCOL.crop[1]  # images and label maps
+    rate = copy_bandwidth() / 2
+    return f"copying {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
 
 
 def _no_camvid() -> list[Found]:
