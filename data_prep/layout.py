@@ -36,10 +36,10 @@ class Layout(NamedTuple):
         """How many CRCs it has."""
         return -(-self.rows // BAND_ROWS)
 
-    def bands(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """The bands of rows, as [first, stop), that cover the rows [first, stop)."""
-        starts = range(first // BAND_ROWS * BAND_ROWS, stop, BAND_ROWS)
-        return [(row, min(row + BAND_ROWS, self.rows)) for row in starts]
+    def whole_bands(self, first: int, stop: int) -> tuple[int, int]:
+        """The rows [first, stop) of the bands that cover the rows [first, stop)."""
+        stop = -(-stop // BAND_ROWS) * BAND_ROWS
+        return first // BAND_ROWS * BAND_ROWS, min(stop, self.rows)
 
 
 @dataclass(frozen=True)

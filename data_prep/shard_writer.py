@@ -6,7 +6,6 @@ that gets full while HDF5 writes ends in a crash of the library instead of an er
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.layout import Entry, Layout, frame_sha256, index_table
+from data_prep.checksum import crc32
+from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, index_table
 
 # superblock and object headers of one fixed version, whatever the installed HDF5 prefers
 _LIBVER = ("v110", "v110")
@@ -78,8 +78,8 @@ class ShardWriter:
         lines = np.ascontiguousarray(data).reshape(layout)
         offset = self._begin[arena] + int(self._table[self._added][f"{arena}_offset"])
         _write(self._descriptor, lines.data.cast("B"), offset)
-        bands = layout.bands(0, layout.rows)
-        self._crcs[arena].extend(zlib.crc32(lines[begin:end].data) for begin, end in bands)
+        starts = range(0, layout.rows, BAND_ROWS)
+        self._crcs[arena].extend(crc32(lines[row : row + BAND_ROWS].data) for row in starts)
 
     def _finish(self) -> None:
         assert self._added == len(self._entries), "every entry needs its sample"

@@ -16,7 +16,6 @@ index's table, `shard_writer.py` the writer."""
 from __future__ import annotations
 
 import os
-import zlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -25,12 +24,16 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.checksum import crc32
 from data_prep.images import BadFile, decode_rgb
 from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, read_entry
 from data_prep.manifest import Manifest, ShardSummary, check_length, remedy
 from hpc.atomic import Damaged
 
 Bytes = NDArray[np.uint8]
+
+# Bytes that are read at once: they are still in a core's own cache when their CRCs are computed.
+_CACHED = 2**20
 
 
 class ShardFile:
@@ -156,7 +159,7 @@ class _Arena:
         layouts: list[Layout],
         crcs: NDArray[np.uint32],
     ) -> None:
-        self._path, self._layouts, self._crcs = path, layouts, crcs
+        self._path, self._layouts, self._crcs = path, layouts, crcs.tolist()
         self._begins = [begin + int(offset) for offset in offsets]
         self._first_crc = list(accumulate((one.num_bands for one in layouts), initial=0))
 
@@ -165,20 +168,37 @@ class _Arena:
         layout = self._layouts[k]
         first, stop = rows
         assert 0 <= first < stop <= layout.rows, f"rows {rows} of {layout.rows}"
-        bands = layout.bands(first, stop)
-        top, width = bands[0][0], layout.row_bytes
-        data = np.empty((bands[-1][1] - top) * width, np.uint8)
+        top, bottom = layout.whole_bands(first, stop)
+        width = layout.row_bytes
+        data = np.empty((bottom - top) * width, np.uint8)
+        left, offset, row = data.data, self._begins[k] + top * width, top
+        step = max(1, _CACHED // (BAND_ROWS * width)) * BAND_ROWS
+        while left:
+            piece, left = left[: step * width], left[step * width :]
+            self._fill(piece, descriptor, offset, what)
+            self._check(piece, k, row, what)
+            offset, row = offset + len(piece), row + step
+        return data[(first - top) * width : (stop - top) * width]
+
+    def _fill(self, piece: memoryview, descriptor: int, offset: int, what: str) -> None:
+        """Read what lies at `offset`."""
         try:
-            found = _read_into(descriptor, data, self._begins[k] + top * width)
+            found = _read_into(descriptor, piece, offset)
         except OSError as error:
             raise self._damaged(what, f"cannot be read: {error.strerror}") from error
-        if found < data.size:
-            raise self._damaged(what, f"the file ends {data.size - found} bytes early")
-        for begin, end in bands:
-            crc = zlib.crc32(data[(begin - top) * width : (end - top) * width].data)
-            if crc != self._crcs[self._first_crc[k] + begin // BAND_ROWS]:
-                raise self._damaged(what, f"checksum of rows {begin} to {end - 1} does not fit")
-        return data[(first - top) * width : (stop - top) * width]
+        if found < len(piece):
+            raise self._damaged(what, f"the file ends at least {len(piece) - found} bytes early")
+
+    def _check(self, piece: memoryview, k: int, row: int, what: str) -> None:
+        """Compare the bands of sample `k` from `row` on with their CRCs."""
+        size = BAND_ROWS * self._layouts[k].row_bytes
+        number = self._first_crc[k] + row // BAND_ROWS
+        for begin in range(0, len(piece), size):
+            if crc32(piece[begin : begin + size]) != self._crcs[number]:
+                first = (number - self._first_crc[k]) * BAND_ROWS
+                last = min(first + BAND_ROWS, self._layouts[k].rows) - 1
+                raise self._damaged(what, f"checksum of rows {first} to {last} does not fit")
+            number += 1
 
     def _damaged(self, what: str, reason: str) -> Damaged:
         return Damaged(f"{self._path}: {what} is damaged ({reason}); {remedy(self._path)}")
@@ -191,10 +211,10 @@ def _frame_damage(summary: ShardSummary) -> str:
     )
 
 
-def _read_into(descriptor: int, data: Bytes, offset: int) -> int:
+def _read_into(descriptor: int, piece: memoryview, offset: int) -> int:
     done = 0
-    while done < data.size:  # a signal may cut a read on a network file system short
-        got = os.preadv(descriptor, [data[done:].data], offset + done)
+    while done < len(piece):  # a signal may cut a read on a network file system short
+        got = os.preadv(descriptor, [piece[done:]], offset + done)
         if got == 0:
             break
         done += got

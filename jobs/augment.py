@@ -73,16 +73,22 @@ def draw_view(height: int, width: int, protocol: Protocol, draw: Draw) -> View:
 
 
 def augmented_sample(
-    reader: SplitReader, i: int, protocol: Protocol, draw: Draw
+    reader: SplitReader,
+    i: int,
+    protocol: Protocol,
+    draw: Draw,
+    into: tuple[Bytes, Bytes] | None = None,
 ) -> tuple[Bytes, Bytes]:
     """Sample `i` as `augment` makes it from its image and label map, but reading and resizing only
-    what its view shows. Returns uint8 [3, h, w], channels first, and [h, w]."""
+    what its view shows. Returns uint8 [3, h, w], channels first, and [h, w]: the arrays `into`,
+    whatever they held, or new ones."""
     height, width = reader.size(i)
     view = draw_view(height, width, protocol, draw)
     window = view.window(height, width)
-    image = np.zeros((3, *protocol.crop), np.uint8)
-    label = np.full(protocol.crop, VOID, np.uint8)
+    image, label = into or (np.empty((3, *protocol.crop), np.uint8), np.empty(protocol.crop, "u1"))
     rows, columns = view.shape
+    if view.shape != protocol.crop:
+        image[:], label[:] = 0, VOID
     image[:, :rows, :columns] = window.of_image(reader.image(i, window.source_rows))
     label[:rows, :columns] = window.of_label(reader.label(i, window.source_rows))
     return image, label

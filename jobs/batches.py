@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import SplitReader
 from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
-from jobs.augment import Draw, augmented_sample, resize_short_side
+from jobs.augment import Draw, augmented_sample, resized
+from jobs.crop_window import Span, Window
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -59,17 +60,13 @@ class TrainingBatches(Dataset[Batch]):
         order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
         first = within * self._protocol.batch_size
         samples = [int(order[first + position]) for position in self._positions]
-        pairs = [self._sample(epoch, sample) for sample in samples]
         height, width = self._protocol.crop
-        images = np.zeros((len(pairs), 3, height, width), np.uint8)
-        target = np.zeros((len(pairs), height, width), np.uint8)
-        for k, (image, label) in enumerate(pairs):
-            images[k], target[k] = image, label
+        images = np.empty((len(samples), 3, height, width), np.uint8)
+        target = np.empty((len(samples), height, width), np.uint8)
+        for into, sample in zip(zip(images, target, strict=True), samples, strict=True):
+            draw = Draw(self._seed, epoch, sample)
+            augmented_sample(self._reader, sample, self._protocol, draw, into)
         return Batch(torch.from_numpy(images), torch.from_numpy(target), self._positions)
-
-    def _sample(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        draw = Draw(self._seed, epoch, sample)
-        return augmented_sample(self._reader, sample, self._protocol, draw)
 
 
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
@@ -81,9 +78,14 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._reader.image(index), self._reader.label(index)
-        image, label = resize_short_side(image, label, self._short_side)
-        image = np.array(image.transpose(2, 0, 1))  # contiguous, and ours to write to
-        return torch.from_numpy(image), torch.from_numpy(np.array(label))
+        height, width = label.shape
+        rows, columns = resized(height, width, self._short_side)
+        if (rows, columns) == label.shape:
+            image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        else:
+            whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
+            image, label = whole.of_image(image), whole.of_label(label)
+        return torch.from_numpy(image), torch.from_numpy(label)
 
 
 def share(batch_size: int, rank: int, world_size: int) -> range:

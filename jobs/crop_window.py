@@ -10,6 +10,7 @@ of the image that they depend on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,8 +23,6 @@ Ints = NDArray[np.int32]
 T = TypeVar("T")
 
 _BITS = 22  # PRECISION_BITS of Resample.c: 32 less 8 of a value less 2 of overshoot
-_HALF = 1 << (_BITS - 1)
-_WHITE = np.int32(255)
 
 
 class Span(NamedTuple):
@@ -47,7 +46,7 @@ class Window:
         lost = rows.length - rows.resized, columns.length - columns.resized
         self._rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
 
-    @property
+    @cached_property
     def source_rows(self) -> tuple[int, int]:
         """The rows [first, stop) of the image, as it was before the resize, that are needed."""
         first, weights = self._down
@@ -64,27 +63,30 @@ class Window:
         down = self._down[0] - self.source_rows[0], self._down[1]
         num_rows, num_columns = self.shape
         window = np.empty((3, num_rows, num_columns), np.uint8)
+        lines = image.reshape(len(image), -1)
         if self._rows_first:
-            between = np.empty((num_rows, *image.shape[1:]), np.uint8)
-            flat = image.reshape(1, len(image), -1)
-            _resize_rows(flat, *down, between.reshape(1, num_rows, -1))
-            _resize_columns(between, *self._across, window)
+            between = np.empty((1, num_rows, lines.shape[1]), np.uint8)
+            _resize_rows(lines[None], *down, between)
+            _resize_columns(between[0], *self._across, window)
         else:
             planes = np.empty((3, len(image), num_columns), np.uint8)
-            _resize_columns(image, *self._across, planes)
+            _resize_columns(lines, *self._across, planes)
             _resize_rows(planes, *down, window)
         return window
 
     def of_label(self, label: Bytes) -> Bytes:
         """The window of the label map, resized to the nearest neighbour, uint8 [h, w].
 
-        label: its `source_rows`, uint8 [rows, W].
+        label: its `source_rows`, contiguous uint8 [rows, W].
         """
-        return label[(self._row - self.source_rows[0])[:, None], self._column]
+        window = np.empty(self.shape, np.uint8)
+        _pick(label, self._row - self.source_rows[0], self._column, window)
+        return window
 
 
 types: Any = numba_types  # it makes its types as it runs
-_READ = types.Array(types.uint8, 3, "C", readonly=True)  # one that may be written to fits too
+_READ = types.Array(types.uint8, 2, "C", readonly=True)  # one that may be written to fits too
+_PLANES = types.Array(types.uint8, 3, "C", readonly=True)
 _WRITTEN, _FIRST, _WEIGHTS = types.uint8[:, :, ::1], types.int32[::1], types.int32[:, ::1]
 _SPAN = (types.int64, types.int64, types.int64, types.int64, types.boolean)
 
@@ -146,33 +148,88 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
     return nearest
 
 
+@_compiled(types.void(_READ, _FIRST, _FIRST, types.uint8[:, ::1]))
+def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
+    column = columns.astype(np.uint32)
+    for y in range(rows.size):
+        line = label[rows[y]]
+        for x in range(column.size):
+            window[y, x] = line[column[x]]
+
+
+# What follows runs on vectors: an image's row of bytes is first packed to one integer a pixel, so
+# that a tap fetches a pixel with one load, apart from the arithmetic. All numbers are unsigned:
+# numba looks for negative indices otherwise, and takes 64 bits where 32 are enough.
+_ROUNDED_UP, _SHIFT, _MOST = np.uint32(1 << (_BITS - 1)), np.uint32(_BITS), np.uint32(255)
+_ONE, _TWO, _THREE, _BYTE, _TWO_BYTES = (np.uint32(number) for number in (1, 2, 3, 8, 16))
+
+
+@njit
+def _pack(row: Bytes, packed: Any) -> None:
+    for x in range(np.uint64(packed.size)):
+        red, green, blue = row[_THREE * x], row[_THREE * x + _ONE], row[_THREE * x + _TWO]
+        packed[x] = np.uint32(red) | np.uint32(green) << _BYTE | np.uint32(blue) << _TWO_BYTES
+
+
+@njit
+def _add_colours(pixels: Any, weights: Any, reds: Any, greens: Any, blues: Any) -> None:
+    for x in range(pixels.size):
+        pixel, weight = pixels[x], weights[x]
+        reds[x] += weight * (pixel & _MOST)
+        greens[x] += weight * (pixel >> _BYTE & _MOST)
+        blues[x] += weight * (pixel >> _TWO_BYTES)
+
+
+@njit
+def _add(line: Bytes, weight: np.uint32, sums: Any) -> None:
+    for x in range(sums.size):
+        sums[x] += weight * np.uint32(line[x])
+
+
+@njit
+def _blend(one: Bytes, other: Bytes, weights: Ints, values: Bytes) -> None:
+    first, second = np.uint32(weights[0]), np.uint32(weights[1])
+    for x in range(values.size):
+        total = _ROUNDED_UP + first * np.uint32(one[x]) + second * np.uint32(other[x])
+        values[x] = min(total >> _SHIFT, _MOST)
+
+
+@njit
+def _shift(sums: Any, values: Bytes) -> None:
+    for x in range(sums.size):
+        values[x] = min(sums[x] >> _SHIFT, _MOST)
+
+
 @_compiled(types.void(_READ, _FIRST, _WEIGHTS, _WRITTEN))
 def _resize_columns(image: Bytes, first: Ints, weights: Ints, planes: Bytes) -> None:
     num_columns, num_taps = weights.shape
+    begin, end = first.min(), first.max() + num_taps
+    packed, start = np.empty(end - begin, np.uint32), (first - begin).astype(np.uint32)
+    by_tap = weights.T.copy().astype(np.uint32)
+    pixels, sums = np.empty(num_columns, np.uint32), np.empty((3, num_columns), np.uint32)
     for y in range(image.shape[0]):
-        for x in range(num_columns):
-            red = green = blue = np.int32(_HALF)
-            for k in range(num_taps):
-                weight, at = weights[x, k], first[x] + k
-                red += weight * np.int32(image[y, at, 0])
-                green += weight * np.int32(image[y, at, 1])
-                blue += weight * np.int32(image[y, at, 2])
-            planes[0, y, x] = min(red >> _BITS, _WHITE)
-            planes[1, y, x] = min(green >> _BITS, _WHITE)
-            planes[2, y, x] = min(blue >> _BITS, _WHITE)
+        _pack(image[y, 3 * begin : 3 * end], packed)
+        sums[:] = _ROUNDED_UP
+        for k in range(num_taps):
+            tap = packed[k:]
+            for x in range(num_columns):
+                pixels[x] = tap[start[x]]
+            _add_colours(pixels, by_tap[k], sums[0], sums[1], sums[2])
+        for plane in range(3):
+            _shift(sums[plane], planes[plane, y])
 
 
-@_compiled(types.void(_READ, _FIRST, _WEIGHTS, _WRITTEN))
+@_compiled(types.void(_PLANES, _FIRST, _WEIGHTS, _WRITTEN))
 def _resize_rows(planes: Bytes, first: Ints, weights: Ints, window: Bytes) -> None:
     num_rows, num_taps = weights.shape
-    width = planes.shape[2]
-    total = np.empty(width, np.int32)
+    sums = np.empty(planes.shape[2], np.uint32)
     for plane in range(planes.shape[0]):
         for y in range(num_rows):
-            total[:] = _HALF
+            lines = planes[plane, first[y] : first[y] + num_taps]
+            if num_taps == 2:  # whenever rows are enlarged
+                _blend(lines[0], lines[1], weights[y], window[plane, y])
+                continue
+            sums[:] = _ROUNDED_UP
             for k in range(num_taps):
-                weight, row = weights[y, k], planes[plane, first[y] + k]
-                for x in range(width):
-                    total[x] += weight * np.int32(row[x])
-            for x in range(width):
-                window[plane, y, x] = min(total[x] >> _BITS, _WHITE)
+                _add(lines[k], np.uint32(weights[y, k]), sums)
+            _shift(sums, window[plane, y])

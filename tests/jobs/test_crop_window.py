@@ -114,3 +114,16 @@ def test_a_sample_is_what_the_plain_way_makes_of_the_whole_picture(streets, resi
         expected_image, expected_label = augment(*whole, protocol, Draw(seed, 0, sample))
         np.testing.assert_array_equal(image.transpose(1, 2, 0), expected_image)
         np.testing.assert_array_equal(label, expected_label)
+
+
+def test_a_sample_is_the_same_in_arrays_that_held_another(streets):
+    """Where a crop reaches beyond its picture, nothing of the other is left."""
+    reader = SplitReader(streets, "train")
+    protocol = Protocol(resize=(20, 60), crop=(48, 70), flip=0.5)
+    used = np.full((3, 48, 70), 7, np.uint8), np.full((48, 70), 7, np.uint8)
+    for sample in range(8):
+        fresh = augmented_sample(reader, sample, protocol, Draw(1, 0, sample))
+        found = augmented_sample(reader, sample, protocol, Draw(1, 0, sample), used)
+        assert found[0] is used[0] and found[1] is used[1]
+        np.testing.assert_array_equal(found[0], fresh[0])
+        np.testing.assert_array_equal(found[1], fresh[1])

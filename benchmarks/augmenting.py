@@ -1,0 +1,152 @@
+"""Reading, augmenting and batching with two loader processes, in the paper's protocol (short side
+260 to 1040, flip, crop 480, batches of 12): ours against the same pictures as a folder of PNG and
+of JPEG files, each with Pillow and the transforms of torchvision's reference programs, which the
+published code uses. And one picture: the window alone against Pillow's resize of the whole.
+
+Batches are what training gets: uint8, channels first. Whoever resizes with Pillow decodes and
+resizes whole pictures; ours reads and resizes what the crop shows, to the same bytes as Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision.transforms import RandomCrop, functional
+
+from benchmarks.measure import Absent, Found, compare, copy_bandwidth
+from benchmarks.pictures import Pictures, on_all
+from data_prep.settings import VOID
+from jobs.batches import TrainingBatches, load_steps
+from jobs.crop_window import Span, Window
+from jobs.protocol import Protocol
+
+PROTOCOL = Protocol(batch_size=12)  # the paper's, as are all defaults
+WORKERS = 2
+WHAT = "read, augment and batch, two workers"
+PNG, JPEG = "PNG folder, Pillow", "JPEG folder, Pillow"
+# by set: the ratios to PNG and to JPEG that were aimed at; batches of a round; rounds
+SETS = {"CamVid": (6.0, 4.0, 48, 5), "2048 x 1024": (10.0, 4.0, 12, 3)}
+# (height, width) of a picture, what it is resized to, and the side of the crop from its middle
+WINDOWS = (
+    ((360, 480), (400, 533), 320),
+    ((360, 480), (260, 347), 260),
+    ((1024, 2048), (700, 1400), 480),
+    ((1024, 2048), (1500, 3000), 480),
+)
+
+
+def measure() -> list[Found]:
+    """Seconds a batch of 12, loaders' start included, and a picture."""
+    found = on_all(_compared, _no_camvid)
+    return found + [one for case in WINDOWS for one in _window(*case)]
+
+
+class Folder(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures as Pillow and torchvision's reference transforms make samples of them: uint8
+    [3, h, w] and [h, w]."""
+
+    def __init__(self, images: list[Path], labels: list[Path]) -> None:
+        self._pairs = list(zip(images, labels, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image, label = (Image.open(file) for file in self._pairs[i])
+        image, label = _randomly_cropped(*_randomly_resized(image.convert("RGB"), label))
+        return functional.pil_to_tensor(image), torch.from_numpy(np.array(label))
+
+
+def _randomly_resized(image: Image.Image, label: Image.Image) -> tuple[Image.Image, Image.Image]:
+    smallest, largest = PROTOCOL.resize
+    side = int(torch.randint(smallest, largest + 1, ()))
+    image = functional.resize(image, [side], antialias=True)
+    label = functional.resize(label, [side], functional.InterpolationMode.NEAREST)
+    if torch.rand(()) < PROTOCOL.flip:
+        return functional.hflip(image), functional.hflip(label)
+    return image, label
+
+
+def _randomly_cropped(image: Image.Image, label: Image.Image) -> tuple[Image.Image, Image.Image]:
+    rows, columns = PROTOCOL.crop
+    beyond = [0, 0, max(columns - image.width, 0), max(rows - image.height, 0)]
+    if any(beyond):
+        image, label = functional.pad(image, beyond), functional.pad(label, beyond, fill=VOID)
+    place = RandomCrop.get_params(image, (rows, columns))
+    return functional.crop(image, *place), functional.crop(label, *place)
+
+
+def _compared(pictures: Pictures) -> list[Found]:
+    to_png, to_jpeg, steps, rounds = SETS[pictures.name]
+    labels = pictures.files("labels")
+    peers = {
+        PNG: (Folder(pictures.files("png"), labels), to_png),
+        JPEG: (Folder(pictures.files("jpeg"), labels), to_jpeg),
+    }
+    batches = TrainingBatches(pictures.reader, PROTOCOL, seed=0, rank=0, world_size=1)
+    return [
+        *compare(
+            f"{WHAT}, {pictures.name}",
+            lambda: _drain(load_steps(batches, 0, steps, WORKERS), steps),
+            {
+                name: (partial(_load, folder, steps), target)
+                for name, (folder, target) in peers.items()
+            },
+            rounds=rounds,
+            limit=_limit(),
+            units=steps,
+            more={"PNG bytes a pixel": round(pictures.png_bytes_per_pixel, 2)},
+        )
+    ]
+
+
+def _limit() -> str:
+    """What it takes to hand a batch over, once it is made."""
+    size = 4 * PROTOCOL.batch_size * PROTOCOL.crop[0] * PROTOCOL.crop[1]  # images and label maps
+    rate = copy_bandwidth() / 2
+    return f"copying {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
+
+
+def _no_camvid() -> list[Found]:
+    return [Absent(f"{WHAT}, CamVid", peer, "CamVid is not there") for peer in (PNG, JPEG)]
+
+
+def _load(folder: Folder, steps: int) -> None:
+    samples = RandomSampler(folder, replacement=True, num_samples=steps * PROTOCOL.batch_size)
+    _drain(DataLoader(folder, PROTOCOL.batch_size, sampler=samples, num_workers=WORKERS), steps)
+
+
+def _drain(batches: Iterable[object], steps: int) -> None:
+    assert sum(1 for _ in batches) == steps
+
+
+def _window(size: tuple[int, int], resized: tuple[int, int], side: int) -> list[Found]:
+    """A crop from the middle of one picture that was resized, from its pixels in memory."""
+    image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+    whole, width_first = Image.fromarray(image), resized[::-1]
+    top, left = ((length - side) // 2 for length in resized)
+
+    def ours() -> NDArray[np.uint8]:
+        rows = Span(size[0], resized[0], top, top + side)
+        window = Window(rows, Span(size[1], resized[1], left, left + side))
+        return window.of_image(image[slice(*window.source_rows)])
+
+    def pillows() -> NDArray[np.uint8]:
+        resample = Image.Resampling.BILINEAR
+        box = left, top, left + side, top + side
+        return np.asarray(whole.resize(width_first, resample).crop(box)).transpose(2, 0, 1)
+
+    assert np.array_equal(ours(), pillows())
+    what = f"one picture, window only: {_shown(size)} to {_shown(resized)}, crop {side}"
+    return [*compare(what, ours, {"Pillow, the whole, then cropped": (pillows, 0.0)})]
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return " x ".join(map(str, size))

@@ -1,0 +1,70 @@
+"""How the cost of packing and of reading goes with the number of processes. Numbers only, to be
+plotted: by that number, the seconds of each round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.augmenting import PROTOCOL
+from benchmarks.pictures import REPOSITORY, large_streets, shard_settings
+from data_prep.manifest import Manifest
+from jobs.batches import TrainingBatches, load_steps
+
+PROCESSES = (1, 2, 3, 4)
+ROUNDS = 3
+STEPS = 24  # batches that are read
+SHARD_MB = 9  # so that a large picture and its label map are a shard
+
+
+def packing_growth() -> dict[int, tuple[float, ...]]:
+    """By the number of packing processes, seconds that `python -m data_prep.pack` takes for 12
+    pictures of 2048 x 1024, PNG, into as many shards."""
+    with large_streets() as pictures, TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = shard_settings(pictures.root, folder / "shards", SHARD_MB).model_dump()
+        lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        (folder / "grid.toml").write_text("\n".join(["[dataset.pictures]", *lines]))
+        command = [sys.executable, "-m", "data_prep.pack", str(folder / "grid.toml")]
+
+        def packed(processes: int) -> None:
+            shutil.rmtree(folder / "shards", ignore_errors=True)
+            many = [*command, "--processes", str(processes)]
+            subprocess.run(many, check=True, capture_output=True, cwd=REPOSITORY)
+            shards = Manifest.load(folder / "shards").splits["train"].shards
+            assert len(shards) == len(pictures.reader)
+
+        return _by_processes(packed)
+
+
+def reading_growth() -> dict[int, tuple[float, ...]]:
+    """By the number of loader processes, seconds for `STEPS` batches of 12 crops of 480 of pictures
+    of 2048 x 1024, read, augmented and handed over; the processes' start is part of it."""
+    with large_streets() as pictures:
+        batches = TrainingBatches(pictures.reader, PROTOCOL, seed=0, rank=0, world_size=1)
+
+        def read(workers: int) -> None:
+            assert sum(1 for _ in load_steps(batches, 0, STEPS, workers)) == STEPS
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores
+            return _by_processes(read)
+
+
+def _by_processes(work: Callable[[int], None]) -> dict[int, tuple[float, ...]]:
+    """All numbers have a turn in each round, after one to warm up."""
+    work(PROCESSES[-1])
+    seconds: dict[int, list[float]] = {number: [] for number in PROCESSES}
+    for _ in range(ROUNDS):
+        for number in PROCESSES:
+            start = time.perf_counter()
+            work(number)
+            seconds[number].append(time.perf_counter() - start)
+    return {number: tuple(found) for number, found in seconds.items()}

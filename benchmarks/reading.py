@@ -1,0 +1,102 @@
+"""Reading: an image and its label map as uint8 arrays, one process, everything in the page cache;
+shards against the same pictures as a folder of PNG, a tar of PNG, and MosaicML Streaming's shards
+of PNG and of raw arrays (`benchmarks/readers.py`).
+
+Ours compares every byte with its CRC, the others take what they find."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.measure import Absent, Found, compare, copy_bandwidth, in_turns
+from benchmarks.pictures import Pictures, on_all
+from benchmarks.readers import NEEDS, STREAMING_RAW, Pairs, readers, why_absent
+from data_prep import shards
+from data_prep.checksum import crc32
+
+TARGET, TARGET_RAW = 100.0, 2.0
+ROUNDS = 5
+WHAT = "read and decode, one process"
+OTHERS = ("torchvision, PNG folder", *NEEDS)
+
+
+def measure() -> list[Found]:
+    """Seconds a pair of image and label map."""
+    return on_all(_compared, _no_camvid)
+
+
+def _compared(pictures: Pictures) -> list[Found]:
+    what = f"{WHAT}, {pictures.name}"
+    peers = readers(pictures)
+    for name, start in peers.items():
+        _check_same(_ours(pictures), start(), name)
+    found: list[Found] = list(
+        compare(
+            what,
+            partial(_drain, partial(_ours, pictures)),
+            {name: (partial(_drain, start), _target(name)) for name, start in peers.items()},
+            rounds=ROUNDS,
+            limit=_limit(pictures),
+            units=len(pictures.reader),
+            more=_more(pictures),
+        )
+    )
+    return found + [Absent(what, name, why) for name in OTHERS if (why := why_absent(name))]
+
+
+def _no_camvid() -> list[Found]:
+    return [Absent(f"{WHAT}, CamVid", name, "CamVid is not there") for name in OTHERS]
+
+
+def _target(peer: str) -> float:
+    return TARGET_RAW if peer == STREAMING_RAW else TARGET
+
+
+def _ours(pictures: Pictures) -> Pairs:
+    reader = pictures.reader
+    for i in range(len(reader)):
+        yield reader.image(i), reader.label(i)
+
+
+def _drain(start: Callable[[], Iterable[object]]) -> None:
+    for _ in start():
+        pass
+
+
+def _check_same(ours: Pairs, theirs: Pairs, peer: str) -> None:
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        same = all(np.array_equal(a, b) for a, b in zip(mine, other, strict=True))
+        assert same, f"{peer} gives other pixels than ours for picture {number}"
+
+
+def _pair_bytes(pictures: Pictures) -> float:
+    reader = pictures.reader
+    sizes = [height * width for height, width in map(reader.size, range(len(reader)))]
+    return 4 * sum(sizes) / len(sizes)  # three of the image and one of the label map
+
+
+def _limit(pictures: Pictures) -> str:
+    size, rate = _pair_bytes(pictures), copy_bandwidth() / 2
+    return f"copying {size / 1e6:.2f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
+
+
+def _more(pictures: Pictures) -> dict[str, float | str]:
+    """What the checks cost, and how far PNG shrinks the pictures."""
+    ours, units = partial(_drain, partial(_ours, pictures)), len(pictures.reader)
+
+    def unchecked() -> None:
+        with patch.object(shards._Arena, "_check", lambda *_: None):
+            ours()
+
+    found = in_turns({"with CRCs": ours, "without": unchecked}, ROUNDS)
+    seconds = {f"ours {how}, s": statistics.median(s) / units for how, s in found.items()}
+    return {
+        "PNG bytes a pixel": round(pictures.png_bytes_per_pixel, 2),
+        "CRCs by": crc32.__module__ or "",
+        **seconds,
+    }
