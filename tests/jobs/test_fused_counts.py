@@ -8,12 +8,14 @@ lead there. All other pixels must be counted where float64 has them.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from jobs.evaluate import count
-from jobs.fused_counts import bin_edges, count_upsampled
+from jobs.fused_counts import axis, bin_edges, count_upsampled
 from jobs.fused_kernel import exp_negative, log_of_sum
 from jobs.metrics.accumulate import LARGEST_NLL, count_image
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
@@ -33,6 +35,8 @@ SHAPES = [
     (4, (5, 7), (40, 56), 1e4, 10),
     (6, (4, 4), (30, 29), 5.0, 100),
     (2, (3, 9), (20, 601), 3.0, 1),  # wider than the kernel takes at once
+    (1, (2, 40), (5, 700), 3.0, 10),  # rows of scores that add up to more than 2^32 steps
+    (2, (2, 3), (5, 900), 3.0, 4),
     (5, (30, 40), (13, 17), 3.0, 10),  # smaller than the logits
     (5, (12, 5), (7, 45), 3.0, 2),
     (1, (3, 4), (20, 30), 3.0, 10),
@@ -176,6 +180,19 @@ def test_any_number_of_threads_gives_the_same_bits(bins):
     alone = by("fused", logits, target, bins)
     for threads in (2, 3, 5):
         assert by("fused", logits, target, bins, threads).equals(alone)
+
+
+@pytest.mark.parametrize(("places", "pixels"), [(65, 520), (87, 693), (7, 3), (9, 9), (257, 2048)])
+def test_a_pixels_position_among_the_logits_is_rounded_once(places, pixels):
+    scale = Fraction(float(np.float32(places) / np.float32(pixels)))
+    found = axis(places, pixels)
+    for x in range(pixels):
+        exact = max(scale * (x + Fraction(1, 2)) - Fraction(1, 2), Fraction(0))
+        position = Fraction(float(np.float32(float(exact))))
+        assert found.first[x] == min(int(position), places - 1)
+        if found.first[x] < places - 1:
+            assert found.second[x] == found.first[x] + 1
+            assert found.far[x] == np.float32(float(position - int(position)))
 
 
 @pytest.mark.parametrize("bins", range(1, 101))
