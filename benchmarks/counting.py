@@ -3,8 +3,8 @@ histograms of scores by class and of the highest score, Brier and nll.
 
 Ours in one pass (`counting = "fused"`) against what one would write with PyTorch, against
 torchmetrics, which counts less (no histograms by class, no Brier, no nll), and against our own
-reference. A picture of 520 x 693, 21 classes, 10 bins; logits of noise, so that all bins are in use.
-All of them on as many threads as there are cores.
+reference. A picture of 520 x 693, 21 classes, 10 bins; logits of noise, so that all bins are in
+use. All of them on as many threads as there are cores.
 """
 
 from __future__ import annotations
