@@ -186,8 +186,9 @@ def _add_bins(
     in_use = 1
     while highest >= np.int64(edges[in_use] * _ONE):
         in_use += 1
-    count[0], total[0] = labelled, _reached(row, fixed, _ZERO, _ZERO)[1]
-    for k in range(1, in_use, 2):
+    _, total[0], count[1], total[1] = _reached(row, fixed, _ZERO, edges[1])
+    count[0] = labelled  # void pixels reach it too
+    for k in range(2, in_use, 2):
         count[k], total[k], count[k + 1], total[k + 1] = _reached(
             row, fixed, edges[k], edges[k + 1]
         )
