@@ -9,18 +9,17 @@ of the image that they depend on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
-from numba import types as numba_types
 from numpy.typing import NDArray
+
+from jobs.compiled import compiled, types
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
-T = TypeVar("T")
 
 _BITS = 22  # PRECISION_BITS of Resample.c: 32 less 8 of a value less 2 of overshoot
 
@@ -84,27 +83,13 @@ class Window:
         return window
 
 
-types: Any = numba_types  # it makes its types as it runs
 _READ = types.Array(types.uint8, 2, "C", readonly=True)  # one that may be written to fits too
 _PLANES = types.Array(types.uint8, 3, "C", readonly=True)
 _WRITTEN, _FIRST, _WEIGHTS = types.uint8[:, :, ::1], types.int32[::1], types.int32[:, ::1]
 _SPAN = (types.int64, types.int64, types.int64, types.int64, types.boolean)
 
 
-def _compiled(signature: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Compile a function now, or take what an earlier process has compiled and kept. Where nothing
-    can be kept, on a full disk or without a home, each process compiles for itself."""
-
-    def compiled(function: Callable[..., T]) -> Callable[..., T]:
-        try:
-            return njit(signature, cache=True)(function)
-        except (RuntimeError, OSError):
-            return njit(signature)(function)
-
-    return compiled
-
-
-@_compiled(types.Tuple((_FIRST, _WEIGHTS))(*_SPAN))
+@compiled(types.Tuple((_FIRST, _WEIGHTS))(*_SPAN))
 def _bilinear(
     length: int, resized: int, start: int, stop: int, mirrored: bool
 ) -> tuple[Ints, Ints]:
@@ -135,7 +120,7 @@ def _bilinear(
     return first, weights
 
 
-@_compiled(_FIRST(*_SPAN))
+@compiled(_FIRST(*_SPAN))
 def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -> Ints:
     """The pixel that each pixel of a span shows."""
     scale = length / resized
@@ -148,7 +133,7 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
     return nearest
 
 
-@_compiled(types.void(_READ, _FIRST, _FIRST, types.uint8[:, ::1]))
+@compiled(types.void(_READ, _FIRST, _FIRST, types.uint8[:, ::1]))
 def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
     column = columns.astype(np.uint32)
     for y in range(rows.size):
@@ -200,7 +185,7 @@ def _shift(sums: Any, values: Bytes) -> None:
         values[x] = min(sums[x] >> _SHIFT, _MOST)
 
 
-@_compiled(types.void(_READ, _FIRST, _WEIGHTS, _WRITTEN))
+@compiled(types.void(_READ, _FIRST, _WEIGHTS, _WRITTEN))
 def _resize_columns(image: Bytes, first: Ints, weights: Ints, planes: Bytes) -> None:
     num_columns, num_taps = weights.shape
     begin, end = first.min(), first.max() + num_taps
@@ -219,7 +204,7 @@ def _resize_columns(image: Bytes, first: Ints, weights: Ints, planes: Bytes) -> 
             _shift(sums[plane], planes[plane, y])
 
 
-@_compiled(types.void(_PLANES, _FIRST, _WEIGHTS, _WRITTEN))
+@compiled(types.void(_PLANES, _FIRST, _WEIGHTS, _WRITTEN))
 def _resize_rows(planes: Bytes, first: Ints, weights: Ints, window: Bytes) -> None:
     num_rows, num_taps = weights.shape
     sums = np.empty(planes.shape[2], np.uint32)

@@ -13,6 +13,7 @@ from torch import Tensor
 from data_prep.shards import SplitReader
 from hpc.groups import Group
 from jobs.batches import EvaluationImages, load_images
+from jobs.fused_counts import count_upsampled
 from jobs.metrics.accumulate import count_image
 from jobs.metrics.counts import Counts
 from jobs.models.build import normalise, upsample
@@ -59,10 +60,18 @@ def evaluate(
             for cell, output in enumerate(logits):
                 broken[cell] |= not bool(torch.isfinite(output).all())
                 if not broken[cell]:
-                    scores = upsample(output.float(), (target.shape[0], target.shape[1]))[0]
-                    counts[cell] += count_image(scores, target.to(group.device), protocol.bins)
+                    counts[cell] += count(output[0], target, protocol)
     agreed = [bool(group.max(b)) for b in broken]
     return [None if b else _sum_over_ranks(c, group) for b, c in zip(agreed, counts, strict=True)]
+
+
+def count(logits: Tensor, target: Tensor, protocol: Protocol) -> Counts:
+    """Counts of one image from its logits [C, h, w] and label map uint8 [H, W], as the protocol's
+    `counting` says. Raises `ValueError` for what cannot be counted."""
+    if protocol.counting == "fused":
+        return count_upsampled(logits, target, protocol.bins, protocol.threads)
+    scores = upsample(logits[None].float(), (target.shape[0], target.shape[1]))[0]
+    return count_image(scores, target.to(logits.device), protocol.bins)
 
 
 def _sum_over_ranks(counts: Counts, group: Group) -> Counts:

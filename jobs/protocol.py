@@ -65,6 +65,8 @@ class Protocol(Settings):
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
     bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
+    # fused: one pass on the processor, whatever the device; reference: plain PyTorch on the device
+    counting: Literal["fused", "reference"] = "fused"
     pretrain: Pretrain = Pretrain()
 
     threads: Threads = 2  # CPU threads a rank
@@ -119,7 +121,8 @@ class Protocol(Settings):
     def backbone_json(self) -> str:
         """As `result_json`, without what leaves a backbone that `weights = "pretrain"` trains as it
         is."""
-        of_cells = {"weights", "train", "backbone_batchnorm", "bins", "eval_size", "naive_ramp",
-                    "alternating_ramp", "epochs", "batch_size", "learning_rate"}  # fmt: skip
+        of_cells = {"weights", "train", "backbone_batchnorm", "bins", "counting", "eval_size",
+                    "naive_ramp", "alternating_ramp", "epochs", "batch_size",
+                    "learning_rate"}  # fmt: skip
         settings = self.result_changing()
         return canonical({key: settings[key] for key in settings.keys() - of_cells})

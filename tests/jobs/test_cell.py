@@ -36,6 +36,7 @@ CHANGES_THE_RESULT = {
     "naive_ramp": (0.3, 0.8),
     "alternating_ramp": (0.5, 0.8),
     "bins": 11,
+    "counting": "reference",
 }
 CHANGES_THE_SPEED = {
     "threads": 3,
@@ -232,7 +233,8 @@ def test_bundles_keep_the_order_of_the_grid():
 @pytest.mark.parametrize(
     "changes",
     [{"seed": 5}, {"loss": "WDLAWCE"}, {"model": DEEPLAB}, {"epochs": 3}, {"batch_size": 3},
-     {"learning_rate": 0.5}, {"bins": 20}, {"eval_size": 0}, {"naive_ramp": (0.1, 0.2)},
+     {"learning_rate": 0.5}, {"bins": 20}, {"counting": "reference"}, {"eval_size": 0},
+     {"naive_ramp": (0.1, 0.2)},
      {"alternating_ramp": (0.1, 0.2)}, {"backbone_batchnorm": "train"}, {"threads": 7}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

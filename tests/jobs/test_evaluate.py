@@ -16,6 +16,7 @@ from data_prep.settings import parse_dataset
 from data_prep.shards import SplitReader
 from hpc.atomic import fingerprint
 from jobs.evaluate import evaluate
+from jobs.fused_counts import count_upsampled
 from jobs.metrics.accumulate import count_image
 from jobs.metrics.counts import NAMES, Counts
 from jobs.models.build import normalise, upsample
@@ -23,7 +24,8 @@ from jobs.protocol import Protocol
 from tests.jobs.ranks import on_ranks
 
 CELLS = 2
-PROTOCOL = Protocol(eval_size=0, bins=7, workers=0, threads=1)
+PROTOCOL = Protocol(eval_size=0, bins=7, workers=0, threads=1, counting="reference")
+FUSED = PROTOCOL.model_copy(update={"counting": "fused"})
 WORLD_SIZES = (1, 2, 3)
 
 
@@ -43,7 +45,7 @@ def forward(images, num_classes):
     return [torch.nn.functional.conv2d(images, kernel, stride=8) for kernel in kernels]
 
 
-def on_rank(group, folder):
+def on_rank(group, folder, protocol=PROTOCOL):
     """The counts of both cells, and the images that this rank has seen."""
     torch.set_num_threads(1)
     manifest, seen = Manifest.load(folder), []
@@ -55,7 +57,7 @@ def on_rank(group, folder):
         return forward(images, num_classes)
 
     reader = SplitReader(manifest, "val")
-    counts = evaluate(noted, CELLS, reader, num_classes, PROTOCOL, group, lambda: False)
+    counts = evaluate(noted, CELLS, reader, num_classes, protocol, group, lambda: False)
     arrays = [
         {name: torch.from_numpy(array) for name, array in one.as_arrays().items()} for one in counts
     ]
@@ -99,6 +101,21 @@ def test_counts_are_those_of_the_images_one_by_one(evaluated, by_hand, size):
             for name in NAMES:
                 assert found[cell][name].dtype == torch.int64
                 np.testing.assert_array_equal(found[cell][name], whole[name], err_msg=name)
+
+
+@pytest.mark.parametrize("size", WORLD_SIZES)
+def test_so_they_are_where_the_protocol_has_them_counted_in_one_pass(packed, tmp_path, size):
+    reader = SplitReader(packed, "val")
+    whole = [Counts.zeros(len(packed.classes), FUSED.bins) for _ in range(CELLS)]
+    for index in range(len(reader)):
+        image = normalise(torch.from_numpy(reader.image(index).transpose(2, 0, 1).copy())[None])
+        label = torch.from_numpy(np.array(reader.label(index)))
+        for cell, logits in enumerate(forward(image, len(packed.classes))):
+            whole[cell] += count_upsampled(logits[0], label, FUSED.bins)
+    for found, _ in on_ranks(size, tmp_path, on_rank, packed.folder, FUSED):
+        for cell, counts in zip(found, whole, strict=True):
+            arrays = {name: tensor.numpy() for name, tensor in cell.items()}
+            assert Counts.from_arrays(arrays).equals(counts)
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)

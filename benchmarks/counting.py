@@ -1,0 +1,158 @@
+"""The counts of one image: from logits at stride 8 and a label map to the confusion matrix, the
+histograms of scores by class and of the highest score, Brier and nll.
+
+Ours in one pass (`counting = "fused"`) against what one would write with PyTorch, against
+torchmetrics, which counts less (no histograms by class, no Brier, no nll), and against our own
+reference. A picture of 520 x 693, 21 classes, 10 bins; logits of noise, so that all bins are in
+use. All of them on as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Absent, Found, compare, copy_bandwidth, matrix_rate, time_text
+from jobs.fused_counts import count_upsampled
+from jobs.metrics.accumulate import count_image
+from jobs.models.build import upsample
+
+CLASSES, STRIDED, SIZE, BINS, VOID = 21, (65, 87), (520, 693), 10, 255
+WHAT = "counts of an image of 520 x 693, 21 classes"
+TORCHMETRICS = "torchmetrics (confusion and calibration error)"
+
+
+def measure() -> list[Found]:
+    """All comparisons."""
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    logits, target = an_image()
+    more = {
+        "our extra memory, MB": _extra_memory("fused"),
+        "extra memory of the plain way, MB": _extra_memory("plain"),
+        "threads": float(threads),
+    }
+    peers: dict[str, tuple[Callable[[], object], float]] = {
+        "plain PyTorch": (lambda: plain(logits, target), 50.0),
+        "our reference": (lambda: _reference(logits, target), 0.0),
+    }
+    absent: list[Found] = []
+    try:
+        import torchmetrics  # noqa: F401
+
+        peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 8.0)
+    except ImportError:
+        absent = [Absent(WHAT, TORCHMETRICS, "torchmetrics is not installed")]
+    return [
+        *compare(
+            WHAT, lambda: count_upsampled(logits, target, BINS, threads), peers,
+            limit=_limit(logits, target), more=more,
+        ),
+        *compare(
+            f"{WHAT}, on one thread", lambda: count_upsampled(logits, target, BINS, 1),
+            {"plain PyTorch on all": (lambda: plain(logits, target), 0.0)}, rounds=3,
+        ),
+        *absent,
+    ]  # fmt: skip
+
+
+def an_image() -> tuple[Tensor, Tensor]:
+    """Logits [C, h, w] of noise and labels uint8 [H, W] of patches, some of them void."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(CLASSES, *STRIDED, generator=generator)
+    patches = torch.randint(CLASSES + 1, (1, 1, 13, 17), generator=generator)
+    patches[patches == CLASSES] = VOID
+    return logits, F.interpolate(patches.float(), SIZE)[0, 0].to(torch.uint8)
+
+
+def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """As one would write it: each line is an operation on the whole image."""
+    upsampled = F.interpolate(logits[None], SIZE, mode="bilinear", align_corners=False)[0]
+    keep = target != VOID
+    p, label = upsampled.softmax(0)[:, keep], target[keep].long()
+    confidence, prediction = p.max(0)
+    one_hot = F.one_hot(label, CLASSES).T
+    confusion = torch.bincount(label * CLASSES + prediction, minlength=CLASSES**2)
+    class_bins = [_histogram(p[c], one_hot[c] == 1) for c in range(CLASSES)]
+    top = _histogram(confidence, prediction == label)
+    brier = ((p - one_hot) ** 2).sum(dtype=torch.float64)
+    nll = F.nll_loss(upsampled.log_softmax(0)[:, keep].T, label, reduction="sum")
+    return confusion, torch.stack(class_bins), top, brier, nll
+
+
+def _histogram(score: Tensor, hit: Tensor) -> Tensor:
+    place = (score * BINS).long().clamp(max=BINS - 1)
+    parts = (None, hit.double(), score.double())
+    return torch.stack([torch.bincount(place, weights, BINS).double() for weights in parts])
+
+
+def _reference(logits: Tensor, target: Tensor) -> object:
+    return count_image(upsample(logits[None], SIZE)[0], target, BINS)
+
+
+def _torchmetrics(logits: Tensor, target: Tensor) -> object:
+    from torchmetrics.functional.classification import (
+        multiclass_calibration_error,
+        multiclass_confusion_matrix,
+    )
+
+    scores = upsample(logits[None], SIZE).softmax(1)
+    label = target[None].long()
+    return (
+        multiclass_confusion_matrix(scores, label, CLASSES, ignore_index=VOID),
+        multiclass_calibration_error(scores, label, CLASSES, BINS, ignore_index=VOID),
+    )
+
+
+def _limit(logits: Tensor, target: Tensor) -> str:
+    # 3 to interpolate, 1 to compare, 11 for exp and sum, 2 for score and square; bins not counted
+    operations = 17 * CLASSES * target.numel()
+    read = logits.numel() * 4 + target.numel()
+    memory, sums = read / copy_bandwidth(), operations / matrix_rate()
+    return (
+        f"{read / 1e6:.1f} MB to read: {time_text(memory)}; {operations / 1e6:.0f} M operations "
+        f"on float32 at the rate of a matrix product: {time_text(sums)}"
+    )
+
+
+def _extra_memory(which: str) -> float:
+    """By how many MB memory peaks above what a process holds before it counts; measured in a
+    process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, which], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks import counting
+from jobs.fused_counts import count_upsampled
+
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(name))
+
+def work(logits, target):
+    if sys.argv[1] == "fused":
+        count_upsampled(logits, target, counting.BINS, torch.get_num_threads())
+    else:
+        counting.plain(logits, target)
+
+logits, target = counting.an_image()
+counting.SIZE, whole = (64, 64), counting.SIZE
+work(logits, target[:64, :64].contiguous())  # whatever is loaded on the first call
+counting.SIZE = whole
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = held("VmRSS")
+work(logits, target)
+print(round(held("VmHWM") - before, 2))
+"""

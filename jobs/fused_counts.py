@@ -1,0 +1,152 @@
+"""The counts of one image in one pass over logits at any stride: upsampling, softmax, prediction
+and all counts, row by row, so that nothing of the image's size is stored but its label map.
+
+They are those of the plain way, `upsample` and `jobs.metrics.accumulate.count_image`, but for
+rounding: decisions differ only for pixels that are a few last places from another one. It runs on
+the processor, wherever the logits were made: at stride 8 they are a 64th of the scores.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.fused_kernel import Bytes, Ints, Reals, count_rows
+from jobs.metrics.accumulate import VOID
+from jobs.metrics.counts import Counts
+
+_BEYOND = 2.0  # more than a score can be
+_WIDTH_OF_A_BIN = 250  # pixels of a row for each bin, for which the kernel is exact
+_FEWEST_ROWS = 32  # for a thread to be worth its start
+
+
+class Axis(NamedTuple):
+    """Of each pixel along an axis: the two places of the logits it lies between, and their
+    weights."""
+
+    first: Ints
+    second: Ints
+    near: Reals
+    far: Reals
+
+    def part(self, window: slice) -> Axis:
+        """Of the pixels in `window`."""
+        return Axis(self.first[window], self.second[window], self.near[window], self.far[window])
+
+
+def axis(places: int, pixels: int) -> Axis:
+    """As bilinear interpolation with `align_corners=False` places them in float32, in PyTorch on a
+    GPU and on processors with fused multiply-add: scale * (x + 1/2) - 1/2 is rounded once."""
+    scale = np.float64(np.float32(places) / np.float32(pixels))
+    exact = scale * (np.arange(pixels) + 0.5) - 0.5  # in float64 without rounding
+    position = np.maximum(exact.astype(np.float32), np.float32(0))
+    first = np.minimum(position.astype(np.int32), np.int32(places - 1))
+    far = np.clip(position - first.astype(np.float32), np.float32(0), np.float32(1))
+    return Axis(first, np.minimum(first + np.int32(1), places - 1).astype(np.int32), 1 - far, far)
+
+
+def bin_edges(bins: int) -> Reals:
+    """The least float32 score p of each bin, int(p * bins) in float32, and twice `_BEYOND`."""
+    edges: Reals = (np.arange(bins) / bins).astype(np.float32)
+    k, n = np.arange(bins).astype(np.float32), np.float32(bins)
+    while (late := edges * n < k).any():
+        edges = np.where(late, np.nextafter(edges, np.float32(1)), edges)
+    while (early := (edges > 0) & (np.nextafter(edges, np.float32(0)) * n >= k)).any():
+        edges = np.where(early, np.nextafter(edges, np.float32(0)), edges)
+    return np.append(edges, [_BEYOND, _BEYOND]).astype(np.float32)
+
+
+@torch.no_grad()
+def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1) -> Counts:
+    """Counts of one image from its logits [C, h, w] at any stride, taken as float32, and its label
+    map uint8 [H, W] of labels below C or void. The same bits for any number of threads.
+
+    Raises `ValueError` for wrong shapes or types, a label that is no class, and logits that are not
+    all finite.
+    """
+    _check(logits, target, bins)
+    planes = logits.float().cpu().contiguous().numpy()
+    labels = target.cpu().contiguous().numpy()
+    _check_labels(labels, len(planes))
+    windows = _windows(labels.shape, bins, threads)
+    count = _Window(planes, labels, bins)
+    if len(windows) == 1 or threads == 1:
+        found = [count(*window) for window in windows]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(count, *zip(*windows, strict=True)))
+    return sum(found, _of_whole_image(labels, len(planes), bins))
+
+
+def _check(logits: Tensor, target: Tensor, bins: int) -> None:
+    if logits.ndim != 3 or target.ndim != 2 or target.dtype != torch.uint8:
+        raise ValueError(
+            f"logits must be [C, h, w] and target uint8 [H, W], not {list(logits.shape)} and "
+            f"{list(target.shape)} of {target.dtype}"
+        )
+    if bins < 1 or 0 in logits.shape or len(logits) > VOID:
+        raise ValueError(f"1 to {VOID} classes and a bin, not {list(logits.shape)} and {bins}")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits contain nan or infinity, so they give no scores")
+
+
+def _check_labels(labels: Bytes, num_classes: int) -> None:
+    wrong = labels[(labels >= num_classes) & (labels != VOID)]
+    if wrong.size:
+        raise ValueError(
+            f"label {wrong.max()} is neither one of {num_classes} classes nor void ({VOID})"
+        )
+
+
+def _windows(shape: tuple[int, ...], bins: int, threads: int) -> list[tuple[slice, slice]]:
+    """Rows for each thread, of no more columns than the kernel takes."""
+    height, width = shape
+    bands = max(1, min(threads, height // _FEWEST_ROWS))
+    ends = [height * band // bands for band in range(bands + 1)]
+    return [
+        (slice(*rows), slice(start, min(start + _WIDTH_OF_A_BIN * bins, width)))
+        for rows in pairwise(ends)
+        for start in range(0, width, _WIDTH_OF_A_BIN * bins)
+    ]
+
+
+class _Window:
+    """Counts the pixels of a window of an image, but for what `_of_whole_image` counts."""
+
+    def __init__(self, planes: Reals, labels: Bytes, bins: int) -> None:
+        self._planes, self._labels, self._bins = planes, labels, bins
+        self._rows, self._columns = map(axis, planes.shape[1:], labels.shape)
+
+    def __call__(self, rows: slice, columns: slice) -> Counts:
+        num_classes, bins = len(self._planes), self._bins
+        confusion = np.zeros(num_classes * num_classes + 1, np.int64)
+        hits, tops = (
+            np.zeros(num_classes * bins + 1, np.int64),
+            np.zeros((2 * bins + 1, 2), np.int64),
+        )
+        counts = Counts.zeros(num_classes, bins)
+        sums = np.zeros(2, np.int64)
+        count_rows(
+            self._planes, np.ascontiguousarray(self._labels[rows, columns]),
+            *self._rows.part(rows), *self._columns.part(columns), bin_edges(bins),
+            confusion, hits, tops, counts.class_bins, sums,
+        )  # fmt: skip
+        counts.confusion[:] = confusion[:-1].reshape(num_classes, num_classes)
+        counts.class_bins[:, :, 1] = hits[:-1].reshape(num_classes, bins)
+        wrong, right = tops[:-1].reshape(bins, 2, 2).transpose(1, 0, 2)
+        counts.top1_bins[:, 0], counts.top1_bins[:, 1] = wrong[:, 0] + right[:, 0], right[:, 0]
+        counts.top1_bins[:, 2] = wrong[:, 1] + right[:, 1]
+        return replace(counts, brier=sums[0], nll=sums[1])
+
+
+def _of_whole_image(labels: Bytes, num_classes: int, bins: int) -> Counts:
+    void = np.count_nonzero(labels == VOID)
+    numbers = {"pixels": labels.size - void, "void": void, "images": 1}
+    plain = {name: np.array(number, np.int64) for name, number in numbers.items()}
+    return replace(Counts.zeros(num_classes, bins), **plain)
