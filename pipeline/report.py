@@ -8,11 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from hpc import command
 from hpc.atomic import write_text
 from pipeline import figures, page
@@ -20,21 +15,10 @@ from pipeline.analysis import analyse, write_files
 from pipeline.drawing import PNG_DPI
 from pipeline.figure_data import write_figure_data
 from pipeline.grid import find_config, read_grid
+from pipeline.printed import print_table
 from pipeline.results import Results, read_results
 from pipeline.selection import select
-from pipeline.show import literal
-from pipeline.tables import (
-    LABELS,
-    PAPER_SCORES,
-    Row,
-    best,
-    blocks,
-    rows,
-    shown,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from pipeline.tables import Row, blocks, rows, to_csv, to_latex, to_markdown
 
 CSS_DPI = 96  # what a browser takes for an inch
 MOST_DATASETS = 12  # whose classes are drawn
@@ -59,29 +43,7 @@ def main(argv: Sequence[str]) -> None:
     run = read_grid(find_config(parser.parse_args(argv).config)).run
     results = read_results(run.results)
     table = rows(results)
-    _print(results, table, _write(results, table, run.report).page)
-
-
-def print_report(results_path: str | Path, page_path: Path) -> None:
-    """Print the table of `results.h5` and the path of its page."""
-    results = read_results(results_path)
-    _print(results, rows(results), page_path)
-
-
-def _print(results: Results, table: Sequence[Row], page_path: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 100  # a log has no width; this is what the table needs
-    for (dataset, model), block in select(table).drawn.items():
-        console.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
-    if left_out := select(table).left_out:
-        console.print(literal(f"all {len(table)} rows are in table.csv. {left_out}"))
-    missing = results.record.get("missing", [])
-    if missing:
-        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        console.print(literal(f"missing: {len(missing)} cells without counts: {names}"))
-    # soft_wrap: a path that is broken over two lines cannot be opened
-    console.print(literal(f"page: {page_path}"), soft_wrap=True)
+    print_table(results, table, _write(results, table, run.report).page)
 
 
 def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
@@ -142,27 +104,6 @@ def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
         for topic, drawn in topics.items()
         if drawn
     ]
-
-
-def printed_table(title: str, block: Sequence[Row]) -> Table:
-    """The paper's scores of one data set and model for the terminal, the best in bold. Narrow
-    enough for 100 columns."""
-    printed = Table(
-        title=literal(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    printed.add_column("loss", no_wrap=True)
-    for score in PAPER_SCORES:
-        printed.add_column(LABELS[score], justify="right", no_wrap=True)
-    champions = {score: best(block, score) for score in PAPER_SCORES}
-    for row in block:
-        printed.add_row(
-            literal(row.loss),
-            *(
-                Text(shown(row.scores[s]), style="bold" if row.loss in champions[s] else "")
-                for s in PAPER_SCORES
-            ),
-        )
-    return printed
 
 
 def _svg(title: str, image: bytes) -> page.Drawn:

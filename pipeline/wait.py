@@ -57,7 +57,7 @@ def wait_for(
         print(one_line(line), file=sys.stderr)
     page = grid.run.report / "index.html"
     if "report" in stages and page.exists():
-        from pipeline.report import print_report  # reads HDF5 and draws, so not for planning
+        from pipeline.printed import print_report  # reads HDF5, so not for planning
 
         print_report(grid.run.results, page)
     return 1 if unfinished else 0

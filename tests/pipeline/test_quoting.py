@@ -22,7 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline import predict, status
-from pipeline.report import printed_table, sections
+from pipeline.printed import printed_table
+from pipeline.report import sections
 from pipeline.tables import rows, to_csv, to_latex, to_markdown
 from tests.other_user import as_user
 from tests.pipeline.simulated import made_up_results

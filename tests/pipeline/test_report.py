@@ -16,7 +16,8 @@ from hpc.command import UserError
 from pipeline import figures
 from pipeline.analysis import analyse, write_files
 from pipeline.page import render
-from pipeline.report import main, printed_table, write_report
+from pipeline.printed import printed_table
+from pipeline.report import main, write_report
 from pipeline.results import write_results
 from pipeline.tables import rows
 from tests.pipeline import simulated
