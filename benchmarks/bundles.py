@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from hpc.groups import Group, process_group
 from jobs.batches import Batch
 from jobs.cell import Cell
 from jobs.losses.names import parse_loss
-from jobs.models.build import Backbone, build_backbone
+from jobs.models.build import Backbone, Features, build_backbone
 from jobs.protocol import Protocol
 from jobs.train import configure_torch, features
 from jobs.trainee import Trainee
@@ -66,9 +67,13 @@ class Job:
             for loss in losses
         ]
 
+    def pass_backbone(self) -> Features:
+        """What all cells of a bundle share."""
+        return features(self.backbone, self.batch.images, _cell(self.model, "CE"), self.group)
+
     def step(self, trainees: Sequence[Trainee]) -> None:
         """One step of a bundle of `trainees`, in the middle of their training."""
-        inputs = features(self.backbone, self.batch.images, trainees[0].cell, self.group)
+        inputs = self.pass_backbone()
         for trainee in trainees:
             trainee.step(inputs, self.batch, self.target, 50, 100)
 
@@ -84,13 +89,14 @@ def measure() -> list[Comparison]:
 
 def bundle_growth() -> dict[int, tuple[float, ...]]:
     """Seconds of one step of a bundle, in three rounds, by its number of cells: FCN, batch 2, at
-    160 x 160. Ideal is the backbone's time, once, and one head's for each cell."""
+    160 x 160. Of no cell it is the backbone's alone. Ideal is that, and one head's for each cell."""
     with tempfile.TemporaryDirectory() as folder, _group(Path(folder)) as group:
         job = Job("fcn_resnet101", group, GROWTH_SIDE)
         trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(max(GROWTH))])
         job.step(trainees)
-        rounds = [{k: _seconds(lambda k=k: job.step(trainees[:k])) for k in GROWTH} for _ in "123"]
-    return {k: tuple(seconds[k] for seconds in rounds) for k in GROWTH}
+        ways = {0: job.pass_backbone, **{k: partial(job.step, trainees[:k]) for k in GROWTH}}
+        rounds = [{k: _seconds(work) for k, work in ways.items()} for _ in range(3)]
+    return {k: tuple(seconds[k] for seconds in rounds) for k in ways}
 
 
 def _of_model(model: str) -> list[Comparison]:
@@ -147,7 +153,7 @@ def _limit(flops_alone: int, job: Job) -> str:
     """The arithmetic of a cell's step, the backbone's 16th part and its head's, at the rate of a
     matrix product."""
     with FlopCounterMode(display=False) as counter:
-        features(job.backbone, job.batch.images, _cell(job.model, "CE"), job.group)
+        job.pass_backbone()
     backbone = counter.get_total_flops()
     flops = flops_alone - backbone + backbone / len(LOSSES)
     rate = matrix_rate()

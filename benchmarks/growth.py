@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def bundle() -> Plot:
     """A step against cells: the backbone once, and each head as long as the first."""
-    rounds, backbone = bundles.bundle_growth(), bundles.backbone_seconds()
+    rounds = bundles.bundle_growth()
+    backbone = median(rounds.pop(0))
     head = median(rounds[1]) - backbone
     ideal = {cells: backbone + cells * head for cells in rounds}
     return Plot("Seconds of a step", "cells in the bundle", (Line("a bundle", rounds, ideal),))

@@ -1,0 +1,71 @@
+"""How long the commands of the login node take that have next to nothing to do, and the packages
+that take most of importing.
+
+    python -m benchmarks.startup [CONFIG]     CONFIG: a grid that is done, for status and `all`
+
+Each command is a process of its own, in turns with an empty Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+
+from benchmarks.measure import in_turns, time_text
+
+ROUNDS = 7
+SLOWEST = 6  # modules that are named
+
+
+def main() -> None:
+    """Print a table, and what is imported."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="a grid file whose cells are all done")
+    config = parser.parse_args().config
+    commands = {
+        "an empty Python": ["-c", ""],
+        "import pipeline.submit": ["-c", "import pipeline.submit"],
+        "import pipeline.status": ["-c", "import pipeline.status"],
+        "pipeline.submit --help": ["-m", "pipeline.submit", "--help"],
+    }
+    if config:
+        again = ["-m", "pipeline.submit", "all", config, "--wait", "--cluster", "local"]
+        commands["pipeline.status CONFIG"] = ["-m", "pipeline.status", config]
+        commands["pipeline.report CONFIG"] = ["-m", "pipeline.report", config]
+        commands["pipeline.submit all CONFIG --wait, again"] = again
+    found = in_turns({name: _command(line) for name, line in commands.items()}, ROUNDS)
+    print("| command | median | least to most |\n|---|---:|---:|")
+    for name, seconds in found.items():
+        spread = f"{time_text(min(seconds))} to {time_text(max(seconds))}"
+        print(f"| {name} | {time_text(median(seconds))} | {spread} |")
+    for module in ("pipeline.submit", "pipeline.status"):
+        slowest = ", ".join(f"{name} {time_text(s)}" for name, s in imported(module)[:SLOWEST])
+        print(f"\nimporting {module}, its own time: {slowest}")
+
+
+def imported(module: str) -> list[tuple[str, float]]:
+    """The packages that importing `module` loads, the longest first: seconds of their modules."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import {module}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    packages: dict[str, float] = {}
+    for line in done.stderr.splitlines()[1:]:
+        own, _, name = line.removeprefix("import time:").split("|")
+        package = name.strip().split(".")[0]
+        packages[package] = packages.get(package, 0.0) + float(own) / 1e6
+    return sorted(packages.items(), key=lambda entry: -entry[1])
+
+
+def _command(arguments: list[str]) -> Callable[[], object]:
+    line = [sys.executable, *arguments]
+    return lambda: subprocess.run(line, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()
