@@ -89,7 +89,7 @@ def measure() -> list[Comparison]:
 
 def bundle_growth() -> dict[int, tuple[float, ...]]:
     """Seconds of one step of a bundle, in three rounds, by its number of cells: FCN, batch 2, at
-    160 x 160. Of no cell it is the backbone's alone. Ideal is that, and one head's for each cell."""
+    160 x 160. Of no cell it is the backbone's alone."""
     with tempfile.TemporaryDirectory() as folder, _group(Path(folder)) as group:
         job = Job("fcn_resnet101", group, GROWTH_SIDE)
         trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(max(GROWTH))])
