@@ -155,7 +155,8 @@ def machine() -> dict[str, Any]:
 
 
 def copy_bandwidth(size: int = 256 * 2**20) -> float:
-    """Bytes a second that one core reads, and writes as many: the best of five."""
+    """Bytes a second that one core copies, those it reads and those it writes together: the best of
+    five."""
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     seconds = min(_seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
     return 2 * size / seconds

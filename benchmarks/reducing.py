@@ -1,6 +1,7 @@
-"""Reducing 100,000 cells on one rank, from their files to the arrays of each data set, against the
-same counts in a file of HDF5 a cell, as scripts leave them. Ours lie in a file a job, here of 50
-cells (the paper's bundles have 32), and each is compared with its checksum; the peer's are not.
+"""Reducing 100,000 cells on one rank, from their files to the arrays of each data set, against such
+counts in a file of HDF5 a cell, as scripts leave them. Ours lie in a file a job, here of 50 cells
+(the paper's bundles have 32), beside its index, and both are compared with their checksums; the
+peer's are not.
 
     mpiexec -n 2 python -m benchmarks.reducing GRID     prints the seconds that the ranks take
 """
@@ -44,11 +45,15 @@ def measure() -> list[Found]:
         singles = _file_a_cell(grid)
         found = compare(
             "reducing 100,000 cells, per cell",
-            lambda: add_up(grid, chosen, World()),
+            lambda: add_up(grid, finished_cells(grid.run)[0], World()),
             {f"a file a cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
             rounds=5,
             limit=f"{size / 1e9:.2f} GB read once: {size / (copy_bandwidth() / 2):.2f} s in all",
-            more={"cells": len(grid.cells), "files": len(files)},
+            more={
+                "cells": len(grid.cells),
+                "files": len(files),
+                "of ours without the indices, s": _seconds(grid, chosen),
+            },
         )
         whole = _command(grid)
     per_cell = [
@@ -65,7 +70,8 @@ def measure() -> list[Found]:
 
 
 def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
-    """Seconds of three runs by (ranks, cells): from the files to the sums on rank 0."""
+    """Seconds of three runs by (ranks, cells): from the files, whose indices every rank has, to the
+    sums on rank 0."""
     found = {}
     mpiexec = Path(sys.executable).with_name("mpiexec")
     for seeds in (0.1, 1, 10, 100):
@@ -123,23 +129,36 @@ def _count_all(grid: Grid) -> None:
 
 
 def _file_a_cell(grid: Grid) -> list[Path]:
-    """The counts of some cells of the largest data set, each in a file of its own."""
+    """The counts of some cells, of all data sets alike, each in a file of its own."""
     folder = grid.run.root / "singles"
     folder.mkdir()
     paths = [folder / f"{number}.h5" for number in range(_PEERS)]
     for number, path in enumerate(paths):
+        num_classes = list(CLASSES.values())[number * len(CLASSES) // _PEERS]
+        counts = made_up_counts(num_classes, 10, number % _KINDS)
         with h5py.File(path, "w") as file:
-            for name, array in made_up_counts(21, 10, number % _KINDS).as_arrays().items():
+            for name, array in counts.as_arrays().items():
                 file.create_dataset(name, data=array)
     return paths
 
 
-def _add_up_singles(paths: list[Path]) -> dict[str, Int64]:
-    cells = []
+def _add_up_singles(paths: list[Path]) -> dict[tuple[int, str], Int64]:
+    cells: dict[int, list[dict[str, Int64]]] = {}
     for path in paths:
         with h5py.File(path, "r") as file:
-            cells.append({name: file[name][()] for name in file})
-    return {name: np.stack([cell[name] for cell in cells]) for name in NAMES}
+            counts = {name: file[name][()] for name in file}
+        cells.setdefault(len(counts["confusion"]), []).append(counts)
+    return {
+        (classes, name): np.stack([cell[name] for cell in alike])
+        for classes, alike in cells.items()
+        for name in NAMES
+    }
+
+
+def _seconds(grid: Grid, chosen: dict[str, CountsIndex]) -> float:
+    start = time.perf_counter()
+    add_up(grid, chosen, World())
+    return time.perf_counter() - start
 
 
 def _command(grid: Grid) -> float:

@@ -139,8 +139,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, record: dict[str, Any], check: Check | None = None) -> None:
-    """Write a record of plain values, with a checksum of itself under the key `checksum`, unless
-    `check` raises."""
+    """Write a record of plain values, with checksums of itself under the keys `checksum` and
+    `above`, which no record has of its own, unless `check` raises."""
     body = {key: value for key, value in record.items() if key not in _CHECKSUMS}
     whole = {**body, "checksum": fingerprint(body)}
     text = json.dumps(whole, indent=1, ensure_ascii=False).removesuffix("\n}").encode("utf-8")

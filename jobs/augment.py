@@ -113,9 +113,21 @@ def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple
     return _pad(image[window], protocol.crop, 0), _pad(label[window], protocol.crop, VOID)
 
 
+def evaluation_view(image: Bytes, label: Bytes, short_side: int) -> tuple[Bytes, Bytes]:
+    """What evaluation sees of an image uint8 [H, W, 3] and its label map [H, W]: both as
+    `resize_short_side` makes them, the image channels first."""
+    height, width = label.shape
+    rows, columns = resized(height, width, short_side)
+    if (rows, columns) == label.shape:
+        return np.ascontiguousarray(image.transpose(2, 0, 1)), label
+    whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
+    return whole.of_image(image), whole.of_label(label)
+
+
 def resize_short_side(image: Bytes, label: Bytes, short_side: int) -> tuple[Bytes, Bytes]:
     """Both resized so that the shorter side has `short_side` pixels: the image bilinear with
-    antialiasing, the label by nearest neighbour. 0 leaves the size as it is."""
+    antialiasing, the label by nearest neighbour. 0 leaves the size as it is. The plain way, through
+    Pillow, which `evaluation_view` must equal."""
     height, width = label.shape
     return _resize(image, label, resized(height, width, short_side))
 

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import SplitReader
 from hpc.command import UserError
 from hpc.preempt import leave_signals_to_the_rank
-from jobs.augment import Draw, augmented_sample, resized
-from jobs.crop_window import Span, Window
+from jobs.augment import Draw, augmented_sample, evaluation_view
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -78,13 +77,7 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._reader.image(index), self._reader.label(index)
-        height, width = label.shape
-        rows, columns = resized(height, width, self._short_side)
-        if (rows, columns) == label.shape:
-            image = np.ascontiguousarray(image.transpose(2, 0, 1))
-        else:
-            whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
-            image, label = whole.of_image(image), whole.of_label(label)
+        image, label = evaluation_view(image, label, self._short_side)
         return torch.from_numpy(image), torch.from_numpy(label)
 
 

@@ -116,8 +116,8 @@ class RunPaths:
     def progress_of(self, task: str) -> Path:
         return self.progress / f"{task}.json"
 
-    def profile(self, task: str, stage: str) -> Path:
-        return self.profiles / f"{task}-{stage}.json"
+    def profile(self, task: str, generation: int, stage: str) -> Path:
+        return self.profiles / f"{task}-g{generation}-{stage}.json"
 
     def generations(self, bundle: str) -> Path:
         return self.root / "generations" / bundle

@@ -20,13 +20,13 @@ _HOW: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 def compiled(signature: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Compile a function now, or take what an earlier process has compiled and kept. Where nothing
-    can be kept, on a full disk or without a home, each process compiles for itself. The kernel runs
-    beside other threads of Python."""
+    can be kept, on a full disk or without a home, or what was is damaged, each process compiles for
+    itself. The kernel runs beside other threads of Python."""
 
     def decorated(function: Callable[..., T]) -> Callable[..., T]:
         try:
             return njit(signature, cache=True, **_HOW)(function)
-        except (RuntimeError, OSError):
+        except Exception:  # what was kept may be cut short too, and raises what it likes
             return njit(signature, **_HOW)(function)
 
     return decorated

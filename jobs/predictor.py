@@ -12,7 +12,7 @@ from torch import nn
 
 from hpc.command import UserError
 from hpc.groups import Group
-from jobs.augment import resize_short_side
+from jobs.augment import evaluation_view
 from jobs.backbone import load_backbone, read_tensors
 from jobs.cell import Cell, RunPaths
 from jobs.models.build import Network, build_head, normalise, upsample
@@ -56,8 +56,8 @@ class Predictor:
         network sees it at the size that validation images had."""
         height, width = image.shape[:2]
         blank = np.zeros((height, width), np.uint8)
-        seen, _ = resize_short_side(image, blank, self.cell.protocol.eval_size)
-        pixels = torch.from_numpy(np.array(seen.transpose(2, 0, 1)))[None].to(self._device)
+        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol.eval_size)
+        pixels = torch.from_numpy(seen)[None].to(self._device)
         logits = upsample(self._network(normalise(pixels)), (height, width))[0]
         confidence, labels = logits.softmax(0).max(0)
         return Prediction(labels.to(torch.uint8).cpu().numpy(), confidence.cpu().numpy())

@@ -27,7 +27,7 @@ from hpc.node_facts import (
     versions,
 )
 
-PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit")
+PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit", "isal")
 SOURCES = tuple(
     Path(__file__).parents[1] / name for name in ("hpc", "data_prep", "jobs", "pipeline")
 )

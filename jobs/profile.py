@@ -21,7 +21,8 @@ DATA = "data"
 
 def report(job: Run, stage: str, unit: str, done: int) -> None:
     """End a stage in which `done` units (steps, images) were worked off: its parts go to the log
-    and to a file. Called by all ranks; nothing happens where no profile was asked for."""
+    and, if there are any, to a file of this start of the job. Called by all ranks; nothing happens
+    where no profile was asked for."""
     watch = job.group.watch
     if not watch.running:
         return
@@ -30,8 +31,9 @@ def report(job: Run, stage: str, unit: str, done: int) -> None:
         job.say(line)
     record = {"stage": stage, unit: done, "generation": job.generation.number, "ranks": ranks,
               "provenance": job.provenance}  # fmt: skip
-    path = job.task.paths.profile(job.task.name, stage)
-    job.on_main(lambda: write_json(path, record, job.generation.check))
+    path = job.task.paths.profile(job.task.name, job.generation.number, stage)
+    if done:
+        job.on_main(lambda: write_json(path, record, job.generation.check))
     watch.lap()
 
 

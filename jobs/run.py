@@ -22,7 +22,7 @@ from jobs.backbone import moving_buffers
 from jobs.cell import Cell
 from jobs.models.build import Backbone
 from jobs.task import Task
-from jobs.trainee import Trainee, is_mixed
+from jobs.trainee import Trainee, half_precision, is_mixed
 
 HEARTBEAT_SECONDS = 2.0
 
@@ -240,9 +240,21 @@ def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
     return {
         "world_size": group.world_size,
         "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": _instructions(half_precision(cell.protocol, group)),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
         "mixed_precision": is_mixed(cell.protocol, group),
         "deterministic": cell.protocol.deterministic or not cuda,
     }
+
+
+def _instructions(half: torch.dtype | None) -> str:
+    """The processor's instruction set, as far as bits depend on it: those of bf16 also on what it
+    has for it, which torch's own name does not say."""
+    found = torch.backends.cpu.get_cpu_capability()
+    if half != torch.bfloat16:
+        return found
+    # private names of torch, which not every release has
+    asked = {"bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    has = [word for word, name in asked.items() if getattr(torch.cpu, name, bool)()]
+    return " ".join([found, *has])

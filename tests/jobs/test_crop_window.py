@@ -99,6 +99,21 @@ def test_where_nothing_can_be_kept_each_process_compiles_for_itself(tmp_path):
     assert (done.returncode, done.stdout) == (0, "(5, 5)\n"), done.stderr
 
 
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+def test_a_kept_kernel_that_was_cut_short_is_compiled_anew(tmp_path, ending):
+    """numba does not sync what it keeps, so that is what a node that crashes may leave."""
+    code = "from jobs.compiled import *\n@compiled(types.int64(types.int64))\ndef one_more(x):\n"
+    (tmp_path / "kernel.py").write_text(f"{code}    return x + 1\nprint(one_more(1))\n")
+    kept = tmp_path / "kept"
+    line, environ = [sys.executable, str(tmp_path / "kernel.py")], {**os.environ,
+            "NUMBA_CACHE_DIR": str(kept), "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+        (path,) = kept.rglob(f"*{ending}")
+        path.write_bytes(path.read_bytes()[:40])
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     resize=st.tuples(st.integers(1, 80), st.integers(0, 40)),

@@ -12,6 +12,7 @@ from torch import nn
 from hpc.command import UserError
 from jobs import train as job
 from jobs import trainee as trainee_module
+from jobs.counts_file import read_index
 from jobs.trainee import half_precision
 from tests.jobs.cells import MODEL, a_cell, a_share
 from tests.jobs.small_runs import grid_of, results, task_of
@@ -84,6 +85,24 @@ def test_a_grid_in_bf16_is_trained_and_counted(streets, tmp_path):
     for head, counts in found.values():
         assert all(t.dtype == torch.float32 for t in head.values() if t.is_floating_point())
         assert counts["pixels"] > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_provenance_of_bf16_says_what_the_processor_has_for_it(
+    streets, tmp_path, monkeypatch, precision
+):
+    """Its bits differ between processors that torch calls the same; those of fp32 do not."""
+    found = []
+    for has in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has, raising=False)
+        grid = grid_of(tmp_path / str(has), streets.folder, "CE", precision=precision, epochs=1)
+        assert job.main([str(task_of(grid))]) == 0
+        (path,) = grid.run.counts.glob("*.json")
+        (provenance,) = read_index(path).record["provenance"]
+        found.append(provenance["cpu"])
+    without, with_amx = found
+    assert with_amx.startswith(torch.backends.cpu.get_cpu_capability())
+    assert ("amx" in with_amx) == (without != with_amx) == (precision == "bf16")
 
 
 # --- fp16 with a scaler ------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def test_a_profiled_run_ends_with_the_same_bits(streets, plain, tmp_path, capfd)
     assert f"bundle (generation 1): profile of training: {STEPS} steps in " in log
     assert "steps a second, " in log and "profile of evaluation: 3 images in " in log
     found = profiles(grid.run)
-    assert {*found} == {"bundle-training", "bundle-evaluation"}
-    training, evaluation = found["bundle-training"], found["bundle-evaluation"]
+    assert {*found} == {"bundle-g1-training", "bundle-g1-evaluation"}
+    training, evaluation = found["bundle-g1-training"], found["bundle-g1-evaluation"]
     assert (training["steps"], evaluation["images"]) == (STEPS, 3)
     (parts,) = training["ranks"]
     assert parts.keys() == PARTS and all(seconds > 0 for seconds in parts.values())
@@ -57,7 +57,7 @@ def test_each_rank_of_a_job_is_told_apart(streets, tmp_path):
     grid = grid_of(tmp_path, streets.folder, "CE", profile=True)
     with jobs(tmp_path / "logs") as start:
         assert start(task_of(grid), 2).end() == [0, 0]
-    first, second = profiles(grid.run)["bundle-training"]["ranks"]
+    first, second = profiles(grid.run)["bundle-g1-training"]["ranks"]
     assert first != second
     assert all(rank["communication"] > 0 and rank["heads"] > 0 for rank in (first, second))
 
@@ -65,7 +65,7 @@ def test_each_rank_of_a_job_is_told_apart(streets, tmp_path):
 def test_pre_training_has_a_profile_too(streets, tmp_path):
     grid = grid_of(tmp_path, streets.folder, "CE", profile=True)
     assert pretrain.main([str(task_of(grid, kind="pretrain"))]) == 0
-    assert {*profiles(grid.run)} == {"pretrain-training", "pretrain-evaluation"}
+    assert {*profiles(grid.run)} == {"pretrain-g1-training", "pretrain-g1-evaluation"}
 
 
 def test_a_step_goes_through_the_head_and_back(alone, monkeypatch):
