@@ -8,6 +8,8 @@ other on the other. More would not help: many tests start processes of their own
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -32,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test is collected, since a test's share of the cases is fixed then."""
     cases.plan(config.getoption("--fuzz-cases"))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's `&` leaves behind
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
