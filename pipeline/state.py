@@ -119,7 +119,7 @@ def survey(
     tasks = {c.signature: answerable(c, latest.get(c.signature), waited_for) for c in grid.cells}
     gone = {t.job for t in [*latest.values(), *tasks.values()] if t and t not in active}
     ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
-    failures = {path.name for path in json_files(grid.run.failures)}
+    failures = {path.stem: path for path in json_files(grid.run.failures)}
     states = []
     for cell in grid.cells:
         if cell.signature in done:
@@ -130,8 +130,7 @@ def survey(
         beat = beats[task.task] if task else {}
         told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]
         ending = told[0] if told else Ending("unknown")
-        record = grid.run.failure(cell.signature)
-        failed = record if record.name in failures else None
+        failed = failures.get(cell.signature)
         states.append(_unfinished(state, failed, task, jobs, active, beat, ending))
     return Survey(
         cells=tuple(states),
