@@ -23,6 +23,7 @@ from torchvision.transforms import RandomCrop, functional
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth
 from benchmarks.pictures import Pictures, on_all
 from data_prep.settings import VOID
+from hpc.allocator import keep_freed_memory
 from jobs.batches import TrainingBatches, load_steps
 from jobs.crop_window import Span, Window
 from jobs.protocol import Protocol
@@ -43,7 +44,9 @@ WINDOWS = (
 
 
 def measure() -> list[Found]:
-    """Seconds a batch of 12, loaders' start included, and a picture."""
+    """Seconds a batch of 12, loaders' start included, and a picture. All with the allocator as a
+    job's loaders have it."""
+    keep_freed_memory()
     found = on_all(_compared, _no_camvid)
     return found + [one for case in WINDOWS for one in _window(*case)]
 
