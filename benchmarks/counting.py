@@ -44,7 +44,7 @@ def measure() -> list[Found]:
     }
     absent: list[Found] = []
     try:
-        import torchmetrics  # noqa: F401
+        import torchmetrics  # noqa: F401 (is it there? `_torchmetrics` uses it)
 
         peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 8.0)
     except ImportError:

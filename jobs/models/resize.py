@@ -34,6 +34,7 @@ class Resize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """R^T G C: the transposes of what interpolates rows and columns."""
         (gradient,) = gradients
         half = gradient.dtype in (torch.float16, torch.bfloat16)
         wide = gradient.float() if half else gradient
