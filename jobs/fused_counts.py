@@ -39,7 +39,9 @@ class Axis(NamedTuple):
 
     def longer(self, pixels: int) -> Axis:
         """The same with `pixels` more at its end, which show nothing."""
-        first, second, near, far = (np.pad(part, (0, pixels)) for part in self)
+        none, nothing = np.zeros(pixels, np.int32), np.zeros(pixels, np.float32)
+        first, second = (np.concatenate([part, none]) for part in (self.first, self.second))
+        near, far = (np.concatenate([part, nothing]) for part in (self.near, self.far))
         return Axis(first, second, near, far)
 
 
