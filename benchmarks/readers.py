@@ -6,7 +6,8 @@ and for five cloud services' libraries, none of which reading local files needs;
 versions it works, installed as
 
     pip install --no-deps 'mosaicml-streaming==0.13.0' 'transformers<5' 'huggingface_hub<1'
-    pip install regex requests pyyaml tqdm xxhash zstd Brotli python-snappy 'catalogue<3' 'tokenizers<0.23'
+    pip install regex requests pyyaml tqdm xxhash zstd Brotli python-snappy 'catalogue<3'
+    pip install 'tokenizers<0.23'
 """
 
 from __future__ import annotations
