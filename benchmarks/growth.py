@@ -8,6 +8,7 @@ Writes DIR/growth-NAME.png and DIR/growth-NAME.json.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from benchmarks.measure import chosen, write_record
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 Rounds = Mapping[int, Sequence[float]]  # seconds of each round, by what grows
 
@@ -92,8 +94,9 @@ PLOTS: dict[str, Callable[[], Plot]] = {
 
 
 def _shared(title: str, across: str, rounds: Rounds) -> Plot:
-    """Work that processes share: ideally each of them takes an equal part."""
-    ideal = {workers: median(rounds[1]) / workers for workers in rounds}
+    """Work that processes share: ideally each of them takes an equal part, on a core of its own."""
+    cores = os.cpu_count() or 1
+    ideal = {workers: median(rounds[1]) / min(workers, cores) for workers in rounds}
     return Plot(title, across, (Line("measured", rounds, ideal),))
 
 
@@ -114,6 +117,8 @@ def draw(plot: Plot, path: Path) -> None:
     ticks = sorted({x for line in plot.lines for x in line.rounds})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
