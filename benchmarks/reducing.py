@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -27,6 +26,7 @@ from data_prep.manifest import Manifest
 from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
 from jobs.metrics.counts import NAMES, Int64
+from jobs.records import cell_record
 from pipeline.counts_share import read_share
 from pipeline.finished import finished_cells
 from pipeline.grid import Grid, read_grid
@@ -118,11 +118,7 @@ def _count_all(grid: Grid) -> None:
     for task in send_all(grid):
         name = task.cells[0].dataset
         some = [kinds[name][int(cell.signature, 16) % _KINDS].as_arrays() for cell in task.cells]
-        entries = [
-            {"signature": cell.signature, "name": cell.name, "backbone": "ab" * 32,
-             "loss": asdict(cell.loss)}
-            for cell in task.cells
-        ]  # fmt: skip
+        entries = [cell_record(cell, "ab" * 32) for cell in task.cells]
         record = {"manifest": manifests[name].fingerprint, "provenance": [{}], "source": {}}
         arrays = {key: np.stack([counts[key] for counts in some]) for key in NAMES}
         write_counts(grid.run.counts_of(task.name, 1), entries, arrays, record)
