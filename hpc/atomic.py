@@ -184,7 +184,7 @@ def canonical(value: Any) -> str:
 
 def canonical_table(texts: Mapping[str, str]) -> str:
     """`canonical` of a table from those of its values, by plain keys."""
-    return "{" + ",".join(f'"{key}":{texts[key]}' for key in sorted(texts)) + "}"
+    return "{" + ",".join([f'"{key}":{texts[key]}' for key in sorted(texts)]) + "}"
 
 
 def text_sha256(text: str) -> str:

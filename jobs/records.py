@@ -13,19 +13,16 @@ if TYPE_CHECKING:  # it imports torch, which what a cell is called does not need
 
 
 def cell_record(cell: Cell, backbone: str) -> dict[str, str]:
-    """How a counts file names a cell, counted with the backbone of that SHA-256. Its settings stand
-    in the job's task file: status and reduction read thousands of these."""
+    """How a counts file names a cell, counted with the backbone of that SHA-256."""
     return {"signature": cell.signature, "name": cell.name, "backbone": backbone}
 
 
 def job_record(job: Run, manifest: Manifest) -> dict[str, Any]:
-    """What holds for all cells of a counts file."""
+    """What holds for all cells of a counts file; their settings stand in the task's file."""
     return {
         "task": job.task.name,
         "generation": job.generation.number,
-        "classes": list(manifest.classes),
         "manifest": manifest.fingerprint,
-        "protocol": job.task.cells[0].protocol.model_dump(mode="json"),
         "provenance": job.provenance,
         "source": job.task.source,
         "time": time.time(),
