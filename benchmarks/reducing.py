@@ -27,8 +27,8 @@ from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
 from jobs.metrics.counts import NAMES, Int64
 from jobs.records import cell_record
-from pipeline.counts_share import read_share
-from pipeline.finished import finished_cells
+from pipeline.counts_share import files_of, read_share
+from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, read_grid
 
 CELLS_PER_JOB = 50
@@ -86,11 +86,11 @@ def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
     return found
 
 
+@many_records()
 def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> dict[str, Int64]:
     """What `pipeline.reduce` does once it knows which files there are."""
-    indices = sorted({i.path: i for i in chosen.values()}.values(), key=lambda index: index.path)
     problems: list[str] = []
-    share = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
+    share = read_share(grid, files_of(chosen)[ranks.rank :: ranks.size], chosen, problems)
     assert not problems
     return {
         f"{name} {key}": ranks.sum_to_root(array)

@@ -127,7 +127,7 @@ def remove_dead_folders(parent: str | Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_bytes(path: str | Path, data: bytes, check: Check | None = None) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview, check: Check | None = None) -> None:
     """Write a whole file in one step, unless `check` raises."""
     with new_file(path, check) as temporary:
         temporary.write_bytes(data)

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class CountsIndex:
     cells: tuple[Mapping[str, Any], ...]
     record: Mapping[str, Any]
     arrays: Mapping[str, tuple[int, str, list[int]]]  # where each lies: offset, type, shape
+
+    @cached_property
+    def by_signature(self) -> dict[str, Mapping[str, Any]]:
+        """What it says of each cell."""
+        return {cell["signature"]: cell for cell in self.cells}
 
     def is_whole(self) -> bool:
         """Whether the file is there with its full length: cheap, for planning and status."""

@@ -23,6 +23,11 @@ class Share:
     signatures: set[str]
 
 
+def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
+    """The counts files of cells, each once, in order of their names."""
+    return sorted({id(i): i for i in chosen.values()}.values(), key=lambda index: index.path.name)
+
+
 def read_share(
     grid: Grid,
     indices: Sequence[CountsIndex],
