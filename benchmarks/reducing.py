@@ -45,7 +45,7 @@ def measure() -> list[Found]:
         singles = _file_a_cell(grid)
         found = compare(
             "reducing 100,000 cells, per cell",
-            lambda: add_up(grid, finished_cells(grid.run)[0], World()),
+            lambda: _from_the_files(grid),
             {f"a file a cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
             rounds=5,
             limit=f"{size / 1e9:.2f} GB read once: {size / (copy_bandwidth() / 2):.2f} s in all",
@@ -84,6 +84,11 @@ def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
                 )  # fmt: skip
                 found[ranks, len(grid.cells)] = tuple(map(float, done.stdout.split()))
     return found
+
+
+@many_records()  # as `pipeline.reduce`
+def _from_the_files(grid: Grid) -> dict[str, Int64]:
+    return add_up(grid, finished_cells(grid.run)[0], World())
 
 
 @many_records()
