@@ -33,7 +33,7 @@ class CountsIndex:
 
     path: Path
     sha256: str
-    crc32: int | None  # as `sha256`, and thirty times as fast; older indices have none
+    crc32: int | None  # forty times as fast as `sha256`; older indices have none
     size: int
     cells: tuple[Mapping[str, Any], ...]
     record: Mapping[str, Any]
