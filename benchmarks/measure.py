@@ -111,6 +111,11 @@ def _seconds(work: Work, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def users_environment() -> dict[str, str]:
+    """The environment of commands as a user starts them: his Python keeps compiled modules."""
+    return {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+
 def table(found: Sequence[Found]) -> str:
     """A Markdown table of comparisons."""
     lines = [
