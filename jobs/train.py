@@ -40,7 +40,7 @@ from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
-from jobs.trainee import Trainee, autocast, half_precision
+from jobs.trainee import Trainee, autocast, half_precision, step_in_turn
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,8 +153,8 @@ def train(
             with group.watch.part("backbone"):
                 inputs = features(backbone, batch.images, cell, group)
             target = batch.target.long()
+            step_in_turn(active, inputs, batch, target, step, total)
             for trainee in active:
-                trainee.step(inputs, batch, target, step, total)
                 if trainee.failure:
                     job.on_main(partial(job.give_up, trainee, step))
             step += 1

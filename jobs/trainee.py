@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc.command import UserError
+from hpc.exchange import Exchange
 from hpc.groups import COMMUNICATION, Group
 from hpc.stopwatch import Stopwatch
 from jobs.batches import Batch
@@ -58,6 +59,7 @@ class Trainee:
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
+        self._exchange = Exchange(self._parallel, group)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=protocol.learning_rate,
@@ -70,8 +72,17 @@ class Trainee:
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
-        """One update on this rank's share of the batch. inputs: features or normalised images;
-        target: int64 [b, h, w] on the device. Returns the loss of the global batch.
+        """One update on this rank's share of the batch, as `start_step` and `finish_step`."""
+        value = self.start_step(inputs, batch, target, step, total)
+        self.finish_step()
+        return value
+
+    def start_step(
+        self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int
+    ) -> float:
+        """Compute the gradients of this rank's share of the batch; the ranks begin to exchange
+        them. inputs: features or normalised images; target: int64 [b, h, w] on the device. Returns
+        the loss of the global batch.
 
         A loss that is not finite stops this cell before any weight moves; see `failure`.
         """
@@ -92,16 +103,20 @@ class Trainee:
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
             return value
-        self._update(loss, learning_rate(cell.protocol, step, total))
-        return value
-
-    def _update(self, loss: Tensor, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(cell.protocol, step, total)
         self._optimizer.zero_grad(set_to_none=True)
         # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
-        with self._group.watch.part("losses"):
+        with watch.part("losses"):
             self._scaler.scale(loss * self._group.world_size).backward()
+        return value
+
+    def finish_step(self) -> None:
+        """Wait until the ranks have exchanged the gradients of `start_step`, and move the weights.
+        Nothing happens if the cell failed there."""
+        if self.failure is not None:
+            return
+        self._exchange.wait()
         with self._group.watch.part("optimiser"):
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -139,6 +154,22 @@ class Trainee:
             )
         except (AttributeError, IndexError, KeyError, TypeError):
             return False
+
+
+def step_in_turn(
+    trainees: Sequence[Trainee], inputs: Features, batch: Batch, target: Tensor, step: int,
+    total: int,
+) -> None:  # fmt: skip
+    """A step of each, in this order. While the ranks exchange the gradients of one, the next one
+    computes its own."""
+    before = None
+    for trainee in trainees:
+        trainee.start_step(inputs, batch, target, step, total)
+        if before is not None:
+            before.finish_step()
+        before = trainee
+    if before is not None:
+        before.finish_step()
 
 
 def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
@@ -181,7 +212,7 @@ def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
     """For a profile: where a backward pass is once the logits have their gradient. When the
     network has all of its, it waits for the other ranks."""
     watch.begin("heads")
-    # before DistributedDataParallel queues its own, which ends the all-reduce
+    # before DistributedDataParallel queues its own, which waits for what the ranks have used
     Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
 
 
