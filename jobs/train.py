@@ -35,6 +35,7 @@ from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
+from jobs.models.layout import in_order
 from jobs.profile import report
 from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
@@ -248,7 +249,7 @@ def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBa
         "cell": trainee.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "backbone_sha256": backbone.sha256,
-        "weights": trainee.network.state_dict(),
+        "weights": in_order(trainee.network.state_dict()),
     }
     path = job.task.paths.head(trainee.cell.signature)
     checkpoint.write_tensors(path, content, job.generation.check)

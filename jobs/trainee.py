@@ -22,6 +22,7 @@ from jobs.cell import Cell
 from jobs.losses.combine import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
+from jobs.models.layout import alike, in_order, place
 from jobs.protocol import Protocol
 
 
@@ -44,9 +45,8 @@ class Trainee:
         )
         self.cell = cell
         self.head = head
-        self.network: nn.Module = (head if backbone is None else Network(backbone, head)).to(
-            group.device
-        )
+        network: nn.Module = head if backbone is None else Network(backbone, head)
+        self.network = place(network, group.device)
         self.failure: str | None = None  # why this cell stopped, if it did
         self._group = group
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
@@ -122,10 +122,12 @@ class Trainee:
             self._scaler.update()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes: tensors and plain values."""
+        """Everything that a step changes: tensors, wherever it was in the order of their indices,
+        and plain values."""
+        momentum = self._optimizer.state_dict()["state"]
         return {
-            "network": self.network.state_dict(),
-            "momentum": self._optimizer.state_dict()["state"],
+            "network": in_order(self.network.state_dict()),
+            "momentum": {i: in_order(one) for i, one in momentum.items()},
             "scaler": self._scaler.state_dict(),
         }
 
@@ -134,6 +136,8 @@ class Trainee:
         self.network.load_state_dict(state["network"])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+        for parameter, one in self._optimizer.state.items():  # laid out as it was
+            one.update({n: alike(t, parameter) for n, t in one.items() if t is not None})
         if state["scaler"]:  # none if it was saved where there was no mixed precision
             self._scaler.load_state_dict(state["scaler"])
 
