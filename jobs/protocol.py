@@ -65,8 +65,9 @@ class Protocol(Settings):
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
     bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
-    # fused: one pass on the processor, whatever the device; reference: plain PyTorch on the device
-    counting: Literal["fused", "reference"] = "fused"
+    # fused: one pass on the processor, whatever the device; triton: the same on a GPU; reference:
+    # plain PyTorch on the device
+    counting: Literal["fused", "triton", "reference"] = "fused"
     pretrain: Pretrain = Pretrain()
 
     threads: Threads = 2  # CPU threads a rank

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from jobs.fused_counts import axis, check, check_labels, of_whole_image
 from jobs.fused_kernel import EXP_TERMS
@@ -25,7 +26,7 @@ from jobs.metrics.accumulate import LARGEST_NLL
 from jobs.metrics.counts import Counts
 
 # No product is merged with a sum where the kernel does not say so.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 8}
 BLOCK = 512  # pixels of a program
 
 
@@ -52,7 +53,7 @@ _WHOLE, _WHOLE64 = tl.constexpr(2.0**23), tl.constexpr(1.5 * 2.0**52)
 
 
 @triton.jit
-def _exp_negative(x: Any) -> Any:
+def _exp_negative(x: tensor) -> tensor:
     x = tl.maximum(x, _LEAST)
     shifted = tl.fma(x, _PER_LN2, _SHIFT)
     r = tl.fma(shifted - _SHIFT, -_LN2, x)
@@ -63,7 +64,7 @@ def _exp_negative(x: Any) -> Any:
 
 
 @triton.jit
-def _log_of_sum(s: Any) -> Any:
+def _log_of_sum(s: tensor) -> tensor:
     exponent = (s.to(tl.int32, bitcast=True) - _ROOT_BITS) >> 23
     m = (s.to(tl.int32, bitcast=True) - (exponent << 23)).to(tl.float32, bitcast=True)
     f = tl.math.div_rn(m - 1.0, m + 1.0)
@@ -73,20 +74,20 @@ def _log_of_sum(s: Any) -> Any:
 
 
 @triton.jit
-def _nearest(x: Any) -> Any:
+def _nearest(x: tensor) -> tensor:
     """The nearest integer to a float32 of 0 or more, the even one of two, as int64."""
     return tl.where(x < _WHOLE, (x + _WHOLE) - _WHOLE, x).to(tl.int64)
 
 
 @triton.jit
-def _bin(score: Any, bins: tl.constexpr) -> Any:
+def _bin(score: tensor, bins: constexpr) -> tensor:
     return tl.minimum((score * float(bins)).to(tl.int32), bins - 1)
 
 
 @triton.jit
-def _add_bins(score: Any, hit: Any, labelled: Any, bins: tl.constexpr, table: Any) -> None:
-    """Add the scores of labelled pixels, and which of them are hits, to
-    table [bins, (count, hits, sum)]."""
+def _add_bins(score: tensor, hit: tensor, labelled: tensor, bins: constexpr, table: tensor) -> None:
+    """Add the scores of labelled pixels, and which of them are hits, to a table [bins, (count,
+    hits, sum)]."""
     packed = _nearest(score * _ONE) + _PIXEL + hit.to(tl.int64) * _HIT
     packed = tl.where(labelled, packed, 0)
     place = tl.where(labelled, _bin(score, bins), 0)
@@ -103,9 +104,9 @@ def _add_bins(score: Any, hit: Any, labelled: Any, bins: tl.constexpr, table: An
 
 @triton.jit
 def _logit(
-    plane: Any, above: Any, below: Any, up: Any, down: Any, left: Any, right: Any, near: Any,
-    far: Any,
-) -> Any:  # fmt: skip
+    plane: tensor, above: tensor, below: tensor, up: tensor, down: tensor, left: tensor,
+    right: tensor, near: tensor, far: tensor,
+) -> tensor:  # fmt: skip
     """The logits between four places of a plane; first along rows."""
     upper = tl.fma(tl.load(plane + above + right), far, tl.load(plane + above + left) * near)
     lower = tl.fma(tl.load(plane + below + right), far, tl.load(plane + below + left) * near)
@@ -114,10 +115,10 @@ def _logit(
 
 @triton.jit(do_not_specialize=["h", "w", "height", "width"])
 def count_pixels(
-    logits: Any, target: Any, rows: Any, row_shares: Any, columns: Any, column_shares: Any,
-    confusion: Any, class_bins: Any, top1_bins: Any, sums: Any,
-    h: Any, w: Any, height: Any, width: Any,
-    num_classes: tl.constexpr, bins: tl.constexpr, BLOCK: tl.constexpr,
+    logits: tensor, target: tensor, rows: tensor, row_shares: tensor, columns: tensor,
+    column_shares: tensor, confusion: tensor, class_bins: tensor, top1_bins: tensor, sums: tensor,
+    h: tensor, w: tensor, height: tensor, width: tensor,
+    num_classes: constexpr, bins: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     """Add the counts of `BLOCK` pixels of `target` uint8 [height, width] to tables as `Counts` has
     them and sums (Brier, nll), all int64.
@@ -181,8 +182,8 @@ def count_on_gpu(logits: Tensor, target: Tensor, bins: int) -> Counts:
     check_labels(labels, len(logits))
     (num_classes, *size), device = logits.shape, logits.device
     empty = Counts.zeros(num_classes, bins)
-    tables = [torch.zeros(one.shape, dtype=torch.int64, device=device)
-              for one in (empty.confusion, empty.class_bins, empty.top1_bins, np.empty(2))]  # fmt: skip
+    shapes = empty.confusion.shape, empty.class_bins.shape, empty.top1_bins.shape, (2,)
+    tables = [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
     count_pixels[(triton.cdiv(labels.size, BLOCK),)](
         logits.float().contiguous(), target.to(device).contiguous(),
         *_between(size[0], labels.shape[0], device), *_between(size[1], labels.shape[1], device),

@@ -159,7 +159,7 @@ VALID = {
     "train": st.sampled_from(["head", "all"]),
     "naive_ramp": st.tuples(st.floats(1e-9, 0.4), st.floats(0.5, 1)).map(list),
     "bins": st.integers(1, 100),
-    "counting": st.sampled_from(["fused", "reference"]),
+    "counting": st.sampled_from(["fused", "triton", "reference"]),
     "threads": st.integers(1, 1024),
     "workers": st.integers(0, 64),
     "deterministic": st.booleans(),
