@@ -1,0 +1,177 @@
+"""Counting on a GPU gives the bits of counting on the processor. Where there is none, Triton's
+interpreter runs the kernel, and its compiler translates it for GPUs."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc.command import UserError
+from jobs import pretrain
+from jobs import train as job
+from jobs.counts_file import read_index
+from jobs.evaluate import require_counting
+from jobs.fused_counts import count_upsampled
+from jobs.protocol import Protocol
+from tests.jobs import interpreted
+from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
+from tests.jobs.test_fused_counts import CASES, SHAPES, VOID, an_image
+
+OF_THE_KERNEL = {
+    "logits": "*fp32", "target": "*u8", "rows": "*i32", "row_shares": "*fp32", "columns": "*i32",
+    "column_shares": "*fp32", "confusion": "*i64", "class_bins": "*i64", "top1_bins": "*i64",
+    "sums": "*i64", "h": "i32", "w": "i32", "height": "i32", "width": "i32",
+    "num_classes": "constexpr", "bins": "constexpr", "BLOCK": "constexpr",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def process():
+    with interpreted.interpreter() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def on_gpu(process):
+    """Counts as the GPU's kernel does."""
+
+    def count(logits, target, bins, block=None):
+        given = logits.numpy(), target.numpy(), bins, block
+        return process.submit(interpreted.count, *given).result()
+
+    return count
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_its_counts_are_those_of_the_processor_to_the_bit(on_gpu, shape):
+    *image, bins = shape
+    logits, target = an_image(*image)
+    assert on_gpu(logits, target, bins).equals(count_upsampled(logits, target, bins))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    classes=st.integers(1, 6),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    pixels=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    scale=st.sampled_from([1e-3, 1.0, 30.0, 1e30]),
+    bins=st.integers(1, 100),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_so_they_are_for_any_sizes(on_gpu, classes, size, pixels, scale, bins, seed):
+    logits, target = an_image(classes, size, pixels, scale, seed)
+    assert on_gpu(logits, target, bins).equals(count_upsampled(logits, target, bins))
+
+
+@pytest.mark.parametrize(("block", "pixels"), [(32, (11, 21)), (4096, (41, 101))])
+def test_any_number_of_pixels_may_be_counted_at_once(on_gpu, block, pixels):
+    """The largest is one whose scores, all of one class, just fit into a part of an integer."""
+    for classes in (1, 3):
+        logits, target = an_image(classes, (5, 7), pixels, 3.0, void=0)
+        assert on_gpu(logits, target, 10, block).equals(count_upsampled(logits, target, 10))
+
+
+def test_where_classes_tie_the_lowest_is_the_prediction(on_gpu):
+    logits, target = an_image(3, (5, 7), (40, 56), 3.0, void=0)
+    confusion = on_gpu(torch.cat([logits, logits, logits]), target, 10).confusion
+    assert not confusion[:, 3:].any() and confusion.sum() == target.numel()
+
+
+def test_logits_as_far_apart_as_float32_has_them(on_gpu):
+    logits = torch.tensor([[[3e38]], [[-3e38]]])
+    target = torch.tensor([[0, 1, VOID]], dtype=torch.uint8)
+    assert on_gpu(logits, target, 10).equals(count_upsampled(logits, target, 10))
+
+
+def test_half_precision_logits_are_counted_in_float32(on_gpu):
+    logits, target = an_image(5, (5, 7), (40, 56), 3.0)
+    half = logits.half()
+    assert on_gpu(half, target, 10).equals(count_upsampled(half, target, 10))
+
+
+def test_what_the_processor_refuses_is_refused(on_gpu):
+    logits, target = an_image(5, (5, 7), (40, 56), 3.0)
+    with pytest.raises(ValueError, match="label 5 is neither one of 5 classes nor void"):
+        on_gpu(logits, torch.where(target == 3, 5, target).to(torch.uint8), 10)
+    logits[2, 3, 4] = np.nan
+    with pytest.raises(ValueError, match="nan or infinity"):
+        on_gpu(logits, target, 10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_on_a_real_gpu_too(case):
+    from jobs.triton_counts import count_on_gpu
+
+    *image, bins, seed = case
+    logits, target = an_image(*image, seed)
+    found = count_on_gpu(logits.cuda(), target, bins)
+    assert found.equals(count_upsampled(logits, target, bins))
+
+
+@pytest.mark.parametrize("capability", [70, 80, 90])  # V100, A100, H100
+@pytest.mark.parametrize(("classes", "bins"), [(1, 1), (21, 10), (255, 100)])
+def test_it_compiles_for_gpus_and_rounds_there_as_it_says(
+    capability, classes, bins, tmp_path, monkeypatch
+):
+    """Division and fused multiply-add are rounded once, small numbers stay, and the compiler merges
+    no product with a sum: of float64, that would be the only one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from jobs import triton_counts as counts
+
+    constants = {"num_classes": classes, "bins": bins, "BLOCK": counts.BLOCK}
+    source = triton.compiler.ASTSource(counts.count_pixels, OF_THE_KERNEL, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=counts.OPTIONS)
+    code = made.asm["ptx"]
+    assert made.asm["cubin"].startswith(b"\x7fELF")
+    assert f".target sm_{capability}" in code
+    assert "fma.rn.f32" in code and "div.rn.f32" in code and "mul.rn.f64" in code
+    assert re.findall(r"\S+\.(?:approx|full|ftz)\S*|fma\S*f64", code) == []
+
+
+def test_a_grid_is_counted_so_and_says_it(process, streets, tmp_path):
+    """All that differs from the other way is what the cell and its record say."""
+    found, signatures = {}, {}
+    for counting in ("fused", "triton"):
+        folder = tmp_path / counting
+        grid = grid_of(folder, streets.folder, "CE", "DLNWCE", epochs=1, counting=counting)
+        train = process.submit(interpreted.train, task_of(grid))
+        assert train.result() == 0
+        found[counting] = results(grid.run)
+        (path,) = grid.run.counts.glob("*.json")
+        index = read_index(path)
+        signatures[counting] = {cell["signature"] for cell in index.cells}
+        assert index.record["protocol"]["counting"] == counting
+    assert signatures["fused"].isdisjoint(signatures["triton"])
+    assert_all_same(found["fused"], found["triton"])
+
+
+@pytest.mark.parametrize(("kind", "main"), [("bundle", job.main), ("pretrain", pretrain.main)])
+def test_without_a_gpu_nothing_is_trained(streets, tmp_path, monkeypatch, kind, main):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    grid = grid_of(tmp_path, streets.folder, "CE", epochs=1, counting="triton")
+    with pytest.raises(UserError, match='counting = "triton" needs a GPU, but torch sees no'):
+        main([str(task_of(grid, kind=kind))])
+    assert not any(path.is_file() for path in grid.run.checkpoints("").rglob("*"))
+
+
+def test_a_gpu_on_which_triton_does_not_work_is_refused_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
+    with pytest.raises(UserError) as refused:
+        require_counting(Protocol(counting="triton"), torch.device("cuda"))
+    assert str(refused.value) == (
+        "Triton counts nothing on Tesla K80 (RuntimeError: no kernel image); set counting = "
+        '"fused" in [protocol]'
+    )
