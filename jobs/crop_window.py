@@ -43,6 +43,12 @@ class Axis(NamedTuple):
     weights: Ints
     nearest: Ints
 
+    @classmethod
+    def of(cls, span: Span) -> Axis:
+        """That of a window which shows `span`."""
+        first, weights = _bilinear(*span)
+        return cls(first, weights, _nearest(*span))
+
     @property
     def needed(self) -> tuple[int, int]:
         """The pixels [first, stop) that its own depend on."""
@@ -61,8 +67,7 @@ class Window:
 
     def __init__(self, rows: Span, columns: Span) -> None:
         self.shape = (rows.stop - rows.start, columns.stop - columns.start)
-        self.rows = Axis(*_bilinear(*rows), _nearest(*rows))
-        self.columns = Axis(*_bilinear(*columns), _nearest(*columns))
+        self.rows, self.columns = Axis.of(rows), Axis.of(columns)
         lost = rows.length - rows.resized, columns.length - columns.resized
         self.rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
 

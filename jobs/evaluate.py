@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from data_prep.shards import SplitReader
-from hpc.command import UserError, one_line
 from hpc.groups import Group
 from jobs.batches import EvaluationImages, load_images
 from jobs.fused_counts import count_upsampled
@@ -77,26 +76,6 @@ def count(logits: Tensor, target: Tensor, protocol: Protocol) -> Counts:
         return count_on_gpu(logits, target, protocol.bins)
     scores = upsample(logits[None].float(), (target.shape[0], target.shape[1]))[0]
     return count_image(scores, target.to(logits.device), protocol.bins)
-
-
-def require_counting(protocol: Protocol, device: torch.device) -> None:
-    """Raise `UserError` if the protocol's `counting` does not work on `device`: before training,
-    not after it. With Triton a pixel is counted, and so the kernel compiled."""
-    if protocol.counting != "triton":
-        return
-    if device.type != "cuda":
-        raise UserError(
-            'counting = "triton" needs a GPU, but torch sees none here; set counting = "fused" in '
-            "[protocol], or ask for GPUs in the profile"
-        )
-    try:
-        count(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.uint8), protocol)
-    except Exception as error:  # of Triton, its compiler, the driver: all raise what they like
-        reason = one_line(f"{type(error).__name__}: {error}".partition("\n")[0])
-        raise UserError(
-            f"Triton counts nothing on {torch.cuda.get_device_name(device)} ({reason}); set "
-            'counting = "fused" in [protocol]'
-        ) from error
 
 
 def _sum_over_ranks(counts: Counts, group: Group) -> Counts:

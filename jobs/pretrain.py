@@ -22,12 +22,12 @@ from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import load_backbone
 from jobs.cell import Cell
-from jobs.evaluate import require_counting
 from jobs.losses.names import parse_loss
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
 from jobs.models.names import MODELS
+from jobs.on_gpu import require_gpu
 from jobs.run import Run
 from jobs.task import Task, read_task
 from jobs.train import configure_torch, count, leave, make_trainees, train
@@ -70,7 +70,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
         return
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
-    require_counting(consumer.protocol, group.device)
+    require_gpu(consumer.protocol, group.device)
     with nearby(task.data, task.node_local) as manifest:
         pretrain_on(manifest, trained, consumer, group, stop)
 

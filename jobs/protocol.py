@@ -23,7 +23,9 @@ WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.
-RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
+RUNTIME_FIELDS = frozenset(
+    {"threads", "workers", "augment_on", "deterministic", "checkpoint_minutes", "profile"}
+)
 
 
 class Pretrain(Settings):
@@ -72,6 +74,7 @@ class Protocol(Settings):
 
     threads: Threads = 2  # CPU threads a rank
     workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
+    augment_on: Literal["cpu", "gpu"] = "cpu"  # gpu: loaders only read; bytes are the same
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
     profile: bool = False  # measure how long each part takes, see jobs/profile.py

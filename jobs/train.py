@@ -31,10 +31,11 @@ from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
 from jobs.batches import TrainingBatches, load_steps
 from jobs.cell import Cell
 from jobs.counts_file import counted_cells, write_counts
-from jobs.evaluate import evaluate, require_counting, stack
+from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
+from jobs.on_gpu import require_gpu
 from jobs.profile import report
 from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
@@ -73,7 +74,7 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     Those that are done already are left out."""
     task = unfinished(task, group)
     if task.cells:
-        require_counting(task.cells[0].protocol, group.device)
+        require_gpu(task.cells[0].protocol, group.device)
         with nearby(task.data, task.node_local) as manifest:
             train_on(manifest, task, group, stop)
 

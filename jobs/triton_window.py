@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,15 +55,22 @@ def resize_rows(
     tl.store(made, tl.minimum(total >> _BITS, 255).to(tl.uint8), mask=inside)
 
 
-class Taps(NamedTuple):
-    """Of each pixel along an axis: the first pixel of the source that it depends on, int32 [n], and
-    the weights of that one and those that follow, int32 [n, taps]."""
+class AxisOnGpu(NamedTuple):
+    """An `Axis` of `jobs.crop_window` there."""
 
     first: Tensor
     weights: Tensor
+    nearest: Tensor
 
 
-def resize(image: Tensor, rows: Taps, columns: Taps, rows_first: bool, window: Tensor) -> None:
+def pick(label: Tensor, rows: AxisOnGpu, columns: AxisOnGpu) -> Tensor:
+    """What `jobs.crop_window.Window.of_label` makes of a label map uint8 [H, W]."""
+    return label.index_select(0, rows.nearest).index_select(1, columns.nearest)
+
+
+def resize_image(
+    image: Tensor, rows: AxisOnGpu, columns: AxisOnGpu, rows_first: bool, window: Tensor
+) -> None:
     """Make what `jobs.crop_window.Window.of_image` makes of `image` uint8 [H, W, 3], whose pixels
     `rows` and `columns` count from 0, in the upper left of `window` uint8 [3, h, w]."""
     height, width = image.shape[:2]
@@ -82,9 +88,9 @@ def resize(image: Tensor, rows: Taps, columns: Taps, rows_first: bool, window: T
 
 
 def _launch(
-    source: Planes, made: Planes, taps: Taps, shape: tuple[int, int], tile: tuple[int, int]
+    source: Planes, made: Planes, taps: AxisOnGpu, shape: tuple[int, int], tile: tuple[int, int]
 ) -> None:
     programs = [triton.cdiv(length, side) for length, side in zip(shape, tile, strict=True)]
     resize_rows[(*programs, 3)](
-        *source, *made, *taps, taps.weights.shape[1], *shape, *tile, **OPTIONS
+        *source, *made, taps.first, taps.weights, taps.weights.shape[1], *shape, *tile, **OPTIONS
     )

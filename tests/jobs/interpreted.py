@@ -63,5 +63,40 @@ def train(task: Path) -> int:
     """The job of a task file, which takes the interpreter for a GPU."""
     from jobs import train as job
 
-    job.require_counting = lambda *_: None
+    job.require_gpu = lambda *_: None
     return job.main([str(task)])
+
+
+def resized(
+    image: np.ndarray, label: np.ndarray, rows: Any, columns: Any, crop: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The window of whole pictures, in the upper left of a crop."""
+    from jobs.augment import Unresized
+    from jobs.batches import UnresizedBatch
+    from jobs.crop_window import Window
+
+    window = Window(rows, columns)
+    needed = np.s_[slice(*window.rows.needed), slice(*window.columns.needed)]
+    sample = Unresized(window, image[needed], label[needed])
+    return _arrays(UnresizedBatch.of([sample], crop, range(1)))
+
+
+def batches(folder: Path, protocol: Any, steps: range, rank: int, world_size: int) -> list[Any]:
+    """The batches of these steps, as they are on the GPU."""
+    from data_prep.manifest import Manifest
+    from data_prep.shards import SplitReader
+    from jobs.batches import TrainingBatches
+
+    reader = SplitReader(Manifest.load(folder), "train")
+    found = TrainingBatches(reader, protocol, 0, rank, world_size)
+    return [_arrays(found[step]) for step in steps]
+
+
+def _arrays(batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    import torch
+
+    from jobs import triton_window
+
+    triton_window.TILE = 32, 128  # the interpreter is slow in starting programs
+    made = batch.to(torch.device("cpu"))
+    return made.images.numpy(), made.target.numpy()

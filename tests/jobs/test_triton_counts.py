@@ -11,13 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.command import UserError
-from jobs import pretrain
-from jobs import train as job
 from jobs.counts_file import read_index
-from jobs.evaluate import require_counting
 from jobs.fused_counts import count_upsampled
-from jobs.protocol import Protocol
 from tests.jobs import interpreted
 from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
 from tests.jobs.test_fused_counts import CASES, SHAPES, VOID, an_image
@@ -152,26 +147,3 @@ def test_a_grid_is_counted_so_and_says_it(process, streets, tmp_path):
         assert index.record["protocol"]["counting"] == counting
     assert signatures["fused"].isdisjoint(signatures["triton"])
     assert_all_same(found["fused"], found["triton"])
-
-
-@pytest.mark.parametrize(("kind", "main"), [("bundle", job.main), ("pretrain", pretrain.main)])
-def test_without_a_gpu_nothing_is_trained(streets, tmp_path, monkeypatch, kind, main):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    grid = grid_of(tmp_path, streets.folder, "CE", epochs=1, counting="triton")
-    with pytest.raises(UserError, match='counting = "triton" needs a GPU, but torch sees no'):
-        main([str(task_of(grid, kind=kind))])
-    assert not any(path.is_file() for path in grid.run.checkpoints("").rglob("*"))
-
-
-def test_a_gpu_on_which_triton_does_not_work_is_refused_in_one_line(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("no kernel image\nis available")
-
-    monkeypatch.setattr(torch, "zeros", fail)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
-    with pytest.raises(UserError) as refused:
-        require_counting(Protocol(counting="triton"), torch.device("cuda"))
-    assert str(refused.value) == (
-        "Triton counts nothing on Tesla K80 (RuntimeError: no kernel image); set counting = "
-        '"fused" in [protocol]'
-    )

@@ -1,0 +1,105 @@
+"""The window of a resized image is made on a GPU of the same integers as on the processor. Where
+there is none, Triton's interpreter runs the kernel, and its compiler translates it for GPUs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.shards import SplitReader
+from jobs.batches import TrainingBatches, UnresizedBatch, load_steps
+from jobs.protocol import Protocol
+from tests.jobs import interpreted
+from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
+from tests.jobs.test_crop_window import SEEDS, picture, pillows, spans
+
+VOID = 255
+OF_THE_KERNEL = {
+    "source": "*u8", "source_colour": "i32", "source_row": "i32", "source_column": "i32",
+    "made": "*u8", "made_colour": "i32", "made_row": "i32", "made_column": "i32",
+    "first": "*i32", "weights": "*i32", "num_taps": "i32", "rows": "i32", "columns": "i32",
+    "ROWS": "constexpr", "COLUMNS": "constexpr",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def process():
+    with interpreted.interpreter() as process:
+        yield process
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=spans(50), columns=spans(50), seed=SEEDS, beyond=st.integers(0, 3))
+def test_a_window_of_any_resize_is_that_of_pillow(process, rows, columns, seed, beyond):
+    """And what a crop shows beyond the picture is black and void."""
+    image, label = picture(rows.length, columns.length, seed)
+    height, width = (span.stop - span.start for span in (rows, columns))
+    given = image, label, rows, columns, (height + beyond, width + beyond)
+    (found,), (labels,) = process.submit(interpreted.resized, *given).result()
+    inside = np.s_[:height, :width]
+    bilinear = pillows(image, rows, columns, Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(found.transpose(1, 2, 0)[inside], bilinear)
+    nearest = pillows(label, rows, columns, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(labels[inside], nearest)
+    assert not found[:, height:].any() and not found[:, :, width:].any()
+    assert (labels[height:] == VOID).all() and (labels[:, width:] == VOID).all()
+
+
+@pytest.mark.parametrize("shares", [(0, 1), (0, 2), (1, 2), (3, 5)])  # rank, ranks
+def test_a_batch_is_that_of_the_processor(process, streets, shares):
+    """Also of a rank that has no image of it."""
+    settings = {"batch_size": 4, "resize": (20, 60), "crop": (48, 52), "flip": 0.5}
+    steps, reader = range(5), SplitReader(streets, "train")
+    here = TrainingBatches(reader, Protocol(**settings), 0, *shares)
+    there = Protocol(**settings, augment_on="gpu")
+    found = process.submit(interpreted.batches, streets.folder, there, steps, *shares).result()
+    for step, (images, target) in zip(steps, found, strict=True):
+        np.testing.assert_array_equal(images, here[step].images.numpy())
+        np.testing.assert_array_equal(target, here[step].target.numpy())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_real_gpu_too(streets):
+    settings = {"batch_size": 4, "resize": (20, 60), "crop": (48, 52), "flip": 0.5}
+    reader = SplitReader(streets, "train")
+    ways = [TrainingBatches(reader, Protocol(**settings, augment_on=where), 0, 0, 1)
+            for where in ("cpu", "gpu")]  # fmt: skip
+    for here, there in zip(*(load_steps(batches, 0, 12, 1) for batches in ways), strict=True):
+        assert isinstance(there, UnresizedBatch)
+        made = there.to(torch.device("cuda"))
+        assert torch.equal(made.images.cpu(), here.images)
+        assert torch.equal(made.target.cpu(), here.target)
+
+
+@pytest.mark.parametrize("capability", [70, 80, 90])  # V100, A100, H100
+def test_it_compiles_for_gpus(capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from jobs import triton_window as gpu
+
+    for rows, columns in (gpu.TILE, gpu.TILE[::-1]):
+        constants = {"ROWS": rows, "COLUMNS": columns}
+        source = triton.compiler.ASTSource(gpu.resize_rows, OF_THE_KERNEL, constants)
+        target = GPUTarget("cuda", capability, 32)
+        made = triton.compile(source, target=target, options=gpu.OPTIONS)
+        assert made.asm["cubin"].startswith(b"\x7fELF")
+        assert f".target sm_{capability}" in made.asm["ptx"]
+
+
+def test_a_grid_trains_to_the_same_bits(process, streets, tmp_path):
+    """With loader processes, which only read; and it is the same grid to whoever asks."""
+    found, signatures = [], set()
+    for where in ("cpu", "gpu"):
+        settings = {"epochs": 1, "workers": 2, "augment_on": where}
+        grid = grid_of(tmp_path / where, streets.folder, "CE", "DLNWCE", **settings)
+        assert process.submit(interpreted.train, task_of(grid)).result() == 0
+        found.append(results(grid.run))
+        signatures |= {cell.signature for cell in grid.cells}
+    assert_all_same(*found)
+    assert len(signatures) == 2
