@@ -29,12 +29,15 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 def _begin() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in a job
     import torch
     from numba import vectorize
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from jobs import triton_window
     from jobs.instructions import fma
 
+    triton_window.TILE = 32, 128  # the interpreter is slow in starting programs
     torch.set_num_threads(1)
     fused = vectorize(["float32(float32, float32, float32)"])(lambda a, b, c: fma(a, b, c))
 
@@ -95,8 +98,5 @@ def batches(folder: Path, protocol: Any, steps: range, rank: int, world_size: in
 def _arrays(batch: Any) -> tuple[np.ndarray, np.ndarray]:
     import torch
 
-    from jobs import triton_window
-
-    triton_window.TILE = 32, 128  # the interpreter is slow in starting programs
     made = batch.to(torch.device("cpu"))
     return made.images.numpy(), made.target.numpy()

@@ -32,7 +32,7 @@ def process():
         yield process
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(rows=spans(50), columns=spans(50), seed=SEEDS, beyond=st.integers(0, 3))
 def test_a_window_of_any_resize_is_that_of_pillow(process, rows, columns, seed, beyond):
     """And what a crop shows beyond the picture is black and void."""
@@ -93,13 +93,13 @@ def test_it_compiles_for_gpus(capability, tmp_path, monkeypatch):
 
 
 def test_a_grid_trains_to_the_same_bits(process, streets, tmp_path):
-    """With loader processes, which only read; and it is the same grid to whoever asks."""
-    found, signatures = [], set()
+    """With loader processes, which only read; and its cells are the same to whoever asks."""
+    found, signatures = [], []
     for where in ("cpu", "gpu"):
         settings = {"epochs": 1, "workers": 2, "augment_on": where}
-        grid = grid_of(tmp_path / where, streets.folder, "CE", "DLNWCE", **settings)
+        grid = grid_of(tmp_path / where, streets.folder, "CE", **settings)
         assert process.submit(interpreted.train, task_of(grid)).result() == 0
         found.append(results(grid.run))
-        signatures |= {cell.signature for cell in grid.cells}
+        signatures.append([cell.signature for cell in grid.cells])
     assert_all_same(*found)
-    assert len(signatures) == 2
+    assert signatures[0] == signatures[1]
