@@ -137,17 +137,20 @@ class TrainingBatches(Dataset[Batch | UnresizedBatch]):
         order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
         first = within * self._protocol.batch_size
         samples = [int(order[first + position]) for position in self._positions]
-        draws = [Draw(self._seed, epoch, sample) for sample in samples]
         if self._protocol.augment_on == "gpu":
-            found = [unresized_sample(self._reader, sample, self._protocol, draw)
-                     for sample, draw in zip(samples, draws, strict=True)]  # fmt: skip
+            found = [self._unresized(epoch, sample) for sample in samples]
             return UnresizedBatch.of(found, self._protocol.crop, self._positions)
         height, width = self._protocol.crop
         images = np.empty((len(samples), 3, height, width), np.uint8)
         target = np.empty((len(samples), height, width), np.uint8)
-        for image, label, sample, draw in zip(images, target, samples, draws, strict=True):
-            augmented_sample(self._reader, sample, self._protocol, draw, (image, label))
+        for into, sample in zip(zip(images, target, strict=True), samples, strict=True):
+            draw = Draw(self._seed, epoch, sample)
+            augmented_sample(self._reader, sample, self._protocol, draw, into)
         return Batch(torch.from_numpy(images), torch.from_numpy(target), self._positions)
+
+    def _unresized(self, epoch: int, sample: int) -> Unresized:
+        key = Draw(self._seed, epoch, sample)
+        return unresized_sample(self._reader, sample, self._protocol, key)
 
 
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):

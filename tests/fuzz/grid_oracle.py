@@ -119,6 +119,7 @@ PROTOCOL = {
     "pretrain": table(PRETRAIN),
     "threads": whole(1, 1024),
     "workers": whole(0, 64),
+    "augment_on": one_of("cpu", "gpu"),
     "deterministic": truth,
     "checkpoint_minutes": number(0),
 }

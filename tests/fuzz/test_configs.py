@@ -162,6 +162,7 @@ VALID = {
     "counting": st.sampled_from(["fused", "triton", "reference"]),
     "threads": st.integers(1, 1024),
     "workers": st.integers(0, 64),
+    "augment_on": st.sampled_from(["cpu", "gpu"]),
     "deterministic": st.booleans(),
     "checkpoint_minutes": st.floats(0, 1e300),
     "pretrain": st.fixed_dictionaries({}, optional={"seed": st.integers(0, 2**63 - 1)}),
