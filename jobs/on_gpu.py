@@ -12,7 +12,7 @@ from jobs.augment import Unresized
 from jobs.batches import UnresizedBatch
 from jobs.crop_window import Span, Window
 from jobs.evaluate import count
-from jobs.protocol import Protocol
+from jobs.protocol import ON_GPU, Protocol
 
 _TWO_PIXELS = Span(2, 2, 0, 2)
 
@@ -20,9 +20,9 @@ _TWO_PIXELS = Span(2, 2, 0, 2)
 def require_gpu(protocol: Protocol, device: torch.device) -> None:
     """Raise `UserError` if the protocol needs a GPU and `device` is none, or Triton does not work
     there: it counts a pixel and resizes a picture, and so has its kernels compiled."""
-    if protocol.counting == "triton":
+    if protocol.counting == ON_GPU["counting"]:
         _require('counting = "triton"', 'counting = "fused"', device, _count)
-    if protocol.augment_on == "gpu":
+    if protocol.augment_on == ON_GPU["augment_on"]:
         _require('augment_on = "gpu"', 'augment_on = "cpu"', device, _resize)
 
 

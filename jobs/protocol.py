@@ -27,6 +27,9 @@ RUNTIME_FIELDS = frozenset(
     {"threads", "workers", "augment_on", "deterministic", "checkpoint_minutes", "profile"}
 )
 
+# Settings that need a GPU, and what they say then.
+ON_GPU = {"counting": "triton", "augment_on": "gpu"}
+
 
 class Pretrain(Settings):
     """[protocol.pretrain]: the whole network that `weights = "pretrain"` trains first with CE.
