@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jobs.counts_file import read_index
@@ -49,7 +49,8 @@ def test_its_counts_are_those_of_the_processor_to_the_bit(on_gpu, shape):
     assert on_gpu(logits, target, bins).equals(count_upsampled(logits, target, bins))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+# what fails is not made smaller: the interpreter is slow
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     classes=st.integers(1, 6),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
