@@ -30,7 +30,15 @@ class Planes(NamedTuple):
         return Planes(self.content, self.colour, self.column, self.row)
 
 
-@triton.jit(do_not_specialize=["num_taps", "rows", "columns"])
+# Which step is 1 decides how threads share the bytes. Whether places are multiples of 16 is not
+# asked: it would make a kernel of each answer.
+@triton.jit(
+    do_not_specialize=["num_taps", "rows", "columns"],
+    do_not_specialize_on_alignment=[
+        "source", "source_colour", "source_row", "source_column", "first", "weights",
+        "made", "made_colour", "made_row", "made_column",
+    ],
+)  # fmt: skip
 def resize_rows(
     source: tensor, source_colour: tensor, source_row: tensor, source_column: tensor,
     made: tensor, made_colour: tensor, made_row: tensor, made_column: tensor,

@@ -16,13 +16,7 @@ from jobs.fused_counts import count_upsampled
 from tests.jobs import interpreted
 from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
 from tests.jobs.test_fused_counts import CASES, SHAPES, VOID, an_image
-
-OF_THE_KERNEL = {
-    "logits": "*fp32", "target": "*u8", "rows": "*i32", "row_shares": "*fp32", "columns": "*i32",
-    "column_shares": "*fp32", "confusion": "*i64", "class_bins": "*i64", "top1_bins": "*i64",
-    "sums": "*i64", "h": "i32", "w": "i32", "height": "i32", "width": "i32",
-    "num_classes": "constexpr", "bins": "constexpr", "BLOCK": "constexpr",
-}  # fmt: skip
+from tests.jobs.translated import as_on
 
 
 @pytest.fixture(scope="module")
@@ -111,26 +105,22 @@ def test_on_a_real_gpu_too(case):
 
 
 @pytest.mark.parametrize("capability", [70, 80, 90])  # V100, A100, H100
-@pytest.mark.parametrize(("classes", "bins"), [(1, 1), (21, 10), (255, 100)])
-def test_it_compiles_for_gpus_and_rounds_there_as_it_says(
-    capability, classes, bins, tmp_path, monkeypatch
-):
+def test_it_compiles_for_gpus_and_rounds_there_as_it_says(capability, tmp_path):
     """Division and fused multiply-add are rounded once, small numbers stay, and the compiler merges
     no product with a sum: of float64, that would be the only one."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from jobs.triton_counts import count_on_gpu
 
-    from jobs import triton_counts as counts
-
-    constants = {"num_classes": classes, "bins": bins, "BLOCK": counts.BLOCK}
-    source = triton.compiler.ASTSource(counts.count_pixels, OF_THE_KERNEL, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=counts.OPTIONS)
-    code = made.asm["ptx"]
-    assert made.asm["cubin"].startswith(b"\x7fELF")
-    assert f".target sm_{capability}" in code
-    assert "fma.rn.f32" in code and "div.rn.f32" in code and "mul.rn.f64" in code
-    assert re.findall(r"\S+\.(?:approx|full|ftz)\S*|fma\S*f64", code) == []
+    with as_on(capability, tmp_path) as compiled:
+        for classes, bins in ((1, 1), (21, 10), (255, 100)):
+            for pixels in ((40, 56), (1, 1)):  # one kernel for all sizes of images
+                count_on_gpu(*an_image(classes, (5, 7), pixels, 3.0), bins)
+    assert len(compiled) == 3
+    for kernel in compiled:
+        code = kernel.asm["ptx"]
+        assert kernel.asm["cubin"].startswith(b"\x7fELF")
+        assert f".target sm_{capability}" in code
+        assert "fma.rn.f32" in code and "div.rn.f32" in code and "mul.rn.f64" in code
+        assert re.findall(r"\S+\.(?:approx|full|ftz)\S*|fma\S*f64", code) == []
 
 
 def test_a_grid_is_counted_so_and_says_it(process, streets, tmp_path):
