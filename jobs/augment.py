@@ -95,8 +95,7 @@ def augmented_sample(
 
 
 class Unresized(NamedTuple):
-    """What of a sample its `window` depends on, contiguous: image uint8 [H, W, 3] and label
-    [H, W]."""
+    """What of a sample its `window` depends on: image uint8 [H, W, 3] and label [H, W]."""
 
     window: Window
     image: Bytes
@@ -108,9 +107,8 @@ def unresized_sample(reader: SplitReader, i: int, protocol: Protocol, draw: Draw
     height, width = reader.size(i)
     window = draw_view(height, width, protocol, draw).window(height, width)
     columns = slice(*window.columns.needed)
-    image = reader.image(i, window.source_rows)[:, columns]
-    label = reader.label(i, window.source_rows)[:, columns]
-    return Unresized(window, np.ascontiguousarray(image), np.ascontiguousarray(label))
+    image, label = reader.image(i, window.source_rows), reader.label(i, window.source_rows)
+    return Unresized(window, image[:, columns], label[:, columns])
 
 
 def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple[Bytes, Bytes]:

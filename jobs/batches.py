@@ -116,8 +116,11 @@ class UnresizedBatch:
 
 
 def _flat(arrays: Sequence[np.ndarray], dtype: DTypeLike) -> Tensor:
-    none = np.empty(0, dtype)  # a rank may have no sample
-    return torch.from_numpy(np.concatenate([none, *(array.reshape(-1) for array in arrays)]))
+    flat, start = np.empty(sum(array.size for array in arrays), dtype), 0
+    for array in arrays:  # each is copied once, though it may be a part of rows
+        flat[start : start + array.size].reshape(array.shape)[:] = array
+        start += array.size
+    return torch.from_numpy(flat)
 
 
 class TrainingBatches(Dataset[Batch | UnresizedBatch]):
