@@ -35,41 +35,63 @@ class Span(NamedTuple):
     mirrored: bool = False
 
 
+class Axis(NamedTuple):
+    """Of each pixel along an axis of a window: the first pixel that it depends on, int32 [n]; the
+    weights of that one and those that follow, int32 [n, taps]; the nearest pixel, int32 [n]."""
+
+    first: Ints
+    weights: Ints
+    nearest: Ints
+
+    @classmethod
+    def of(cls, span: Span) -> Axis:
+        """That of a window which shows `span`."""
+        first, weights = _bilinear(*span)
+        return cls(first, weights, _nearest(*span))
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """The pixels [first, stop) that its own depend on."""
+        return (
+            min(int(self.first.min()), int(self.nearest.min())),
+            max(int(self.first.max()) + self.weights.shape[1], int(self.nearest.max()) + 1),
+        )
+
+    def counted_from(self, start: int) -> Axis:
+        """The same where only the pixels from `start` on are there."""
+        return Axis(self.first - np.int32(start), self.weights, self.nearest - np.int32(start))
+
+
 class Window:
     """What a crop shows of a resized image: two spans of its axes."""
 
     def __init__(self, rows: Span, columns: Span) -> None:
         self.shape = (rows.stop - rows.start, columns.stop - columns.start)
-        self._down, self._across = _bilinear(*rows), _bilinear(*columns)
-        self._row, self._column = _nearest(*rows), _nearest(*columns)
+        self.rows, self.columns = Axis.of(rows), Axis.of(columns)
         lost = rows.length - rows.resized, columns.length - columns.resized
-        self._rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
+        self.rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
 
     @cached_property
     def source_rows(self) -> tuple[int, int]:
         """The rows [first, stop) of the image, as it was before the resize, that are needed."""
-        first, weights = self._down
-        return (
-            min(int(first.min()), int(self._row.min())),
-            max(int(first.max()) + weights.shape[1], int(self._row.max()) + 1),
-        )
+        return self.rows.needed
 
     def of_image(self, image: Bytes) -> Bytes:
         """The window of the image, resized bilinearly with antialiasing, uint8 [3, h, w].
 
         image: its `source_rows`, contiguous uint8 [rows, W, 3].
         """
-        down = self._down[0] - self.source_rows[0], self._down[1]
+        down, across = self.rows.counted_from(self.source_rows[0])[:2], self.columns[:2]
         num_rows, num_columns = self.shape
         window = np.empty((3, num_rows, num_columns), np.uint8)
         lines = image.reshape(len(image), -1)
-        if self._rows_first:
+        if self.rows_first:
             between = np.empty((1, num_rows, lines.shape[1]), np.uint8)
             _resize_rows(lines[None], *down, between)
-            _resize_columns(between[0], *self._across, window)
+            _resize_columns(between[0], *across, window)
         else:
             planes = np.empty((3, len(image), num_columns), np.uint8)
-            _resize_columns(lines, *self._across, planes)
+            _resize_columns(lines, *across, planes)
             _resize_rows(planes, *down, window)
         return window
 
@@ -79,7 +101,8 @@ class Window:
         label: its `source_rows`, contiguous uint8 [rows, W].
         """
         window = np.empty(self.shape, np.uint8)
-        _pick(label, self._row - self.source_rows[0], self._column, window)
+        rows = self.rows.counted_from(self.source_rows[0])
+        _pick(label, rows.nearest, self.columns.nearest, window)
         return window
 
 

@@ -64,20 +64,20 @@ def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1)
     Raises `ValueError` for wrong shapes or types, a label that is no class, and logits that are not
     all finite.
     """
-    _check(logits, target, bins)
+    check(logits, target, bins)
     planes = logits.float().cpu().contiguous().numpy()
     labels = target.cpu().contiguous().numpy()
-    _check_labels(labels, len(planes))
+    check_labels(labels, len(planes))
     bands, count = _bands(len(labels), threads), _Rows(planes, labels, bins)
     if len(bands) == 1:
         found = [count(bands[0])]
     else:
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(count, bands))
-    return sum(found, _of_whole_image(labels, len(planes), bins))
+    return sum(found, of_whole_image(labels, len(planes), bins))
 
 
-def _check(logits: Tensor, target: Tensor, bins: int) -> None:
+def check(logits: Tensor, target: Tensor, bins: int) -> None:
     if logits.ndim != 3 or target.ndim != 2 or target.dtype != torch.uint8:
         raise ValueError(
             f"logits must be [C, h, w] and target uint8 [H, W], not {list(logits.shape)} and "
@@ -89,7 +89,7 @@ def _check(logits: Tensor, target: Tensor, bins: int) -> None:
         raise ValueError("logits contain nan or infinity, so they give no scores")
 
 
-def _check_labels(labels: Bytes, num_classes: int) -> None:
+def check_labels(labels: Bytes, num_classes: int) -> None:
     wrong = labels[(labels >= num_classes) & (labels != VOID)]
     if wrong.size:
         raise ValueError(
@@ -104,7 +104,7 @@ def _bands(height: int, threads: int) -> list[slice]:
 
 
 class _Rows:
-    """Counts the pixels of some rows of an image, but for what `_of_whole_image` counts."""
+    """Counts the pixels of some rows of an image, but for what `of_whole_image` counts."""
 
     def __init__(self, planes: Reals, labels: Bytes, bins: int) -> None:
         more = -labels.shape[1] % LANES
@@ -135,7 +135,7 @@ class _Rows:
         return replace(counts, brier=sums[0], nll=sums[1])
 
 
-def _of_whole_image(labels: Bytes, num_classes: int, bins: int) -> Counts:
+def of_whole_image(labels: Bytes, num_classes: int, bins: int) -> Counts:
     void = np.count_nonzero(labels == VOID)
     numbers = {"pixels": labels.size - void, "void": void, "images": 1}
     plain = {name: np.array(number, np.int64) for name, number in numbers.items()}

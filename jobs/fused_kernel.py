@@ -40,11 +40,9 @@ _LEAST = np.float32(-87)  # exp of it is far below the last place of any count
 _PER_LN2, _LN2 = np.float32(1 / np.log(2)), np.float32(np.log(2))
 _SHIFT = np.float32(1.5 * 2**23)  # added to a small real, it leaves the nearest integer
 # (exp(r) - 1 - r) / r^2 for |r| <= log(2) / 2, least squares reweighted towards the least maximum
-_C0, _C1, _C2, _C3, _C4 = (
-    np.float32(c)
-    for c in (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368716575205326,
-              0.001381459878757596)
-)  # fmt: skip
+EXP_TERMS = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368716575205326,
+             0.001381459878757596)  # fmt: skip
+_C0, _C1, _C2, _C3, _C4 = (np.float32(c) for c in EXP_TERMS)
 
 
 @compiled(_float(_float))

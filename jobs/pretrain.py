@@ -28,6 +28,7 @@ from jobs.metrics.scores import scores
 from jobs.models.build import Network
 from jobs.models.layout import in_order
 from jobs.models.names import MODELS
+from jobs.on_gpu import require_gpu
 from jobs.run import Run
 from jobs.task import Task, read_task
 from jobs.train import configure_torch, count, leave, make_trainees, train
@@ -70,6 +71,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
         return
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
+    require_gpu(consumer.protocol, group.device)
     with nearby(task.data, task.node_local) as manifest:
         pretrain_on(manifest, trained, consumer, group, stop)
 
