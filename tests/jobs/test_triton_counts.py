@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.counts_file import read_index
 from jobs.fused_counts import count_upsampled
+from jobs.task import read_task
 from tests.jobs import interpreted
 from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
 from tests.jobs.test_fused_counts import CASES, SHAPES, VOID, an_image
@@ -135,6 +136,7 @@ def test_a_grid_is_counted_so_and_says_it(process, streets, tmp_path):
         (path,) = grid.run.counts.glob("*.json")
         index = read_index(path)
         signatures[counting] = {cell["signature"] for cell in index.cells}
-        assert index.record["protocol"]["counting"] == counting
+        task = read_task(grid.run.task(index.record["task"]), "bundle")
+        assert {cell.protocol.counting for cell in task.cells} == {counting}
     assert signatures["fused"].isdisjoint(signatures["triton"])
     assert_all_same(found["fused"], found["triton"])
