@@ -8,8 +8,7 @@ Writes DIR/growth-NAME.png and DIR/growth-NAME.json.
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,11 @@ from statistics import median
 import matplotlib as mpl
 
 from benchmarks import bundles, growth_data, reducing
-from benchmarks.measure import machine
+from benchmarks.measure import chosen, write_record
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 Rounds = Mapping[int, Sequence[float]]  # seconds of each round, by what grows
 
@@ -45,23 +45,11 @@ class Plot:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and draw what is named, or all."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLOTS)}")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in PLOTS]
-    if unknown:
-        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(PLOTS)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.names or PLOTS:
+    names, folder = chosen("python -m benchmarks.growth", __doc__, tuple(PLOTS), argv)
+    for name in names:
         plot = PLOTS[name]()
-        draw(plot, options.out / f"growth-{name}.png")
-        record = {"machine": machine(), **asdict(plot)}
-        (options.out / f"growth-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        draw(plot, folder / f"growth-{name}.png")
+        write_record(folder / f"growth-{name}.json", asdict(plot))
         print(f"\n{plot.title}\n\n{table(plot)}", flush=True)
     return 0
 
@@ -106,8 +94,9 @@ PLOTS: dict[str, Callable[[], Plot]] = {
 
 
 def _shared(title: str, across: str, rounds: Rounds) -> Plot:
-    """Work that processes share: ideally each of them takes an equal part."""
-    ideal = {workers: median(rounds[1]) / workers for workers in rounds}
+    """Work that processes share: ideally each of them takes an equal part, on a core of its own."""
+    cores = os.cpu_count() or 1
+    ideal = {workers: median(rounds[1]) / min(workers, cores) for workers in rounds}
     return Plot(title, across, (Line("measured", rounds, ideal),))
 
 
@@ -128,6 +117,8 @@ def draw(plot: Plot, path: Path) -> None:
     ticks = sorted({x for line in plot.lines for x in line.rounds})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)

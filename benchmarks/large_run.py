@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from hpc.atomic import write_json
 from hpc.generation import claim
 from jobs.counts_file import write_counts
 from jobs.metrics.counts import FIXED_POINT, NAMES, NLL_FIXED_POINT, Counts
+from jobs.records import cell_record
 from jobs.task import Task, write_task
 from pipeline.ended import granted
 from pipeline.grid import Grid, read_grid
@@ -105,22 +105,15 @@ def end(grid: Grid, tasks: Sequence[Task]) -> None:
         ).number
         beat = {"stage": "done", "step": 3660, "total": 3660, "steps_per_second": 1.5, "time": 0.0}
         write_json(grid.run.progress_of(task.name), {**beat, "generation": generation})
-        protocol = cells[0].protocol
+        bins = cells[0].protocol.bins
         counts = [
-            made_up_counts(len(manifest.classes), protocol.bins, int(cell.signature, 16))
-            for cell in cells
+            made_up_counts(len(manifest.classes), bins, int(cell.signature, 16)) for cell in cells
         ]
-        entries = [
-            {**cell.model_dump(include={"dataset", "model", "seed"}), "signature": cell.signature,
-             "name": cell.name, "loss": asdict(cell.loss), "backbone": "ab" * 32}
-            for cell in cells
-        ]  # fmt: skip
+        entries = [cell_record(cell, "ab" * 32) for cell in cells]
         record = {
             "task": task.name,
             "generation": generation,
-            "classes": list(manifest.classes),
             "manifest": manifest.fingerprint,
-            "protocol": protocol.model_dump(mode="json"),
             "provenance": [{"torch": "2.10.0", "world_size": 4, "device": "cuda"}],
             "source": {"commit": "0123abc"},
             "time": 0.0,

@@ -3,6 +3,8 @@ hits both alike. Ratios of rounds are what counts; seconds are given beside them
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
@@ -109,6 +111,11 @@ def _seconds(work: Work, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def users_environment() -> dict[str, str]:
+    """The environment of commands as a user starts them: his Python keeps compiled modules."""
+    return {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+
 def table(found: Sequence[Found]) -> str:
     """A Markdown table of comparisons."""
     lines = [
@@ -175,3 +182,26 @@ def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def chosen(
+    program: str, description: str | None, names: Sequence[str], argv: Sequence[str]
+) -> tuple[Sequence[str], Path]:
+    """Which of `names` a command line names, all if none, and the folder its --out gives, which is
+    made. Ends the program for a name that is not one of them."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    options = parser.parse_args(argv)
+    unknown = [name for name in options.names if name not in names]
+    if unknown:
+        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(names)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options.names or names, options.out
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write what was measured, and on what machine, as JSON."""
+    path.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")

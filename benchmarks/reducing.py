@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -27,8 +26,9 @@ from data_prep.manifest import Manifest
 from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
 from jobs.metrics.counts import NAMES, Int64
-from pipeline.counts_share import read_share
-from pipeline.finished import finished_cells
+from jobs.records import cell_record
+from pipeline.counts_share import files_of, read_share
+from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, read_grid
 
 CELLS_PER_JOB = 50
@@ -45,7 +45,7 @@ def measure() -> list[Found]:
         singles = _file_a_cell(grid)
         found = compare(
             "reducing 100,000 cells, per cell",
-            lambda: add_up(grid, finished_cells(grid.run)[0], World()),
+            lambda: _from_the_files(grid),
             {f"a file a cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
             rounds=5,
             limit=f"{size / 1e9:.2f} GB read once: {size / (copy_bandwidth() / 2):.2f} s in all",
@@ -86,11 +86,16 @@ def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
     return found
 
 
+@many_records()  # as `pipeline.reduce`
+def _from_the_files(grid: Grid) -> dict[str, Int64]:
+    return add_up(grid, finished_cells(grid.run)[0], World())
+
+
+@many_records()
 def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> dict[str, Int64]:
     """What `pipeline.reduce` does once it knows which files there are."""
-    indices = sorted({i.path: i for i in chosen.values()}.values(), key=lambda index: index.path)
     problems: list[str] = []
-    share = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
+    share = read_share(grid, files_of(chosen)[ranks.rank :: ranks.size], chosen, problems)
     assert not problems
     return {
         f"{name} {key}": ranks.sum_to_root(array)
@@ -118,11 +123,7 @@ def _count_all(grid: Grid) -> None:
     for task in send_all(grid):
         name = task.cells[0].dataset
         some = [kinds[name][int(cell.signature, 16) % _KINDS].as_arrays() for cell in task.cells]
-        entries = [
-            {"signature": cell.signature, "name": cell.name, "backbone": "ab" * 32,
-             "loss": asdict(cell.loss)}
-            for cell in task.cells
-        ]  # fmt: skip
+        entries = [cell_record(cell, "ab" * 32) for cell in task.cells]
         record = {"manifest": manifests[name].fingerprint, "provenance": [{}], "source": {}}
         arrays = {key: np.stack([counts[key] for counts in some]) for key in NAMES}
         write_counts(grid.run.counts_of(task.name, 1), entries, arrays, record)

@@ -9,14 +9,11 @@ Peers that are not installed are named as such: `pip install -e '.[benchmarks]'`
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
-from benchmarks.measure import Absent, Found, machine, table
+from benchmarks.measure import Absent, Found, chosen, table, write_record
 
 # what each measures stands at the head of its module, whose `measure()` gives the comparisons
 BENCHMARKS = ("counting", "pooling", "reading", "augmenting", "bundles", "reducing", "saving")
@@ -24,25 +21,13 @@ BENCHMARKS = ("counting", "pooling", "reading", "augmenting", "bundles", "reduci
 
 def main(argv: Sequence[str]) -> int:
     """Measure what is named, or all; 1 if a target was missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR")
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"no benchmark is called {unknown[0]}; there are {', '.join(BENCHMARKS)}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    names, folder = chosen("python -m benchmarks.run", __doc__, BENCHMARKS, argv)
     missed = []
-    for name in options.names or BENCHMARKS:
+    for name in names:
         print(f"\n## {name}\n", flush=True)
         found = import_module(f"benchmarks.{name}").measure()
         print(table(found), flush=True)
-        record = {"machine": machine(), "comparisons": [one.record() for one in found]}
-        (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_record(folder / f"{name}.json", {"comparisons": [one.record() for one in found]})
         missed += [f"{one.what} against {one.against}" for one in found if _missed(one)]
     print(f"\ntargets missed: {'; '.join(missed) or 'none'}")
     return 1 if missed else 0

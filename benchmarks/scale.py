@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.large_run import CLASSES, LOSSES, MODELS, end, large_grid, send_all
+from benchmarks.measure import users_environment
 from hpc.queue import open_queue
 from pipeline.forecast import Forecast
 from pipeline.grid import read_grid
@@ -124,7 +125,7 @@ def _command(module: str, *arguments: str, launcher: tuple[str, ...] = ()) -> Se
     wall, cpu = time.perf_counter(), used()
     done = subprocess.run(
         [*launcher, sys.executable, "-m", module, *arguments],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, env=users_environment(),
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stderr)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from statistics import median
 
-from benchmarks.measure import in_turns, time_text
+from benchmarks.measure import in_turns, time_text, users_environment
 
 ROUNDS = 7
 SLOWEST = 6  # modules that are named
@@ -52,7 +52,7 @@ def imported(module: str) -> list[tuple[str, float]]:
     """The packages that importing `module` loads, the longest first: seconds of their modules."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"import {module}"],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=users_environment(),
     )  # fmt: skip
     packages: dict[str, float] = {}
     for line in done.stderr.splitlines()[1:]:
@@ -64,7 +64,8 @@ def imported(module: str) -> list[tuple[str, float]]:
 
 def _command(arguments: list[str]) -> Callable[[], object]:
     line = [sys.executable, *arguments]
-    return lambda: subprocess.run(line, check=True, capture_output=True)
+    environ = users_environment()
+    return lambda: subprocess.run(line, check=True, capture_output=True, env=environ)
 
 
 if __name__ == "__main__":

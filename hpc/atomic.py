@@ -127,7 +127,7 @@ def remove_dead_folders(parent: str | Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_bytes(path: str | Path, data: bytes, check: Check | None = None) -> None:
+def write_bytes(path: str | Path, data: bytes | memoryview, check: Check | None = None) -> None:
     """Write a whole file in one step, unless `check` raises."""
     with new_file(path, check) as temporary:
         temporary.write_bytes(data)
@@ -184,7 +184,7 @@ def canonical(value: Any) -> str:
 
 def canonical_table(texts: Mapping[str, str]) -> str:
     """`canonical` of a table from those of its values, by plain keys."""
-    return "{" + ",".join(f'"{key}":{texts[key]}' for key in sorted(texts)) + "}"
+    return "{" + ",".join([f'"{key}":{texts[key]}' for key in sorted(texts)]) + "}"
 
 
 def text_sha256(text: str) -> str:

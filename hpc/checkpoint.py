@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +105,8 @@ def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = No
 def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, str]:
     """Write a file for each entry; their SHA-256. While one is written its content is hashed, and
     the one before goes to disk."""
+    from concurrent.futures import ThreadPoolExecutor  # with logging: planning reads checkpoints
+
     hashes, synced = {}, []
     with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer, _without_crc32():
         for name, state in entries.items():

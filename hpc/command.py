@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -51,6 +53,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     130 after Ctrl-C. The traceback of a `UserError` is shown only with `--debug`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    atexit.register(gc.freeze)  # else the process looks through all it has for garbage as it ends
     try:
         code = main(arguments) or 0
         sys.stdout.flush()

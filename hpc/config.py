@@ -24,7 +24,10 @@ class Settings(BaseModel):
     """Base of every configuration table: frozen, no unknown keys, no silent conversion, numbers
     finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # a model's validator is made when it is first used: a command uses few of them
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import Executor
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 _WORTH_A_THREAD = 2**18  # bytes
 

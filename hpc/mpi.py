@@ -49,14 +49,16 @@ class World:
             self._communicator.Barrier()
 
     def sum_to_root(self, array: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """On rank 0 the element-wise sum over ranks of equally shaped int64 arrays; None
-        elsewhere."""
-        assert array.dtype == np.int64
-        if not self._communicator:
-            return array.copy()
-        total = np.zeros_like(array, order="C") if self.rank == 0 else None
-        self._communicator.Reduce(np.ascontiguousarray(array), total, root=0)
-        return total
+        """Add the arrays of the other ranks, equally shaped, to rank 0's, which becomes the sum
+        and is what it returns; None elsewhere, where arrays stay as they are."""
+        assert array.dtype == np.int64 and array.flags.c_contiguous
+        if self._communicator and self.rank == 0:
+            from mpi4py.MPI import IN_PLACE
+
+            self._communicator.Reduce(IN_PLACE, array, root=0)
+        elif self._communicator:
+            self._communicator.Reduce(array, None, root=0)
+        return array if self.rank == 0 else None
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:

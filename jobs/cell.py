@@ -4,7 +4,7 @@ of a run. Free of torch, h5py and mpi4py: planning reads it."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -59,10 +59,12 @@ class Cell(Settings):
     @cached_property
     def backbone_key(self) -> str:
         """Names the backbone that `weights = "pretrain"` trains: one a data set and backbone."""
-        shared = self._shared()
-        del shared["seed"]
-        shared["protocol"] = self.protocol.backbone_json
-        return _key({**shared, "backbone": canonical(MODELS[self.model].backbone)})
+        return _backbone_key(
+            canonical(self.dataset),
+            canonical(self.data),
+            self.protocol.backbone_json,
+            canonical(MODELS[self.model].backbone),
+        )
 
     def profiled(self) -> Cell:
         """The same cell, whose job measures how long each of its parts takes."""
@@ -77,6 +79,15 @@ class Cell(Settings):
             "seed": f"{self.seed}",
             "protocol": self.protocol.result_json,
         }
+
+
+@lru_cache
+def _backbone_key(dataset: str, data: str, protocol: str, backbone: str) -> str:
+    """Of the canonical JSON of each. Thousands of cells share a few."""
+    return _key(
+        {"format": f"{FORMAT}", "dataset": dataset, "data": data, "protocol": protocol,
+         "backbone": backbone}
+    )  # fmt: skip
 
 
 def _key(settings: Mapping[str, str]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from jobs.fused_kernel import Bytes, Ints, Reals, count_rows
+from jobs.instructions import LANES
 from jobs.metrics.accumulate import VOID
 from jobs.metrics.counts import Counts
 
-_BEYOND = 2.0  # more than a score can be
-_WIDTH_OF_A_BIN = 250  # pixels of a row for each bin, for which the kernel is exact
 _FEWEST_ROWS = 32  # for a thread to be worth its start
 
 
@@ -39,6 +37,13 @@ class Axis(NamedTuple):
         """Of the pixels in `window`."""
         return Axis(self.first[window], self.second[window], self.near[window], self.far[window])
 
+    def longer(self, pixels: int) -> Axis:
+        """The same with `pixels` more at its end, which show nothing."""
+        none, nothing = np.zeros(pixels, np.int32), np.zeros(pixels, np.float32)
+        first, second = (np.concatenate([part, none]) for part in (self.first, self.second))
+        near, far = (np.concatenate([part, nothing]) for part in (self.near, self.far))
+        return Axis(first, second, near, far)
+
 
 def axis(places: int, pixels: int) -> Axis:
     """As bilinear interpolation with `align_corners=False` places them in float32, in PyTorch on a
@@ -49,17 +54,6 @@ def axis(places: int, pixels: int) -> Axis:
     first = np.minimum(position.astype(np.int32), np.int32(places - 1))
     far = np.clip(position - first.astype(np.float32), np.float32(0), np.float32(1))
     return Axis(first, np.minimum(first + np.int32(1), places - 1).astype(np.int32), 1 - far, far)
-
-
-def bin_edges(bins: int) -> Reals:
-    """The least float32 score p of each bin, int(p * bins) in float32, and twice `_BEYOND`."""
-    edges: Reals = (np.arange(bins) / bins).astype(np.float32)
-    k, n = np.arange(bins).astype(np.float32), np.float32(bins)
-    while (late := edges * n < k).any():
-        edges = np.where(late, np.nextafter(edges, np.float32(1)), edges)
-    while (early := (edges > 0) & (np.nextafter(edges, np.float32(0)) * n >= k)).any():
-        edges = np.where(early, np.nextafter(edges, np.float32(0)), edges)
-    return np.append(edges, [_BEYOND, _BEYOND]).astype(np.float32)
 
 
 @torch.no_grad()
@@ -74,13 +68,12 @@ def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1)
     planes = logits.float().cpu().contiguous().numpy()
     labels = target.cpu().contiguous().numpy()
     check_labels(labels, len(planes))
-    windows = _windows(labels.shape, bins, threads)
-    count = _Window(planes, labels, bins)
-    if len(windows) == 1 or threads == 1:
-        found = [count(*window) for window in windows]
+    bands, count = _bands(len(labels), threads), _Rows(planes, labels, bins)
+    if len(bands) == 1:
+        found = [count(bands[0])]
     else:
         with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(count, *zip(*windows, strict=True)))
+            found = list(pool.map(count, bands))
     return sum(found, of_whole_image(labels, len(planes), bins))
 
 
@@ -104,26 +97,23 @@ def check_labels(labels: Bytes, num_classes: int) -> None:
         )
 
 
-def _windows(shape: tuple[int, ...], bins: int, threads: int) -> list[tuple[slice, slice]]:
-    """Rows for each thread, of no more columns than the kernel takes."""
-    height, width = shape
+def _bands(height: int, threads: int) -> list[slice]:
+    """The rows for each thread."""
     bands = max(1, min(threads, height // _FEWEST_ROWS))
-    ends = [height * band // bands for band in range(bands + 1)]
-    return [
-        (slice(*rows), slice(start, min(start + _WIDTH_OF_A_BIN * bins, width)))
-        for rows in pairwise(ends)
-        for start in range(0, width, _WIDTH_OF_A_BIN * bins)
-    ]
+    return [slice(height * i // bands, height * (i + 1) // bands) for i in range(bands)]
 
 
-class _Window:
-    """Counts the pixels of a window of an image, but for what `of_whole_image` counts."""
+class _Rows:
+    """Counts the pixels of some rows of an image, but for what `of_whole_image` counts."""
 
     def __init__(self, planes: Reals, labels: Bytes, bins: int) -> None:
-        self._planes, self._labels, self._bins = planes, labels, bins
-        self._rows, self._columns = map(axis, planes.shape[1:], labels.shape)
+        more = -labels.shape[1] % LANES
+        self._planes, self._bins = planes, bins
+        self._labels = np.pad(labels, ((0, 0), (0, more)), constant_values=VOID)
+        rows, columns = map(axis, planes.shape[1:], labels.shape)
+        self._rows, self._columns = rows, columns.longer(more)
 
-    def __call__(self, rows: slice, columns: slice) -> Counts:
+    def __call__(self, rows: slice) -> Counts:
         num_classes, bins = len(self._planes), self._bins
         confusion = np.zeros(num_classes * num_classes + 1, np.int64)
         hits, tops = (
@@ -133,11 +123,11 @@ class _Window:
         counts = Counts.zeros(num_classes, bins)
         sums = np.zeros(2, np.int64)
         count_rows(
-            self._planes, np.ascontiguousarray(self._labels[rows, columns]),
-            *self._rows.part(rows), *self._columns.part(columns), bin_edges(bins),
+            self._planes, self._labels[rows], *self._rows.part(rows), *self._columns,
             confusion, hits, tops, counts.class_bins, sums,
         )  # fmt: skip
         counts.confusion[:] = confusion[:-1].reshape(num_classes, num_classes)
+        counts.class_bins[:, 0, 0] += counts.confusion.sum()
         counts.class_bins[:, :, 1] = hits[:-1].reshape(num_classes, bins)
         wrong, right = tops[:-1].reshape(bins, 2, 2).transpose(1, 0, 2)
         counts.top1_bins[:, 0], counts.top1_bins[:, 1] = wrong[:, 0] + right[:, 0], right[:, 0]

@@ -13,6 +13,8 @@ from numba import extending
 
 from jobs.compiled import types
 
+LANES = 64  # of `where_at_least_one`
+
 intrinsic: Any = extending.intrinsic  # its type is of what it takes, not of what it makes
 
 
@@ -59,3 +61,29 @@ def widest_vectors(typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def where_at_least_one(typing: Any, row: Any, start: Any, factor: Any) -> Any:
+    """Bit j is set where row[start + j] * factor >= 1, for j from 0 to `LANES` - 1, all of which
+    must be places of the contiguous float32 `row`."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        vector, lane = ir.VectorType(ir.FloatType(), LANES), ir.IntType(32)
+        first = builder.gep(context.make_array(row)(context, builder, given[0]).data, [given[1]])
+        values = builder.load(builder.bitcast(first, vector.as_pointer()), align=4)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), given[2], lane(0))
+        factors = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(lane, LANES), None))
+        ones = ir.Constant(vector, [1.0] * LANES)
+        reached = builder.fcmp_ordered(">=", builder.fmul(values, factors), ones)
+        return builder.bitcast(reached, ir.IntType(LANES))
+
+    return types.int64(row, types.int64, types.float32), generate
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> Any:
+    """The place of the lowest bit that is set in an int64 other than 0."""
+    return types.int64(types.int64), lambda _, builder, __, given: builder.cttz(
+        given[0], ir.Constant(ir.IntType(1), 1)
+    )

@@ -234,7 +234,7 @@ def publish(
     if finished:
         write_counts(
             paths.counts_of(job.task.name, job.generation.number),
-            [cell_record(trainee.cell, backbone) for trainee, _ in finished],
+            [cell_record(trainee.cell, backbone.sha256) for trainee, _ in finished],
             stack([cell_counts for _, cell_counts in finished]),
             job_record(job, manifest),
             job.generation.check,

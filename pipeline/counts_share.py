@@ -23,6 +23,11 @@ class Share:
     signatures: set[str]
 
 
+def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
+    """The counts files of cells, each once, in order of their names."""
+    return sorted({id(i): i for i in chosen.values()}.values(), key=lambda index: index.path.name)
+
+
 def read_share(
     grid: Grid,
     indices: Sequence[CountsIndex],
@@ -31,45 +36,47 @@ def read_share(
 ) -> Share:
     """Read the counts files of `indices`, each once; a damaged one becomes a line in `problems`. A
     cell that lies in several files counts once, from the one `chosen` for it by signature."""
-    cells = _cells_of(grid)
-    share = Share({name: _no_counts(grid, name, len(cells[name])) for name in cells}, set())
-    places = {s: (name, row) for name, those in cells.items() for row, s in enumerate(those)}
+    rows = _rows_of(grid)
+    share = Share({name: _no_counts(grid, name, len(rows[name])) for name in rows}, set())
+    buffer = bytearray(max((index.size for index in indices), default=0))
     for index in indices:
+        signatures = [cell["signature"] for cell in index.cells]
+        here = [name for name in rows if not rows[name].keys().isdisjoint(signatures)]
         try:
-            stacked = read_counts(index)
-            for name in {places[s][0] for s in _signatures(index) if s in places}:
+            stacked = read_counts(index, buffer)
+            for name in here:
                 _check_shapes(share.counts[name], index, stacked)
         except Damaged as error:
             problems.append(str(error))
             continue
-        mine = [(k, s) for k, s in enumerate(_signatures(index)) if chosen.get(s) is index]
-        _copy(stacked, [(k, *places[s]) for k, s in mine], len(index.cells), share)
+        mine = [(k, s) for k, s in enumerate(signatures) if chosen.get(s) is index]
+        for name in here:
+            places = [(k, rows[name][s]) for k, s in mine if s in rows[name]]
+            _copy(stacked, places, len(signatures), share.counts[name])
         share.signatures.update(s for _, s in mine)
     return share
 
 
-def _cells_of(grid: Grid) -> dict[str, list[str]]:
-    """The signatures of the cells of each data set, in grid order."""
-    cells: dict[str, list[str]] = {name: [] for name in grid.datasets}
+def _rows_of(grid: Grid) -> dict[str, dict[str, int]]:
+    """The row of each cell of each data set by signature: grid order."""
+    rows: dict[str, dict[str, int]] = {name: {} for name in grid.datasets}
     for cell in grid.cells:
-        cells[cell.dataset].append(cell.signature)
-    return cells
+        of_dataset = rows[cell.dataset]
+        of_dataset[cell.signature] = len(of_dataset)
+    return rows
 
 
 def _copy(
-    stacked: Mapping[str, Int64], places: list[tuple[int, str, int]], number: int, share: Share
+    stacked: Mapping[str, Int64],
+    places: list[tuple[int, int]],
+    number: int,
+    counts: Mapping[str, Int64],
 ) -> None:
-    """Put cells of a file of `number` cells where they belong, those of a data set at once. places:
-    where in the file, of which data set, and in which row there."""
-    for name in {name for _, name, _ in places}:
-        positions = [position for position, where, _ in places if where == name]
-        rows = [row for _, where, row in places if where == name]
-        for key, whole in share.counts[name].items():
-            whole[rows] = stacked[key] if len(rows) == number else stacked[key][positions]
-
-
-def _signatures(index: CountsIndex) -> list[str]:
-    return [cell["signature"] for cell in index.cells]
+    """Put cells of a file of `number` cells where they belong, all at once. places: where in the
+    file, and in which row of `counts`."""
+    positions, rows = np.array(places, np.intp).reshape(-1, 2).T
+    for key, whole in counts.items():
+        whole[rows] = stacked[key] if len(rows) == number else stacked[key][positions]
 
 
 def _check_shapes(

@@ -186,7 +186,8 @@ def json_files(folder: Path) -> list[Path]:
     """The JSON files of a folder in order; none where there is no folder. Raises `UserError` if it
     cannot be listed: what it holds must not be taken for missing."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".json")
+        found = (path for path in folder.iterdir() if path.suffix == ".json")
+        return sorted(found, key=lambda path: path.name)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from jobs.cell import Cell
 from jobs.counts_file import CountsIndex
 from jobs.losses.names import LossSpec
 from jobs.protocol import WEIGHTS
-from pipeline.counts_share import read_share
-from pipeline.finished import finished_cells
+from pipeline.counts_share import files_of, read_share
+from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, Results, write_results
 
@@ -43,12 +42,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+@many_records()
 def reduce_grid(grid: Grid, ranks: World) -> None:
     """Every rank reads its share of the counts files; rank 0 adds up and writes."""
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
     chosen, problems = found
-    indices = sorted({index.path: index for index in chosen.values()}.values(), key=_path)
+    indices = files_of(chosen)
     mine = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
     gathered = ranks.gather((sorted(mine.signatures), problems))
     datasets = []
@@ -90,12 +90,7 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
 
 
 def _is_complete(index: CountsIndex, cell: Cell) -> bool:
-    return index.record.keys() >= _RECORDED and "backbone" in _entry(index, cell)
-
-
-def _entry(index: CountsIndex, cell: Cell) -> Mapping[str, Any]:
-    """What the index says of a cell."""
-    return next(entry for entry in index.cells if entry["signature"] == cell.signature)
+    return index.record.keys() >= _RECORDED and "backbone" in index.by_signature[cell.signature]
 
 
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
@@ -117,7 +112,7 @@ def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> No
         if own and own.is_file():
             shared[key] = (file_sha256(own), f"{own} holds now")
         path = chosen[cell.signature].path
-        sha256 = _entry(chosen[cell.signature], cell)["backbone"]
+        sha256 = chosen[cell.signature].by_signature[cell.signature]["backbone"]
         expected, whose = shared.setdefault(key, (sha256, f"{path} was"))
         if sha256 != expected:
             raise UserError(
@@ -133,10 +128,6 @@ def _trained_here(grid: Grid, cell: Cell) -> dict[str, Any]:
         return read_json(grid.run.backbone(cell.backbone_key).with_suffix(".json"))
     except FileNotFoundError:
         return {}
-
-
-def _path(index: CountsIndex) -> Path:
-    return index.path
 
 
 def _dataset(
@@ -170,7 +161,7 @@ def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
         "loss": cell.loss.name,
         "seed": cell.seed,
         "notes": notes,
-        "backbone": _entry(index, cell)["backbone"],
+        "backbone": index.by_signature[cell.signature]["backbone"],
     }
 
 

@@ -77,8 +77,9 @@ def write_results(path: str | Path, results: Results) -> None:
         file.attrs["record"] = _json(results.record)
         for index, dataset in enumerate(results.datasets):
             _write_dataset(file.create_group(str(index)), dataset)
-    content = whole.getvalue()[_USER_BLOCK:]
-    write_bytes(path, _user_block(content) + content)
+    content = whole.getbuffer()
+    content[:_USER_BLOCK] = _user_block(content[_USER_BLOCK:])
+    write_bytes(path, content)
 
 
 def read_results(path: str | Path) -> Results:
@@ -105,7 +106,7 @@ def read_results(path: str | Path) -> Results:
         )
 
 
-def _user_block(content: bytes) -> bytes:
+def _user_block(content: bytes | memoryview) -> bytes:
     digest = hashlib.sha256(content).hexdigest().encode()
     return (_FORMAT + digest + b"\n").ljust(_USER_BLOCK, b"\0")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hpc.command import one_line
-from pipeline.forecast import Forecast
 from pipeline.grid import Grid
-from pipeline.plan import Plan
 from pipeline.state import STATES, CellState, Survey
+
+if TYPE_CHECKING:  # planning, which status need not load
+    from pipeline.forecast import Forecast
+    from pipeline.plan import Plan
 
 TOO_LARGE = (
     "do not fit into memory, even one in a job: give jobs more of it, or more nodes, in [cluster], "

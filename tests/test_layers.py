@@ -147,6 +147,15 @@ loaded = {name.split(".")[0] for name in sys.modules}
 print("heavy:", *sorted(loaded & {"torch", "h5py", "mpi4py", "numpy", "PIL", "submitit", "scipy"}))
 """
 
+# nor does status load what plans
+STATUS = """
+import sys
+from pipeline import status
+assert status.main([sys.argv[1]]) == 0
+planning = {"pipeline.plan", "pipeline.forecast", "pipeline.estimate", "concurrent.futures"}
+print("planning:", *sorted(planning & sys.modules.keys()))
+"""
+
 PLANNING = (
     "pipeline.submit",
     "pipeline.status",
@@ -195,6 +204,12 @@ def test_status_imports_nothing_that_reads_pictures_or_sends_jobs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy:"
     assert "missing" in done.stdout
+
+
+def test_status_loads_nothing_that_plans(tmp_path):
+    done = _fresh(str(REPOSITORY / "configs/demo.toml"), folder=tmp_path, program=STATUS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "planning:"
 
 
 def test_a_program_that_does_import_one_is_noticed(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -72,6 +74,37 @@ def test_an_index_that_does_not_say_where_the_arrays_lie_leaves_it_to_hdf5(writt
     write_json(path, content)
     for name, array in read_counts(read_index(path)).items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_files_are_read_one_after_the_other_into_the_same_memory(written, tmp_path):
+    """As a reduction does: a long one, and then one that fills only half of it."""
+    short = tmp_path / "counts/streets-seed1-g1.h5"
+    write_counts(short, CELLS[:1], stacked(some_counts(2)), {})
+    assert short.stat().st_size < written.stat().st_size
+    buffer = bytearray(written.stat().st_size)
+    for path, counts in ((written, [some_counts(0), some_counts(1)]), (short, [some_counts(2)])):
+        arrays = read_counts(read_index(path.with_suffix(".json")), buffer)
+        assert all(np.may_share_memory(array, buffer) for array in arrays.values())
+        for name, array in stacked(*counts).items():
+            np.testing.assert_array_equal(arrays[name], array)
+
+
+def test_an_index_has_the_checksums_that_other_programs_compute(written):
+    content, data = read_json(written.with_suffix(".json")), written.read_bytes()
+    assert content["crc32"] == zlib.crc32(data)
+    assert content["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_flipped_bit_is_seen_under_an_index_without_a_crc32(written):
+    """As they were written before."""
+    path, content = written.with_suffix(".json"), bytearray(written.read_bytes())
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "crc32"})
+    for name, array in stacked(some_counts(0), some_counts(1)).items():
+        np.testing.assert_array_equal(read_counts(read_index(path))[name], array)
+    content[len(content) // 2] ^= 1
+    written.write_bytes(content)
+    with pytest.raises(Damaged, match=rf"{re.escape(str(written))} is damaged"):
+        read_counts(read_index(path))
 
 
 def test_equal_counts_are_equal_bytes(written, tmp_path):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from jobs.evaluate import count
-from jobs.fused_counts import axis, bin_edges, count_upsampled
-from jobs.fused_kernel import exp_negative, log_of_sum
+from jobs.fused_counts import axis, count_upsampled
+from jobs.fused_kernel import add_bins, exp_negative, log_of_sum, unpack_bins
 from jobs.metrics.accumulate import LARGEST_NLL, count_image
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
 from jobs.models.build import upsample
@@ -34,8 +34,9 @@ SHAPES = [
     (4, (5, 7), (40, 56), 80.0, 10),
     (4, (5, 7), (40, 56), 1e4, 10),
     (6, (4, 4), (30, 29), 5.0, 100),
-    (2, (3, 9), (20, 601), 3.0, 1),  # wider than the kernel takes at once
+    (2, (3, 9), (20, 601), 3.0, 1),
     (1, (2, 40), (5, 700), 3.0, 10),  # rows of scores that add up to more than 2^32 steps
+    (1, (2, 40), (130, 400), 3.0, 10),  # more blocks than a place of the sums bears
     (2, (2, 3), (5, 900), 3.0, 4),
     (5, (30, 40), (13, 17), 3.0, 10),  # smaller than the logits
     (5, (12, 5), (7, 45), 3.0, 2),
@@ -197,10 +198,23 @@ def test_a_pixels_position_among_the_logits_is_rounded_once(places, pixels):
 
 @pytest.mark.parametrize("bins", range(1, 101))
 def test_a_bin_begins_where_the_reference_has_it(bins):
-    edges = bin_edges(bins)[:-2]
-    n, before = np.float32(bins), np.nextafter(edges, np.float32(-1))
-    assert (np.minimum((edges * n).astype(int), bins - 1) == np.arange(bins)).all()
-    assert ((before[1:] * n).astype(int) == np.arange(bins - 1)).all()
+    begins = torch.arange(bins + 1) / bins
+    around = [torch.nextafter(begins, torch.tensor(end)) for end in (-1.0, 2.0)]
+    scores = torch.cat([begins, *around]).clamp(0, 1)
+    plane = torch.zeros(1, 320)
+    plane[0, : len(scores)] = scores
+    packed, totals = np.zeros((1, bins), np.int64), np.zeros((1, 320), np.uint32)
+    totals[:] = (plane * FIXED_POINT).round().long().numpy()
+    found = np.zeros((1, bins, 3), np.int64)
+    add_bins(plane.numpy(), 320, packed)
+    unpack_bins(packed, totals, found)
+    found[0, 0, 0] += len(scores)
+    expected = np.zeros((bins, 3), np.int64)
+    places = (scores * bins).long().clamp(max=bins - 1)
+    np.add.at(expected[:, 0], places, 1)
+    np.add.at(expected[:, 2], places, (scores * FIXED_POINT).round().long())
+    assert (found[0] == expected).all()
+    assert not packed.any() and not totals.any()  # the next scores begin anew
 
 
 def test_where_classes_tie_the_lowest_is_the_prediction():

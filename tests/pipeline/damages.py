@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import h5py
 import numpy as np
 import pytest
@@ -73,12 +75,13 @@ def without_nll(path):
 
 
 def fitting(damage):
-    """The damage, and an index whose checksum fits it, and which leaves the rest to HDF5."""
+    """The damage, and an index whose checksums fit it, and which leaves the rest to HDF5."""
 
     def both(path):
         damage(path)
         index = read_json(path.with_suffix(".json"))
-        changed = {**index, "sha256": file_sha256(path), "bytes": path.stat().st_size, "arrays": {}}
+        about = {"sha256": file_sha256(path), "crc32": crc32(path.read_bytes())}
+        changed = {**index, **about, "bytes": path.stat().st_size, "arrays": {}}
         write_json(path.with_suffix(".json"), changed)
 
     both.__name__ = f"fitting_{damage.__name__}"
