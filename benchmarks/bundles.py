@@ -36,7 +36,7 @@ from jobs.losses.names import parse_loss
 from jobs.models.build import Backbone, Features, build_backbone
 from jobs.protocol import Protocol
 from jobs.train import configure_torch, features
-from jobs.trainee import Trainee
+from jobs.trainee import Trainee, step_in_turn
 
 LOSSES = (
     "WCE", "WDL", "FL", "CEMP", "DLCE", "WDLCE", "DLWCE", "WDLWCE", "DLNCE", "DLACE", "WDLNCE",
@@ -74,8 +74,7 @@ class Job:
     def step(self, trainees: Sequence[Trainee]) -> None:
         """One step of a bundle of `trainees`, in the middle of their training."""
         inputs = self.pass_backbone()
-        for trainee in trainees:
-            trainee.step(inputs, self.batch, self.target, 50, 100)
+        step_in_turn(trainees, inputs, self.batch, self.target, 50, 100)
 
 
 def measure() -> list[Comparison]:

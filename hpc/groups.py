@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ class Group:
         """torch's object, for modules that communicate themselves."""
         assert dist.group.WORLD is not None
         return dist.group.WORLD
+
+    @cached_property
+    def background(self) -> dist.ProcessGroup:
+        """A second one of the same ranks, for exchanges that others overtake. All ranks ask for it
+        together."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return dist.new_group(backend=backend, timeout=TIMEOUT)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""

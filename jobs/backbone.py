@@ -17,6 +17,7 @@ from hpc.command import UserError
 from hpc.groups import Group
 from jobs.cell import Cell, RunPaths
 from jobs.models.build import Backbone, build_backbone
+from jobs.models.layout import place
 from jobs.models.names import MODELS
 
 # What of a weights file is left out, by weights; a file of one's own may hold any of it. The rest
@@ -49,7 +50,7 @@ def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
     name = MODELS[cell.model].backbone
     backbone = build_backbone(name, cell.seed, protocol.batchnorm_momentum, group.process_group)
     if protocol.weights == "none":
-        return LoadedBackbone(backbone.to(group.device), "")
+        return LoadedBackbone(place(backbone, group.device), "")
     path = weights_file(cell, paths)
     state = read_weights(path, protocol.weights)
     head = None
@@ -57,7 +58,7 @@ def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
         names = [name for name in state if name.startswith(_HEAD)]
         head = {name.removeprefix(_HEAD): state.pop(name) for name in names}
     load_exactly(backbone, state, path)
-    return LoadedBackbone(backbone.to(group.device), file_sha256(path), path, head)
+    return LoadedBackbone(place(backbone, group.device), file_sha256(path), path, head)
 
 
 def start_head(head: nn.Module, loaded: LoadedBackbone) -> None:

@@ -16,6 +16,7 @@ from jobs.augment import evaluation_view
 from jobs.backbone import load_backbone, read_tensors
 from jobs.cell import Cell, RunPaths
 from jobs.models.build import Network, build_head, normalise, upsample
+from jobs.models.layout import place
 
 
 class Prediction(NamedTuple):
@@ -47,7 +48,7 @@ class Predictor:
             trained.load_state_dict(content["weights"])
         except (RuntimeError, TypeError) as error:
             raise UserError(f"{head} holds weights of another network; train it again") from error
-        self._network = network.to(group.device).eval()
+        self._network = place(network, group.device).eval()
         self._device = group.device
 
     @torch.no_grad()

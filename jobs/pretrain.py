@@ -26,6 +26,7 @@ from jobs.losses.names import parse_loss
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
+from jobs.models.layout import in_order
 from jobs.models.names import MODELS
 from jobs.on_gpu import require_gpu
 from jobs.run import Run
@@ -113,7 +114,7 @@ def publish_backbone(
     path = job.task.paths.backbone(consumer.backbone_key)
     assert isinstance(trainee.network, Network)
     check = job.generation.check
-    checkpoint.write_tensors(path, trainee.network.backbone.state_dict(), check)
+    checkpoint.write_tensors(path, in_order(trainee.network.backbone.state_dict()), check)
     record = {
         "sha256": file_sha256(path),
         "manifest": manifest.fingerprint,

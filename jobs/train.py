@@ -35,13 +35,14 @@ from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
+from jobs.models.layout import in_order
 from jobs.on_gpu import require_gpu
 from jobs.profile import report
 from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
-from jobs.trainee import Trainee, autocast, half_precision
+from jobs.trainee import Trainee, autocast, half_precision, step_in_turn
 
 
 def main(argv: Sequence[str]) -> int:
@@ -155,8 +156,8 @@ def train(
             with group.watch.part("backbone"):
                 inputs = features(backbone, batch.images, cell, group)
             target = batch.target.long()
+            step_in_turn(active, inputs, batch, target, step, total)
             for trainee in active:
-                trainee.step(inputs, batch, target, step, total)
                 if trainee.failure:
                     job.on_main(partial(job.give_up, trainee, step))
             step += 1
@@ -250,7 +251,7 @@ def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBa
         "cell": trainee.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "backbone_sha256": backbone.sha256,
-        "weights": trainee.network.state_dict(),
+        "weights": in_order(trainee.network.state_dict()),
     }
     path = job.task.paths.head(trainee.cell.signature)
     checkpoint.write_tensors(path, content, job.generation.check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc.command import UserError
+from hpc.exchange import Exchange
 from hpc.groups import COMMUNICATION, Group
 from hpc.stopwatch import Stopwatch
 from jobs.batches import Batch
@@ -21,6 +22,7 @@ from jobs.cell import Cell
 from jobs.losses.combine import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
+from jobs.models.layout import alike, in_order, place
 from jobs.protocol import Protocol
 
 
@@ -43,9 +45,8 @@ class Trainee:
         )
         self.cell = cell
         self.head = head
-        self.network: nn.Module = (head if backbone is None else Network(backbone, head)).to(
-            group.device
-        )
+        network: nn.Module = head if backbone is None else Network(backbone, head)
+        self.network = place(network, group.device)
         self.failure: str | None = None  # why this cell stopped, if it did
         self._group = group
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
@@ -58,6 +59,7 @@ class Trainee:
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
+        self._exchange = Exchange(self._parallel, group)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=protocol.learning_rate,
@@ -70,8 +72,17 @@ class Trainee:
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
-        """One update on this rank's share of the batch. inputs: features or normalised images;
-        target: int64 [b, h, w] on the device. Returns the loss of the global batch.
+        """One update on this rank's share of the batch, as `start_step` and `finish_step`."""
+        value = self.start_step(inputs, batch, target, step, total)
+        self.finish_step()
+        return value
+
+    def start_step(
+        self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int
+    ) -> float:
+        """Compute the gradients of this rank's share of the batch; the ranks begin to exchange
+        them. inputs: features or normalised images; target: int64 [b, h, w] on the device. Returns
+        the loss of the global batch.
 
         A loss that is not finite stops this cell before any weight moves; see `failure`.
         """
@@ -92,25 +103,31 @@ class Trainee:
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
             return value
-        self._update(loss, learning_rate(cell.protocol, step, total))
-        return value
-
-    def _update(self, loss: Tensor, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(cell.protocol, step, total)
         self._optimizer.zero_grad(set_to_none=True)
         # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
-        with self._group.watch.part("losses"):
+        with watch.part("losses"):
             self._scaler.scale(loss * self._group.world_size).backward()
+        return value
+
+    def finish_step(self) -> None:
+        """Wait until the ranks have exchanged the gradients of `start_step`, and move the weights.
+        Nothing happens if the cell failed there."""
+        if self.failure is not None:
+            return
+        self._exchange.wait()
         with self._group.watch.part("optimiser"):
             self._scaler.step(self._optimizer)
             self._scaler.update()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes: tensors and plain values."""
+        """Everything that a step changes: tensors, wherever it was in the order of their indices,
+        and plain values."""
+        momentum = self._optimizer.state_dict()["state"]
         return {
-            "network": self.network.state_dict(),
-            "momentum": self._optimizer.state_dict()["state"],
+            "network": in_order(self.network.state_dict()),
+            "momentum": {i: in_order(one) for i, one in momentum.items()},
             "scaler": self._scaler.state_dict(),
         }
 
@@ -119,6 +136,8 @@ class Trainee:
         self.network.load_state_dict(state["network"])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+        for parameter, one in self._optimizer.state.items():  # laid out as it was
+            one.update({n: alike(t, parameter) for n, t in one.items() if t is not None})
         if state["scaler"]:  # none if it was saved where there was no mixed precision
             self._scaler.load_state_dict(state["scaler"])
 
@@ -139,6 +158,22 @@ class Trainee:
             )
         except (AttributeError, IndexError, KeyError, TypeError):
             return False
+
+
+def step_in_turn(
+    trainees: Sequence[Trainee], inputs: Features, batch: Batch, target: Tensor, step: int,
+    total: int,
+) -> None:  # fmt: skip
+    """A step of each, in this order. While the ranks exchange the gradients of one, the next one
+    computes its own."""
+    before = None
+    for trainee in trainees:
+        trainee.start_step(inputs, batch, target, step, total)
+        if before is not None:
+            before.finish_step()
+        before = trainee
+    if before is not None:
+        before.finish_step()
 
 
 def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
@@ -181,7 +216,7 @@ def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
     """For a profile: where a backward pass is once the logits have their gradient. When the
     network has all of its, it waits for the other ranks."""
     watch.begin("heads")
-    # before DistributedDataParallel queues its own, which ends the all-reduce
+    # before DistributedDataParallel queues its own, which waits for what the ranks have used
     Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
 
 

@@ -18,6 +18,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.batchnorm import replace_batchnorm
 from jobs.models.dropout import replace_dropout
+from jobs.models.layout import laid_out
 from jobs.models.names import FEATURES, MODELS
 from jobs.models.resize import replace_resizing, resize
 from jobs.models.unet import UNetHead
@@ -96,15 +97,17 @@ def build_head(
 
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [B, 3, H, W] -> float, with ImageNet's mean and standard deviation."""
+    """uint8 [B, 3, H, W] -> float, with ImageNet's mean and standard deviation, laid out as a
+    network wants it."""
     mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=images.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, dtype=dtype, device=images.device)[:, None, None]
-    return (images.to(dtype) / 255 - mean) / std
+    return laid_out((images.to(dtype) / 255 - mean) / std)
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, to `size` (height, width) in pixels, as torchvision's segmentation models do."""
-    return resize(logits, size)
+    # few, and all that follows goes class by class
+    return resize(logits.contiguous(), size)
 
 
 @contextmanager

@@ -26,8 +26,9 @@ class PositionalDropout(nn.Dropout):
         assert self.keys is not None, "set_dropout_position was not called"
         assert len(self.keys) == len(input), "one position an image"
         bits = random_bits(self.keys.to(input.device), input[0].numel() if len(input) else 0)
-        keep = (bits >= int(self.p * 2**32)).view_as(input)
-        return torch.where(keep, input / (1 - self.p), 0.0)
+        drop = (bits < int(self.p * 2**32)).view_as(input)
+        # laid out as the input is, which `torch.where` is not
+        return (input / (1 - self.p)).masked_fill_(drop, 0.0)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
+from jobs.models.layout import alike
+
 Size = tuple[int, int]  # height, width in pixels
 
 
@@ -53,13 +55,14 @@ def _transposed(before: int, after: int, like: Tensor) -> Tensor:
 
 
 class PooledBranch(ASPPPooling):
-    """DeepLabV3's pooling branch: torchvision's, but for the gradient of its resizing."""
+    """DeepLabV3's pooling branch: torchvision's, but for the gradient of its resizing, and for how
+    its output is laid out."""
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x
         for module in self:
             pooled = module(pooled)
-        return resize(pooled, (x.shape[-2], x.shape[-1]))
+        return alike(resize(pooled, (x.shape[-2], x.shape[-1])), x)
 
 
 def replace_resizing(module: nn.Module) -> None:

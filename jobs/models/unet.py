@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from jobs.models.layout import alike
 from jobs.models.resize import resize
 
 _WIDTHS = (256, 128, 64, 32)  # channels of the blocks, coarsest first
@@ -30,7 +31,7 @@ class UNetHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         *skips, x = features
         for skip, block in zip(reversed(skips), self.blocks, strict=True):
-            x = resize(x, (skip.shape[-2], skip.shape[-1]))
+            x = alike(resize(x, (skip.shape[-2], skip.shape[-1])), skip)
             x = block(torch.cat([skip, x], dim=1))
         return self.classifier(x)
 

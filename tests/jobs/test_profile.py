@@ -8,7 +8,7 @@ from hpc.stopwatch import Stopwatch
 from jobs import pretrain, train
 from jobs.profile import table
 from jobs.task import read_task
-from jobs.trainee import Trainee
+from jobs.trainee import Trainee, step_in_turn
 from pipeline import submit as command
 from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
 from tests.jobs.job_processes import jobs
@@ -68,20 +68,21 @@ def test_pre_training_has_a_profile_too(streets, tmp_path):
     assert {*profiles(grid.run)} == {"pretrain-g1-training", "pretrain-g1-evaluation"}
 
 
-def test_a_step_goes_through_the_head_and_back(alone, monkeypatch):
-    """The gradient of a loss belongs to the loss until it reaches the head's output; when the head
-    has all its gradients, it is other ranks that are waited for."""
-    entered = []
-    trainee = Trainee(a_cell("WCE"), 3, CLASS_WEIGHTS, alone)
+def test_a_step_goes_through_each_head_and_back(alone, monkeypatch):
+    """The gradient of a loss belongs to the loss until it reaches the head's output. Other ranks
+    are waited for when the head has all its gradients, for what they have used; and when the next
+    head has, for the gradients."""
+    entered, left = [], "other"
+    trainees = [Trainee(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in LOSSES]
     alone.watch.start()
     monkeypatch.setattr(Stopwatch, "begin", lambda watch, part: entered.append(part))
-    trainee.step(*a_share(0), 0, 10)
-    left = "other"
-    assert entered == [
+    step_in_turn(trainees, *a_share(0), 0, 10)
+    computed = [
         "heads", left, "losses", left,
         "losses", "heads", "communication", left,
-        "optimiser", left,
     ]  # fmt: skip
+    moved = ["communication", left, "optimiser", left]
+    assert entered == [*computed, *computed, *moved, *moved]
 
 
 def test_the_table_gives_rates_shares_and_the_longest_part_first():
