@@ -81,7 +81,8 @@ def reduction() -> Plot:
     for ranks in sorted({ranks for ranks, _ in found}):
         rounds = {cells: seconds for (r, cells), seconds in found.items() if r == ranks}
         each = median(found[1, most]) / most / ranks
-        lines.append(Line(f"{ranks} ranks", rounds, {cells: each * cells for cells in rounds}))
+        label = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        lines.append(Line(label, rounds, {cells: each * cells for cells in rounds}))
     return Plot("Seconds of a reduction", "cells", tuple(lines))
 
 
@@ -117,6 +118,8 @@ def draw(plot: Plot, path: Path) -> None:
     ticks = sorted({x for line in plot.lines for x in line.rounds})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(lowest / 1.4, highest * 1.4)  # so that two ticks are in sight
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
