@@ -78,6 +78,8 @@ def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1)
 
 
 def check(logits: Tensor, target: Tensor, bins: int) -> None:
+    """Raise `ValueError` for shapes and types that are not those of `count_upsampled`, and for
+    logits that are not all finite."""
     if logits.ndim != 3 or target.ndim != 2 or target.dtype != torch.uint8:
         raise ValueError(
             f"logits must be [C, h, w] and target uint8 [H, W], not {list(logits.shape)} and "
@@ -90,6 +92,7 @@ def check(logits: Tensor, target: Tensor, bins: int) -> None:
 
 
 def check_labels(labels: Bytes, num_classes: int) -> None:
+    """Raise `ValueError` for a label that is neither below `num_classes` nor void."""
     wrong = labels[(labels >= num_classes) & (labels != VOID)]
     if wrong.size:
         raise ValueError(
@@ -136,6 +139,8 @@ class _Rows:
 
 
 def of_whole_image(labels: Bytes, num_classes: int, bins: int) -> Counts:
+    """What its label map alone says of an image: one image, and how many of its pixels have a label
+    and how many are void. All other counts are 0."""
     void = np.count_nonzero(labels == VOID)
     numbers = {"pixels": labels.size - void, "void": void, "images": 1}
     plain = {name: np.array(number, np.int64) for name, number in numbers.items()}

@@ -59,6 +59,7 @@ class _Scene:
 
     @classmethod
     def at_random(cls, random: np.random.Generator, size: tuple[int, int]) -> _Scene:
+        """A street as `random` draws it, for a picture of `size` (height, width) in pixels."""
         height, width = size
         unit = height / width
 
@@ -90,6 +91,7 @@ class _Scene:
             self._draw_person(*self._on_foot())
 
     def draw_sign(self) -> None:
+        """A traffic sign on its pole, beside the road."""
         x, foot = self._beside_road(0.14, 0.22)
         radius = self.height * self.random.uniform(0.045, 0.058)
         top = self.horizon - self.height * self.random.uniform(0.0, 0.1)

@@ -61,6 +61,8 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, C, H, W] normalised over the images of all ranks, and of these the mean and the
+        biased variance of each channel [C], and the number of pixels."""
         mean, variance, count = _global_moments(x, group)
         invstd = (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, invstd, count)
@@ -70,6 +72,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, over all ranks, and of weight and bias, of this rank's images."""
         grad = gradients[0]
         x, weight, mean, invstd, count = ctx.saved_tensors
         centred = x - mean[:, None, None]
