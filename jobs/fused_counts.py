@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from jobs.fused_kernel import Bytes, Ints, Reals, count_rows
-from jobs.instructions import LANES
 from jobs.metrics.accumulate import VOID
 from jobs.metrics.counts import Counts
+from jobs.vectors import LANES
 
 _FEWEST_ROWS = 32  # for a thread to be worth its start
 
@@ -118,21 +118,18 @@ class _Rows:
 
     def __call__(self, rows: slice) -> Counts:
         num_classes, bins = len(self._planes), self._bins
-        confusion = np.zeros(num_classes * num_classes + 1, np.int64)
-        hits, tops = (
-            np.zeros(num_classes * bins + 1, np.int64),
-            np.zeros((2 * bins + 1, 2), np.int64),
-        )
+        confusion = np.zeros(num_classes * (num_classes + 1), np.int64)
+        hits, tops = np.zeros((num_classes + 1) * bins, np.int64), np.zeros((3 * bins, 2), np.int64)
         counts = Counts.zeros(num_classes, bins)
         sums = np.zeros(2, np.int64)
         count_rows(
             self._planes, self._labels[rows], *self._rows.part(rows), *self._columns,
             confusion, hits, tops, counts.class_bins, sums,
         )  # fmt: skip
-        counts.confusion[:] = confusion[:-1].reshape(num_classes, num_classes)
+        counts.confusion[:] = confusion.reshape(-1, num_classes)[:-1]
         counts.class_bins[:, 0, 0] += counts.confusion.sum()
-        counts.class_bins[:, :, 1] = hits[:-1].reshape(num_classes, bins)
-        wrong, right = tops[:-1].reshape(bins, 2, 2).transpose(1, 0, 2)
+        counts.class_bins[:, :, 1] = hits.reshape(-1, bins)[:-1]
+        wrong, right, _ = tops.reshape(3, bins, 2)
         counts.top1_bins[:, 0], counts.top1_bins[:, 1] = wrong[:, 0] + right[:, 0], right[:, 0]
         counts.top1_bins[:, 2] = wrong[:, 1] + right[:, 1]
         return replace(counts, brier=sums[0], nll=sums[1])

@@ -1,6 +1,9 @@
-"""The kernel of `jobs.fused_counts`. Planes are [C, W], a class after the other, so that every loop
-runs along a row of pixels, and the machine does as many at once as its vectors hold. Reals are
-float32, whose operations are written out one by one; sums are of integers, so their order is free.
+"""The kernel of `jobs.fused_counts`. It counts `op.LANES` pixels of a row at once, and holds of them
+in registers what does not depend on the class. Reals are float32, whose operations are written out
+one by one; sums are of integers, so their order is free.
+
+Columns of `_BLOCK` pixels are counted from top to bottom, so that the logits of all classes around
+and at the pixels stay in the first cache.
 
 All kernels stand in one file: numba keeps what it has compiled until this file changes, and would
 not see a change in another one whose functions it has compiled into these.
@@ -13,28 +16,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs import instructions as op
+from jobs import vectors as op
 from jobs.compiled import compiled, types
 
 Reals = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+Vector = Any  # of `LANES` numbers
 
 _ONE, _NLL_ONE = np.float32(2**24), np.float32(2**16)  # the fixed points of `Counts`
 _LARGEST_NLL = np.float32(2**16)  # as in the reference
 _ZERO, _UNIT = np.float32(0), np.float32(1)
-_BLOCK = 192  # pixels whose logits of 21 classes stay in the first cache
+_BLOCK = 128  # pixels; three planes of 21 classes take 32 KB
 _MOST_ADDED = 255  # scores whose sum is below 2^32 in fixed point
 # A count and a sum in one integer, so that adding is one step: up to _MOST_ADDED blocks' scores
 _SUM_BITS = 40
 _COUNTED = 1 << _SUM_BITS
 
-_int, _float, _void, _i32 = types.int64, types.float32, types.void, types.int32
+_int, _float, _void = types.int64, types.float32, types.void
 _F1, _F2, _F3 = types.float32[::1], types.float32[:, ::1], types.float32[:, :, ::1]
-_U1, _U2 = types.uint32[::1], types.uint32[:, ::1]
-_I1, _L1, _L2, _L3 = _i32[::1], _int[::1], _int[:, ::1], _int[:, :, ::1]
-_B1, _B2, _I2 = types.uint8[::1], types.uint8[:, ::1], _i32[:, ::1]
+_I1, _L1, _L2, _L3 = types.int32[::1], _int[::1], _int[:, ::1], _int[:, :, ::1]
+_U2, _B2 = types.uint32[:, ::1], types.uint8[:, ::1]
 
 _LEAST = np.float32(-87)  # exp of it is far below the last place of any count
 _PER_LN2, _LN2 = np.float32(1 / np.log(2)), np.float32(np.log(2))
@@ -43,217 +46,177 @@ _SHIFT = np.float32(1.5 * 2**23)  # added to a small real, it leaves the nearest
 EXP_TERMS = (0.4999999403953552, 0.1666652113199234, 0.04166838899254799, 0.008368716575205326,
              0.001381459878757596)  # fmt: skip
 _C0, _C1, _C2, _C3, _C4 = (np.float32(c) for c in EXP_TERMS)
+_EXPONENT = np.int32(23)  # where it begins among the bits
 
 
-@compiled(_float(_float))
-def exp_negative(x: Any) -> Any:
+@compiled(op.REALS(op.REALS))
+def exp_negative(x: Vector) -> Vector:
     """exp(x) for x <= 0, one last place off at most where it is above 0.001; exp(-87) below -87.
     exp(0) is 1, and none is larger."""
-    x = max(x, _LEAST)
+    x = op.larger(x, _LEAST)
     shifted = op.fma(x, _PER_LN2, _SHIFT)
     r = op.fma(shifted - _SHIFT, -_LN2, x)
-    q = op.fma(op.fma(op.fma(op.fma(_C4, r, _C3), r, _C2), r, _C1), r, _C0)
+    q = op.fma(op.fma(op.fma(op.fma(r, _C4, _C3), r, _C2), r, _C1), r, _C0)
     power = op.fma(op.fma(q, r, _UNIT), r, _UNIT)
-    return op.float_of(np.int32(op.bits_of(power) + np.int32(op.bits_of(shifted) << np.int32(23))))
+    return op.float_of(op.bits_of(power) + (op.bits_of(shifted) << _EXPONENT))
 
 
 _ROOT_BITS = np.int32(np.float32(np.sqrt(0.5)).view(np.int32))
 _D3, _D5, _D7, _D9 = (np.float32(2 / n) for n in (3, 5, 7, 9))
 
 
-@compiled(_float(_float))
-def log_of_sum(s: Any) -> Any:
+@compiled(op.REALS(op.REALS))
+def log_of_sum(s: Vector) -> Vector:
     """log(s) for 1 <= s < 2^126, two last places off at most; log(1) is 0."""
-    exponent = np.int32(np.int32(op.bits_of(s) - _ROOT_BITS) >> np.int32(23))
-    m = op.float_of(np.int32(op.bits_of(s) - np.int32(exponent << np.int32(23))))
+    exponent = (op.bits_of(s) - _ROOT_BITS) >> _EXPONENT
+    m = op.float_of(op.bits_of(s) - (exponent << _EXPONENT))
     f = (m - _UNIT) / (m + _UNIT)  # log(m) = 2 atanh(f), |f| <= 0.172
     g = f * f
-    tail = op.fma(op.fma(op.fma(_D9, g, _D7), g, _D5), g, _D3)
-    return op.fma(np.float32(exponent), _LN2, op.fma(tail * g, f, f + f))
+    tail = op.fma(op.fma(op.fma(g, _D9, _D7), g, _D5), g, _D3)
+    return op.fma(op.reals(exponent), _LN2, op.fma(tail * g, f, f + f))
 
 
-@compiled(_void(_F3, _int, _I1, _I1, _F1, _F1, _F2))
+@compiled(_void(_F3, _int, _I1, _I1, _F1, _F1, _int, _int, _F2))
 def _widen(
-    logits: Reals, y: int, left: Ints, right: Ints, near: Reals, far: Reals, wide: Reals
-) -> None:
-    for c in range(wide.shape[0]):
-        row, out = logits[c, y], wide[c]
-        for x in range(out.shape[0]):
-            out[x] = op.fma(row[right[x]], far[x], row[left[x]] * near[x])
-
-
-@compiled(_void(_B1, _I1, _F1))
-def _split_labels(target: Bytes, label: Ints, labelled: Reals) -> None:
-    """`labelled` is 1, or 0 at a void pixel, whose label becomes 0."""
-    op.widest_vectors()
-    for x in range(target.shape[0]):
-        is_void = target[x] == 255
-        label[x] = np.int32(0) if is_void else np.int32(target[x])
-        labelled[x] = _ZERO if is_void else _UNIT
-
-
-@compiled(_void(_F2, _F2, _float, _float, _int, _F2, _F1, _I1))
-def _blend(
-    above: Reals, below: Reals, near: Any, far: Any, start: int,
-    logits: Reals, highest: Reals, prediction: Ints,
+    logits: Reals, y: int, left: Ints, right: Ints, near: Reals, far: Reals, start: int,
+    pixels: int, wide: Reals,
 ) -> None:  # fmt: skip
-    """The logits between two rows, the highest of each pixel, and the first class that has it."""
-    op.widest_vectors()
-    stop = start + highest.shape[0]
-    highest[:], prediction[:] = -np.inf, 0
-    for c in range(logits.shape[0]):
-        a, b, out = above[c][start:stop], below[c][start:stop], logits[c]
-        for x in range(highest.shape[0]):
-            z = op.fma(b[x], far, a[x] * near)
-            out[x] = z
-            if z > highest[x]:
-                highest[x], prediction[x] = z, c
+    """A row of logits at `pixels` columns from `start` on, [C, pixels of _BLOCK]."""
+    _, height, width = logits.shape
+    for x in range(0, pixels, op.LANES):
+        first, second = op.load(left, start + x), op.load(right, start + x)
+        of_first, of_second = op.load(near, start + x), op.load(far, start + x)
+        for c in range(wide.shape[0]):
+            row = (c * height + y) * width
+            own = op.gather(logits, row, first) * of_first
+            op.store(wide, c * _BLOCK + x, op.fma(op.gather(logits, row, second), of_second, own))
 
 
-@compiled(_void(_F2, _I1, _F1))
-def _take(plane: Reals, label: Ints, taken: Reals) -> None:
-    for x in range(taken.shape[0]):
-        taken[x] = plane[np.uint64(label[x]), x]
-
-
-@compiled(_void(_F2, _F1, _F1))
-def _exponentials(plane: Reals, highest: Reals, total: Reals) -> None:
-    """Logits become exp(logit - highest); `total` is their sum over classes."""
-    op.widest_vectors()
-    total[:] = 0
+@compiled(types.Tuple((op.REALS, op.INTS))(_F2, _F2, _float, _float, _int, _F2))
+def _blend(
+    above: Reals, below: Reals, near: Any, far: Any, x: int, plane: Reals
+) -> tuple[Vector, Vector]:
+    """The logits between two rows; the highest of each pixel, and the first class that has it."""
+    highest, prediction = op.in_all_lanes(np.float32(-np.inf)), op.in_all_lanes(np.int32(0))
     for c in range(plane.shape[0]):
-        row = plane[c]
-        for x in range(total.shape[0]):
-            e = exp_negative(row[x] - highest[x])
-            row[x] = e
-            total[x] += e
+        at = c * _BLOCK + x
+        z = op.fma(op.load(below, at), far, op.load(above, at) * near)
+        op.store(plane, at, z)
+        prediction = op.where(z > highest, np.int32(c), prediction)
+        highest = op.where(z > highest, z, highest)
+    return highest, prediction
 
 
-@compiled(_int(_F1, _F1, _F1, _F1, _F1))
-def _nll_and_scale(
-    true: Reals, highest: Reals, labelled: Reals, total: Reals, fixed: Reals
-) -> np.int64:
-    """The sum of -log(score of the true class) in fixed point, from its logit, which becomes that
-    score. `total` becomes what makes exponentials scores; both are 0 at void pixels."""
-    op.widest_vectors()
-    for x in range(total.shape[0]):
-        below = highest[x] - true[x]
-        nll = min(below + log_of_sum(total[x]), _LARGEST_NLL)
-        fixed[x] = op.nearest(nll * labelled[x] * _NLL_ONE)
-        total[x] = labelled[x] / total[x]
-        true[x] = exp_negative(-below) * total[x]
-    nlls = np.int64(0)
-    for x in range(total.shape[0]):
-        nlls += np.int64(fixed[x])
-    return nlls
-
-
-@compiled(_void(_F2, _F1, _F1, _U2))
-def _to_scores(plane: Reals, scale: Reals, squares: Reals, totals: Any) -> None:
-    """Exponentials become scores, which are added in fixed point to `totals`."""
-    op.widest_vectors()
-    squares[:] = 0
+@compiled(op.REALS(_F2, _int, op.REALS))
+def _exponentials(plane: Reals, x: int, highest: Vector) -> Vector:
+    """Logits become exp(logit - highest); their sum over classes."""
+    total = op.in_all_lanes(_ZERO)
     for c in range(plane.shape[0]):
-        row, total = plane[c], totals[c]
-        for x in range(scale.shape[0]):
-            p = row[x] * scale[x]
-            row[x] = p
-            squares[x] = op.fma(p, p, squares[x])
-            total[x] += np.uint32(np.int32(op.nearest(p * _ONE)))
+        e = exp_negative(op.load(plane, c * _BLOCK + x) - highest)
+        op.store(plane, c * _BLOCK + x, e)
+        total = total + e
+    return total
 
 
-@compiled(_void(_F2, _int, _L2))
-def add_bins(plane: Reals, pixels: int, packed: Longs) -> None:
-    """Add scores [C, pixels] that are not in the lowest of bins [C, N]. Most of most classes are,
-    and so have no step of their own."""
-    num_bins, last = np.float32(packed.shape[1]), np.int32(packed.shape[1] - 1)
+@compiled(types.Tuple((op.REALS, _int))(_F2, _int, op.REALS, _int, _U2, _F1, _I1, _int))
+def list_scores(
+    plane: Reals, x: int, scale: Vector, bins: int, totals: Any, scores: Reals, places: Ints,
+    listed: int,
+) -> tuple[Vector, int]:  # fmt: skip
+    """Exponentials times `scale` are scores. In fixed point they are added to `totals` [C, LANES];
+    those that are not in the lowest bin, as most are, are listed: they in `scores`, the first bin
+    of their class in `places`, from `listed` on. The sum of their squares, and the list's new
+    length; both arrays have room for `LANES` more."""
+    squares = op.in_all_lanes(_ZERO)
     for c in range(plane.shape[0]):
-        row, bins = plane[c], packed[c]
-        for start in range(0, pixels, op.LANES):
-            above = op.where_at_least_one(row, start, num_bins)
-            while above:
-                p = row[np.uint64(start + op.lowest_bit(above))]
-                above &= above - 1
-                place = np.uint64(min(np.int32(p * num_bins), last))
-                bins[place] += _COUNTED + np.int64(op.nearest(p * _ONE))
+        p = op.load(plane, c * _BLOCK + x) * scale
+        squares = op.fma(p, p, squares)
+        op.store(totals, c * op.LANES, op.load(totals, c * op.LANES) + op.nearest_int(p * _ONE))
+        above = p * np.float32(bins) >= _UNIT
+        op.store(scores, listed, op.compress(p, above))
+        op.store(places, listed, op.in_all_lanes(np.int32(c * bins)))
+        listed += op.set_lanes(above)
+    return squares, listed
 
 
-@compiled(_void(_L2, _U2, _L3))
-def unpack_bins(packed: Longs, totals: Any, bins: Longs) -> None:
-    """Add what was packed to bins [C, N, (count, ., sum)], and begin anew. The lowest bin gets what
-    the others leave of the sum of all scores, and of a count of 0."""
-    for c in range(packed.shape[0]):
+@compiled(_void(_F1, _I1, _int, _int, _I1, _L1))
+def add_listed(
+    scores: Reals, places: Ints, listed: int, bins: int, fixed: Ints, packed: Longs
+) -> None:
+    """Add each score that is listed to its bin: one behind the first bin of its class that
+    `places` has, and becomes. `fixed` is room to work in, as long as `places`."""
+    for at in range(0, listed, op.LANES):
+        p = op.load(scores, at)
+        place = op.smaller(op.ints(p * np.float32(bins)), np.int32(bins - 1))
+        op.store(places, at, op.load(places, at) + place)
+        op.store(fixed, at, op.nearest_int(p * _ONE))
+    for at in range(listed):
+        packed[np.uint64(places[at])] += _COUNTED + np.int64(fixed[at])
+
+
+@compiled(types.UniTuple(_int, 2)(_int))
+def _unpacked(both: Any) -> tuple[Any, Any]:
+    return both >> _SUM_BITS, both & (_COUNTED - 1)
+
+
+@compiled(_void(_L1, _U2, _L3, _L2))
+def unpack_bins(packed: Longs, totals: Any, bins: Longs, tops: Longs) -> None:
+    """Add what was packed to bins [C, N, (count, ., sum)] and, what is behind these, to tops
+    [.., (count, sum)], and begin anew. The lowest bin gets what the others leave of the sum of all
+    scores, and of a count of 0."""
+    num_classes, num_bins = bins.shape[:2]
+    for c in range(num_classes):
         bins[c, 0, 2] += np.int64(totals[c].sum())
-        for k in range(packed.shape[1]):
-            count, total = packed[c, k] >> _SUM_BITS, packed[c, k] & (_COUNTED - 1)
+        for k in range(num_bins):
+            count, total = _unpacked(packed[c * num_bins + k])
             bins[c, k, 0] += count
             bins[c, k, 2] += total
             bins[c, 0, 0] -= count
             bins[c, 0, 2] -= total
+    for place in range(tops.shape[0]):
+        count, total = _unpacked(packed[num_classes * num_bins + place])
+        tops[place, 0] += count
+        tops[place, 1] += total
     packed[:], totals[:] = 0, 0
 
 
-@compiled(_int(_F1, _F1, _F1))
-def _brier(squares: Reals, true: Reals, labelled: Reals) -> np.int64:
-    op.widest_vectors()
-    total = np.int64(0)
-    for x in range(squares.shape[0]):
-        score = np.float64(squares[x]) - 2.0 * np.float64(true[x]) + 1.0
-        total += np.int64(op.nearest(score * np.float64(labelled[x]) * 2.0**24))
-    return total
-
-
-@compiled(_void(_I1, _I1, _F1, _F1, _F1, _int, _int, _I2))
-def _place(
-    label: Ints, prediction: Ints, labelled: Reals, true: Reals, confidence: Reals, classes: int,
-    bins: int, places: Ints,
-) -> None:  # fmt: skip
-    """What `_add_pixels` adds, and where; void pixels have the place behind the last."""
-    op.widest_vectors()
-    confused, hit, top, fixed = places[0], places[1], places[2], places[3]
-    num_classes, num_bins, last = np.int32(classes), np.int32(bins), np.int32(bins - 1)
-    for x in range(label.shape[0]):
-        true_bin = min(np.int32(true[x] * np.float32(num_bins)), last)
-        top_bin = min(np.int32(confidence[x] * np.float32(num_bins)), last)
-        row = label[x] if labelled[x] > 0 else num_classes
-        confused[x] = np.int32(row * num_classes + (prediction[x] if labelled[x] > 0 else 0))
-        hit[x] = np.int32(row * num_bins + (true_bin if labelled[x] > 0 else 0))
-        right = np.int32(label[x] == prediction[x])
-        top[x] = np.int32(top_bin + top_bin + right) if labelled[x] > 0 else np.int32(2 * bins)
-        fixed[x] = np.int32(op.nearest(confidence[x] * _ONE))
-
-
-@compiled(_void(_I2, _int, _L1, _L1, _L2))
-def _add_pixels(places: Ints, pixels: int, confusion: Longs, hits: Longs, tops: Longs) -> None:
-    for x in range(pixels):
-        confusion[np.uint64(places[0, x])] += 1
-        hits[np.uint64(places[1, x])] += 1
-        tops[np.uint64(places[2, x]), 0] += 1
-        tops[np.uint64(places[2, x]), 1] += places[3, x]
-
-
-@compiled(_void(_F2, _F2, _float, _float, _int, _I1, _F1, _F2, _F2, _I2, _U2, _L2, _L1, _L1, _L2,
-                _L1))  # fmt: skip
-def _count_block(
-    above: Reals, below: Reals, near: Any, far: Any, start: int, label: Ints, labelled: Reals,
-    plane: Reals, reals: Reals, ints: Ints, totals: Any, packed: Longs,
-    confusion: Longs, hits: Longs, tops: Longs, sums: Longs,
-) -> None:  # fmt: skip
-    """`count_rows` for the pixels of `label`, from `start` on, of a row between two rows of logits.
-    plane [C, B], reals [5, B] and ints [5, B], B pixels or more, are room to work in; totals [C, B]
-    are sums of scores."""
-    n, num_classes = label.shape[0], plane.shape[0]
-    highest, total, true, squares = reals[0][:n], reals[1][:n], reals[2][:n], reals[3][:n]
-    prediction = ints[4][:n]
-    _blend(above, below, near, far, start, plane, highest, prediction)
-    _take(plane, label, true)
-    _exponentials(plane, highest, total)
-    sums[1] += _nll_and_scale(true, highest, labelled, total, reals[4])
-    _to_scores(plane, total, squares, totals)
-    add_bins(plane, n, packed)
-    sums[0] += _brier(squares, true, labelled)
-    _place(label, prediction, labelled, true, total, num_classes, packed.shape[1], ints)
-    _add_pixels(ints, n, confusion, hits, tops)
+@compiled(_int(_F2, _F2, _float, _float, _B2, _int, _int, _F2, _int, _U2, _F1, _I1, _I1, _I1, _L1))
+def _score_pixels(
+    above: Reals, below: Reals, near: Any, far: Any, target: Bytes, start: int, pixels: int,
+    plane: Reals, bins: int, totals: Any, scores: Reals, places: Ints,
+    confused: Ints, hit: Ints, sums: Longs,
+) -> int:  # fmt: skip
+    """`count_rows` for `pixels` of the label map from `start` on, between two rows of logits; but
+    scores are listed, the highest with the bins of wrong, right and void pixels behind those of
+    classes, and `confused` and `hit` are the places to which a pixel adds 1. The list's length."""
+    classes, listed = np.int32(plane.shape[0]), 0
+    nlls, briers = op.in_all_lanes(np.int64(0)), op.in_all_lanes(np.int64(0))
+    for x in range(0, pixels, op.LANES):
+        label = op.load(target, start + x)
+        is_void = label == np.int32(255)
+        label, labelled = op.where(is_void, np.int32(0), label), op.where(is_void, _ZERO, _UNIT)
+        highest, prediction = _blend(above, below, near, far, x, plane)
+        true_class = label * np.int32(_BLOCK) + op.lane_numbers()
+        distance = highest - op.gather(plane, x, true_class)
+        total = _exponentials(plane, x, highest)
+        nll = op.smaller(distance + log_of_sum(total), _LARGEST_NLL)
+        nlls = nlls + op.longs(op.nearest(nll * labelled * _NLL_ONE))
+        scale = labelled / total
+        true = op.gather(plane, x, true_class) * scale
+        squares, listed = list_scores(plane, x, scale, bins, totals, scores, places, listed)
+        brier = op.doubles(squares) - 2.0 * op.doubles(true) + 1.0
+        briers = briers + op.longs(op.nearest(brier * op.doubles(labelled) * 2.0**24))
+        row = op.where(is_void, classes, label)
+        op.store(confused, x, row * classes + op.where(is_void, np.int32(0), prediction))
+        true_bin = op.smaller(op.ints(true * np.float32(bins)), np.int32(bins - 1))
+        op.store(hit, x, row * np.int32(bins) + true_bin)
+        right = op.where(is_void, np.int32(2), op.where(label == prediction, np.int32(1), np.int32(0)))
+        op.store(scores, listed, scale)  # exp(0) is 1
+        op.store(places, listed, (right + classes) * np.int32(bins))
+        listed += op.LANES
+    sums[0] += op.sum_of_lanes(briers)
+    sums[1] += op.sum_of_lanes(nlls)
+    return listed
 
 
 @compiled(_void(_F3, _B2, _I1, _I1, _F1, _F1, _I1, _I1, _F1, _F1, _L1, _L1, _L2, _L3, _L1))
@@ -268,31 +231,36 @@ def count_rows(
 
     A pixel lies between rows `above` and `below` of the logits [C, h, w], whose weights are `up`
     and `down`, and between columns `left` and `right`. confusion [C * C + 1]; hits [C * N + 1], of
-    the true class; tops [2 N + 1, (count, sum)] by bin and whether right; void pixels add to what
-    is behind the tables: to hits and confusion after label C - 1, to the last place of tops.
-    bins [C, N, (count, ., sum)], without the number of labelled pixels, which is to be added to the
-    lowest bin of each class; sums (Brier, nll)."""
-    num_classes, width = logits.shape[0], target.shape[1]
-    wide, held = np.empty((2, num_classes, width), np.float32), np.full(2, -1, np.int64)
-    label, labelled = np.empty(width, np.int32), np.empty(width, np.float32)
-    plane, reals = np.empty((num_classes, _BLOCK), np.float32), np.empty((5, _BLOCK), np.float32)
-    ints, totals = np.empty((5, _BLOCK), np.int32), np.zeros((num_classes, _BLOCK), np.uint32)
-    packed, added = np.zeros(bins.shape[:2], np.int64), 0
-    for y in range(target.shape[0]):
-        for row in (above[y], below[y]):  # neighbours, if they are two
-            if held[row % 2] != row:
-                _widen(logits, row, left, right, near, far, wide[row % 2])
-                held[row % 2] = row
-        _split_labels(target[y], label, labelled)
-        for start in range(0, width, _BLOCK):
-            stop = min(start + _BLOCK, width)
-            _count_block(
-                wide[above[y] % 2], wide[below[y] % 2], up[y], down[y], start,
-                label[start:stop], labelled[start:stop], plane, reals, ints, totals, packed,
-                confusion, hits, tops, sums,
+    the true class; tops [3 N, (count, sum)], of wrong, right and void pixels by bin; void pixels
+    add to the places of hits and confusion behind label C - 1. bins [C, N, (count, ., sum)],
+    without the number of labelled pixels, which is to be added to the lowest bin of each class;
+    sums (Brier, nll)."""
+    classes, num_bins = bins.shape[:2]
+    width = target.shape[1]
+    wide, plane = np.empty((2, classes, _BLOCK), np.float32), np.empty((classes, _BLOCK), np.float32)
+    held, totals = np.empty(2, np.int64), np.zeros((classes, op.LANES), np.uint32)
+    most = (classes + 1) * _BLOCK + op.LANES
+    scores, places = np.zeros(most, np.float32), np.zeros(most, np.int32)
+    fixed, confused, hit = np.zeros(most, np.int32), np.empty(_BLOCK, np.int32), np.empty(_BLOCK, np.int32)
+    packed, added = np.zeros((classes + 3) * num_bins, np.int64), 0
+    for start in range(0, width, _BLOCK):
+        pixels = min(_BLOCK, width - start)
+        held[:] = -1
+        for y in range(target.shape[0]):
+            for row in (above[y], below[y]):  # neighbours, if they are two
+                if held[row % 2] != row:
+                    _widen(logits, row, left, right, near, far, start, pixels, wide[row % 2])
+                    held[row % 2] = row
+            listed = _score_pixels(
+                wide[above[y] % 2], wide[below[y] % 2], up[y], down[y], target, y * width + start,
+                pixels, plane, num_bins, totals, scores, places, confused, hit, sums,
             )  # fmt: skip
-            added += 1
-            if added == _MOST_ADDED:
-                unpack_bins(packed, totals, bins)
+            add_listed(scores, places, listed, num_bins, fixed, packed)
+            for x in range(pixels):
+                confusion[np.uint64(confused[x])] += 1
+                hits[np.uint64(hit[x])] += 1
+            added += _BLOCK // op.LANES
+            if added + _BLOCK // op.LANES > _MOST_ADDED:
+                unpack_bins(packed, totals, bins, tops)
                 added = 0
-    unpack_bins(packed, totals, bins)
+    unpack_bins(packed, totals, bins, tops)

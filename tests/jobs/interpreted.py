@@ -35,7 +35,7 @@ def _begin() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from jobs import triton_window
-    from jobs.instructions import fma
+    from jobs.vectors import fma
 
     triton_window.TILE = 32, 128  # the interpreter is slow in starting programs
     torch.set_num_threads(1)

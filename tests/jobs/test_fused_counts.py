@@ -13,10 +13,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
+from jobs import vectors as op
 from jobs.evaluate import count
 from jobs.fused_counts import axis, count_upsampled
-from jobs.fused_kernel import add_bins, exp_negative, log_of_sum, unpack_bins
+from jobs.fused_kernel import add_listed, exp_negative, list_scores, log_of_sum, unpack_bins
 from jobs.metrics.accumulate import LARGEST_NLL, count_image
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
 from jobs.models.build import upsample
@@ -196,18 +198,29 @@ def test_a_pixels_position_among_the_logits_is_rounded_once(places, pixels):
             assert found.far[x] == np.float32(float(position - int(position)))
 
 
+@njit
+def bin_scores(plane, packed, totals, bins):
+    """Scores of one class [1, n] into their bins, as the kernel does it."""
+    scores, places = np.empty(400, np.float32), np.empty(400, np.int32)
+    listed = 0
+    for x in range(0, plane.shape[1], op.LANES):
+        unit = op.in_all_lanes(np.float32(1))
+        _, listed = list_scores(plane, x, unit, bins, totals, scores, places, listed)
+    add_listed(scores, places, listed, bins, np.empty(400, np.int32), packed)
+
+
 @pytest.mark.parametrize("bins", range(1, 101))
 def test_a_bin_begins_where_the_reference_has_it(bins):
     begins = torch.arange(bins + 1) / bins
     around = [torch.nextafter(begins, torch.tensor(end)) for end in (-1.0, 2.0)]
     scores = torch.cat([begins, *around]).clamp(0, 1)
-    plane = torch.zeros(1, 320)
+    plane = np.zeros((1, 320), np.float32)
     plane[0, : len(scores)] = scores
-    packed, totals = np.zeros((1, bins), np.int64), np.zeros((1, 320), np.uint32)
-    totals[:] = (plane * FIXED_POINT).round().long().numpy()
-    found = np.zeros((1, bins, 3), np.int64)
-    add_bins(plane.numpy(), 320, packed)
-    unpack_bins(packed, totals, found)
+    packed, totals = np.zeros(4 * bins, np.int64), np.zeros((1, op.LANES), np.uint32)
+    found, tops = np.zeros((1, bins, 3), np.int64), np.zeros((3 * bins, 2), np.int64)
+    bin_scores(plane, packed, totals, bins)
+    unpack_bins(packed, totals, found, tops)
+    assert not tops.any()
     found[0, 0, 0] += len(scores)
     expected = np.zeros((bins, 3), np.int64)
     places = (scores * bins).long().clamp(max=bins - 1)
@@ -278,14 +291,26 @@ def test_what_the_plain_way_refuses_is_refused():
                         if wrong[0].ndim == 3 else wrong[0], *wrong[1:])  # fmt: skip
 
 
+@njit
+def exponentials_and_logarithms(x, s):
+    """By the kernel, of as many as fill whole vectors."""
+    exps, logs = np.empty_like(x), np.empty_like(s)
+    for at in range(0, len(x), op.LANES):
+        op.store(exps, at, exp_negative(op.load(x, at)))
+        op.store(logs, at, log_of_sum(op.load(s, at)))
+    return exps, logs
+
+
 def test_exp_and_log_are_a_place_or_two_off_at_most():
-    x = -np.linspace(0, 7, 20_001).astype(np.float32)
-    exps = np.array([exp_negative(one) for one in x])
+    x = -np.linspace(0, 7, 20_000).astype(np.float32)
+    s = np.linspace(1, 255, 20_000).astype(np.float32)
+    exps, logs = exponentials_and_logarithms(x, s)
     exact = np.exp(x.astype(float))
     assert (np.abs(exps - exact) <= np.spacing(exact.astype(np.float32))).all()
-    assert exp_negative(np.float32(0)) == 1 and exps.max() == 1
-    assert 0 <= exp_negative(np.float32(-np.inf)) < 2.0**-120
-    s = np.linspace(1, 255, 20_001).astype(np.float32)
-    logs, exact = np.array([log_of_sum(one) for one in s]), np.log(s.astype(float))
+    assert exps[0] == 1 and exps.max() == 1
+    exact = np.log(s.astype(float))
     assert (np.abs(logs - exact) <= 2 * np.spacing(exact.astype(np.float32))).all()
-    assert log_of_sum(np.float32(1)) == 0
+    assert logs[0] == 0
+    far, one = np.full(op.LANES, -np.inf, np.float32), np.ones(op.LANES, np.float32)
+    least, _ = exponentials_and_logarithms(far, one)
+    assert (least >= 0).all() and (least < 2.0**-120).all()
