@@ -1,5 +1,5 @@
-"""The kernel of `jobs.fused_counts`. It counts `op.LANES` pixels of a row at once, and holds of them
-in registers what does not depend on the class. Reals are float32, whose operations are written out
+"""The kernel of `jobs.fused_counts`. It counts `op.LANES` pixels of a row at once, and holds what
+does not depend on the class in registers. Reals are float32, whose operations are written out
 one by one; sums are of integers, so their order is free.
 
 Columns of `_BLOCK` pixels are counted from top to bottom, so that the logits of all classes around
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from jobs import vectors as op
 from jobs.compiled import compiled, types
+from jobs.vector_memory import gather, load, store
 
 Reals = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -28,7 +29,7 @@ Vector = Any  # of `LANES` numbers
 _ONE, _NLL_ONE = np.float32(2**24), np.float32(2**16)  # the fixed points of `Counts`
 _LARGEST_NLL = np.float32(2**16)  # as in the reference
 _ZERO, _UNIT = np.float32(0), np.float32(1)
-_BLOCK = 128  # pixels; three planes of 21 classes take 32 KB
+_BLOCK = 64  # pixels; three planes of 21 classes take a third of that cache
 _MOST_ADDED = 255  # scores whose sum is below 2^32 in fixed point
 # A count and a sum in one integer, so that adding is one step: up to _MOST_ADDED blocks' scores
 _SUM_BITS = 40
@@ -84,12 +85,12 @@ def _widen(
     """A row of logits at `pixels` columns from `start` on, [C, pixels of _BLOCK]."""
     _, height, width = logits.shape
     for x in range(0, pixels, op.LANES):
-        first, second = op.load(left, start + x), op.load(right, start + x)
-        of_first, of_second = op.load(near, start + x), op.load(far, start + x)
+        first, second = load(left, start + x), load(right, start + x)
+        of_first, of_second = load(near, start + x), load(far, start + x)
         for c in range(wide.shape[0]):
             row = (c * height + y) * width
-            own = op.gather(logits, row, first) * of_first
-            op.store(wide, c * _BLOCK + x, op.fma(op.gather(logits, row, second), of_second, own))
+            own = gather(logits, row, first) * of_first
+            store(wide, c * _BLOCK + x, op.fma(gather(logits, row, second), of_second, own))
 
 
 @compiled(types.Tuple((op.REALS, op.INTS))(_F2, _F2, _float, _float, _int, _F2))
@@ -100,10 +101,10 @@ def _blend(
     highest, prediction = op.in_all_lanes(np.float32(-np.inf)), op.in_all_lanes(np.int32(0))
     for c in range(plane.shape[0]):
         at = c * _BLOCK + x
-        z = op.fma(op.load(below, at), far, op.load(above, at) * near)
-        op.store(plane, at, z)
+        z = op.fma(load(below, at), far, load(above, at) * near)
+        store(plane, at, z)
         prediction = op.where(z > highest, np.int32(c), prediction)
-        highest = op.where(z > highest, z, highest)
+        highest = op.larger(z, highest)
     return highest, prediction
 
 
@@ -112,8 +113,8 @@ def _exponentials(plane: Reals, x: int, highest: Vector) -> Vector:
     """Logits become exp(logit - highest); their sum over classes."""
     total = op.in_all_lanes(_ZERO)
     for c in range(plane.shape[0]):
-        e = exp_negative(op.load(plane, c * _BLOCK + x) - highest)
-        op.store(plane, c * _BLOCK + x, e)
+        e = exp_negative(load(plane, c * _BLOCK + x) - highest)
+        store(plane, c * _BLOCK + x, e)
         total = total + e
     return total
 
@@ -129,13 +130,14 @@ def list_scores(
     length; both arrays have room for `LANES` more."""
     squares = op.in_all_lanes(_ZERO)
     for c in range(plane.shape[0]):
-        p = op.load(plane, c * _BLOCK + x) * scale
+        p = load(plane, c * _BLOCK + x) * scale
         squares = op.fma(p, p, squares)
-        op.store(totals, c * op.LANES, op.load(totals, c * op.LANES) + op.nearest_int(p * _ONE))
+        store(totals, c * op.LANES, load(totals, c * op.LANES) + op.nearest_int(p * _ONE))
         above = p * np.float32(bins) >= _UNIT
-        op.store(scores, listed, op.compress(p, above))
-        op.store(places, listed, op.in_all_lanes(np.int32(c * bins)))
-        listed += op.set_lanes(above)
+        if op.COMPRESSES or op.set_lanes(above):  # noise has some nearly always, pictures seldom
+            store(scores, listed, op.compress(p, above))
+            store(places, listed, op.in_all_lanes(np.int32(c * bins)))
+            listed += op.set_lanes(above)
     return squares, listed
 
 
@@ -146,10 +148,10 @@ def add_listed(
     """Add each score that is listed to its bin: one behind the first bin of its class that
     `places` has, and becomes. `fixed` is room to work in, as long as `places`."""
     for at in range(0, listed, op.LANES):
-        p = op.load(scores, at)
+        p = load(scores, at)
         place = op.smaller(op.ints(p * np.float32(bins)), np.int32(bins - 1))
-        op.store(places, at, op.load(places, at) + place)
-        op.store(fixed, at, op.nearest_int(p * _ONE))
+        store(places, at, load(places, at) + place)
+        store(fixed, at, op.nearest_int(p * _ONE))
     for at in range(listed):
         packed[np.uint64(places[at])] += _COUNTED + np.int64(fixed[at])
 
@@ -192,27 +194,30 @@ def _score_pixels(
     classes, listed = np.int32(plane.shape[0]), 0
     nlls, briers = op.in_all_lanes(np.int64(0)), op.in_all_lanes(np.int64(0))
     for x in range(0, pixels, op.LANES):
-        label = op.load(target, start + x)
+        label = load(target, start + x)
         is_void = label == np.int32(255)
         label, labelled = op.where(is_void, np.int32(0), label), op.where(is_void, _ZERO, _UNIT)
         highest, prediction = _blend(above, below, near, far, x, plane)
         true_class = label * np.int32(_BLOCK) + op.lane_numbers()
-        distance = highest - op.gather(plane, x, true_class)
+        distance = highest - gather(plane, x, true_class)
         total = _exponentials(plane, x, highest)
         nll = op.smaller(distance + log_of_sum(total), _LARGEST_NLL)
         nlls = nlls + op.longs(op.nearest(nll * labelled * _NLL_ONE))
         scale = labelled / total
-        true = op.gather(plane, x, true_class) * scale
+        true = gather(plane, x, true_class) * scale
         squares, listed = list_scores(plane, x, scale, bins, totals, scores, places, listed)
         brier = op.doubles(squares) - 2.0 * op.doubles(true) + 1.0
         briers = briers + op.longs(op.nearest(brier * op.doubles(labelled) * 2.0**24))
         row = op.where(is_void, classes, label)
-        op.store(confused, x, row * classes + op.where(is_void, np.int32(0), prediction))
+        store(confused, x, row * classes + op.where(is_void, np.int32(0), prediction))
         true_bin = op.smaller(op.ints(true * np.float32(bins)), np.int32(bins - 1))
-        op.store(hit, x, row * np.int32(bins) + true_bin)
-        right = op.where(is_void, np.int32(2), op.where(label == prediction, np.int32(1), np.int32(0)))
-        op.store(scores, listed, scale)  # exp(0) is 1
-        op.store(places, listed, (right + classes) * np.int32(bins))
+        store(hit, x, row * np.int32(bins) + true_bin)
+        right = op.where(
+            is_void, np.int32(2), op.where(label == prediction, np.int32(1), np.int32(0))
+        )
+        store(scores, listed, scale)  # exp(0) is 1
+        of_top = op.where(is_void, np.int32(2), right) + classes
+        store(places, listed, of_top * np.int32(bins))
         listed += op.LANES
     sums[0] += op.sum_of_lanes(briers)
     sums[1] += op.sum_of_lanes(nlls)
@@ -237,11 +242,18 @@ def count_rows(
     sums (Brier, nll)."""
     classes, num_bins = bins.shape[:2]
     width = target.shape[1]
-    wide, plane = np.empty((2, classes, _BLOCK), np.float32), np.empty((classes, _BLOCK), np.float32)
+    wide, plane = (
+        np.empty((2, classes, _BLOCK), np.float32),
+        np.empty((classes, _BLOCK), np.float32),
+    )
     held, totals = np.empty(2, np.int64), np.zeros((classes, op.LANES), np.uint32)
     most = (classes + 1) * _BLOCK + op.LANES
     scores, places = np.zeros(most, np.float32), np.zeros(most, np.int32)
-    fixed, confused, hit = np.zeros(most, np.int32), np.empty(_BLOCK, np.int32), np.empty(_BLOCK, np.int32)
+    fixed, confused, hit = (
+        np.zeros(most, np.int32),
+        np.empty(_BLOCK, np.int32),
+        np.empty(_BLOCK, np.int32),
+    )
     packed, added = np.zeros((classes + 3) * num_bins, np.int64), 0
     for start in range(0, width, _BLOCK):
         pixels = min(_BLOCK, width - start)

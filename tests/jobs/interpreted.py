@@ -31,19 +31,28 @@ def _begin() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     multiprocessing.set_start_method("fork", force=True)  # of loaders, as in a job
     import torch
-    from numba import vectorize
+    from numba import njit
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     from jobs import triton_window
-    from jobs.vectors import fma
+    from jobs.vector_memory import load, store
+    from jobs.vectors import LANES, fma
 
     triton_window.TILE = 32, 128  # the interpreter is slow in starting programs
     torch.set_num_threads(1)
-    fused = vectorize(["float32(float32, float32, float32)"])(lambda a, b, c: fma(a, b, c))
+
+    @njit
+    def fused(a: Any, b: Any, c: Any) -> Any:
+        sums = np.empty_like(a)
+        for at in range(0, a.size, LANES):
+            store(sums, at, fma(load(a, at), load(b, at), load(c, at)))
+        return sums
 
     def create_fma(_: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
         assert x.data.dtype == y.data.dtype == z.data.dtype == np.float32
-        return TensorHandle(fused(x.data, y.data, z.data), z.dtype.scalar)
+        length = -(-x.data.size // LANES) * LANES
+        sums = fused(*(np.resize(one.data, length) for one in (x, y, z)))
+        return TensorHandle(sums[: x.data.size].reshape(x.data.shape), z.dtype.scalar)
 
     InterpreterBuilder.create_fma = create_fma
 

@@ -23,6 +23,7 @@ from jobs.metrics.accumulate import LARGEST_NLL, count_image
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
 from jobs.models.build import upsample
 from jobs.protocol import Protocol
+from jobs.vector_memory import load, store
 
 VOID = 255
 LOGIT_ULPS = 4
@@ -296,8 +297,8 @@ def exponentials_and_logarithms(x, s):
     """By the kernel, of as many as fill whole vectors."""
     exps, logs = np.empty_like(x), np.empty_like(s)
     for at in range(0, len(x), op.LANES):
-        op.store(exps, at, exp_negative(op.load(x, at)))
-        op.store(logs, at, log_of_sum(op.load(s, at)))
+        store(exps, at, exp_negative(load(x, at)))
+        store(logs, at, log_of_sum(load(s, at)))
     return exps, logs
 
 
