@@ -270,11 +270,14 @@ def sum_of_lanes(typing: Any, values: Any) -> Any:
 
 @intrinsic
 def compress(typing: Any, values: Any, mask: Any) -> Any:
-    """The lanes whose mask is set, one behind the other from the first lane on, then 0."""
+    """The lanes whose mask is set, one behind the other from the first lane on, then 0. Of elements
+    of 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Value:
-        kind = given[0].type
+        kind = llvm_type(INTS)  # of reals LLVM 22 ends the process where there is no instruction
         name = "llvm.experimental.vector.compress" + _suffix(kind)
-        return call(builder, name, kind, *given, ir.Constant(kind, None))
+        bits = builder.bitcast(given[0], kind)
+        found = call(builder, name, kind, bits, given[1], ir.Constant(kind, None))
+        return builder.bitcast(found, given[0].type)
 
     return values(values, mask), generate

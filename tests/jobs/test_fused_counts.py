@@ -8,6 +8,10 @@ lead there. All other pixels must be counted where float64 has them.
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -184,6 +188,29 @@ def test_any_number_of_threads_gives_the_same_bits(bins):
     alone = by("fused", logits, target, bins)
     for threads in (2, 3, 5):
         assert by("fused", logits, target, bins, threads).equals(alone)
+
+
+NARROW = """
+import sys, numpy as np, torch
+from jobs import vectors
+from jobs.fused_counts import count_upsampled
+assert not vectors.COMPRESSES
+given = np.load(sys.argv[1])
+counts = count_upsampled(*(torch.from_numpy(given[name]) for name in ("logits", "target")), 10)
+np.savez(sys.argv[2], **counts.as_arrays())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+def test_a_processor_without_wide_registers_counts_the_same(tmp_path):
+    logits, target = an_image(21, (22, 40), (173, 319), 3.0)
+    given, made = tmp_path / "given.npz", tmp_path / "made.npz"
+    np.savez(given, logits=logits.numpy(), target=target.numpy())
+    environ = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", NARROW, given, made], env=environ, check=True)
+    expected = by("fused", logits, target, 10).as_arrays()
+    with np.load(made) as found:
+        assert all((found[name] == counts).all() for name, counts in expected.items())
 
 
 @pytest.mark.parametrize(("places", "pixels"), [(65, 520), (87, 693), (7, 3), (9, 9), (257, 2048)])
