@@ -36,13 +36,14 @@ class CountsIndex:
     crc32: int | None  # forty times as fast as `sha256`; older indices have none
     size: int
     cells: tuple[Mapping[str, Any], ...]
+    signatures: tuple[str, ...]  # of `cells`, for a reduction asks for them again and again
     record: Mapping[str, Any]
     arrays: Mapping[str, tuple[int, str, list[int]]]  # where each lies: offset, type, shape
 
     @cached_property
     def by_signature(self) -> dict[str, Mapping[str, Any]]:
         """What it says of each cell."""
-        return {cell["signature"]: cell for cell in self.cells}
+        return dict(zip(self.signatures, self.cells, strict=True))
 
     def is_whole(self) -> bool:
         """Whether the file is there with its full length: cheap, for planning and status."""
@@ -113,13 +114,13 @@ def read_index(path: Path) -> CountsIndex:
             crc32=index.get("crc32"),
             size=index["bytes"],
             cells=tuple(index["cells"]),
+            signatures=tuple([cell["signature"] for cell in index["cells"]]),
             record=dict(index["record"]),
             arrays=dict(index.get("arrays", {})),  # older ones have none
         )
-        signatures = [cell["signature"] for cell in found.cells]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, "is not an index of counts") from error
-    if not all(isinstance(signature, str) for signature in signatures):
+    if not set(map(type, found.signatures)) <= {str}:
         raise _damaged(path, "is not an index of counts")
     return found
 
@@ -152,7 +153,7 @@ def counted_cells(folder: Path) -> set[str]:
     found: set[str] = set()
     for index in map(_index_or_none, folder.glob("*.json")):
         if index is not None and index.is_whole():
-            found.update(cell["signature"] for cell in index.cells)
+            found.update(index.signatures)
     return found
 
 

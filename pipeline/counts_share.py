@@ -20,7 +20,7 @@ class Share:
     its cells in grid order, 0 where they are another's; and the signatures of those it has."""
 
     counts: Mapping[str, Mapping[str, Int64]]
-    signatures: set[str]
+    signatures: list[str]
 
 
 def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
@@ -35,25 +35,25 @@ def read_share(
     problems: list[str],
 ) -> Share:
     """Read the counts files of `indices`, each once; a damaged one becomes a line in `problems`. A
-    cell that lies in several files counts once, from the one `chosen` for it by signature."""
-    rows = _rows_of(grid)
-    share = Share({name: _no_counts(grid, name, len(rows[name])) for name in rows}, set())
+    cell that lies in several files counts once, from the one `chosen` for it by signature. Of every
+    file some cells are chosen, all of one data set: that of its job."""
+    row_of = _rows_of(grid)
+    share = Share({name: _no_counts(grid, name, len(row_of[name])) for name in row_of}, [])
     buffer = bytearray(max((index.size for index in indices), default=0))
     for index in indices:
-        signatures = [cell["signature"] for cell in index.cells]
-        here = [name for name in rows if not rows[name].keys().isdisjoint(signatures)]
+        mine = [k for k, owner in enumerate(map(chosen.get, index.signatures)) if owner is index]
+        signatures = [index.signatures[k] for k in mine]
+        name = next(name for name in row_of if signatures[0] in row_of[name])  # a job has but one
         try:
             stacked = read_counts(index, buffer)
-            for name in here:
-                _check_shapes(share.counts[name], index, stacked)
+            _check_shapes(share.counts[name], index, stacked)
         except Damaged as error:
             problems.append(str(error))
             continue
-        mine = [(k, s) for k, s in enumerate(signatures) if chosen.get(s) is index]
-        for name in here:
-            places = [(k, rows[name][s]) for k, s in mine if s in rows[name]]
-            _copy(stacked, places, len(signatures), share.counts[name])
-        share.signatures.update(s for _, s in mine)
+        rows = np.array([row_of[name][signature] for signature in signatures], np.intp)
+        for key, whole in share.counts[name].items():
+            whole[rows] = stacked[key] if len(mine) == len(index.cells) else stacked[key][mine]
+        share.signatures.extend(signatures)
     return share
 
 
@@ -64,19 +64,6 @@ def _rows_of(grid: Grid) -> dict[str, dict[str, int]]:
         of_dataset = rows[cell.dataset]
         of_dataset[cell.signature] = len(of_dataset)
     return rows
-
-
-def _copy(
-    stacked: Mapping[str, Int64],
-    places: list[tuple[int, int]],
-    number: int,
-    counts: Mapping[str, Int64],
-) -> None:
-    """Put cells of a file of `number` cells where they belong, all at once. places: where in the
-    file, and in which row of `counts`."""
-    positions, rows = np.array(places, np.intp).reshape(-1, 2).T
-    for key, whole in counts.items():
-        whole[rows] = stacked[key] if len(rows) == number else stacked[key][positions]
 
 
 def _check_shapes(

@@ -49,11 +49,10 @@ def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, Count
                 "cells anew"
             )
             continue
-        for cell in index.cells:
-            done[cell["signature"]] = index
+        done |= dict.fromkeys(index.signatures, index)
     problems += [
         f"{index.path} is missing or cut short; run grid again to train its cells anew"
         for index in broken
-        if any(cell["signature"] not in done for cell in index.cells)  # else counted anew
+        if not done.keys() >= set(index.signatures)  # else counted anew
     ]
     return done, problems

@@ -50,7 +50,7 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     chosen, problems = found
     indices = files_of(chosen)
     mine = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
-    gathered = ranks.gather((sorted(mine.signatures), problems))
+    gathered = ranks.gather((mine.signatures, problems))
     datasets = []
     for name in grid.datasets:
         summed = {key: ranks.sum_to_root(array) for key, array in mine.counts[name].items()}

@@ -111,6 +111,7 @@ OF_INDEX = {
     "without_cells": other_index(lambda index: {k: v for k, v in index.items() if k != "cells"}),
     "of_numbers": other_index(lambda index: {**index, "cells": [1, 2]}),
     "without_names": other_index(lambda index: {**index, "cells": [{"name": "CE"}]}),
+    "of_lists": other_index(lambda index: {**index, "cells": [{"signature": ["CE"]}]}),
     "beyond_the_end": places(lambda offset, kind, shape: [offset + 10**6, kind, shape]),
     "in_floats": places(lambda offset, kind, shape: [offset, "<f8", shape]),
     "of_nothing": places(lambda offset, kind, shape: [offset, "nothing", shape]),
