@@ -55,11 +55,9 @@ class _InRegisters(extending.models.PrimitiveModel):
         super().__init__(manager, kind, llvm_type(kind))
 
 
-def llvm_type(kind: Any) -> ir.Type:
-    """LLVM's type of values of numba's."""
-    if isinstance(kind, Vector):
-        return ir.VectorType(_LLVM[kind.element], LANES)
-    return _LLVM[kind]
+def llvm_type(kind: Vector) -> ir.Type:
+    """LLVM's type of the values of numba's."""
+    return ir.VectorType(_LLVM[kind.element], LANES)
 
 
 def _in_all_lanes(builder: Any, number: Value) -> Value:
