@@ -28,8 +28,8 @@ def check_sources(grid: Grid) -> None:
 
 def check_inputs(grid: Grid, packed: bool) -> None:
     """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
-    batch does not fit a training set or its ranks. `packed` False: packing comes first, so look at the
-    source. Where nothing is refused, standard error gets the warnings about what is packed."""
+    batch does not fit a training set or the ranks. `packed` False: packing comes first, so look at
+    the source. Where nothing is refused, standard error gets the warnings about what is packed."""
     warnings: list[str] = []
     ids = {}
     for name, settings in grid.datasets.items():

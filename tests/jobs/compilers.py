@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ def compile_into(patch: pytest.MonkeyPatch, folder: Path) -> None:
     torch._inductor.utils.clear_inductor_caches()
 
 
-def take_compiler_away(patch: pytest.MonkeyPatch, folder: Path) -> None:
+@contextmanager
+def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     """As on a node without a C++ compiler, where nothing is kept yet."""
     compile_into(patch, folder)
-    patch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
 
 
 def num_compiled() -> int:

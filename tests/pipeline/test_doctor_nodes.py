@@ -25,7 +25,7 @@ from hpc.profile import Resources
 from jobs import probe
 from pipeline.doctor_nodes import checks_of, inputs
 from pipeline.grid import Grid, read_grid
-from tests.jobs.compilers import take_compiler_away
+from tests.jobs.compilers import no_compiler
 from tests.pipeline.doctor_lines import flip
 from tests.pipeline.fake_site import profile_file
 from tests.pipeline.grids import grid_file
@@ -322,8 +322,8 @@ def test_a_grid_that_compiles_asks_the_nodes_for_compilers(examine, grid, monkey
 
     line = "pass  compilers of the nodes (torch.compile on 4 ranks)"
     assert line in examine(able, on=wanting)
-    take_compiler_away(monkeypatch, tmp_path / "compiled")
-    facts = told(tmp_path, [], None, compile=True)
+    with no_compiler(monkeypatch, tmp_path / "compiled"):
+        facts = told(tmp_path, [], None, compile=True)
 
     def unable(ranks: Ranks) -> None:
         able(ranks)
