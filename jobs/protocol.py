@@ -114,15 +114,15 @@ class Protocol(Settings):
         """Raise `UserError` if networks are compiled, and `ranks` would not have as many images of
         a batch each: they would compile other code, whose collectives may stand in another order,
         and wait for each other for ever."""
-        sizes = {"batch_size in [protocol]": self.batch_size}
+        sizes = {"protocol": self.batch_size}
         if self.weights == "pretrain":
-            sizes["batch_size in [protocol.pretrain]"] = self.pretrain.batch_size
-        for key, size in sizes.items():
+            sizes["protocol.pretrain"] = self.pretrain.batch_size
+        for table, size in sizes.items():
             if self.compile and size % ranks:
                 raise UserError(
-                    f"compile = true needs ranks that have equal shares of a batch, and {size} "
-                    f"images are not the same for each of {ranks}; choose a multiple of {ranks} "
-                    f"as {key}, or set compile = false"
+                    f"compile = true needs equal shares of a batch, and batch_size = {size} in "
+                    f"[{table}] is no multiple of a job's {ranks} ranks; choose one that is, or "
+                    "set compile = false"
                 )
 
     def result_changing(self) -> dict[str, Any]:

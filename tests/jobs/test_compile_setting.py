@@ -11,19 +11,24 @@ from jobs import compiled_network, pretrain
 from jobs import train as job
 from jobs.compiled_network import require_compiler, training_form
 from jobs.protocol import Protocol
+from jobs.trainee import step_in_turn
+from tests.jobs.cells import a_cell, a_share
 from tests.jobs.compilers import compile_into, no_compiler
+from tests.jobs.ranks import on_ranks
 from tests.jobs.small_runs import assert_same, grid_of, results, task_of
+from tests.jobs.test_trainee import TOTAL, assert_equal_states, trainee_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSSES = ("WCE", "WDLNWCE")
+DEEPLAB = "deeplabv3_mobilenet_v3_large"
 CPU = torch.device("cpu")
 
 
 def test_inputs_of_another_shape_are_not_taken_for_the_same(monkeypatch):
     """One shape, one code; and beyond torch's limit of codes an error, not the plain network."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled_network, "_compiled", without_inductor)
+    monkeypatch.setattr(torch, "compile", without_inductor)
     form = training_form(torch.nn.ReLU(), Protocol(compile=True))
     with torch._dynamo.config.patch(recompile_limit=2):
         for size in (1, 2):
@@ -32,20 +37,20 @@ def test_inputs_of_another_shape_are_not_taken_for_the_same(monkeypatch):
             form(torch.zeros(3, 3))
 
 
-def without_inductor(plain, _protocol):
-    """As torch.compile takes it up, but run with PyTorch's own operations: the same bits."""
-    return torch.compile(plain, backend="eager", fullgraph=True, dynamic=False)
+def without_inductor(plain, options, compile=torch.compile, **how):
+    """`torch.compile` up to its graph, which PyTorch's own operations then run: the same bits."""
+    return compile(plain, backend="eager", **how)
 
 
 @pytest.mark.parametrize("train_what", ["head", "all"])
 def test_a_job_compiles_what_it_trains_and_its_backbone(streets, tmp_path, monkeypatch, train_what):
     found = []
 
-    def noted(plain, protocol):
+    def noted(plain, **how):
         found.append(type(plain).__name__)
-        return without_inductor(plain, protocol)
+        return without_inductor(plain, **how)
 
-    monkeypatch.setattr(compiled_network, "_compiled", noted)
+    monkeypatch.setattr(torch, "compile", noted)
     compile_into(monkeypatch, tmp_path / "compiled")
     trained = []
     for compile in (False, True):
@@ -62,6 +67,31 @@ def test_a_job_compiles_what_it_trains_and_its_backbone(streets, tmp_path, monke
     assert plain.keys() == compiled.keys() != set()
     for name, result in plain.items():
         assert_same(result, compiled[name])
+
+
+def trained(group, compile):
+    """The states of two heads after two steps on this rank."""
+    torch.compile = without_inductor
+    cells = [
+        a_cell("WCE", threads=1, compile=compile),
+        a_cell("WDLWCE", DEEPLAB, threads=1, compile=compile),
+    ]
+    trainees = [trainee_of(cell, group) for cell in cells]
+    for step in range(2):
+        share = a_share(step, group.rank, group.world_size, images=4)
+        step_in_turn(trainees, *share, step, TOTAL)
+    return [trainee.state() for trainee in trainees]
+
+
+def test_on_two_ranks_what_they_exchange_is_compiled_too(tmp_path):
+    """Batch norm's statistics are those of all ranks, and the bits those of the plain networks."""
+    folders = [tmp_path / "plain", tmp_path / "compiled"]
+    for folder in folders:
+        folder.mkdir()
+    plain, compiled = (on_ranks(2, f, trained, f.name == "compiled") for f in folders)
+    for heads, expected in zip(compiled, plain, strict=True):
+        for head, one in zip(heads, expected, strict=True):
+            assert_equal_states(head, one)
 
 
 @pytest.mark.parametrize(("kind", "main"), [("bundle", job.main), ("pretrain", pretrain.main)])
@@ -82,10 +112,12 @@ def test_without_a_compiler_nothing_is_trained(streets, tmp_path, monkeypatch, k
 def test_ranks_that_would_have_unequal_shares_are_refused():
     """With one rank that had no image at all two waited for each other for ever."""
     require_compiler(Protocol(batch_size=3), CPU, ranks=2)
-    with pytest.raises(UserError, match=r"3 images are not the same for each of 2; choose a mult"):
+    with pytest.raises(
+        UserError, match=r"= 3 in \[protocol\] is no multiple of a job's 2 ranks; ch"
+    ):
         require_compiler(Protocol(batch_size=3, compile=True), CPU, ranks=2)
     Protocol(batch_size=4, compile=True, weights="pretrain").require_even_shares(2)
-    with pytest.raises(UserError, match=r"a multiple of 3 as batch_size in \[protocol.pretrain\]"):
+    with pytest.raises(UserError, match=r"= 8 in \[protocol.pretrain\] is no multiple"):
         Protocol(batch_size=12, compile=True, weights="pretrain").require_even_shares(3)
 
 
