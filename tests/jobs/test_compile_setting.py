@@ -11,7 +11,6 @@ from jobs import compiled_network, pretrain
 from jobs import train as job
 from jobs.compiled_network import require_compiler, training_form
 from jobs.protocol import Protocol
-from jobs.trainee import step_in_turn
 from tests.jobs.cells import a_cell, a_share
 from tests.jobs.compilers import compile_into, no_compiler
 from tests.jobs.ranks import on_ranks
@@ -42,8 +41,7 @@ def without_inductor(plain, options, compile=torch.compile, **how):
     return compile(plain, backend="eager", **how)
 
 
-@pytest.mark.parametrize("train_what", ["head", "all"])
-def test_a_job_compiles_what_it_trains_and_its_backbone(streets, tmp_path, monkeypatch, train_what):
+def test_a_job_compiles_its_heads_and_their_backbone(streets, tmp_path, monkeypatch):
     found = []
 
     def noted(plain, **how):
@@ -56,13 +54,11 @@ def test_a_job_compiles_what_it_trains_and_its_backbone(streets, tmp_path, monke
     for compile in (False, True):
         grid = grid_of(
             tmp_path / str(compile), streets.folder, *LOSSES,
-            train=train_what, epochs=1, compile=compile,
+            epochs=1, compile=compile,
         )  # fmt: skip
-        cells = grid.cells[:1] if train_what == "all" else grid.cells
-        assert job.main([str(task_of(grid, cells))]) == 0
+        assert job.main([str(task_of(grid))]) == 0
         trained.append(results(grid.run))
-    networks = ["Network"] if train_what == "all" else ["FCNHead", "FCNHead", "Backbone"]
-    assert found == ["function", *networks]
+    assert found == ["function", "FCNHead", "FCNHead", "Backbone"]
     plain, compiled = trained
     assert plain.keys() == compiled.keys() != set()
     for name, result in plain.items():
@@ -70,28 +66,22 @@ def test_a_job_compiles_what_it_trains_and_its_backbone(streets, tmp_path, monke
 
 
 def trained(group, compile):
-    """The states of two heads after two steps on this rank."""
+    """The state of a head after two steps on this rank."""
     torch.compile = without_inductor
-    cells = [
-        a_cell("WCE", threads=1, compile=compile),
-        a_cell("WDLWCE", DEEPLAB, threads=1, compile=compile),
-    ]
-    trainees = [trainee_of(cell, group) for cell in cells]
+    trainee = trainee_of(a_cell("WDLWCE", DEEPLAB, threads=1, compile=compile), group)
     for step in range(2):
-        share = a_share(step, group.rank, group.world_size, images=4)
-        step_in_turn(trainees, *share, step, TOTAL)
-    return [trainee.state() for trainee in trainees]
+        trainee.step(*a_share(step, group.rank, group.world_size, images=4), step, TOTAL)
+    return trainee.state()
 
 
 def test_on_two_ranks_what_they_exchange_is_compiled_too(tmp_path):
-    """Batch norm's statistics are those of all ranks, and the bits those of the plain networks."""
+    """Batch norm's statistics are those of all ranks, and the bits those of the plain network."""
     folders = [tmp_path / "plain", tmp_path / "compiled"]
     for folder in folders:
         folder.mkdir()
     plain, compiled = (on_ranks(2, f, trained, f.name == "compiled") for f in folders)
-    for heads, expected in zip(compiled, plain, strict=True):
-        for head, one in zip(heads, expected, strict=True):
-            assert_equal_states(head, one)
+    for head, expected in zip(compiled, plain, strict=True):
+        assert_equal_states(head, expected)
 
 
 @pytest.mark.parametrize(("kind", "main"), [("bundle", job.main), ("pretrain", pretrain.main)])
@@ -112,9 +102,7 @@ def test_without_a_compiler_nothing_is_trained(streets, tmp_path, monkeypatch, k
 def test_ranks_that_would_have_unequal_shares_are_refused():
     """With one rank that had no image at all two waited for each other for ever."""
     require_compiler(Protocol(batch_size=3), CPU, ranks=2)
-    with pytest.raises(
-        UserError, match=r"= 3 in \[protocol\] is no multiple of a job's 2 ranks; ch"
-    ):
+    with pytest.raises(UserError, match=r"= 3 in \[protocol\] is no multiple of a job's 2 ranks;"):
         require_compiler(Protocol(batch_size=3, compile=True), CPU, ranks=2)
     Protocol(batch_size=4, compile=True, weights="pretrain").require_even_shares(2)
     with pytest.raises(UserError, match=r"= 8 in \[protocol.pretrain\] is no multiple"):
