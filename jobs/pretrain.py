@@ -22,6 +22,7 @@ from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import load_backbone
 from jobs.cell import Cell
+from jobs.compiled_network import require_compiler
 from jobs.losses.names import parse_loss
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
@@ -72,6 +73,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
     require_gpu(consumer.protocol, group.device)
+    require_compiler(trained.cells[0].protocol, group.device, group.world_size)
     with nearby(task.data, task.node_local) as manifest:
         pretrain_on(manifest, trained, consumer, group, stop)
 

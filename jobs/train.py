@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
@@ -30,6 +30,7 @@ from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
 from jobs.batches import TrainingBatches, load_steps
 from jobs.cell import Cell
+from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.counts_file import counted_cells, write_counts
 from jobs.evaluate import evaluate, stack
 from jobs.losses.combine import class_weights
@@ -76,6 +77,7 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     task = unfinished(task, group)
     if task.cells:
         require_gpu(task.cells[0].protocol, group.device)
+        require_compiler(task.cells[0].protocol, group.device, group.world_size)
         with nearby(task.data, task.node_local) as manifest:
             train_on(manifest, task, group, stop)
 
@@ -141,6 +143,7 @@ def train(
     cell, group = job.task.cells[0], job.group
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
     total = cell.protocol.epochs * batches.steps_per_epoch
+    frozen = backbone if backbone is None else training_form(backbone, cell.protocol)
     job.begin(start)
     if cell.protocol.profile:
         group.watch.start()
@@ -153,10 +156,10 @@ def train(
             job.beat("training", step, total)
             with group.watch.part("data"):
                 batch = batch.to(group.device)
-            with group.watch.part("backbone"):
-                inputs = features(backbone, batch.images, cell, group)
-            target = batch.target.long()
-            step_in_turn(active, inputs, batch, target, step, total)
+            with while_compiling(cell.protocol):
+                with group.watch.part("backbone"):
+                    inputs = features(frozen, batch.images, cell, group)
+                step_in_turn(active, inputs, batch, batch.target.long(), step, total)
             for trainee in active:
                 if trainee.failure:
                     job.on_main(partial(job.give_up, trainee, step))
@@ -178,14 +181,15 @@ def still_training(trainees: Sequence[Trainee]) -> list[Trainee]:
     return [trainee for trainee in trainees if trainee.failure is None]
 
 
-def features(backbone: Backbone | None, images: Tensor, cell: Cell, group: Group) -> Features:
+def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Group) -> Features:
     """What the trainees take: the frozen backbone's output for uint8 images [b, 3, h, w], without
     a gradient; or, where the whole network trains, the normalised images themselves."""
     inputs = normalise(images)
     if backbone is None:
         return inputs
     with torch.no_grad(), autocast(group.device, half_precision(cell.protocol, group)):
-        return backbone(inputs)
+        found: Features = backbone(inputs)
+        return found
 
 
 def count(

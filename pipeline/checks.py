@@ -28,8 +28,8 @@ def check_sources(grid: Grid) -> None:
 
 def check_inputs(grid: Grid, packed: bool) -> None:
     """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
-    batch does not fit a training set. `packed` False: packing comes first, so look at the
-    source. Where nothing is refused, standard error gets the warnings about what is packed."""
+    batch does not fit a training set or the ranks. `packed` False: packing comes first, so look at
+    the source. Where nothing is refused, standard error gets the warnings about what is packed."""
     warnings: list[str] = []
     ids = {}
     for name, settings in grid.datasets.items():
@@ -42,6 +42,7 @@ def check_inputs(grid: Grid, packed: bool) -> None:
         images = len(ids[name]["train"])
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
+        protocol.require_even_shares(grid.cluster.nodes * grid.cluster.tasks_per_node)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
             raise UserError(
                 f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than "

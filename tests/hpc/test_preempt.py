@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.preempt import STOP_SIGNALS, stop_request
+from hpc.preempt import STOP_SIGNALS, stop_request, stop_signals_kept_from_children
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -152,3 +152,18 @@ def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_alive(with_worker
     assert with_worker.ask() == f"{number.name} True"
     os.kill(int(with_worker.first), number)  # nor is it hit alone
     assert with_worker.ask() == f"{number.name} True"
+
+
+def test_a_program_that_is_started_in_between_does_not_hear_of_it():
+    """A compiler, which Slurm would end with the signal, and the job with it."""
+    with stop_request() as stop:
+        with stop_signals_kept_from_children():
+            program = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+            for number in STOP_SIGNALS:
+                program.send_signal(number)
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.signal is signal.SIGUSR2
+        program.communicate(timeout=10)  # its input ends, and so does it
+        assert program.returncode == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint(STOP_SIGNALS)

@@ -1,0 +1,31 @@
+"""torch's compilers in tests: kept apart from what jobs on this machine keep, or missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def compile_into(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """What torch compiles from now on it keeps in `folder`, and what it has compiled is
+    forgotten."""
+    patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    torch._dynamo.reset()
+    torch._inductor.utils.clear_inductor_caches()
+
+
+@contextmanager
+def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+    """As on a node without a C++ compiler, where nothing is kept yet."""
+    compile_into(patch, folder)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        yield
+
+
+def num_compiled() -> int:
+    """How many graphs have been compiled since this process began."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
