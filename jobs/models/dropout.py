@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class PositionalDropout(nn.Dropout):
     """`nn.Dropout` with a counter-based mask. `set_dropout_position` must be called before each
     training step."""
 
-    keys: Tensor | None = None  # int64 [B, 2], two 32-bit keys an image
+    keys: tuple[tuple[int, int], ...] | None = None  # two of 32 bits, for each image
 
     def forward(self, input: Tensor) -> Tensor:
         """float [B, ...] -> the same, with elements dropped at rate p and the others scaled by
@@ -25,10 +26,19 @@ class PositionalDropout(nn.Dropout):
             return input
         assert self.keys is not None, "set_dropout_position was not called"
         assert len(self.keys) == len(input), "one position an image"
-        bits = random_bits(self.keys.to(input.device), input[0].numel() if len(input) else 0)
-        drop = (bits < int(self.p * 2**32)).view_as(input)
+        drop = _dropped(self.keys, input.shape[1:].numel(), self.p, input.device).view_as(input)
         # laid out as the input is, which `torch.where` is not
         return (input / (1 - self.p)).masked_fill_(drop, 0.0)
+
+
+@lru_cache(maxsize=2)  # a bundle has two kinds of head with dropout, one layer each
+def _dropped(
+    keys: tuple[tuple[int, int], ...], count: int, rate: float, device: torch.device
+) -> Tensor:
+    """bool [B, count], true where an element drops: the same in all heads of a kind, whatever their
+    loss, so drawn once for them. Nobody may write to it."""
+    bits = random_bits(torch.tensor(keys, dtype=torch.int64).reshape(-1, 2).to(device), count)
+    return bits < int(rate * 2**32)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
@@ -63,7 +73,7 @@ def set_dropout_position(
     layers = [child for child in module.modules() if isinstance(child, PositionalDropout)]
     for number, layer in enumerate(layers):
         keys = [_key(f"{seed}/{model}/{step}/{position}/{number}") for position in positions]
-        layer.keys = torch.tensor(keys, dtype=torch.int64).reshape(len(keys), 2)
+        layer.keys = tuple(keys)
 
 
 def _key(text: str) -> tuple[int, int]:
