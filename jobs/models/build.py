@@ -17,6 +17,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.batchnorm import replace_batchnorm
+from jobs.models.dilated import replace_dilated
 from jobs.models.dropout import replace_dropout
 from jobs.models.layout import laid_out
 from jobs.models.names import FEATURES, MODELS
@@ -93,6 +94,7 @@ def build_head(
     replace_batchnorm(head, momentum, group)
     replace_dropout(head)
     replace_resizing(head)
+    replace_dilated(head)
     return head
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,27 @@ class PositionalDropout(nn.Dropout):
             return input
         assert self.keys is not None, "set_dropout_position was not called"
         assert len(self.keys) == len(input), "one position an image"
-        bits = random_bits(self.keys.to(input.device), input[0].numel() if len(input) else 0)
-        drop = (bits < int(self.p * 2**32)).view_as(input)
+        if torch.compiler.is_compiling():  # keys are inputs of what is compiled, as values are not
+            drop = _drawn(self.keys.to(input.device), input.shape[1:].numel(), self.p)
+        else:
+            keys = tuple(map(tuple, self.keys.tolist()))
+            drop = _shared(keys, input.shape[1:].numel(), self.p, input.device)
         # laid out as the input is, which `torch.where` is not
-        return (input / (1 - self.p)).masked_fill_(drop, 0.0)
+        return (input / (1 - self.p)).masked_fill_(drop.view_as(input), 0.0)
+
+
+@lru_cache(maxsize=2)  # a bundle has two kinds of head with dropout, one layer each
+def _shared(
+    keys: tuple[tuple[int, int], ...], count: int, rate: float, device: torch.device
+) -> Tensor:
+    """As `_drawn`. The mask is the same in all heads of a kind, whatever their loss, so it is drawn
+    once for them, and nobody may write to it."""
+    return _drawn(torch.tensor(keys, dtype=torch.int64).reshape(-1, 2).to(device), count, rate)
+
+
+def _drawn(keys: Tensor, count: int, rate: float) -> Tensor:
+    """bool [B, count], true where an element drops."""
+    return random_bits(keys, count) < int(rate * 2**32)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:

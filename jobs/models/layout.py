@@ -31,11 +31,16 @@ def laid_out(images: Tensor) -> Tensor:
     return images.to(memory_format=memory_format(images.device))
 
 
+def by_pixel(images: Tensor) -> Tensor:
+    """[B, C, H, W] with the channels of a pixel together, copied if they are not."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def alike(x: Tensor, other: Tensor) -> Tensor:
     """`x`, its channels laid out as those of `other`: torch goes by shape alone where an image has
     one pixel."""
     is_last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
-    return x.contiguous(memory_format=torch.channels_last) if is_last else x
+    return by_pixel(x) if is_last else x
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

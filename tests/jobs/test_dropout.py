@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from jobs.models import dropout
 from jobs.models.dropout import (
     PositionalDropout,
     random_bits,
@@ -69,6 +70,26 @@ def test_elements_drop_at_the_rate(rate):
     kept = masks(range(3), rate=rate, size=(64, 40, 50)).double()
     deviation = (rate * (1 - rate) / kept.numel()) ** 0.5
     assert abs(float(kept.mean()) - (1 - rate)) < 4 * deviation
+
+
+def test_heads_of_a_kind_share_the_mask_of_a_step(monkeypatch):
+    """Each kind has its own, and takes turns with the other; the next step draws both anew."""
+    drawn, honest = [], dropout.random_bits
+    monkeypatch.setattr(
+        dropout, "random_bits", lambda keys, count: drawn.append(keys) or honest(keys, count)
+    )
+    dropout._shared.cache_clear()
+    heads = {model: [nn.Dropout(0.5) for _ in range(3)] for model in ("fcn", "deeplabv3")}
+    for step in (1, 2):
+        found = {model: [] for model in heads}
+        for model, head in [(m, layers[i]) for i in range(3) for m, layers in heads.items()]:
+            replace_dropout(head)
+            set_dropout_position(head, 0, model, step, range(2))
+            found[model].append(head(torch.ones(2, *SIZE)))
+        for first, *others in found.values():
+            assert all(torch.equal(first, other) for other in others)
+        assert not torch.equal(found["fcn"][0], found["deeplabv3"][0])
+        assert len(drawn) == 2 * step
 
 
 def test_kept_elements_are_scaled_and_dropped_ones_are_zero():
