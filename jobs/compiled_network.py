@@ -1,4 +1,4 @@
-"""`compile = true`: networks in training as torch.compile has them. No other file knows of it.
+"""`compile = true`: networks in training as torch.compile has them.
 
 Losses stay as they are, and so does evaluation, where every picture may have a size of its own: it
 takes the module itself, whose state is the same.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import exc as failures
 
 from hpc.command import UserError, one_line
 from hpc.preempt import stop_signals_kept_from_children
@@ -32,21 +33,30 @@ def require_compiler(protocol: Protocol, device: torch.device, ranks: int = 1) -
     if not protocol.compile:
         return
     protocol.require_even_shares(ranks)
+    if protocol.deterministic and device.type == "cuda" and not _keeps_its_choices():
+        raise UserError(
+            "compile = true with deterministic = true needs a torch later than "
+            f"{torch.__version__}, which takes on a GPU whatever code is faster just then; set one "
+            "of them to false"
+        )
     keep_privately()
-    # ranks of a node compile beside each other
-    torch._inductor.config.compile_threads = protocol.threads
-    # it would cut networks into buckets; a backward pass does not wait for an exchange anyway
-    torch._dynamo.config.optimize_ddp = False
     try:
-        with while_compiling(protocol):
+        with stop_signals_kept_from_children():
             _compiled(_one_more, protocol)(torch.zeros(2, device=device))
     except Exception as error:  # torch, its compilers and the driver raise what they like
-        reason = one_line(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
         needed = "Triton and a C compiler" if device.type == "cuda" else "g++ and Python's headers"
         raise UserError(
-            f"compile = true does not work here ({reason}); see that the nodes have {needed} "
-            "(setup in the profile), or set compile = false in [protocol]"
+            f"compile = true does not work here ({_reason(error)}); see that the nodes have "
+            f"{needed} (setup in the profile), or set compile = false in [protocol]"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
+
+
+def _keeps_its_choices() -> bool:
+    return "deterministic" in torch._inductor.list_options()
 
 
 def keep_privately() -> None:
@@ -68,20 +78,36 @@ def training_form(module: nn.Module, protocol: Protocol) -> nn.Module:
     return form
 
 
-def while_compiling(protocol: Protocol) -> AbstractContextManager[None]:
-    """The block in which compilers may be started: they are children of this process, and a stop
-    is none of their business."""
-    return stop_signals_kept_from_children() if protocol.compile else nullcontext()
+@contextmanager
+def while_compiling(protocol: Protocol) -> Iterator[None]:
+    """The block in which a network compiles itself, at its first step. The compilers are children
+    of this process, and a stop is none of their business. Raises `UserError` where they fail."""
+    if not protocol.compile:
+        yield
+        return
+    try:
+        with stop_signals_kept_from_children():
+            yield
+    except (failures.TorchDynamoException, failures.FailOnRecompileLimitHit) as error:
+        raise UserError(
+            f"torch.compile failed ({_reason(error)}); see that the node has memory and, in its "
+            "temporary folder, room, and submit again to go on from the last checkpoint; or set "
+            "compile = false in [protocol]"
+        ) from error
 
 
 def _compiled(plain: Callable[..., Any], protocol: Protocol) -> Any:
+    # ranks of a node compile beside each other
+    torch._inductor.config.compile_threads = protocol.threads
+    # it would cut networks into buckets; a backward pass does not wait for an exchange anyway
+    torch._dynamo.config.optimize_ddp = False
     options: dict[str, Any] = {
         # the code for the processor holds their number, which torch's cache would not look at
         "cpp.threads": protocol.threads,
         # jobs.models.layout decides it; torch would lay weights out anew at each step
         "layout_optimization": False,
     }
-    if protocol.deterministic and "deterministic" in torch._inductor.list_options():
+    if protocol.deterministic and _keeps_its_choices():
         options["deterministic"] = True
     # the whole network or an error: never in parts, and never back to the plain way unnoticed
     return torch.compile(plain, fullgraph=True, dynamic=False, options=options)

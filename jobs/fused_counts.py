@@ -1,5 +1,6 @@
 """The counts of one image in one pass over logits at any stride: upsampling, softmax, prediction
-and all counts, row by row, so that nothing of the image's size is stored but its label map.
+and all counts, a few pixels at once, so that nothing of the image's size is stored but its label
+map.
 
 They are those of the plain way, `upsample` and `jobs.metrics.accumulate.count_image`, but for
 rounding: decisions differ only for pixels that are a few last places from another one. It runs on

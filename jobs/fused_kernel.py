@@ -6,7 +6,8 @@ Columns of `_BLOCK` pixels are counted from top to bottom, so that the logits of
 and at the pixels stay in the first cache.
 
 All kernels stand in one file: numba keeps what it has compiled until this file changes, and would
-not see a change in another one whose functions it has compiled into these.
+not see a change in another one whose functions it has compiled into these. So this one holds a
+digest of those.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ Longs = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 Vector = Any  # of `LANES` numbers
 
+# the digest of jobs/vectors.py and jobs/vector_memory.py, which a test looks at
+VECTORS = "8a279fdecdac"
+
 _ONE, _NLL_ONE = np.float32(2**24), np.float32(2**16)  # the fixed points of `Counts`
 _LARGEST_NLL = np.float32(2**16)  # as in the reference
 _ZERO, _UNIT = np.float32(0), np.float32(1)
 _BLOCK = 64  # pixels; three planes of 21 classes take a third of that cache
 _MOST_ADDED = 255  # scores whose sum is below 2^32 in fixed point
-# A count and a sum in one integer, so that adding is one step: up to _MOST_ADDED blocks' scores
+# A count and a sum in one integer, so that adding is one step: what _MOST_ADDED vectors of a class
+# have beyond its lowest bin
 _SUM_BITS = 40
 _COUNTED = 1 << _SUM_BITS
 
@@ -134,10 +139,10 @@ def list_scores(
         squares = op.fma(p, p, squares)
         store(totals, c * op.LANES, load(totals, c * op.LANES) + op.nearest_int(p * _ONE))
         above = p * np.float32(bins) >= _UNIT
-        if op.COMPRESSES or op.set_lanes(above):  # noise has some nearly always, pictures seldom
+        if op.COMPRESSES or op.num_set(above):  # noise has some nearly always, pictures seldom
             store(scores, listed, op.compress(p, above))
             store(places, listed, op.in_all_lanes(np.int32(c * bins)))
-            listed += op.set_lanes(above)
+            listed += op.num_set(above)
     return squares, listed
 
 

@@ -121,8 +121,8 @@ class Protocol(Settings):
             if self.compile and size % ranks:
                 raise UserError(
                     f"compile = true needs equal shares of a batch, and batch_size = {size} in "
-                    f"[{table}] is no multiple of a job's {ranks} ranks; choose one that is, or "
-                    "set compile = false"
+                    f"[{table}] is no multiple of a job's {ranks} ranks; choose one that is, other "
+                    "nodes or tasks_per_node in [cluster], or compile = false"
                 )
 
     def result_changing(self) -> dict[str, Any]:

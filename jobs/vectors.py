@@ -2,9 +2,9 @@
 for. LLVM makes each operation of what the processor has: with AVX-512 a vector is one register,
 with AVX2 two. Bits are the same everywhere, and no product is merged with a sum but by `fma`.
 
-Operators and functions work lane by lane; where a vector meets a number, all lanes do. Whoever
-changes this file touches those of the kernels that use it: numba keeps these compiled, and looks at
-their own file alone.
+Operators and functions work lane by lane; where a vector meets a number, all lanes do. Kernels
+that use this file, or vector_memory.py, hold a digest of both: numba keeps them compiled, and looks
+at their own file alone.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def lane_numbers(typing: Any) -> Any:
 
 
 @intrinsic
-def set_lanes(typing: Any, mask: Any) -> Any:
+def num_set(typing: Any, mask: Any) -> Any:
     """How many lanes of a mask are set."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Value:

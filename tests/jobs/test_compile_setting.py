@@ -3,16 +3,19 @@ Where torch compiles here, PyTorch's own operations are the code, which is quick
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 from hpc.command import UserError
+from hpc.preempt import STOP_SIGNALS
 from jobs import compiled_network, pretrain
 from jobs import train as job
-from jobs.compiled_network import require_compiler, training_form
+from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.protocol import Protocol
 from tests.jobs.cells import a_cell, a_share
-from tests.jobs.compilers import compile_into, no_compiler
+from tests.jobs.compilers import compile_into, no_compiler, num_compiled
 from tests.jobs.ranks import on_ranks
 from tests.jobs.small_runs import assert_same, grid_of, results, task_of
 from tests.jobs.test_trainee import TOTAL, assert_equal_states, trainee_of
@@ -42,11 +45,18 @@ def without_inductor(plain, options, compile=torch.compile, **how):
 
 
 def test_a_job_compiles_its_heads_and_their_backbone(streets, tmp_path, monkeypatch):
-    found = []
+    """For its threads, numbers laid out as we lay them out, and with stops kept from compilers."""
+    found, kept_away = [], []
 
-    def noted(plain, **how):
+    def compiler(graph, inputs):
+        kept_away.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()).issuperset(STOP_SIGNALS))
+        return graph
+
+    def noted(plain, options, compile=torch.compile, **how):
         found.append(type(plain).__name__)
-        return without_inductor(plain, **how)
+        assert options["cpp.threads"] == 1 and not options["layout_optimization"]
+        assert not torch._dynamo.config.optimize_ddp
+        return compile(plain, backend=compiler, **how)
 
     monkeypatch.setattr(torch, "compile", noted)
     compile_into(monkeypatch, tmp_path / "compiled")
@@ -59,6 +69,7 @@ def test_a_job_compiles_its_heads_and_their_backbone(streets, tmp_path, monkeypa
         assert job.main([str(task_of(grid))]) == 0
         trained.append(results(grid.run))
     assert found == ["function", "FCNHead", "FCNHead", "Backbone"]
+    assert len(kept_away) >= 3 and all(kept_away)
     plain, compiled = trained
     assert plain.keys() == compiled.keys() != set()
     for name, result in plain.items():
@@ -71,6 +82,7 @@ def trained(group, compile):
     trainee = trainee_of(a_cell("WDLWCE", DEEPLAB, threads=1, compile=compile), group)
     for step in range(2):
         trainee.step(*a_share(step, group.rank, group.world_size, images=4), step, TOTAL)
+    assert num_compiled() == int(compile)
     return trainee.state()
 
 
@@ -97,6 +109,23 @@ def test_without_a_compiler_nothing_is_trained(streets, tmp_path, monkeypatch, k
         "compile = false in [protocol]"
     )
     assert not any(path.is_file() for path in grid.run.checkpoints("").rglob("*"))
+
+
+def test_a_compiler_that_fails_later_ends_a_job_in_one_line(tmp_path, monkeypatch):
+    """On a disk that has become full, for instance."""
+    protocol = Protocol(compile=True)
+    without = no_compiler(monkeypatch, tmp_path / "compiled")
+    with without, pytest.raises(UserError) as refused, while_compiling(protocol):
+        training_form(torch.nn.Softplus(), protocol)(torch.zeros(2, 3))
+    said = str(refused.value)
+    assert said.startswith("torch.compile failed (") and "no-such-compiler" in said
+    assert "go on from the last checkpoint" in said and "\n" not in said
+
+
+def test_on_a_gpu_code_that_must_not_vary_takes_a_torch_that_keeps_its_choices(monkeypatch):
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["cpp.threads"])
+    with pytest.raises(UserError, match="with deterministic = true needs a later torch than"):
+        require_compiler(Protocol(compile=True, deterministic=True), torch.device("cuda"))
 
 
 def test_ranks_that_would_have_unequal_shares_are_refused():
@@ -126,7 +155,8 @@ def test_what_is_compiled_is_not_kept_where_others_can_write(tmp_path, monkeypat
 
 
 def test_by_default_it_is_kept_in_a_folder_of_the_node(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set by this test, so that it is restored")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     compiled_network.keep_privately()
     (folder,) = tmp_path.iterdir()

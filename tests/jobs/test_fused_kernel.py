@@ -3,23 +3,42 @@ processors with other registers."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
 
+from jobs import fused_kernel, vector_memory
 from jobs import vectors as op
 from jobs.fused_counts import axis, count_upsampled
 from jobs.fused_kernel import add_listed, exp_negative, list_scores, log_of_sum, unpack_bins
 from jobs.metrics.counts import FIXED_POINT
 from jobs.vector_memory import load, store
 from tests.jobs.test_fused_counts import an_image
+
+
+def test_what_numba_keeps_is_of_the_vectors_as_they_are():
+    """It looks at the kernel's own file alone: a digest that has changed makes it compile anew."""
+    files = [Path(module.__file__) for module in (op, vector_memory)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    assert digest == fused_kernel.VECTORS
+
+
+def test_a_class_that_is_certain_fills_its_sums_to_the_last_place():
+    """Each pixel of one class alone adds 1, as much as a score can be."""
+    target = torch.zeros(200, 70, dtype=torch.uint8)
+    found = count_upsampled(torch.zeros(1, 2, 3), target, 4)
+    assert found.class_bins[0].tolist() == [[0, 0, 0]] * 3 + [
+        [target.numel(), target.numel(), target.numel() * FIXED_POINT]
+    ]
 
 
 @pytest.mark.parametrize(("places", "pixels"), [(65, 520), (87, 693), (7, 3), (9, 9), (257, 2048)])
