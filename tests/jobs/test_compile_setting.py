@@ -124,7 +124,7 @@ def test_a_compiler_that_fails_later_ends_a_job_in_one_line(tmp_path, monkeypatc
 
 def test_on_a_gpu_code_that_must_not_vary_takes_a_torch_that_keeps_its_choices(monkeypatch):
     monkeypatch.setattr(torch._inductor, "list_options", lambda: ["cpp.threads"])
-    with pytest.raises(UserError, match="with deterministic = true needs a later torch than"):
+    with pytest.raises(UserError, match="with deterministic = true needs a torch later than"):
         require_compiler(Protocol(compile=True, deterministic=True), torch.device("cuda"))
 
 
