@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +27,19 @@ def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     compile_into(patch, folder)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         yield
+
+
+def alone(work: Callable[..., Any], *arguments: object) -> Any:
+    """`work` in a process of its own, whatever it raises: after a compilation that failed, torch's
+    hook stays where Python calls functions, and arguments live longer."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def without_compiler(folder: Path, work: Callable[..., Any], *arguments: object) -> Any:
+    """`work` as on a node that `no_compiler` describes; to be called `alone`."""
+    with pytest.MonkeyPatch.context() as patch, no_compiler(patch, folder):
+        return work(*arguments)
 
 
 def num_compiled() -> int:
