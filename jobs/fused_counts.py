@@ -10,8 +10,10 @@ the processor, wherever the logits were made: at stride 8 they are a 64th of the
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -69,19 +71,26 @@ def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1)
     check(logits, target, bins)
     planes = logits.float().cpu().contiguous().numpy()
     labels = target.cpu().contiguous().numpy()
+    # by numpy: torch's own threads would wait beside ours for more work
+    check_finite(float(planes.min()), float(planes.max()))
     check_labels(labels, len(planes))
     bands, count = _bands(len(labels), threads), _Rows(planes, labels, bins)
-    if len(bands) == 1:
-        found = [count(bands[0])]
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(count, bands))
+    others = [_pool(threads - 1).submit(count, band) for band in bands[1:]]
+    found = [count(bands[0]), *(other.result() for other in others)]
     return sum(found, of_whole_image(labels, len(planes), bins))
 
 
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: to begin one takes as long as it counts."""
+    return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # where its threads are not
+
+
 def check(logits: Tensor, target: Tensor, bins: int) -> None:
-    """Raise `ValueError` for shapes and types that are not those of `count_upsampled`, and for
-    logits that are not all finite."""
+    """Raise `ValueError` for shapes and types that are not those of `count_upsampled`."""
     if logits.ndim != 3 or target.ndim != 2 or target.dtype != torch.uint8:
         raise ValueError(
             f"logits must be [C, h, w] and target uint8 [H, W], not {list(logits.shape)} and "
@@ -89,7 +98,11 @@ def check(logits: Tensor, target: Tensor, bins: int) -> None:
         )
     if bins < 1 or 0 in logits.shape or len(logits) > VOID:
         raise ValueError(f"1 to {VOID} classes and a bin, not {list(logits.shape)} and {bins}")
-    if not all(math.isfinite(end) for end in torch.aminmax(logits)):  # nan passes through both
+
+
+def check_finite(lowest: float, highest: float) -> None:
+    """Raise `ValueError` if logits, whose ends these are, are not all finite; nan is both ends."""
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise ValueError("logits contain nan or infinity, so they give no scores")
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from jobs.fused_counts import axis, check, check_labels, of_whole_image
+from jobs.fused_counts import axis, check, check_finite, check_labels, of_whole_image
 from jobs.fused_kernel import EXP_TERMS
 from jobs.metrics.accumulate import LARGEST_NLL
 from jobs.metrics.counts import Counts
@@ -178,6 +178,7 @@ def count_on_gpu(logits: Tensor, target: Tensor, bins: int) -> Counts:
     """As `jobs.fused_counts.count_upsampled`, on the GPU of `logits`. The same bits for any number
     of pixels in a program. Triton's interpreter (TRITON_INTERPRET=1) takes logits of the CPU."""
     check(logits, target, bins)
+    check_finite(*map(float, torch.aminmax(logits)))
     labels = target.cpu().numpy()
     check_labels(labels, len(logits))
     (num_classes, *size), device = logits.shape, logits.device
