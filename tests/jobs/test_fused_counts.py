@@ -8,6 +8,8 @@ lead there. All other pixels must be counted where float64 has them.
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -178,6 +180,22 @@ def test_any_number_of_threads_gives_the_same_bits(bins):
     alone = by("fused", logits, target, bins)
     for threads in (2, 3, 5):
         assert by("fused", logits, target, bins, threads).equals(alone)
+
+
+def test_a_process_that_is_forked_counts_with_threads_of_its_own():
+    """Those of its parent, which stay from image to image, are not in it."""
+    logits, target = an_image(5, (22, 40), (173, 319), 3.0)
+    expected = by("fused", logits, target, 10, threads=2)
+
+    def counts_the_same():
+        assert by("fused", logits, target, 10, threads=2).equals(expected)
+
+    child = multiprocessing.get_context("fork").Process(target=counts_the_same)
+    child.start()
+    child.join(60)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
 
 
 def test_where_classes_tie_the_lowest_is_the_prediction():
