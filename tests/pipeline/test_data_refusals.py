@@ -130,7 +130,8 @@ def test_compiled_networks_take_batches_that_the_ranks_share_equally(tmp_path, r
     )
     assert refusal(submit.main, "grid", path) == (
         "compile = true needs equal shares of a batch, and batch_size = 3 in [protocol] is no "
-        "multiple of a job's 2 ranks; choose one that is, or set compile = false"
+        "multiple of a job's 2 ranks; choose one that is, other nodes or tasks_per_node in "
+        "[cluster], or compile = false"
     )
 
 
