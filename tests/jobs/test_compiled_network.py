@@ -24,11 +24,13 @@ STEPS = 3
 def group(tmp_path_factory):
     """A process group of one rank, for which torch compiles, from nothing."""
     env = RankEnv("single", 0, 1, 0, node="here", job_id="", start_id="")
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # as its tests have it, which begin later
     with pytest.MonkeyPatch.context() as patch:
         compile_into(patch, tmp_path_factory.mktemp("compiled"))
         with process_group(env, tmp_path_factory.mktemp("rendezvous")) as group:
             yield group
+    torch.set_num_threads(before)
 
 
 def trainees_of(group, losses, compile):
