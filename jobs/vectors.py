@@ -94,11 +94,12 @@ def _lane_by_lane(element: Any = None) -> Callable[[_Emit], Any]:
 
             return (kind if element is None else Vector(element))(*kinds), generate
 
-        # numba looks at how many operands there are
-        one: Any = lambda typing, a: typed(a)  # noqa: E731
-        two: Any = lambda typing, a, b: typed(a, b)  # noqa: E731
-        three: Any = lambda typing, a, b, c: typed(a, b, c)  # noqa: E731
-        return intrinsic((one, two, three)[len(inspect.signature(emit).parameters) - 2])
+        of_operands = {  # numba takes their number from the function, and no *operands
+            1: lambda typing, a: typed(a),
+            2: lambda typing, a, b: typed(a, b),
+            3: lambda typing, a, b, c: typed(a, b, c),
+        }
+        return intrinsic(of_operands[len(inspect.signature(emit).parameters) - 1])
 
     return made
 
@@ -131,7 +132,8 @@ def _comparison(sign: str) -> Any:
 
 
 def _overload(sign: Any, operation: Any) -> None:
-    def chosen(a, b):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # numba compares it
+    # without annotations: numba refuses one whose whole signature is not that of what it returns
+    def chosen(a, b):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if isinstance(a, Vector) or isinstance(b, Vector):
             return lambda a, b: operation(a, b)
         return None
