@@ -27,7 +27,7 @@ from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
 from jobs.metrics.counts import NAMES, Int64
 from jobs.records import cell_record
-from pipeline.counts_share import files_of, read_share
+from pipeline.counts_share import files_of, read_shares
 from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, read_grid
 
@@ -87,21 +87,23 @@ def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
 
 
 @many_records()  # as `pipeline.reduce`
-def _from_the_files(grid: Grid) -> dict[str, Int64]:
+def _from_the_files(grid: Grid) -> int:
     return add_up(grid, finished_cells(grid.run)[0], World())
 
 
 @many_records()
-def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> dict[str, Int64]:
-    """What `pipeline.reduce` does once it knows which files there are."""
+def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> int:
+    """What `pipeline.reduce` does once it knows which files there are, up to the arrays of each
+    data set in turn; how many cells this rank has read."""
     problems: list[str] = []
-    share = read_share(grid, files_of(chosen)[ranks.rank :: ranks.size], chosen, problems)
+    mine = files_of(chosen)[ranks.rank :: ranks.size]
+    cells = 0
+    for share in read_shares(grid, mine, chosen, problems):
+        for array in share.counts.values():
+            ranks.sum_to_root(array)
+        cells += len(share.signatures)
     assert not problems
-    return {
-        f"{name} {key}": ranks.sum_to_root(array)
-        for name, arrays in share.counts.items()
-        for key, array in arrays.items()
-    }
+    return cells
 
 
 @contextmanager

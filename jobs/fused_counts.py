@@ -108,10 +108,10 @@ def check_finite(lowest: float, highest: float) -> None:
 
 def check_labels(labels: Bytes, num_classes: int) -> None:
     """Raise `ValueError` for a label that is neither below `num_classes` nor void."""
-    wrong = labels[(labels >= num_classes) & (labels != VOID)]
-    if wrong.size:
+    highest = int((labels + np.uint8(1)).max(initial=0)) - 1  # VOID + 1 is 0 there
+    if highest >= num_classes:
         raise ValueError(
-            f"label {wrong.max()} is neither one of {num_classes} classes nor void ({VOID})"
+            f"label {highest} is neither one of {num_classes} classes nor void ({VOID})"
         )
 
 
@@ -127,7 +127,8 @@ class _Rows:
     def __init__(self, planes: Reals, labels: Bytes, bins: int) -> None:
         more = -labels.shape[1] % LANES
         self._planes, self._bins = planes, bins
-        self._labels = np.pad(labels, ((0, 0), (0, more)), constant_values=VOID)
+        self._labels = np.full((len(labels), labels.shape[1] + more), VOID, np.uint8)
+        self._labels[:, : labels.shape[1]] = labels
         rows, columns = map(axis, planes.shape[1:], labels.shape)
         self._rows, self._columns = rows, columns.longer(more)
 

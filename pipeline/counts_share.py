@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,11 @@ from pipeline.grid import Grid
 
 @dataclass(frozen=True)
 class Share:
-    """Counts that one rank has read: of each data set the arrays of `Counts`, whose first axis is
-    its cells in grid order, 0 where they are another's; and the signatures of those it has."""
+    """What one rank has read of one data set: the arrays of `Counts`, whose first axis is its cells
+    in grid order, 0 where they are another's; and the signatures of those it has."""
 
-    counts: Mapping[str, Mapping[str, Int64]]
+    dataset: str
+    counts: Mapping[str, Int64]
     signatures: list[str]
 
 
@@ -28,33 +30,60 @@ def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
     return sorted({id(i): i for i in chosen.values()}.values(), key=lambda index: index.path.name)
 
 
-def read_share(
+def read_shares(
     grid: Grid,
     indices: Sequence[CountsIndex],
     chosen: Mapping[str, CountsIndex],
     problems: list[str],
-) -> Share:
-    """Read the counts files of `indices`, each once; a damaged one becomes a line in `problems`. A
-    cell that lies in several files counts once, from the one `chosen` for it by signature. Of every
-    file some cells are chosen, all of one data set: that of its job."""
-    row_of = _rows_of(grid)
-    share = Share({name: _no_counts(grid, name, len(row_of[name])) for name in row_of}, [])
-    buffer = bytearray(max((index.size for index in indices), default=0))
+) -> Iterator[Share]:
+    """Read the counts files of `indices`, each once, one data set of the grid after the other; a
+    damaged file becomes a line in `problems`. A cell that lies in several files counts once, from
+    the one `chosen` for it by signature. Of every file some cells are chosen, all of one data set:
+    that of its job.
+
+    A share lies in the memory of the one before it, which ends with the next step: new memory for
+    each takes longer than reading them, and a rank need not hold them all."""
+    rows = _rows_of(grid)
+    files: dict[str, list[tuple[CountsIndex, list[int]]]] = {name: [] for name in rows}
     for index in indices:
         mine = [k for k, owner in enumerate(map(chosen.get, index.signatures)) if owner is index]
-        signatures = [index.signatures[k] for k in mine]
-        name = next(name for name in row_of if signatures[0] in row_of[name])  # a job has but one
+        first = index.signatures[mine[0]]
+        files[next(name for name in rows if first in rows[name])].append((index, mine))
+    of_cell = {name: _shapes(grid, name) for name in rows}
+    memory = np.empty(max(len(rows[name]) * _numbers(of_cell[name]) for name in rows), np.int64)
+    buffer = bytearray(max((index.size for index in indices), default=0))
+    for name, row_of in rows.items():
+        counts = _views(memory, len(row_of), of_cell[name])
+        yield Share(name, counts, _read(counts, files[name], row_of, buffer, problems))
+
+
+def _read(
+    counts: Mapping[str, Int64],
+    files: Sequence[tuple[CountsIndex, list[int]]],
+    row_of: Mapping[str, int],
+    buffer: bytearray,
+    problems: list[str],
+) -> list[str]:
+    """Put the chosen cells of files, given by their positions there, into their rows of `counts`,
+    and 0 into all others. Returns the signatures of those read."""
+    found: list[str] = []
+    others = np.ones(len(row_of), np.bool_)
+    for index, mine in files:
         try:
             stacked = read_counts(index, buffer)
-            _check_shapes(share.counts[name], index, stacked)
+            _check_shapes(counts, index, stacked)
         except Damaged as error:
             problems.append(str(error))
             continue
-        rows = np.array([row_of[name][signature] for signature in signatures], np.intp)
-        for key, whole in share.counts[name].items():
+        signatures = [index.signatures[k] for k in mine]
+        rows = np.array([row_of[signature] for signature in signatures], np.intp)
+        for key, whole in counts.items():
             whole[rows] = stacked[key] if len(mine) == len(index.cells) else stacked[key][mine]
-        share.signatures.extend(signatures)
-    return share
+        others[rows] = False
+        found += signatures
+    for whole in counts.values():
+        whole[others] = 0
+    return found
 
 
 def _rows_of(grid: Grid) -> dict[str, dict[str, int]]:
@@ -80,8 +109,22 @@ def _check_shapes(
             )
 
 
-def _no_counts(grid: Grid, dataset: str, number: int) -> dict[str, Int64]:
-    """Room for the counts of `number` cells of a data set; takes none before it is written to."""
+def _shapes(grid: Grid, dataset: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a cell's counts on a data set."""
     manifest = Manifest.load(grid.datasets[dataset].shards)
-    of_cell = shapes(len(manifest.classes), grid.protocols[dataset].bins)
-    return {name: np.zeros((number, *shape), np.int64) for name, shape in of_cell.items()}
+    return shapes(len(manifest.classes), grid.protocols[dataset].bins)
+
+
+def _numbers(of_cell: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers the counts of a cell are."""
+    return sum(map(math.prod, of_cell.values()))
+
+
+def _views(memory: Int64, cells: int, of_cell: Mapping[str, tuple[int, ...]]) -> dict[str, Int64]:
+    """Arrays of so many cells side by side in `memory`, by name."""
+    ends = np.cumsum([cells * math.prod(shape) for shape in of_cell.values()])
+    parts = np.split(memory[: ends[-1]], ends[:-1])
+    return {
+        name: part.reshape(cells, *shape)
+        for part, (name, shape) in zip(parts, of_cell.items(), strict=True)
+    }

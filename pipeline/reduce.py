@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from jobs.cell import Cell
 from jobs.counts_file import CountsIndex
 from jobs.losses.names import LossSpec
 from jobs.protocol import WEIGHTS
-from pipeline.counts_share import files_of, read_share
+from pipeline.counts_share import files_of, read_shares
 from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, find_config, read_grid
-from pipeline.results import DatasetResults, Results, write_results
+from pipeline.results import DatasetResults, ResultsFile
 
 # What a counts file's index must say of all its cells.
 _RECORDED = {"manifest", "provenance", "source"}
@@ -49,20 +50,18 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     assert found is not None
     chosen, problems = found
     indices = files_of(chosen)
-    mine = read_share(grid, indices[ranks.rank :: ranks.size], chosen, problems)
-    gathered = ranks.gather((mine.signatures, problems))
-    datasets = []
-    for name in grid.datasets:
-        summed = {key: ranks.sum_to_root(array) for key, array in mine.counts[name].items()}
-        if ranks.rank == 0:
-            assert gathered is not None
-            cells = [cell for cell in grid.cells if cell.dataset == name]
-            have = {signature for signatures, _ in gathered for signature in signatures}
-            datasets.append(_dataset(grid, name, cells, have, summed, chosen))
-    if ranks.rank == 0:
-        assert gathered is not None
-        problems = sorted({line for _, lines in gathered for line in lines})
-        _write(grid, datasets, problems, [index.record["source"] for index in indices])
+    cells = _cells_by_dataset(grid)
+    file, read = ResultsFile(grid.name), set[str]()
+    for share in read_shares(grid, indices[ranks.rank :: ranks.size], chosen, problems):
+        gathered = ranks.gather(share.signatures)
+        summed = {key: ranks.sum_to_root(array) for key, array in share.counts.items()}
+        if gathered is not None:
+            have = set(chain.from_iterable(gathered))
+            file.add(_dataset(grid, share.dataset, cells[share.dataset], have, summed, chosen))
+            read |= have
+    if lines := ranks.gather(problems):
+        sources = [index.record["source"] for index in indices]
+        _write(grid, file, read, sorted(set(chain.from_iterable(lines))), sources)
 
 
 def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
@@ -165,13 +164,20 @@ def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
     }
 
 
+def _cells_by_dataset(grid: Grid) -> dict[str, list[Cell]]:
+    cells: dict[str, list[Cell]] = {name: [] for name in grid.datasets}
+    for cell in grid.cells:
+        cells[cell.dataset].append(cell)
+    return cells
+
+
 def _write(
     grid: Grid,
-    datasets: list[DatasetResults],
+    file: ResultsFile,
+    have: set[str],
     problems: list[str],
     sources: Sequence[Mapping[str, str]],
 ) -> None:
-    have = {cell["signature"] for dataset in datasets for cell in dataset.cells}
     missing = [cell.name for cell in grid.cells if cell.signature not in have]
     record = {
         "missing": missing,
@@ -180,7 +186,7 @@ def _write(
         "losses": [_loss(loss) for loss in grid.losses],
         "commit": ", ".join(sorted({_commit(source) for source in sources} - {""})),
     }
-    write_results(grid.run.results, Results(grid.name, record, datasets))
+    file.write(grid.run.results, record)
     for problem in problems:
         print(f"warning: {one_line(problem)}")
     print(f"{one_line(str(grid.run.results))}: {len(have)} of {len(grid.cells)} cells")

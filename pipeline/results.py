@@ -64,22 +64,37 @@ class Results:
     datasets: list[DatasetResults]
 
 
-def write_results(path: str | Path, results: Results) -> None:
-    """Write `results.h5` in one step; equal results give equal bytes.
+class ResultsFile:
+    """A `results.h5` that is being made, data set by data set: their arrays need not be in memory
+    together. Equal results give equal bytes."""
 
-    Raises `ValueError` if arrays and cells do not fit together.
-    """
-    for dataset in results.datasets:
+    def __init__(self, grid: str) -> None:
+        self._whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
+        self._file = h5py.File(
+            self._whole, "w", libver=("v110", "v110"), userblock_size=_USER_BLOCK
+        )
+        self._file.attrs["grid"] = grid
+
+    def add(self, dataset: DatasetResults) -> None:
+        """The next data set. Raises `ValueError` if its arrays and cells do not fit together."""
         _check(dataset)
-    whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
-    with h5py.File(whole, "w", libver=("v110", "v110"), userblock_size=_USER_BLOCK) as file:
-        file.attrs["grid"] = results.grid
-        file.attrs["record"] = _json(results.record)
-        for index, dataset in enumerate(results.datasets):
-            _write_dataset(file.create_group(str(index)), dataset)
-    content = whole.getbuffer()
-    content[:_USER_BLOCK] = _user_block(content[_USER_BLOCK:])
-    write_bytes(path, content)
+        _write_dataset(self._file.create_group(str(len(self._file))), dataset)
+
+    def write(self, path: str | Path, record: dict[str, Any]) -> None:
+        """Write the file in one step; nothing can be added any more."""
+        self._file.attrs["record"] = _json(record)
+        self._file.close()
+        content = self._whole.getbuffer()
+        content[:_USER_BLOCK] = _user_block(content[_USER_BLOCK:])
+        write_bytes(path, content)
+
+
+def write_results(path: str | Path, results: Results) -> None:
+    """Write a `results.h5` whose data sets are all there. Raises as `ResultsFile.add`."""
+    file = ResultsFile(results.grid)
+    for dataset in results.datasets:
+        file.add(dataset)
+    file.write(path, results.record)
 
 
 def read_results(path: str | Path) -> Results:

@@ -24,18 +24,18 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.grid import read_grid
 
     root = read_grid(Path(argv[0])).run.root
-    read, fsync = reduce.read_share, atomic.fsync
+    read, fsync = reduce.read_shares, atomic.fsync
 
     def slow_read(*arguments: Any) -> Any:
-        found = read(*arguments)
-        _halt(root, READING)
-        return found
+        for share in read(*arguments):
+            _halt(root, READING)
+            yield share
 
     def slow_fsync(path: Path) -> None:
         _halt(root, WRITING)  # all of results.h5 is in a temporary file, and not published
         fsync(path)
 
-    reduce.read_share, atomic.fsync = slow_read, slow_fsync
+    reduce.read_shares, atomic.fsync = slow_read, slow_fsync
     return reduce.main(argv)
 
 

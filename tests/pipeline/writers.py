@@ -137,7 +137,7 @@ def reducing(disk: Disk, folder: Path, data: Path) -> None:
     assert reduce.main([str(grid.path)]) == 0
     before = grid.run.results.read_bytes()
     finish(grid, grid.cells[1:], "second")
-    with disk.closed_at(reduce, "write_results"):
+    with disk.closed_at(reduce.ResultsFile, "write"):
         disk.refused(lambda: reduce.main([str(grid.path)]))
     assert grid.run.results.read_bytes() == before
     assert reduce.main([str(grid.path)]) == 0
