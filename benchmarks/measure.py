@@ -148,6 +148,8 @@ def machine() -> dict[str, Any]:
     """What was measured on, and the two limits that the rest is held against, measured here too."""
     import torch
 
+    from benchmarks.gpu import chip  # which measures by what stands here
+
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -158,6 +160,7 @@ def machine() -> dict[str, Any]:
         "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2),
         "float32_gflop_per_s": round(matrix_rate() / 1e9, 1),
         "load": os.getloadavg()[0],
+        **(chip() if torch.cuda.is_available() else {}),
     }
 
 

@@ -16,7 +16,17 @@ from importlib import import_module
 from benchmarks.measure import Absent, Found, chosen, table, write_record
 
 # what each measures stands at the head of its module, whose `measure()` gives the comparisons
-BENCHMARKS = ("counting", "pooling", "reading", "augmenting", "bundles", "reducing", "saving")
+BENCHMARKS = (
+    "counting",
+    "pooling",
+    "reading",
+    "augmenting",
+    "bundles",
+    "reducing",
+    "saving",
+    "gpu_steps",
+    "gpu_kernels",
+)
 
 
 def main(argv: Sequence[str]) -> int:

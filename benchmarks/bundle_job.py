@@ -1,0 +1,110 @@
+"""One training step of a bundle, with features and steps as `jobs.train` takes them, on random
+weights and one random batch; and the same step as the published code takes it. On whichever device
+the process group has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import segmentation
+
+from benchmarks.measure import Work
+from hpc.env import RankEnv
+from hpc.groups import Group, process_group
+from jobs.backbone import freeze
+from jobs.batches import Batch
+from jobs.cell import Cell
+from jobs.compiled_network import require_compiler, training_form, while_compiling
+from jobs.losses.names import parse_loss
+from jobs.models.build import Backbone, Features, build_backbone
+from jobs.models.layout import place
+from jobs.protocol import Protocol
+from jobs.train import configure_torch, features
+from jobs.trainee import Trainee, autocast, step_in_turn
+
+# those of the paper's table
+LOSSES = (
+    "WCE", "WDL", "FL", "CEMP", "DLCE", "WDLCE", "DLWCE", "WDLWCE", "DLNCE", "DLACE", "WDLNCE",
+    "WDLACE", "DLNWCE", "DLAWCE", "WDLNWCE", "WDLAWCE",
+)  # fmt: skip
+CLASSES = 21
+
+
+class Job:
+    """What `jobs.train` holds of a bundle, without a data set: a backbone, cells, one batch."""
+
+    def __init__(self, model: str, group: Group, protocol: Protocol) -> None:
+        self.model, self.group, self.protocol = model, group, protocol
+        backbone: Backbone = build_backbone(model.partition("_")[2], 0, protocol.batchnorm_momentum)
+        freeze(backbone, self._cell("CE"))
+        self.backbone = place(backbone, group.device)
+        self._frozen = training_form(self.backbone, protocol)
+        draw = torch.Generator().manual_seed(0)
+        number, crop = protocol.batch_size, protocol.crop
+        images = torch.randint(256, (number, 3, *crop), generator=draw, dtype=torch.uint8)
+        target = torch.randint(CLASSES, (number, *crop), generator=draw, dtype=torch.uint8)
+        self.batch = Batch(images, target, range(number)).to(group.device)
+        self.target = self.batch.target.long()
+
+    def cells(self, losses: Sequence[str]) -> list[Trainee]:
+        """New trainees, one a loss."""
+        return [Trainee(self._cell(loss), CLASSES, np.ones(CLASSES), self.group) for loss in losses]
+
+    def pass_backbone(self) -> Features:
+        """What all cells of a bundle share."""
+        return features(self._frozen, self.batch.images, self._cell("CE"), self.group)
+
+    def step(self, trainees: Sequence[Trainee]) -> None:
+        """One step of a bundle of `trainees`, in the middle of their training."""
+        with while_compiling(self.protocol):
+            inputs = self.pass_backbone()
+            step_in_turn(trainees, inputs, self.batch, self.target, 50, 100)
+
+    def _cell(self, loss: str) -> Cell:
+        return Cell(
+            dataset="random", data="0" * 16, model=self.model, loss=parse_loss(loss), seed=0,
+            protocol=self.protocol,
+        )  # fmt: skip
+
+
+@contextmanager
+def ready(protocol: Protocol) -> Iterator[Group]:
+    """A process group of one rank, with torch set as a job of `protocol` sets it."""
+    configure_torch(protocol)
+    env = RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
+    with TemporaryDirectory() as folder, process_group(env, Path(folder)) as group:
+        require_compiler(protocol, group.device)
+        yield group
+
+
+def published(job: Job, half: torch.dtype | None = None) -> Work:
+    """A step as the published code takes it: one run a model, the backbone in train mode, a
+    backward pass through all of the network, an optimiser that holds the head only (torchvision's
+    model, torch's cross entropy). It computes in float32; with `half` in that, under autocast."""
+    device = job.group.device
+    network: nn.Module = getattr(segmentation, job.model)(
+        weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=False
+    ).to(device)
+    network.train()
+    optimizer = torch.optim.SGD(
+        network.classifier.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+    criterion = nn.CrossEntropyLoss(ignore_index=255)
+    images: Tensor = job.batch.images.float() / 255
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast(device, half):
+            loss = criterion(network(images)["out"], job.target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
