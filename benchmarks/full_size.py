@@ -1,10 +1,15 @@
-"""One step of the paper's networks at full size, alone and in a bundle of four: how long it takes,
-how much memory, and whether the bits are the same.
+"""Whole jobs of the paper's networks at full size, with their loaders and their profile, on a GPU
+where there is one: steps a second with and without waiting for data, milliseconds a step by part,
+peak memory, and whether a cell's bits are the same in every job that trains it.
 
-    python -m benchmarks.full_size [--crop 480] [--batch 2] [--threads 2] [--models NAME ...]
+    python -m benchmarks.full_size [--models NAME ...] [--cells 1 4] [--steps 2] [--batch 2] ...
 
-Every job is a process of its own that trains one step with `jobs.train`, evaluates one image and
-leaves its heads. The weights are random, in files of the published names.
+Every job is `jobs.train` in a process of its own, or in one a rank with --ranks: it trains the
+steps, evaluates two images and leaves heads and counts. Weights are random. The first steps warm
+up, so on a GPU ask for some 50. On two GPUs, say:
+
+    python -m benchmarks.full_size --cells 1 8 32 --steps 50 --batch 12 --workers 8 --ranks 2 \\
+        --set precision=mixed --set deterministic=true
 """
 
 from __future__ import annotations
@@ -16,13 +21,15 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LOSSES = ("CE", "WDLWCE", "CEMP", "TL")
+from benchmarks.large_run import LOSSES
+from jobs.task import Task, write_task
+
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
+PARTS = ("data", "backbone", "heads", "losses", "optimiser", "communication")
 GRID = """
 name = "full-size"
 seeds = [0]
@@ -33,128 +40,152 @@ run_dir = "{folder}/runs"
 [dataset.streets]
 source = "synthetic"
 shards = "{folder}/streets"
-train = {batch}
-val = 1
-size = [{crop}, {crop}]
+train = {images}
+val = 2
+size = {picture}
 
 [protocol]
-epochs = 1
+weights = "none"
+epochs = {steps}
 batch_size = {batch}
-resize = [{crop}, {crop}]
 crop = [{crop}, {crop}]
-eval_size = 0
 threads = {threads}
-workers = 0
+workers = {workers}
+{more}
 """
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print a table, and return 1 if a cell's bits depend on its job."""
-    options = _options()
-    same = True
+    if argv[:1] == ["job"]:
+        return _train(*argv[1:])
+    options = _options(argv)
+    bits: dict[str, set[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["TORCH_HOME"] = str(folder / "torch")
         _prepare(folder, options)
-        print("| model | job | cells | backbone s | heads s | peak memory GB |")
-        print("|---|---|---|---|---|---|")
+        print("| model | cells | steps a second | without data | "
+              + " | ".join(f"{part}, ms" for part in PARTS)
+              + " | peak GB, host and GPU |\n|---|---:|" + "---:|" * (len(PARTS) + 3))  # fmt: skip
         for model in options.models:
-            bundle = _job(folder, model, LOSSES)
-            for loss in LOSSES:
-                alone = _job(folder, model, (loss,))
-                same &= alone["bits"][loss] == bundle["bits"][loss]
-    print(f"a cell's weights and counts are the same bits alone and in its bundle: {same}")
-    return 0 if same else 1
+            for number in options.cells:
+                found = _job(folder, model, number, options)
+                print(_row(model, number, found), flush=True)
+                for cell, own in found["bits"].items():
+                    bits.setdefault(f"{model} {cell}", set()).add(own)
+    differ = [cell for cell, own in bits.items() if len(own) > 1]
+    print(f"cells whose weights and counts depend on their job: {', '.join(differ) or 'none'}")
+    return 1 if differ else 0
 
 
-def _options() -> argparse.Namespace:
+def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.full_size",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    for name, value in (("crop", 480), ("batch", 2), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    return parser.parse_args()
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
+    parser.add_argument("--cells", nargs="+", type=int, default=[1, 4], metavar="N")
+    parser.add_argument("--picture", nargs=2, type=int, default=[520, 693], metavar="PIXELS")
+    for name, value in (("crop", 480), ("batch", 2), ("steps", 2), ("threads", 2), ("workers", 1),
+                        ("ranks", 1)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="more of [protocol]"
+    )
+    options = parser.parse_args(argv)
+    if not 1 <= max(options.cells) <= len(LOSSES):
+        parser.error(f"a job has 1 to {len(LOSSES)} cells, not {max(options.cells)}")
+    return options
 
 
 def _prepare(folder: Path, options: argparse.Namespace) -> None:
-    """The grid file, the packed data set, and the weights file that both models share."""
-    import torch
-    from torchvision.models import resnet101
-
+    """The grid file and its data set, packed."""
     from data_prep.pack import pack
-    from data_prep.weights import weights_path
     from pipeline.grid import read_grid
 
+    settings = {
+        **vars(options),
+        "models": json.dumps(list(options.models)),
+        "losses": json.dumps(LOSSES[: max(options.cells)]),
+        "images": options.batch,
+        "more": "\n".join(_assignment(*text.split("=", 1)) for text in options.set),
+    }
     path = folder / "grid.toml"
-    settings = {**vars(options), "models": list(MODELS), "losses": list(LOSSES)}
-    path.write_text(GRID.format(folder=folder, **settings).replace("'", '"'))
-    pack("streets", read_grid(path).datasets["streets"], processes=1)
-    torch.manual_seed(0)
-    file = weights_path("imagenet", MODELS[0])
-    file.parent.mkdir(parents=True)
-    torch.save(resnet101().state_dict(), file)
+    path.write_text(GRID.format(folder=folder, **settings))
+    pack("streets", read_grid(path).datasets["streets"], processes=os.cpu_count() or 1)
 
 
-def _job(folder: Path, model: str, losses: tuple[str, ...]) -> dict[str, Any]:
-    """Run one job; the record that `_train` leaves, whose numbers are printed as a row."""
-    record = folder / "record.json"
-    arguments = [str(folder), str(record), model, *losses]
-    program = "import sys; from benchmarks.full_size import _train; _train(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+def _assignment(key: str, value: str) -> str:
+    is_plain = value in ("true", "false") or value[:1].isdigit() or value.startswith("[")
+    return f"{key} = {value if is_plain else json.dumps(value)}"
+
+
+def _job(folder: Path, model: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train the first `number` cells of a model; what the job recorded, its profile among it."""
+    from pipeline.grid import read_grid
+
+    grid = read_grid(folder / "grid.toml")
+    cells = tuple(cell for cell in grid.cells if cell.model == model)[:number]
+    run, record = tempfile.mkdtemp(dir=folder), folder / "record.json"
+    task = Task(
+        kind="bundle", name="job", run=run, data=grid.datasets["streets"].shards, cells=cells
     )
+    command = [sys.executable]
+    if options.ranks > 1:
+        ranks = f"--nproc-per-node={options.ranks}"
+        command += ["-m", "torch.distributed.run", "--standalone", ranks]
+    command += ["-m", "benchmarks.full_size", "job", str(write_task(task)), str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    found = json.loads(record.read_text())
-    job = "bundle" if len(losses) > 1 else f"{losses[0]} alone"
-    numbers = (f"{found[key]:.1f}" for key in ("backbone", "heads", "memory"))
-    print(f"| {model} | {job} | {len(losses)} | {' | '.join(numbers)} |", flush=True)
-    return found
+    found: dict[str, Any] = json.loads(record.read_text())
+    profile = json.loads(task.paths.profile(task.name, 1, "training").read_text())
+    return {**found, "bits": _bits(task), "steps": profile["steps"], "ranks": profile["ranks"]}
 
 
-def _train(folder: str, record: str, model: str, *losses: str) -> None:
-    from hpc.atomic import file_sha256
-    from jobs import backbone, train
+def _bits(task: Task) -> dict[str, str]:
+    """A digest of the weights and counts of each cell by its loss."""
+    from hpc.atomic import file_sha256, fingerprint
     from jobs.counts_file import read_counts, read_index
-    from jobs.task import Task, write_task
-    from pipeline.grid import read_grid
 
-    backbone.check_published = lambda path: None  # random weights under a published name
-    seconds = {"features": 0.0, "step": 0.0}
-    train.features = _timed(train.features, seconds)
-    train.Trainee.step = _timed(train.Trainee.step, seconds)
-    grid = read_grid(Path(folder) / "grid.toml")
-    cells = tuple(c for c in grid.cells if c.model == model and c.loss.name in losses)
-    run = tempfile.mkdtemp(dir=folder)
-    shards = grid.datasets["streets"].shards
-    task = Task(kind="bundle", name="job", run=run, data=shards, cells=cells)
-    train.main([str(write_task(task))])
     (path,) = task.paths.counts.glob("*.json")
     index = read_index(path)
-    assert [cell["signature"] for cell in index.cells] == [cell.signature for cell in cells]
+    assert list(index.signatures) == [cell.signature for cell in task.cells]
     arrays = read_counts(index)
-    bits = {
-        cell.loss.name: [
-            file_sha256(task.paths.head(cell.signature)),
-            *(array[position].tolist() for array in arrays.values()),
-        ]
-        for position, cell in enumerate(cells)
-    }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    content = {"backbone": seconds["features"], "heads": seconds["step"], "memory": peak}
-    Path(record).write_text(json.dumps({**content, "bits": bits}))
+    return {
+        cell.loss.name: fingerprint(
+            [file_sha256(task.paths.head(cell.signature)),
+             *(array[position].tolist() for array in arrays.values())]
+        )
+        for position, cell in enumerate(task.cells)
+    }  # fmt: skip
 
 
-def _timed(function: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
-    def timed(*arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*arguments)
-        seconds[function.__name__] += time.perf_counter() - start
-        return result
+def _row(model: str, number: int, found: Mapping[str, Any]) -> str:
+    ranks, steps = found["ranks"], found["steps"]
+    mean = {part: sum(rank.get(part, 0.0) for rank in ranks) / len(ranks) for part in PARTS}
+    total = sum(map(sum, (rank.values() for rank in ranks))) / len(ranks)
+    numbers = [steps / total, steps / (total - mean["data"])]
+    numbers += [1000 * mean[part] / steps for part in PARTS]
+    shown = " | ".join(f"{number:.4g}" for number in numbers)
+    return f"| {model} | {number} | {shown} | {found['host']:.1f}, {found['gpu']:.1f} |"
 
-    return timed
+
+def _train(task: str, record: str) -> int:
+    """A rank of a job."""
+    import torch
+
+    from hpc.env import read_env
+    from jobs import train
+
+    ended = train.main([task, "--profile"])
+    if read_env().rank == 0:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        Path(record).write_text(json.dumps({"host": host, "gpu": gpu}))
+    return ended
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

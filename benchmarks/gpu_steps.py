@@ -13,6 +13,7 @@ the rate of a matrix product. Then what single settings cost or bring, in a bund
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -89,6 +90,7 @@ def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Com
 
 def of_settings(model: str, protocol: Protocol, size: int) -> list[Comparison]:
     """A bundle of `size` cells as it is against the same with each of `SETTINGS` changed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks once, at its start
     with ready(protocol) as group:
         ways = {"": _steps(model, group, protocol, size)}
         for name, (update, within) in SETTINGS.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gpu_kernels, gpu_steps
+from benchmarks import full_size, gpu_kernels, gpu_steps
 from benchmarks.measure import Absent
 from jobs.protocol import Protocol
 from tests.jobs import interpreted
@@ -67,6 +67,23 @@ def test_kernels_are_compared_with_their_references_and_timed(process):
     protocol = Protocol(batch_size=2, resize=(20, 30), crop=(24, 24))
     (crops,) = process.submit(gpu_kernels.of_crops, CPU, protocol, (32, 40)).result()
     assert crops.what == "crops of 2 pictures of 40 x 32, on a GPU"
+
+
+def test_whole_jobs_are_profiled_and_a_cell_has_the_same_bits_in_each(capfd):
+    options = "--crop 32 --picture 40 48 --cells 1 2 --steps 1 --workers 0 --threads 1"
+    settings = ["--set", "resize=[32, 40]", "--set", "eval_size=40", "--set", "precision=bf16"]
+    assert full_size.main(["--models", MODEL, *options.split(), *settings]) == 0
+    head, _, *rows, end = capfd.readouterr().out.splitlines()
+    assert head.startswith("| model | cells | steps a second | without data | data, ms | backbone")
+    assert end == "cells whose weights and counts depend on their job: none"
+    assert len(rows) == 2
+    for number, row in enumerate(rows, 1):
+        model, cells, rate, without, *parts, memory = row.strip("| ").split(" | ")
+        assert (model, cells) == (MODEL, str(number))
+        assert 0 < float(rate) <= float(without)
+        assert len(parts) == len(full_size.PARTS)
+        assert sum(map(float, parts)) <= 1.01 * 1000 / float(rate)
+        assert memory.endswith(", 0.0") == (not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("module", [gpu_steps, gpu_kernels])
