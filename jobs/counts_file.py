@@ -28,22 +28,30 @@ ASIDE = ".json-damaged"  # the index of a file that is not to count any more
 
 @dataclass(frozen=True)
 class CountsIndex:
-    """What one counts file holds. `cells` are records with `signature`, `name` and more, in the
-    order of the arrays' first axis."""
+    """What one counts file holds. `columns` are the `signature`, `name` and more of its cells, in
+    the order of the arrays' first axis: a list each, for there are thousands of cells to read."""
 
     path: Path
     sha256: str
     crc32: int | None  # forty times as fast as `sha256`; older indices have none
     size: int
-    cells: tuple[Mapping[str, Any], ...]
-    signatures: tuple[str, ...]  # of `cells`, for a reduction asks for them again and again
+    columns: Mapping[str, Sequence[Any]]
     record: Mapping[str, Any]
     arrays: Mapping[str, tuple[int, str, list[int]]]  # where each lies: offset, type, shape
 
+    @property
+    def signatures(self) -> Sequence[str]:
+        """Of its cells."""
+        return self.columns["signature"]
+
+    def of_cell(self, signature: str) -> dict[str, Any]:
+        """What it says of one of its cells."""
+        place = self._places[signature]
+        return {key: column[place] for key, column in self.columns.items()}
+
     @cached_property
-    def by_signature(self) -> dict[str, Mapping[str, Any]]:
-        """What it says of each cell."""
-        return dict(zip(self.signatures, self.cells, strict=True))
+    def _places(self) -> dict[str, int]:
+        return {signature: place for place, signature in enumerate(self.signatures)}
 
     def is_whole(self) -> bool:
         """Whether the file is there with its full length: cheap, for planning and status."""
@@ -88,8 +96,8 @@ def write_counts(
     path: Path, cells: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any],
     record: Mapping[str, Any], check: Check | None = None,
 ) -> None:  # fmt: skip
-    """Write the arrays, whose first axis is `cells`, and then the index that makes them count;
-    neither appears if `check` raises."""
+    """Write the arrays, whose first axis is `cells`, records of the same keys with a `signature`,
+    and then the index that makes them count; neither appears if `check` raises."""
     import h5py  # planning reads indices and must not pay for it
 
     whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
@@ -99,7 +107,7 @@ def write_counts(
         places = {name: _place(stored) for name, stored in file.items()}
     write_bytes(path, whole.getvalue(), check)
     index = {"sha256": file_sha256(path), "crc32": crc32(whole.getbuffer()),
-             "bytes": path.stat().st_size, "cells": list(cells), "arrays": places}  # fmt: skip
+             "bytes": path.stat().st_size, "cells": _columns(cells), "arrays": places}  # fmt: skip
     write_json(path.with_suffix(".json"), {**index, "record": dict(record)}, check)
 
 
@@ -113,16 +121,27 @@ def read_index(path: Path) -> CountsIndex:
             sha256=index["sha256"],
             crc32=index.get("crc32"),
             size=index["bytes"],
-            cells=tuple(index["cells"]),
-            signatures=tuple([cell["signature"] for cell in index["cells"]]),
+            columns=_columns(index["cells"]),
             record=dict(index["record"]),
             arrays=dict(index.get("arrays", {})),  # older ones have none
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise _damaged(path, "is not an index of counts") from error
     if not set(map(type, found.signatures)) <= {str}:
         raise _damaged(path, "is not an index of counts")
     return found
+
+
+def _columns(cells: Any) -> dict[str, list[Any]]:
+    """Those of an index, or of records, as older ones have them. Raises `ValueError` for others,
+    or as anything else does that is not used as it should be."""
+    if not isinstance(cells, Mapping):
+        return {key: [cell[key] for cell in cells] for key in ("signature", *cells[0])}
+    if {(type(column), len(column)) for column in cells.values()} != {
+        (list, len(cells["signature"]))
+    }:
+        raise ValueError("not lists of one length")
+    return dict(cells)
 
 
 def set_aside_altered(folder: Path) -> list[str]:

@@ -78,7 +78,7 @@ def _read(
         signatures = [index.signatures[k] for k in mine]
         rows = np.array([row_of[signature] for signature in signatures], np.intp)
         for key, whole in counts.items():
-            whole[rows] = stacked[key] if len(mine) == len(index.cells) else stacked[key][mine]
+            whole[rows] = stacked[key] if len(mine) == len(index.signatures) else stacked[key][mine]
         others[rows] = False
         found += signatures
     for whole in counts.values():
@@ -100,7 +100,7 @@ def _check_shapes(
 ) -> None:
     """Raise `Damaged` unless the arrays are the counts of the index's cells on this data set."""
     for name, array in wanted.items():
-        found, shape = stacked.get(name), (len(index.cells), *array.shape[1:])
+        found, shape = stacked.get(name), (len(index.signatures), *array.shape[1:])
         if found is None or found.dtype != np.int64 or found.shape != shape:
             what = "nothing" if found is None else f"{found.dtype} {found.shape}"
             raise Damaged(

@@ -72,7 +72,7 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
     chosen = {}
     for cell in grid.cells:
         if index := done.get(cell.signature):
-            if _is_complete(index, cell):
+            if _is_complete(index):
                 chosen[cell.signature] = index
             else:
                 problems.append(f"{index.path} is of another version; delete it, run grid again")
@@ -88,8 +88,8 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
     return chosen, problems
 
 
-def _is_complete(index: CountsIndex, cell: Cell) -> bool:
-    return index.record.keys() >= _RECORDED and "backbone" in index.by_signature[cell.signature]
+def _is_complete(index: CountsIndex) -> bool:
+    return index.record.keys() >= _RECORDED and "backbone" in index.columns
 
 
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
@@ -111,7 +111,7 @@ def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> No
         if own and own.is_file():
             shared[key] = (file_sha256(own), f"{own} holds now")
         path = chosen[cell.signature].path
-        sha256 = chosen[cell.signature].by_signature[cell.signature]["backbone"]
+        sha256 = chosen[cell.signature].of_cell(cell.signature)["backbone"]
         expected, whose = shared.setdefault(key, (sha256, f"{path} was"))
         if sha256 != expected:
             raise UserError(
@@ -160,7 +160,7 @@ def _cell(cell: Cell, index: CountsIndex) -> dict[str, Any]:
         "loss": cell.loss.name,
         "seed": cell.seed,
         "notes": notes,
-        "backbone": index.by_signature[cell.signature]["backbone"],
+        "backbone": index.of_cell(cell.signature)["backbone"],
     }
 
 

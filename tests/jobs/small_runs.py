@@ -54,7 +54,7 @@ def results(run: RunPaths) -> dict[str, tuple[dict, dict]]:
     for path in run.counts.glob("*.json"):
         index = read_index(path)
         arrays = read_counts(index)
-        for position, cell in enumerate(index.cells):
+        for position, cell in enumerate(map(index.of_cell, index.signatures)):
             assert cell["name"] not in found, "a cell was trained twice"
             head = torch.load(run.head(cell["signature"]), weights_only=True)
             counts = {name: array[position] for name, array in arrays.items()}

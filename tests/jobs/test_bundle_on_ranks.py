@@ -49,7 +49,7 @@ def trained(folder, data, cells):
             torch.load(task.paths.head(cell["signature"]), weights_only=True)["weights"],
             {name: array[position] for name, array in arrays.items()},
         )
-        for position, cell in enumerate(index.cells)
+        for position, cell in enumerate(map(index.of_cell, index.signatures))
     }
 
 

@@ -46,7 +46,7 @@ def written(tmp_path: Path) -> Path:
 def test_counts_come_back_to_the_last_bit(written):
     index = read_index(written.with_suffix(".json"))
     assert index.path == written
-    assert list(index.cells) == CELLS
+    assert [index.of_cell(signature) for signature in index.signatures] == CELLS
     assert index.record == {"task": "streets-seed0"}
     assert index.is_whole()
     arrays = read_counts(index)
@@ -74,6 +74,13 @@ def test_an_index_that_does_not_say_where_the_arrays_lie_leaves_it_to_hdf5(writt
     write_json(path, content)
     for name, array in read_counts(read_index(path)).items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_older_index_with_a_record_a_cell_says_the_same(written):
+    path = written.with_suffix(".json")
+    before = read_index(path)
+    write_json(path, {**read_json(path), "cells": CELLS})
+    assert read_index(path) == before
 
 
 def test_files_are_read_one_after_the_other_into_the_same_memory(written, tmp_path):

@@ -212,9 +212,9 @@ def test_the_head_goes_on_from_the_files_classifier(task, alone):
 def test_its_counts_name_the_file_it_started_from(task, alone):
     train.train_bundle(task, alone, StopRequest())
     (path,) = task.paths.counts.glob("*.json")
-    (record,) = read_index(path).cells
-    assert record["name"] == f"voc/{MOBILE}/pre-fine/0"
-    assert record["backbone"] == file_sha256(weights_path("pre-fine", MOBILE))
+    columns = read_index(path).columns
+    assert columns["name"] == [f"voc/{MOBILE}/pre-fine/0"]
+    assert columns["backbone"] == [file_sha256(weights_path("pre-fine", MOBILE))]
 
 
 def test_a_classifier_of_other_classes_is_refused_by_the_job_too(task, alone):

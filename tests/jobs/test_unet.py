@@ -154,7 +154,7 @@ def results(task):
             torch.load(task.paths.head(cell["signature"]), weights_only=True)["weights"],
             {name: array[position] for name, array in arrays.items()},
         )
-        for position, cell in enumerate(index.cells)
+        for position, cell in enumerate(map(index.of_cell, index.signatures))
     }
 
 
@@ -232,7 +232,7 @@ def test_a_backbone_of_its_own_is_pre_trained_where_no_weights_exist(packed):
     task = task_of(grid, grid.run.root, grid.cells)
     assert train.main([str(write_task(task))]) == 0
     (path,) = task.paths.counts.glob("*.json")
-    assert {c["backbone"] for c in read_index(path).cells} == {
+    assert set(read_index(path).columns["backbone"]) == {
         read_json(task.paths.backbone(grid.cells[0].backbone_key).with_suffix(".json"))["sha256"]
     }
 

@@ -112,6 +112,10 @@ OF_INDEX = {
     "of_numbers": other_index(lambda index: {**index, "cells": [1, 2]}),
     "without_names": other_index(lambda index: {**index, "cells": [{"name": "CE"}]}),
     "of_lists": other_index(lambda index: {**index, "cells": [{"signature": ["CE"]}]}),
+    "of_text": other_index(lambda index: {**index, "cells": {"signature": "CE"}}),
+    "with_a_short_column": other_index(
+        lambda index: {**index, "cells": {**index["cells"], "backbone": ["0123"]}}
+    ),
     "beyond_the_end": places(lambda offset, kind, shape: [offset + 10**6, kind, shape]),
     "in_floats": places(lambda offset, kind, shape: [offset, "<f8", shape]),
     "of_nothing": places(lambda offset, kind, shape: [offset, "nothing", shape]),

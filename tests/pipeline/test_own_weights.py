@@ -29,8 +29,7 @@ def trained(tmp_path) -> Grid:
     pack("streets", grid.datasets["streets"], processes=1)
     index = finish(grid, grid.cells, "all").with_suffix(".json")
     record = read_json(index)
-    for cell in record["cells"]:
-        cell["backbone"] = file_sha256(tmp_path / "w.pt")
+    record["cells"]["backbone"] = [file_sha256(tmp_path / "w.pt")] * len(grid.cells)
     write_json(index, record)
     return grid
 
