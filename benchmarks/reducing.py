@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from benchmarks.large_run import CLASSES, LOSSES, MODELS, large_grid, made_up_counts, send_all
-from benchmarks.measure import Found, compare, copy_bandwidth
+from benchmarks.measure import Found, Work, compare, copy_bandwidth
 from data_prep.manifest import Manifest
 from hpc.mpi import World, world
 from jobs.counts_file import CountsIndex, write_counts
@@ -52,9 +53,10 @@ def measure() -> list[Found]:
             more={
                 "cells": len(grid.cells),
                 "files": len(files),
-                "of ours without the indices, s": _seconds(grid, chosen),
+                "of ours without the indices, s": _seconds(partial(add_up, grid, chosen, World())),
             },
         )
+        alone = statistics.median(_seconds(partial(_from_the_files, grid)) for _ in range(5))
         whole = _command(grid)
     per_cell = [
         type(one)(
@@ -62,7 +64,7 @@ def measure() -> list[Found]:
             tuple(s / len(grid.cells) for s in one.ours), tuple(s / _PEERS for s in one.peers),
             one.target, one.limit,
             {**one.more, "all of ours, s": statistics.median(one.ours),
-             "the whole command, s": whole},
+             "all of ours, the peer not in between, s": alone, "the whole command, s": whole},
         )
         for one in found
     ]  # fmt: skip
@@ -158,9 +160,9 @@ def _add_up_singles(paths: list[Path]) -> dict[tuple[int, str], Int64]:
     }
 
 
-def _seconds(grid: Grid, chosen: dict[str, CountsIndex]) -> float:
+def _seconds(work: Work) -> float:
     start = time.perf_counter()
-    add_up(grid, chosen, World())
+    work()
     return time.perf_counter() - start
 
 

@@ -161,13 +161,6 @@ def test_jobs_run_in_order_and_the_runner_leaves(place):
     wait_until_gone(queue, more)
 
 
-def test_a_trivial_job_takes_little_time(place):
-    queue = open_local(place)
-    start = time.monotonic()
-    wait_until_gone(queue, queue.submit([call("note", place / "out", "x")], ONE, "x"))
-    assert time.monotonic() - start < 5.0  # about 0.8 s on an idle machine
-
-
 def test_as_many_at_a_time_as_the_profile_says(place):
     queue = open_local(place, local_jobs=2)
     ids = queue.submit([call("hold", place / f"job{i}") for i in range(3)], ONE, "three")
