@@ -22,7 +22,7 @@ from jobs.batches import Batch
 from jobs.cell import Cell
 from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.losses.names import parse_loss
-from jobs.models.build import Backbone, Features, build_backbone
+from jobs.models.build import Backbone, Features, build_backbone, normalise
 from jobs.models.layout import place
 from jobs.protocol import Protocol
 from jobs.train import configure_torch, features
@@ -41,16 +41,16 @@ class Job:
 
     def __init__(self, model: str, group: Group, protocol: Protocol) -> None:
         self.model, self.group, self.protocol = model, group, protocol
-        backbone: Backbone = build_backbone(model.partition("_")[2], 0, protocol.batchnorm_momentum)
-        freeze(backbone, self._cell("CE"))
-        self.backbone = place(backbone, group.device)
-        self._frozen = training_form(self.backbone, protocol)
+        self._taken = 0
         draw = torch.Generator().manual_seed(0)
         number, crop = protocol.batch_size, protocol.crop
         images = torch.randint(256, (number, 3, *crop), generator=draw, dtype=torch.uint8)
         target = torch.randint(CLASSES, (number, *crop), generator=draw, dtype=torch.uint8)
         self.batch = Batch(images, target, range(number)).to(group.device)
         self.target = self.batch.target.long()
+        self.backbone = place(settled(model.partition("_")[2], self.batch.images), group.device)
+        freeze(self.backbone, self._cell("CE"))
+        self._frozen = training_form(self.backbone, protocol)
 
     def cells(self, losses: Sequence[str]) -> list[Trainee]:
         """New trainees, one a loss."""
@@ -61,10 +61,15 @@ class Job:
         return features(self._frozen, self.batch.images, self._cell("CE"), self.group)
 
     def step(self, trainees: Sequence[Trainee]) -> None:
-        """One step of a bundle of `trainees`, in the middle of their training."""
+        """The next step of a bundle of `trainees`, in the middle of their schedules: each draws its
+        dropout anew. Raises `RuntimeError` if a loss is not finite."""
+        self._taken += 1
         with while_compiling(self.protocol):
             inputs = self.pass_backbone()
-            step_in_turn(trainees, inputs, self.batch, self.target, 50, 100)
+            step_in_turn(trainees, inputs, self.batch, self.target, self._taken, 2 * self._taken)
+        for trainee in trainees:
+            if trainee.failure:
+                raise RuntimeError(f"{trainee.cell.name} stopped: {trainee.failure}")
 
     def _cell(self, loss: str) -> Cell:
         return Cell(
@@ -73,9 +78,21 @@ class Job:
         )  # fmt: skip
 
 
+def settled(name: str, images: Tensor) -> Backbone:
+    """A backbone of random weights, whose batch norms have the statistics of a batch uint8
+    [b, 3, h, w]: with those they begin with, activations double in each block and leave fp16."""
+    backbone = build_backbone(name, 0, momentum=1.0).to(images.device)
+    with torch.no_grad():
+        backbone.train()(normalise(images))
+    return backbone
+
+
 @contextmanager
 def ready(protocol: Protocol) -> Iterator[Group]:
-    """A process group of one rank, with torch set as a job of `protocol` sets it."""
+    """A process group of one rank, with torch set as a job of `protocol` sets it.
+
+    Raises `UserError` where torch has no kernels for the GPU, or what compiles networks is
+    missing."""
     configure_torch(protocol)
     env = RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
     with TemporaryDirectory() as folder, process_group(env, Path(folder)) as group:

@@ -14,11 +14,9 @@ have our allocator's settings too.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import resource
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from statistics import mean
 from unittest import mock
@@ -27,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bundle_job import LOSSES, Job, published, ready
-from benchmarks.measure import Comparison, Work, matrix_rate
+from benchmarks.gpu import in_own_process
+from benchmarks.measure import Comparison, Work, arithmetic, matrix_rate
 from jobs.models import dilated
 from jobs.protocol import Protocol
 from jobs.trainee import Trainee
@@ -42,8 +41,7 @@ def measure() -> list[Comparison]:
     """Both models, each in a process of its own, whose peak memory is its own too."""
     found = []
     for model in TARGETS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found += process.submit(_of_model, model).result()
+        found += in_own_process(_of_model, model)
     return found
 
 
@@ -112,8 +110,7 @@ def _limit(one: Sequence[Trainee], job: Job) -> str:
     assert isinstance(inputs, Tensor)
     flops = alone.get_total_flops() - _with_padding(one[0].head, inputs)
     flops += backbone / len(LOSSES) - backbone
-    rate = matrix_rate()
-    return f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s: {flops / rate:.2g} s"
+    return arithmetic(flops, matrix_rate())
 
 
 def _with_padding(head: nn.Module, inputs: Tensor) -> int:

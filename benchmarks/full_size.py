@@ -1,15 +1,16 @@
 """Whole jobs of the paper's networks at full size, with their loaders and their profile, on a GPU
 where there is one: steps a second with and without waiting for data, milliseconds a step by part,
-peak memory, and whether a cell's bits are the same in every job that trains it.
+peak memory, and whether a cell's bits are the same in every job that trains it. Times are of a job
+that measures itself, and so waits for the GPU at the end of each part.
 
     python -m benchmarks.full_size [--models NAME ...] [--cells 1 4] [--steps 2] [--batch 2] ...
 
 Every job is `jobs.train` in a process of its own, or in one a rank with --ranks: it trains the
-steps, evaluates two images and leaves heads and counts. Weights are random. The first steps warm
-up, so on a GPU ask for some 50. On two GPUs, say:
+steps, evaluates two images and leaves heads and counts. Weights are random. With --warm another job
+is trained for so many steps, and its parts are taken off, as those of a start. On two GPUs, say:
 
-    python -m benchmarks.full_size --cells 1 8 32 --steps 50 --batch 12 --workers 8 --ranks 2 \\
-        --set precision=mixed --set deterministic=true
+    python -m benchmarks.full_size --cells 1 8 32 --warm 10 --steps 100 --batch 12 --workers 8 \\
+        --ranks 2 --set precision=mixed --set deterministic=true
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.large_run import LOSSES
+from hpc.command import UserError, run
 from jobs.task import Task, write_task
 
+if TYPE_CHECKING:
+    from pipeline.grid import Grid
+
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
-PARTS = ("data", "backbone", "heads", "losses", "optimiser", "communication")
+PARTS = ("data", "backbone", "heads", "losses", "optimiser", "communication", "other")
 GRID = """
 name = "full-size"
 seeds = [0]
@@ -45,7 +50,7 @@ val = 2
 size = {picture}
 
 [protocol]
-weights = "none"
+weights = "{folder}/weights.pt"
 epochs = {steps}
 batch_size = {batch}
 crop = [{crop}, {crop}]
@@ -64,13 +69,14 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _prepare(folder, options)
-        print("| model | cells | steps a second | without data | "
-              + " | ".join(f"{part}, ms" for part in PARTS)
-              + " | peak GB, host and GPU |\n|---|---:|" + "---:|" * (len(PARTS) + 3))  # fmt: skip
+        names = ["model", "cells", "steps a second", "without data"]
+        names += [*(f"{part}, ms" for part in PARTS), "peak GB of host (and GPU)"]
+        print(f"| {' | '.join(names)} |\n|---|{'---:|' * (len(names) - 1)}")
         for model in options.models:
             for number in options.cells:
-                found = _job(folder, model, number, options)
-                print(_row(model, number, found), flush=True)
+                start = _job(folder, model, number, options.warm, options) if options.warm else {}
+                found = _job(folder, model, number, options.warm + options.steps, options)
+                print(_row(model, number, found, start), flush=True)
                 for cell, own in found["bits"].items():
                     bits.setdefault(f"{model} {cell}", set()).add(own)
     differ = [cell for cell, own in bits.items() if len(own) > 1]
@@ -87,21 +93,41 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--cells", nargs="+", type=int, default=[1, 4], metavar="N")
     parser.add_argument("--picture", nargs=2, type=int, default=[520, 693], metavar="PIXELS")
-    for name, value in (("crop", 480), ("batch", 2), ("steps", 2), ("threads", 2), ("workers", 1),
-                        ("ranks", 1)):  # fmt: skip
+    for name, value in (("crop", 480), ("batch", 2), ("warm", 0), ("steps", 2), ("threads", 2),
+                        ("workers", 1), ("ranks", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="more of [protocol]"
     )
     options = parser.parse_args(argv)
-    if not 1 <= max(options.cells) <= len(LOSSES):
-        parser.error(f"a job has 1 to {len(LOSSES)} cells, not {max(options.cells)}")
+    for number in options.cells:
+        if not 1 <= number <= len(LOSSES):
+            parser.error(f"a job has 1 to {len(LOSSES)} cells, not {number}")
+    for text in options.set:
+        if "=" not in text:
+            parser.error(f"--set takes KEY=VALUE, not {text}")
+    if len({model.partition("_")[2] for model in options.models}) > 1:
+        parser.error("the models of one run share a backbone")
     return options
 
 
 def _prepare(folder: Path, options: argparse.Namespace) -> None:
-    """The grid file and its data set, packed."""
+    """The data set, packed, and the weights of the backbone."""
+    import torch
+
+    from benchmarks.bundle_job import settled
     from data_prep.pack import pack
+
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, 224, 224), generator=draw, dtype=torch.uint8)
+    backbone = settled(options.models[0].partition("_")[2], images)
+    torch.save(backbone.state_dict(), folder / "weights.pt")
+    grid = _grid(folder, options.steps, options)
+    pack("streets", grid.datasets["streets"], processes=os.cpu_count() or 1)
+
+
+def _grid(folder: Path, steps: int, options: argparse.Namespace) -> Grid:
+    """The grid whose jobs take so many steps."""
     from pipeline.grid import read_grid
 
     settings = {
@@ -109,11 +135,12 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
         "models": json.dumps(list(options.models)),
         "losses": json.dumps(LOSSES[: max(options.cells)]),
         "images": options.batch,
+        "steps": steps,
         "more": "\n".join(_assignment(*text.split("=", 1)) for text in options.set),
     }
     path = folder / "grid.toml"
     path.write_text(GRID.format(folder=folder, **settings))
-    pack("streets", read_grid(path).datasets["streets"], processes=os.cpu_count() or 1)
+    return read_grid(path)
 
 
 def _assignment(key: str, value: str) -> str:
@@ -121,11 +148,11 @@ def _assignment(key: str, value: str) -> str:
     return f"{key} = {value if is_plain else json.dumps(value)}"
 
 
-def _job(folder: Path, model: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+def _job(
+    folder: Path, model: str, number: int, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train the first `number` cells of a model; what the job recorded, its profile among it."""
-    from pipeline.grid import read_grid
-
-    grid = read_grid(folder / "grid.toml")
+    grid = _grid(folder, steps, options)
     cells = tuple(cell for cell in grid.cells if cell.model == model)[:number]
     run, record = tempfile.mkdtemp(dir=folder), folder / "record.json"
     task = Task(
@@ -137,7 +164,7 @@ def _job(folder: Path, model: str, number: int, options: argparse.Namespace) -> 
         command += ["-m", "torch.distributed.run", "--standalone", ranks]
     command += ["-m", "benchmarks.full_size", "job", str(write_task(task)), str(record)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode or not any(task.paths.counts.glob("*.json")):
         sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(record.read_text())
     profile = json.loads(task.paths.profile(task.name, 1, "training").read_text())
@@ -151,7 +178,8 @@ def _bits(task: Task) -> dict[str, str]:
 
     (path,) = task.paths.counts.glob("*.json")
     index = read_index(path)
-    assert list(index.signatures) == [cell.signature for cell in task.cells]
+    if list(index.signatures) != [cell.signature for cell in task.cells]:
+        raise UserError("some cells stopped, so a step of fewer was measured: see RUN/failures")
     arrays = read_counts(index)
     return {
         cell.loss.name: fingerprint(
@@ -162,14 +190,22 @@ def _bits(task: Task) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _row(model: str, number: int, found: Mapping[str, Any]) -> str:
-    ranks, steps = found["ranks"], found["steps"]
-    mean = {part: sum(rank.get(part, 0.0) for rank in ranks) / len(ranks) for part in PARTS}
-    total = sum(map(sum, (rank.values() for rank in ranks))) / len(ranks)
+def _row(model: str, number: int, found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    """A line of the table, of the steps that `found` has beyond `start`."""
+    steps = found["steps"] - start.get("steps", 0)
+    mean = {part: _mean(found, part) - _mean(start, part) for part in PARTS}
+    total = sum(mean.values())  # saving is no part of it: a job saves at its end
     numbers = [steps / total, steps / (total - mean["data"])]
     numbers += [1000 * mean[part] / steps for part in PARTS]
     shown = " | ".join(f"{number:.4g}" for number in numbers)
-    return f"| {model} | {number} | {shown} | {found['host']:.1f}, {found['gpu']:.1f} |"
+    memory = f"{found['host']:.1f}" + (f", {found['gpu']:.1f}" if "gpu" in found else "")
+    return f"| {model} | {number} | {shown} | {memory} |"
+
+
+def _mean(found: Mapping[str, Any], part: str) -> float:
+    """Seconds of a part in a mean of ranks; 0 of nothing."""
+    ranks = found.get("ranks", ())
+    return sum(rank.get(part, 0.0) for rank in ranks) / max(len(ranks), 1)
 
 
 def _train(task: str, record: str) -> int:
@@ -181,11 +217,12 @@ def _train(task: str, record: str) -> int:
 
     ended = train.main([task, "--profile"])
     if read_env().rank == 0:
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        gpu = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-        Path(record).write_text(json.dumps({"host": host, "gpu": gpu}))
+        memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+        if torch.cuda.is_available():
+            memory["gpu"] = torch.cuda.max_memory_allocated() / 1e9
+        Path(record).write_text(json.dumps(memory))
     return ended
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -1,35 +1,27 @@
-"""What benchmarks on a GPU have in common: which chip it is, what it cannot go below, and clocks
-that wait for it."""
+"""What benchmarks on a GPU have in common: which chip it is, what it cannot go below, memory, and
+the clock of its kernels."""
 
 from __future__ import annotations
 
-import time
+import multiprocessing
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Work
+from benchmarks.measure import Work, best_seconds, matrix_rate, waited
+
+T = TypeVar("T")
 
 NO_GPU = "there is no GPU here"
 _CALLS = 20  # of a kernel that is timed
 
 
-def waited(work: Work, device: torch.device) -> Work:
-    """`work`, until `device` has done it."""
-    if device.type != "cuda":
-        return work
-
-    def whole() -> None:
-        work()
-        torch.cuda.synchronize(device)
-
-    return whole
-
-
 def chip() -> dict[str, Any]:
     """The GPU and its programs."""
+    device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -38,17 +30,10 @@ def chip() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpu_copy_gb_per_s": round(copy_bandwidth() / 1e9, 1),
-        "gpu_float16_tflop_per_s": round(matrix_rate(torch.float16) / 1e12, 1),
-        "gpu_float32_tflop_per_s": round(matrix_rate(torch.float32) / 1e12, 1),
+        "gpu_float16_tflop_per_s": round(matrix_rate(torch.float16, device) / 1e12, 1),
+        "gpu_float32_tflop_per_s": round(matrix_rate(torch.float32, device) / 1e12, 1),
+        "tf32_in_float32_convolutions": torch.backends.cudnn.allow_tf32,
     }
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device | None = None) -> float:
-    """Floating-point operations a second of a matrix product: best of five."""
-    device = device or torch.device("cuda")
-    size = 8192 if device.type == "cuda" else 256
-    one = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / _best(lambda: one @ one, device)
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
@@ -56,21 +41,19 @@ def copy_bandwidth(size: int = 2**30) -> float:
     together: best of five."""
     source = torch.ones(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / _best(lambda: target.copy_(source), source.device)
+    return 2 * size / best_seconds(waited(lambda: target.copy_(source), target.device))
 
 
 def transfer_bandwidth(size: int = 2**28) -> float:
     """Bytes a second from pinned memory to the GPU: best of five."""
     source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device="cuda")
-    return size / _best(lambda: target.copy_(source, non_blocking=True), target.device)
+    copy = waited(lambda: target.copy_(source, non_blocking=True), target.device)
+    return size / best_seconds(copy)
 
 
 def peak_gb(work: Work, device: torch.device) -> float:
-    """Memory that tensors take of a GPU at most while `work` runs; 0 on a processor."""
-    if device.type != "cuda":
-        work()
-        return 0.0
+    """Memory that tensors take of a GPU at most while `work` runs, with what it held before."""
     torch.cuda.reset_peak_memory_stats(device)
     waited(work, device)()
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
@@ -90,10 +73,8 @@ def kernel_seconds(work: Work, names: set[str]) -> float:
     return sum(float(one.device_time_total) for one in kernels) * 1e-6 / _CALLS
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    whole, seconds = waited(work, device), []
-    for _ in range(6):
-        start = time.perf_counter()
-        whole()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def in_own_process(work: Callable[..., T], *arguments: object) -> T:
+    """What `work` returns in a process of its own: its memory and what it compiled go with it, and
+    a GPU that has one process at a time is free again."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()

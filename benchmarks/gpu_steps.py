@@ -1,32 +1,43 @@
 """Training steps on a GPU: ResNet-101 at 480 x 480, batch 12, in bundles of 1, 8 and 32 cells, in
 each half precision that the GPU has, against
 
-* the published way, one run a model (see `benchmarks.bundle_job`), in float32, as its code does,
-  and in the same half precision;
+* the published way, one run a model (see `benchmarks.bundle_job`), in float32, as its code does
+  (torch's own choice for its convolutions is TF32, where the GPU has it), and in the same half
+  precision;
 * one cell a run with the frozen backbone, ours too.
 
 Seconds are of one cell. The batch lies on the GPU already: `benchmarks.full_size` has whole jobs
 with their loaders. The limit is the arithmetic of a cell's head and its share of the backbone, at
-the rate of a matrix product. Then what single settings cost or bring, in a bundle of 8.
+the rate of a matrix product. Then what single settings cost or bring, in a bundle of 8. Each kind
+runs in a process of its own, and one that fails is a row that says why.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bundle_job import LOSSES, Job, published, ready
-from benchmarks.gpu import NO_GPU, matrix_rate, peak_gb, waited
-from benchmarks.measure import Absent, Comparison, Found, Work, in_turns, time_text
+from benchmarks.gpu import NO_GPU, in_own_process, peak_gb
+from benchmarks.measure import (
+    Absent,
+    Comparison,
+    Found,
+    Work,
+    arithmetic,
+    in_turns,
+    matrix_rate,
+    waited,
+)
+from hpc.command import one_line
 from hpc.groups import Group
 from jobs.compiled_network import require_compiler
 from jobs.models import layout
@@ -41,67 +52,111 @@ Block = Callable[[], AbstractContextManager[object]]
 AS_PUBLISHED, ALONE = "the published way, float32", "frozen, one cell a run"
 
 
-def measure() -> list[Found]:
-    """All models in all precisions, each in a process of its own."""
+def measure() -> Iterator[Found]:
+    """All models in all precisions, then the settings: those that compile nothing first."""
     if not torch.cuda.is_available():
-        return [Absent("a training step on a GPU", AS_PUBLISHED, NO_GPU)]
-    found: list[Found] = []
-    for precision in _precisions():
-        protocol = Protocol.model_validate(
-            {"weights": "none", "batch_size": 12, "precision": precision}
-        )
+        yield Absent("a training step on a GPU", AS_PUBLISHED, NO_GPU)
+        return
+    # torch compiles with as many threads as a protocol has
+    fixed = {"weights": "none", "batch_size": 12, "threads": os.cpu_count() or 1}
+    protocols = [
+        Protocol.model_validate({**fixed, "precision": p}) for p in in_own_process(_precisions)
+    ]
+    for protocol in protocols:
         for model in MODELS:
-            found += _in_own_process(of_bundles, model, protocol, CELLS)
-            found += _in_own_process(of_settings, model, protocol, IN_SETTINGS)
-    return found
+            yield from _or_why(of_bundles, model, protocol, CELLS)
+    for names in SETTINGS:
+        for model in MODELS:
+            yield from _or_why(of_settings, model, protocols[0], IN_SETTINGS, (names,))
 
 
-def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Comparison]:
-    """Bundles of so many cells against the published way and, where it is one of them, against
-    one cell."""
+class Measured(NamedTuple):
+    """Of bundles of several sizes: seconds of their steps and of a peer's by name, peak memory in
+    GB, limits in words, and why a peer is absent."""
+
+    seconds: dict[str, tuple[float, ...]]
+    peaks: dict[int, float]
+    limits: dict[int, str]
+    absent: dict[str, str]
+
+
+def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Found]:
+    """Bundles of so many cells, the smallest first, against the published way and, where it is one
+    of them, against one cell."""
     with ready(protocol) as group:
-        job, half = Job(model, group, protocol), half_precision(protocol, group)
-        trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(max(sizes))])
-        steps = {size: partial(job.step, trainees[:size]) for size in sizes}
-        peaks = {size: peak_gb(step, group.device) for size, step in steps.items()}
-        limits = {size: _limit(job, trainees, size) for size in sizes}
-        peers = {AS_PUBLISHED: published(job)}
-        if half is not None:
-            peers[f"the published way, {protocol.precision}"] = published(job, half)
-        ways: dict[str, Work] = {**{str(size): step for size, step in steps.items()}, **peers}
-        seconds = in_turns({k: waited(work, group.device) for k, work in ways.items()}, ROUNDS)
-    found = []
+        found = _measured(model, protocol, sizes, group)
+    rows: list[Found] = []
     for size in sizes:
-        ours = tuple(s / size for s in seconds[str(size)])
-        more = {
-            "steps a second": round(1 / median(seconds[str(size)]), 3),
-            "peak GB": peaks[size],
-        }
-        against = {name: seconds[name] for name in peers}
-        if 1 in sizes and size > 1:
-            against[ALONE] = seconds["1"]
         what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}"
-        found += [
-            Comparison(what, name, ours, theirs, 0.0, limits[size], more)
-            for name, theirs in against.items()
+        whole = found.seconds[str(size)]
+        more: dict[str, float | str] = {"steps a second": round(1 / median(whole), 3)}
+        if size in found.peaks:
+            more["peak GB"] = found.peaks[size]
+        peers = {k: s for k, s in found.seconds.items() if not k.isdigit()}
+        if size > 1 and 1 in sizes:
+            peers[ALONE] = found.seconds["1"]
+        ours = tuple(s / size for s in whole)
+        rows += [
+            Comparison(what, name, ours, theirs, 0.0, found.limits[size], more)
+            for name, theirs in peers.items()
         ]
-    return found
+        rows += [Absent(what, name, why) for name, why in found.absent.items()]
+    return rows
 
 
-def of_settings(model: str, protocol: Protocol, size: int) -> list[Comparison]:
-    """A bundle of `size` cells as it is against the same with each of `SETTINGS` changed."""
+def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group) -> Measured:
+    # nothing but numbers leaves: trainees must go before their process group does
+    job, half = Job(model, group, protocol), half_precision(protocol, group)
+    trainees: list[Trainee] = []
+    ways: dict[str, Work] = {}
+    peaks = {}
+    for size in sizes:
+        trainees += job.cells([LOSSES[i % len(LOSSES)] for i in range(len(trainees), size)])
+        ways[str(size)] = waited(partial(job.step, trainees[:size]), group.device)
+        if group.device.type == "cuda":
+            peaks[size] = peak_gb(ways[str(size)], group.device)
+    limits = {size: _limit(job, trainees, size) for size in sizes}
+    peers = {AS_PUBLISHED: None, f"the published way, {protocol.precision}": half}
+    absent = {}
+    for name, dtype in peers.items():
+        try:
+            peer = waited(published(job, dtype), group.device)
+            peer()
+        except torch.OutOfMemoryError as error:
+            absent[name] = _in_short(error)
+        else:
+            ways.setdefault(name, peer)
+    return Measured(in_turns(ways, ROUNDS), peaks, limits, absent)
+
+
+def _limit(job: Job, trainees: Sequence[Trainee], size: int) -> str:
+    with FlopCounterMode(display=False) as shared:
+        job.pass_backbone()
+    with FlopCounterMode(display=False) as whole:
+        job.step(trainees[:1])
+    backbone = shared.get_total_flops()
+    flops = whole.get_total_flops() - backbone + backbone / size
+    half = half_precision(job.protocol, job.group)
+    return arithmetic(flops, matrix_rate(half or torch.float32, job.group.device))
+
+
+def of_settings(
+    model: str, protocol: Protocol, size: int, names: Sequence[str]
+) -> list[Comparison]:
+    """A bundle of `size` cells as it is against the same with each of `SETTINGS` changed that is
+    named. All have the workspace that deterministic products of matrices ask for."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks once, at its start
     with ready(protocol) as group:
         ways = {"": _steps(model, group, protocol, size)}
-        for name, (update, within) in SETTINGS.items():
+        for name in names:
+            update, within = SETTINGS[name]
             changed = protocol.model_copy(update=update)
             ways[name] = _steps(model, group, changed, size, within)
-        names = {name: waited(work, group.device) for name, work in ways.items()}
-        seconds = {
-            name: tuple(s / size for s in each) for name, each in in_turns(names, ROUNDS).items()
-        }
+        names_and_seconds = in_turns(ways, ROUNDS)
+        ways.clear()  # trainees must go before their process group does
+    seconds = {name: tuple(s / size for s in each) for name, each in names_and_seconds.items()}
     what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}, as it is"
-    return [Comparison(what, name, seconds[""], seconds[name]) for name in SETTINGS]
+    return [Comparison(what, name, seconds[""], seconds[name]) for name in names]
 
 
 def _steps(
@@ -117,7 +172,7 @@ def _steps(
         with within():
             job.step(trainees)
 
-    return step
+    return waited(step, group.device)
 
 
 def _channels_apart() -> AbstractContextManager[object]:
@@ -140,23 +195,21 @@ SETTINGS: dict[str, tuple[dict[str, object], Block]] = {
 }
 
 
-def _limit(job: Job, trainees: Sequence[Trainee], size: int) -> str:
-    with FlopCounterMode(display=False) as shared:
-        job.pass_backbone()
-    with FlopCounterMode(display=False) as whole:
-        job.step(trainees[:1])
-    backbone = shared.get_total_flops()
-    flops = whole.get_total_flops() - backbone + backbone / size
-    half = half_precision(job.protocol, job.group)
-    rate = matrix_rate(half or torch.float32, job.group.device)
-    return f"{flops / 1e9:.0f} GFLOP at {rate / 1e12:.0f} TFLOP/s: {time_text(flops / rate)}"
-
-
 def _precisions() -> list[str]:
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return ["mixed", "bf16"] if has_bf16 else ["mixed"]
 
 
-def _in_own_process(work: Callable[..., list[Comparison]], *arguments: object) -> list[Comparison]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, *arguments).result()
+def _or_why(
+    work: Callable[..., Sequence[Found]], model: str, protocol: Protocol, *arguments: object
+) -> Sequence[Found]:
+    """What `work` finds in a process of its own; or, if it fails, why."""
+    try:
+        return in_own_process(work, model, protocol, *arguments)
+    except Exception as error:  # torch, its compilers and the driver raise what they like
+        what = f"{work.__name__} {' '.join(map(str, arguments))}, {model}, {protocol.precision}"
+        return [Absent(what, AS_PUBLISHED, _in_short(error))]
+
+
+def _in_short(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}".partition("\n")[0])

@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # most programs here do without
+    import torch
 
 Work = Callable[[], object]
 _SMALLEST = 0.05  # seconds that a round must last, so that the clock's grain is nothing
@@ -116,24 +119,23 @@ def users_environment() -> dict[str, str]:
     return {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
-def table(found: Sequence[Found]) -> str:
-    """A Markdown table of comparisons."""
-    lines = [
-        "| what | against | ours | peer | ratio, median (least to most) | target | limit |",
-        "|---|---|---:|---:|---:|---:|---|",
-    ]
-    for one in found:
-        if isinstance(one, Absent):
-            lines.append(f"| {one.what} | {one.against} | | | not measured: {one.why} | | |")
-            continue
-        mine, peer = (time_text(statistics.median(s)) for s in (one.ours, one.peers))
-        spread = f"{min(one.ratios):.3g} to {max(one.ratios):.3g}"
-        aim = f"{one.target:g}{'' if one.met else ' (missed)'}" if one.target else ""
-        lines.append(
-            f"| {one.what} | {one.against} | {mine} | {peer} | **{one.ratio:.3g}** ({spread}) "
-            f"| {aim} | {one.limit} |"
-        )
-    return "\n".join(lines)
+HEAD = (
+    "| what | against | ours | peer | ratio, median (least to most) | target | limit |\n"
+    "|---|---|---:|---:|---:|---:|---|"
+)
+
+
+def row(one: Found) -> str:
+    """A comparison as a row of a Markdown table below `HEAD`."""
+    if isinstance(one, Absent):
+        return f"| {one.what} | {one.against} | | | not measured: {one.why} | | |"
+    mine, peer = (time_text(statistics.median(s)) for s in (one.ours, one.peers))
+    spread = f"{min(one.ratios):.3g} to {max(one.ratios):.3g}"
+    aim = f"{one.target:g}{'' if one.met else ' (missed)'}" if one.target else ""
+    return (
+        f"| {one.what} | {one.against} | {mine} | {peer} | **{one.ratio:.3g}** ({spread}) "
+        f"| {aim} | {one.limit} |"
+    )
 
 
 def time_text(seconds: float) -> str:
@@ -148,7 +150,7 @@ def machine() -> dict[str, Any]:
     """What was measured on, and the two limits that the rest is held against, measured here too."""
     import torch
 
-    from benchmarks.gpu import chip  # which measures by what stands here
+    from benchmarks.gpu import chip, in_own_process  # which measures by what stands here
 
     return {
         "processor": _processor(),
@@ -160,7 +162,7 @@ def machine() -> dict[str, Any]:
         "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2),
         "float32_gflop_per_s": round(matrix_rate() / 1e9, 1),
         "load": os.getloadavg()[0],
-        **(chip() if torch.cuda.is_available() else {}),
+        **(in_own_process(chip) if torch.cuda.is_available() else {}),
     }
 
 
@@ -168,17 +170,44 @@ def copy_bandwidth(size: int = 256 * 2**20) -> float:
     """Bytes a second that one core copies, those it reads and those it writes together: the best of
     five."""
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
-    seconds = min(_seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
-    return 2 * size / seconds
+    return 2 * size / best_seconds(lambda: np.copyto(target, source))
 
 
-def matrix_rate(size: int = 2048) -> float:
-    """Floating-point operations a second of a float32 matrix product on all cores: best of five."""
+def matrix_rate(dtype: torch.dtype | None = None, device: torch.device | None = None) -> float:
+    """Floating-point operations a second of a matrix product of random numbers, float32 on all
+    cores if nothing else is said: best of five."""
     import torch
 
-    one = torch.ones(size, size)
-    seconds = min(_seconds(lambda: one @ one, 1) for _ in range(5))
-    return 2 * size**3 / seconds
+    device = device or torch.device("cpu")
+    size = 8192 if device.type == "cuda" else 2048 if dtype is None else 256
+    one = torch.randn(size, size, device=device).to(dtype or torch.float32)
+    return 2 * size**3 / best_seconds(waited(lambda: one @ one, device))
+
+
+def waited(work: Work, device: torch.device) -> Work:
+    """`work`, until `device` has done it."""
+    if device.type != "cuda":
+        return work
+
+    def whole() -> None:
+        import torch
+
+        work()
+        torch.cuda.synchronize(device)
+
+    return whole
+
+
+def best_seconds(work: Work) -> float:
+    """Of five calls, after one to warm up."""
+    work()
+    return min(_seconds(work, 1) for _ in range(5))
+
+
+def arithmetic(flops: float, rate: float) -> str:
+    """The limit of so many floating-point operations at so many a second, in words."""
+    unit, name = (1e12, "TFLOP/s") if rate >= 1e13 else (1e9, "GFLOP/s")
+    return f"{flops / 1e9:.0f} GFLOP at {rate / unit:.0f} {name}: {time_text(flops / rate)}"
 
 
 def _processor() -> str:
@@ -205,6 +234,8 @@ def chosen(
     return options.names or names, options.out
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write what was measured, and on what machine, as JSON."""
-    path.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
+def write_record(
+    path: Path, record: Mapping[str, Any], on: Mapping[str, Any] | None = None
+) -> None:
+    """Write what was measured as JSON, and on what machine: `on`, or as it is now."""
+    path.write_text(json.dumps({"machine": on or machine(), **record}, indent=1) + "\n")

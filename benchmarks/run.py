@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from benchmarks.measure import Absent, Found, chosen, table, write_record
+from benchmarks.measure import HEAD, Absent, Found, chosen, machine, row, write_record
 
-# what each measures stands at the head of its module, whose `measure()` gives the comparisons
+# what each measures stands at the head of its module, whose `measure()` gives the comparisons, all
+# at once or as they come
 BENCHMARKS = (
     "counting",
     "pooling",
@@ -32,12 +33,16 @@ BENCHMARKS = (
 def main(argv: Sequence[str]) -> int:
     """Measure what is named, or all; 1 if a target was missed."""
     names, folder = chosen("python -m benchmarks.run", __doc__, BENCHMARKS, argv)
-    missed = []
+    missed, on = [], machine()
     for name in names:
-        print(f"\n## {name}\n", flush=True)
-        found = import_module(f"benchmarks.{name}").measure()
-        print(table(found), flush=True)
-        write_record(folder / f"{name}.json", {"comparisons": [one.record() for one in found]})
+        print(f"\n## {name}\n\n{HEAD}", flush=True)
+        found: list[Found] = []
+        for one in import_module(f"benchmarks.{name}").measure():
+            found.append(one)
+            print(row(one), flush=True)  # what is measured stays, whatever comes
+            write_record(
+                folder / f"{name}.json", {"comparisons": [one.record() for one in found]}, on
+            )
         missed += [f"{one.what} against {one.against}" for one in found if _missed(one)]
     print(f"\ntargets missed: {'; '.join(missed) or 'none'}")
     return 1 if missed else 0

@@ -51,15 +51,16 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     chosen, problems = found
     indices = files_of(chosen)
     cells = _cells_by_dataset(grid)
-    file, read = ResultsFile(grid.name), set[str]()
+    file, read = ResultsFile(grid.name) if ranks.rank == 0 else None, set[str]()
     for share in read_shares(grid, indices[ranks.rank :: ranks.size], chosen, problems):
         gathered = ranks.gather(share.signatures)
         summed = {key: ranks.sum_to_root(array) for key, array in share.counts.items()}
-        if gathered is not None:
+        if file is not None and gathered is not None:
             have = set(chain.from_iterable(gathered))
             file.add(_dataset(grid, share.dataset, cells[share.dataset], have, summed, chosen))
             read |= have
-    if lines := ranks.gather(problems):
+    lines = ranks.gather(problems)
+    if file is not None and lines is not None:
         sources = [index.record["source"] for index in indices]
         _write(grid, file, read, sorted(set(chain.from_iterable(lines))), sources)
 

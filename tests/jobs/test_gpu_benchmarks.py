@@ -1,13 +1,17 @@
-"""What measures a GPU does the same on a processor, in small: who gets hold of a GPU for an hour
-must not lose it to a mistake in the program."""
+"""What measures a GPU runs on a processor too, in small, but for the clock and the memory of a GPU:
+who gets hold of one for an hour must not lose it to a mistake in the program."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 
-from benchmarks import full_size, gpu_kernels, gpu_steps
+from benchmarks import bundle_job, full_size, gpu_kernels, gpu_steps
 from benchmarks.measure import Absent
+from jobs import trainee
+from jobs.models.build import build_backbone
 from jobs.protocol import Protocol
 from tests.jobs import interpreted
 
@@ -46,16 +50,54 @@ def test_bundles_are_measured_beside_the_published_way_and_cells_alone(monkeypat
     for one in found:
         size = 1 if "bundle of 1," in one.what else 3
         assert one.more["steps a second"] == pytest.approx(2 / sum(one.ours) / size, rel=0.5)
-        assert one.limit.endswith(("s", "ms", "µs")) and "GFLOP at" in one.limit
+        assert re.fullmatch(r"\d+ GFLOP at \d+ [GT]FLOP/s: [\d.]+ (s|ms|µs)", one.limit)
+        assert "peak GB" not in one.more  # that of a processor is its process's
+
+
+def test_what_a_backbone_gives_fits_into_half_precision(monkeypatch):
+    """Its weights are random, and torchvision's first statistics of batch norm would let values
+    double in each block, beyond what fp16 holds; then every cell stops before its first step."""
+    protocol = SMALL.model_copy(update={"precision": "fp32"})
+    with bundle_job.ready(protocol) as group:
+        settled = bundle_job.Job("fcn_resnet101", group, protocol).pass_backbone()
+        fresh = build_backbone("resnet101", 0, 0.1)
+        monkeypatch.setattr(bundle_job, "settled", lambda *_: fresh)
+        unsettled = bundle_job.Job("fcn_resnet101", group, protocol).pass_backbone()
+    assert settled.abs().max() < 1000 < 30_000 < unsettled.abs().max()
+
+
+def test_a_cell_that_stops_is_no_step(monkeypatch):
+    def broken(logits, *_):
+        return logits.sum() * float("nan")
+
+    monkeypatch.setattr(trainee, "combined_loss", broken)
+    with bundle_job.ready(SMALL) as group:
+        job = bundle_job.Job(MODEL, group, SMALL)
+        with pytest.raises(RuntimeError, match=r"/CE/0 stopped: the loss was nan at step 1 of 2"):
+            job.step(job.cells(["CE"]))
+
+
+def test_a_peer_without_room_and_a_process_that_fails_are_said_so(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    monkeypatch.setattr(gpu_steps, "published", no_room)
+    monkeypatch.setattr(gpu_steps, "ROUNDS", 1)
+    found = gpu_steps.of_bundles(MODEL, SMALL, (1, 2))
+    absent = [one.why for one in found if isinstance(one, Absent)]
+    assert absent == ["OutOfMemoryError: CUDA out of memory. Tried"] * 4
+    assert [one.against for one in found if not isinstance(one, Absent)] == [gpu_steps.ALONE]
+    (failed,) = gpu_steps._or_why(gpu_steps.of_bundles, "fcn_resnet7", SMALL, (1,))
+    assert "fcn_resnet7, bf16" in failed.what and failed.why.startswith(("KeyError", "Attribute"))
 
 
 def test_a_setting_is_measured_beside_what_it_is(monkeypatch):
     """Compiling takes minutes here, and has tests of its own."""
-    kept = {name: how for name, how in gpu_steps.SETTINGS.items() if "compile" not in name}
-    monkeypatch.setattr(gpu_steps, "SETTINGS", kept)
     monkeypatch.setattr(gpu_steps, "ROUNDS", 1)
-    found = gpu_steps.of_settings(MODEL, SMALL, 2)
-    assert [one.against for one in found] == ["channels apart (NCHW)", "deterministic algorithms"]
+    *names, last = gpu_steps.SETTINGS
+    assert last == "compile = true"
+    found = gpu_steps.of_settings(MODEL, SMALL, 2, names)
+    assert [one.against for one in found] == names
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -83,7 +125,30 @@ def test_whole_jobs_are_profiled_and_a_cell_has_the_same_bits_in_each(capfd):
         assert 0 < float(rate) <= float(without)
         assert len(parts) == len(full_size.PARTS)
         assert sum(map(float, parts)) <= 1.01 * 1000 / float(rate)
-        assert memory.endswith(", 0.0") == (not torch.cuda.is_available())
+        assert len(memory.split(", ")) == 1 + torch.cuda.is_available()
+
+
+def test_the_steps_of_a_start_are_taken_off():
+    start = {"steps": 10, "ranks": [{"data": 3.0, "heads": 9.0, "checkpoints": 5.0}] * 2}
+    ranks = [{"data": 4.0, "heads": 12.0, "checkpoints": 7.0}, {"data": 6.0, "heads": 14.0}]
+    found = {"steps": 30, "host": 4.0, "ranks": ranks}
+    row = full_size._row("fcn", 8, found, start)
+    # 20 steps took 2 s for data and 4 s for heads, in the mean of two ranks
+    assert row == "| fcn | 8 | 3.333 | 5 | 100 | 0 | 200 | 0 | 0 | 0 | 0 | 4.0 |"
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["--cells", "0", "4"], "a job has 1 to 50 cells, not 0"),
+        (["--set", "workers"], "--set takes KEY=VALUE, not workers"),
+        (["--models", "fcn_resnet50", "fcn_resnet101"], "the models of one run share a backbone"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(capsys, options, refusal):
+    with pytest.raises(SystemExit):
+        full_size.main(options)
+    assert refusal in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [gpu_steps, gpu_kernels])
