@@ -5,6 +5,7 @@ long they take (`python -m benchmarks.scale` says how long)."""
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -59,8 +60,7 @@ def open_cells(grid: Grid) -> list[str]:
     """Those that no counts file on disk names."""
     counted: set[str] = set()
     for path in grid.run.counts.glob("*.json"):
-        counted.update(line.split('"')[3] for line in path.read_text().splitlines()
-                       if line.strip().startswith('"signature"'))  # fmt: skip
+        counted.update(json.loads(path.read_text())["cells"]["signature"])
     return [cell.signature for cell in grid.cells if cell.signature not in counted]
 
 
