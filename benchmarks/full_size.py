@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.large_run import LOSSES
+from hpc.atomic import read_json
 from hpc.command import UserError, run
 from jobs.task import Task, write_task
 
@@ -103,6 +104,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     for number in options.cells:
         if not 1 <= number <= len(LOSSES):
             parser.error(f"a job has 1 to {len(LOSSES)} cells, not {number}")
+    if min(options.steps, options.warm + 1) < 1:
+        parser.error("--steps is 1 or more, and --warm 0 or more")
     for text in options.set:
         if "=" not in text:
             parser.error(f"--set takes KEY=VALUE, not {text}")
@@ -164,8 +167,14 @@ def _job(
         command += ["-m", "torch.distributed.run", "--standalone", ranks]
     command += ["-m", "benchmarks.full_size", "job", str(write_task(task)), str(record)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not any(task.paths.counts.glob("*.json")):
+    if done.returncode:
         sys.exit(done.stderr)
+    stopped = [read_json(path)["reason"] for path in task.paths.failures.glob("*.json")]
+    if stopped:
+        raise UserError(
+            f"{model}: {len(stopped)} of {number} cells stopped, so fewer would be measured "
+            f"({stopped[0]}); choose other settings"
+        )
     found: dict[str, Any] = json.loads(record.read_text())
     profile = json.loads(task.paths.profile(task.name, 1, "training").read_text())
     return {**found, "bits": _bits(task), "steps": profile["steps"], "ranks": profile["ranks"]}
@@ -178,8 +187,6 @@ def _bits(task: Task) -> dict[str, str]:
 
     (path,) = task.paths.counts.glob("*.json")
     index = read_index(path)
-    if list(index.signatures) != [cell.signature for cell in task.cells]:
-        raise UserError("some cells stopped, so a step of fewer was measured: see RUN/failures")
     arrays = read_counts(index)
     return {
         cell.loss.name: fingerprint(

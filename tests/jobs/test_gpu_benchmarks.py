@@ -141,6 +141,7 @@ def test_the_steps_of_a_start_are_taken_off():
     ("options", "refusal"),
     [
         (["--cells", "0", "4"], "a job has 1 to 50 cells, not 0"),
+        (["--warm", "2", "--steps", "0"], "--steps is 1 or more, and --warm 0 or more"),
         (["--set", "workers"], "--set takes KEY=VALUE, not workers"),
         (["--models", "fcn_resnet50", "fcn_resnet101"], "the models of one run share a backbone"),
     ],
