@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Work, best_seconds, matrix_rate, waited
+from hpc.command import one_line
 
 T = TypeVar("T")
 
@@ -78,3 +79,8 @@ def in_own_process(work: Callable[..., T], *arguments: object) -> T:
     a GPU that has one process at a time is free again."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
+
+
+def in_short(error: Exception) -> str:
+    """What an error is, in a line."""
+    return one_line(f"{type(error).__name__}: {error}".partition("\n")[0])

@@ -12,18 +12,18 @@ alone take stands in the JSON, also with other numbers of pixels and of warps.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
 from benchmarks import counting
-from benchmarks.gpu import NO_GPU, copy_bandwidth, kernel_seconds, transfer_bandwidth
-from benchmarks.measure import Absent, Found, Work, compare, time_text, waited
+from benchmarks.gpu import NO_GPU, copy_bandwidth, in_short, kernel_seconds, transfer_bandwidth
+from benchmarks.measure import Absent, Found, compare, time_text, waited
 from hpc.allocator import keep_freed_memory
 from jobs.augment import Bytes, Draw, Unresized, draw_view
 from jobs.batches import Batch, UnresizedBatch
@@ -37,13 +37,15 @@ PICTURE = 1024, 2048
 Sample = tuple[Window, Bytes, Bytes]
 
 
-def measure() -> list[Found]:
+def measure() -> Iterator[Found]:
     """Both kernels."""
     if not torch.cuda.is_available():
-        return [Absent("Triton kernels", "their references", NO_GPU)]
+        yield Absent("Triton kernels", "their references", NO_GPU)
+        return
     keep_freed_memory()
     device = torch.device("cuda")
-    return [*of_counting(device), *of_crops(device, Protocol(batch_size=12), PICTURE)]
+    yield from of_counting(device)
+    yield from of_crops(device, Protocol(batch_size=12), PICTURE)
 
 
 def of_counting(
@@ -62,13 +64,13 @@ def of_counting(
     assert ours().equals(reference)
     more = {}
     if device.type == "cuda":
-        for block in BLOCKS:
-            for warps in WARPS:
-                with _changed(kernel, warps, BLOCK=block):
-                    assert ours().equals(reference)
-                    more[f"{block} pixels, {warps} warps: kernel, µs"] = _micros(
-                        ours, "count_pixels"
-                    )
+        more = {
+            f"{block} pixels, {warps} warps: kernel, µs": variant(
+                kernel, warps, {"BLOCK": block}, ours, reference.equals, "count_pixels"
+            )
+            for block in BLOCKS
+            for warps in WARPS
+        }
     return [
         *compare(
             f"{counting.WHAT}, on a GPU", waited(ours, device),
@@ -101,12 +103,13 @@ def of_crops(device: torch.device, protocol: Protocol, size: tuple[int, int]) ->
     assert _equal(ours(), reference)
     more, limit = {}, ""
     if device.type == "cuda":
-        for tile in TILES:
-            for warps in WARPS:
-                with _changed(kernel, warps, TILE=tile):
-                    assert _equal(ours(), reference)
-                    name = f"{tile[0]} x {tile[1]} bytes, {warps} warps: kernels, µs"
-                    more[name] = _micros(ours, "resize_rows")
+        more = {
+            f"{tile[0]} x {tile[1]} bytes, {warps} warps: kernels, µs": variant(
+                kernel, warps, {"TILE": tile}, ours, partial(_equal, reference), "resize_rows"
+            )
+            for tile in TILES
+            for warps in WARPS
+        }
         moved, rate = batch.pixels.numel() + 4 * batch.tables.numel(), transfer_bandwidth()
         limit = f"{moved / 1e6:.1f} MB over to it at {rate / 1e9:.1f} GB/s: "
         limit += time_text(moved / rate)
@@ -145,17 +148,24 @@ def _equal(one: Batch, other: Batch) -> bool:
     return torch.equal(one.images, other.images) and torch.equal(one.target, other.target)
 
 
-@contextmanager
-def _changed(kernel: ModuleType, warps: int, **size: object) -> Iterator[None]:
-    """The block in which a kernel's programs have another size and number of warps."""
-    ((name, value),) = size.items()
+def variant(
+    kernel: ModuleType,
+    warps: int,
+    size: Mapping[str, Any],
+    work: Callable[[], Any],
+    is_right: Callable[[Any], bool],
+    name: str,
+) -> float | str:
+    """Microseconds that the kernel `name` takes in `work` with programs of another size and number
+    of warps; or why there is no such number: others are still to be measured."""
     options = {**kernel.OPTIONS, "num_warps": warps}
-    with mock.patch.object(kernel, name, value), mock.patch.object(kernel, "OPTIONS", options):
-        yield
-
-
-def _micros(work: Work, name: str) -> float:
-    return round(kernel_seconds(work, {name}) * 1e6, 2)
+    with mock.patch.multiple(kernel, OPTIONS=options, **size):
+        try:
+            if not is_right(work()):
+                return "differs from its reference"
+            return round(kernel_seconds(work, {name}) * 1e6, 2)
+        except Exception as error:  # Triton, its compiler and the profiler raise what they like
+            return in_short(error)
 
 
 def _memory_limit(moved: int, device: torch.device) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bundle_job import LOSSES, Job, published, ready
-from benchmarks.gpu import NO_GPU, in_own_process, peak_gb
+from benchmarks.gpu import NO_GPU, in_own_process, in_short, peak_gb
 from benchmarks.measure import (
     Absent,
     Comparison,
@@ -37,7 +37,6 @@ from benchmarks.measure import (
     matrix_rate,
     waited,
 )
-from hpc.command import one_line
 from hpc.groups import Group
 from jobs.compiled_network import require_compiler
 from jobs.models import layout
@@ -123,7 +122,7 @@ def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group
             peer = waited(published(job, dtype), group.device)
             peer()
         except torch.OutOfMemoryError as error:
-            absent[name] = _in_short(error)
+            absent[name] = in_short(error)
         else:
             ways.setdefault(name, peer)
     return Measured(in_turns(ways, ROUNDS), peaks, limits, absent)
@@ -208,8 +207,4 @@ def _or_why(
         return in_own_process(work, model, protocol, *arguments)
     except Exception as error:  # torch, its compilers and the driver raise what they like
         what = f"{work.__name__} {' '.join(map(str, arguments))}, {model}, {protocol.precision}"
-        return [Absent(what, AS_PUBLISHED, _in_short(error))]
-
-
-def _in_short(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}".partition("\n")[0])
+        return [Absent(what, AS_PUBLISHED, in_short(error))]

@@ -4,6 +4,7 @@ who gets hold of one for an hour must not lose it to a mistake in the program.""
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,25 @@ def test_kernels_are_compared_with_their_references_and_timed(process):
     protocol = Protocol(batch_size=2, resize=(20, 30), crop=(24, 24))
     (crops,) = process.submit(gpu_kernels.of_crops, CPU, protocol, (32, 40)).result()
     assert crops.what == "crops of 2 pictures of 40 x 32, on a GPU"
+
+
+def test_a_variant_of_a_kernel_that_is_wrong_or_fails_gives_no_number():
+    kernel = SimpleNamespace(OPTIONS={"num_warps": 8}, BLOCK=512)
+
+    def work() -> tuple[int, int]:
+        return kernel.BLOCK, kernel.OPTIONS["num_warps"]
+
+    def is_right(found: tuple[int, int]) -> bool:
+        if found == (256, 4):
+            raise ValueError("no room for registers\nat line 1")
+        return found == (512, 8)
+
+    measured = [
+        gpu_kernels.variant(kernel, warps, {"BLOCK": block}, work, is_right, "none")
+        for block, warps in ((128, 2), (256, 4))
+    ]
+    assert measured == ["differs from its reference", "ValueError: no room for registers"]
+    assert work() == (512, 8)
 
 
 def test_whole_jobs_are_profiled_and_a_cell_has_the_same_bits_in_each(capfd):
