@@ -3,7 +3,7 @@ many loader processes prepare it, and however many ranks share it."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -11,18 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_prep.settings import VOID
-from data_prep.shards import SplitReader
-from hpc.command import UserError
-from hpc.preempt import leave_signals_to_the_rank
+from data_prep.shards import Bytes, SplitReader
 from jobs.augment import Draw, Unresized, augmented_sample, evaluation_view, unresized_sample
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
 _ORDER = 2**32 - 1
-_PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -130,26 +127,49 @@ class TrainingBatches(Dataset[Batch | UnresizedBatch]):
         self, reader: SplitReader, protocol: Protocol, seed: int, rank: int, world_size: int
     ) -> None:
         self.steps_per_epoch = protocol.steps_per_epoch(len(reader))
+        self.positions = share(protocol.batch_size, rank, world_size)
         self._reader = reader
         self._protocol = protocol
         self._seed = seed
-        self._positions = share(protocol.batch_size, rank, world_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of images and target of a `Batch`."""
+        height, width = self._protocol.crop
+        return 4 * len(self.positions) * height * width
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU makes them, of batches that each have a size of their own."""
+        return self._protocol.augment_on == "gpu"
 
     def __getitem__(self, step: int) -> Batch | UnresizedBatch:
+        if self.on_gpu:
+            found = [self._unresized(epoch, sample) for epoch, sample in self._samples(step)]
+            return UnresizedBatch.of(found, self._protocol.crop, self.positions)
+        batch = self.batch_in(np.empty(self.num_bytes, np.uint8))
+        self.write(step, batch)
+        return batch
+
+    def batch_in(self, memory: Bytes) -> Batch:
+        """A batch whose images and target are the `num_bytes` of `memory`."""
+        number, crop = len(self.positions), self._protocol.crop
+        images, target = torch.from_numpy(memory).split([self.num_bytes * n // 4 for n in (3, 1)])
+        return Batch(images.view(number, 3, *crop), target.view(number, *crop), self.positions)
+
+    def write(self, step: int, batch: Batch) -> None:
+        """Make `batch`, whatever it held, that of a step."""
+        into = zip(batch.images.numpy(), batch.target.numpy(), strict=True)
+        for arrays, (epoch, sample) in zip(into, self._samples(step), strict=True):
+            draw = Draw(self._seed, epoch, sample)
+            augmented_sample(self._reader, sample, self._protocol, draw, arrays)
+
+    def _samples(self, step: int) -> list[tuple[int, int]]:
+        """The epoch of a step, and a sample's number, for each of its samples."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
         first = within * self._protocol.batch_size
-        samples = [int(order[first + position]) for position in self._positions]
-        if self._protocol.augment_on == "gpu":
-            found = [self._unresized(epoch, sample) for sample in samples]
-            return UnresizedBatch.of(found, self._protocol.crop, self._positions)
-        height, width = self._protocol.crop
-        images = np.empty((len(samples), 3, height, width), np.uint8)
-        target = np.empty((len(samples), height, width), np.uint8)
-        for into, sample in zip(zip(images, target, strict=True), samples, strict=True):
-            draw = Draw(self._seed, epoch, sample)
-            augmented_sample(self._reader, sample, self._protocol, draw, into)
-        return Batch(torch.from_numpy(images), torch.from_numpy(target), self._positions)
+        return [(epoch, int(order[first + position])) for position in self.positions]
 
     def _unresized(self, epoch: int, sample: int) -> Unresized:
         key = Draw(self._seed, epoch, sample)
@@ -172,53 +192,3 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
 def share(batch_size: int, rank: int, world_size: int) -> range:
     """The places in the global batch that belong to `rank`: contiguous, even up to one."""
     return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-
-def load_steps(
-    batches: TrainingBatches, start: int, stop: int, workers: int
-) -> Generator[Batch | UnresizedBatch]:
-    """The batches of steps `start` to `stop` - 1, in order, prepared ahead by `workers`
-    processes."""
-    return _loader(batches, range(start, stop), workers)
-
-
-def load_images(
-    images: EvaluationImages, indices: range, workers: int
-) -> Generator[tuple[Tensor, Tensor]]:
-    """The evaluation images of `indices`, in order."""
-    return _loader(images, indices, workers)
-
-
-def _loader(dataset: Dataset, indices: range, workers: int) -> Generator:
-    workers = min(workers, len(indices))
-    items = DataLoader(
-        _Guarded(dataset),
-        sampler=indices,
-        batch_size=None,  # an item is a whole batch already
-        num_workers=workers,
-        prefetch_factor=_PREFETCH_STEPS if workers else None,
-        worker_init_fn=leave_signals_to_the_rank,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
-    )
-    for item in items:
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-class _Guarded(Dataset):
-    """Hands a `UserError` over as an item: torch would wrap it in the worker's traceback."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, index: int) -> object:
-        try:
-            return self._dataset[index]
-        except UserError as error:
-            return error
-
-
-def _as_it_is(item: object) -> object:
-    return item

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from data_prep.shards import SplitReader
 from hpc.groups import Group
-from jobs.batches import EvaluationImages, load_images
+from jobs.batches import EvaluationImages
 from jobs.fused_counts import count_upsampled
+from jobs.loaders import load_images
 from jobs.metrics.accumulate import count_image
 from jobs.metrics.counts import Counts
 from jobs.models.build import normalise, upsample

@@ -28,11 +28,12 @@ from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
-from jobs.batches import TrainingBatches, load_steps
+from jobs.batches import TrainingBatches
 from jobs.cell import Cell
 from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.counts_file import counted_cells, write_counts
 from jobs.evaluate import evaluate, stack
+from jobs.loaders import load_steps
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise

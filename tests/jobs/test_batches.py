@@ -14,10 +14,9 @@ from jobs.batches import (
     Batch,
     EvaluationImages,
     TrainingBatches,
-    load_images,
-    load_steps,
     share,
 )
+from jobs.loaders import load_images, load_steps
 from jobs.protocol import Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +37,8 @@ def batches_of(reader, seed=0, rank=0, world_size=1, **settings):
 
 
 def loaded(batches, start=0, stop=STEPS, workers=0):
-    return list(load_steps(batches, start, stop, workers))
+    """What the batches hold, each looked at while it is the last."""
+    return [content(batch) for batch in load_steps(batches, start, stop, workers)]
 
 
 def content(batch):
@@ -70,16 +70,15 @@ def test_images_and_labels_are_those_of_the_data_set(train):
 
 
 def test_training_may_begin_at_any_step(train):
-    through = [content(batch) for batch in loaded(batches_of(train))]
+    through = loaded(batches_of(train))
     assert len(set(through)) == STEPS
     for start in (1, 2, 5):
-        assert [content(batch) for batch in loaded(batches_of(train), start)] == through[start:]
+        assert loaded(batches_of(train), start) == through[start:]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_loaders_prepares_the_same_batches_in_order(train, workers):
-    expected = [content(batch) for batch in loaded(batches_of(train), 3)]
-    assert [content(b) for b in loaded(batches_of(train), 3, workers=workers)] == expected
+    assert loaded(batches_of(train), 3, workers=workers) == loaded(batches_of(train), 3)
 
 
 def test_more_loaders_than_steps(train):

@@ -1,10 +1,23 @@
-"""Loader processes outlive the signals of a job, and never their rank."""
+"""Loader processes outlive the signals of a job, and never their rank. They fill memory again that
+the rank is done with."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from data_prep.shards import SplitReader
+from jobs import loaders
+from jobs.batches import TrainingBatches
+from jobs.loaders import load_steps
+from jobs.protocol import Protocol
 
 REPOSITORY = Path(__file__).parents[2]
 EVALUATES = """
@@ -36,3 +49,58 @@ def test_an_error_in_the_middle_of_an_evaluation_ends_the_rank(streets):
     )
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: Connection closed by peer\n")
+
+
+# --- where batches lie ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batches(streets):
+    return batches_of(streets)
+
+
+def batches_of(streets, rank=0, world_size=1):
+    protocol = Protocol(batch_size=4, resize=(30, 60), crop=(32, 48))
+    return TrainingBatches(SplitReader(streets, "train"), protocol, 0, rank, world_size)
+
+
+def copied(batch):
+    return batch.images.clone(), batch.target.clone()
+
+
+def is_that(batch, content):
+    return torch.equal(batch.images, content[0]) and torch.equal(batch.target, content[1])
+
+
+def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(batches):
+    """Though the loader is given the time to be as far ahead as it may."""
+    before = None
+    for step, batch in enumerate(load_steps(batches, 0, 12, workers=1)):
+        time.sleep(0.1)
+        expected = copied(batches[step])
+        assert is_that(batch, expected)
+        assert before is None or is_that(*before)
+        before = batch, expected
+
+
+def test_batches_lie_in_memory_that_is_used_again(batches):
+    places = [batch.images.data_ptr() for batch in load_steps(batches, 0, 20, workers=1)]
+    assert len(set(places)) == 6  # four ahead, and two that may be looked at
+    assert places[:6] == places[6:12]
+
+
+def test_a_rank_that_has_no_image_of_a_batch(streets):
+    idle = batches_of(streets, rank=0, world_size=6)
+    found = list(load_steps(idle, 0, 3, workers=2))
+    assert [tuple(batch.images.shape) for batch in found] == [(0, 3, 32, 48)] * 3
+    assert [tuple(batch.target.shape) for batch in found] == [(0, 32, 48)] * 3
+
+
+def test_a_thread_of_the_rank_pins_what_a_loader_has_written(batches, monkeypatch):
+    """Without a GPU nothing can be pinned, so here it is copied instead."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
+    slots = loaders._Slots(batches, 3)
+    said = pickle.loads(pickle.dumps(slots[5]))
+    pinned = pin_memory(said)
+    slots[8]  # is written in the same place
+    assert is_that(pinned, copied(batches[5])) and pinned.positions == range(4)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.shards import SplitReader
-from jobs.batches import TrainingBatches, UnresizedBatch, load_steps
+from jobs.batches import TrainingBatches, UnresizedBatch
 from jobs.crop_window import Span
+from jobs.loaders import load_steps
 from jobs.protocol import Protocol
 from tests.jobs import interpreted
 from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of

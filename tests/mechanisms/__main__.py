@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     chosen = [m for m in read_lists() if all(w in m.promise for w in options.words)]
+    if not chosen:
+        parser.error(f"no promise contains {' and '.join(map(repr, options.words))}")
     rows, unnoticed = [], 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / REPOSITORY.name
