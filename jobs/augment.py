@@ -80,17 +80,19 @@ def augmented_sample(
     into: tuple[Bytes, Bytes] | None = None,
 ) -> tuple[Bytes, Bytes]:
     """Sample `i` as `augment` makes it from its image and label map, but reading and resizing only
-    what its view shows. Returns uint8 [3, h, w], channels first, and [h, w]: the arrays `into`,
-    whatever they held, or new ones."""
+    what its view shows. Returns uint8 [3, h, w], channels first, and [h, w]: the contiguous arrays
+    `into`, whatever they held, or new ones."""
     height, width = reader.size(i)
     view = draw_view(height, width, protocol, draw)
     window = view.window(height, width)
     image, label = into or (np.empty((3, *protocol.crop), np.uint8), np.empty(protocol.crop, "u1"))
+    pixels, labels = reader.image(i, window.source_rows), reader.label(i, window.source_rows)
+    if view.shape == protocol.crop:
+        return window.of_image(pixels, image), window.of_label(labels, label)
     rows, columns = view.shape
-    if view.shape != protocol.crop:
-        image[:], label[:] = 0, VOID
-    image[:, :rows, :columns] = window.of_image(reader.image(i, window.source_rows))
-    label[:rows, :columns] = window.of_label(reader.label(i, window.source_rows))
+    image[:], label[:] = 0, VOID
+    image[:, :rows, :columns] = window.of_image(pixels)
+    label[:rows, :columns] = window.of_label(labels)
     return image, label
 
 

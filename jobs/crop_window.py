@@ -76,14 +76,16 @@ class Window:
         """The rows [first, stop) of the image, as it was before the resize, that are needed."""
         return self.rows.needed
 
-    def of_image(self, image: Bytes) -> Bytes:
-        """The window of the image, resized bilinearly with antialiasing, uint8 [3, h, w].
+    def of_image(self, image: Bytes, window: Bytes | None = None) -> Bytes:
+        """The window of the image, resized bilinearly with antialiasing, uint8 [3, h, w]: the
+        contiguous array `window`, whatever it held, or a new one.
 
         image: its `source_rows`, contiguous uint8 [rows, W, 3].
         """
         down, across = self.rows.counted_from(self.source_rows[0])[:2], self.columns[:2]
         num_rows, num_columns = self.shape
-        window = np.empty((3, num_rows, num_columns), np.uint8)
+        if window is None:
+            window = np.empty((3, num_rows, num_columns), np.uint8)
         lines = image.reshape(len(image), -1)
         if self.rows_first:
             between = np.empty((1, num_rows, lines.shape[1]), np.uint8)
@@ -95,12 +97,14 @@ class Window:
             _resize_rows(planes, *down, window)
         return window
 
-    def of_label(self, label: Bytes) -> Bytes:
-        """The window of the label map, resized to the nearest neighbour, uint8 [h, w].
+    def of_label(self, label: Bytes, window: Bytes | None = None) -> Bytes:
+        """The window of the label map, resized to the nearest neighbour, uint8 [h, w], as
+        `of_image` has it.
 
         label: its `source_rows`, contiguous uint8 [rows, W].
         """
-        window = np.empty(self.shape, np.uint8)
+        if window is None:
+            window = np.empty(self.shape, np.uint8)
         rows = self.rows.counted_from(self.source_rows[0])
         _pick(label, rows.nearest, self.columns.nearest, window)
         return window
@@ -160,6 +164,9 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
 def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
     column = columns.astype(np.uint32)
     for y in range(rows.size):
+        if y > 0 and rows[y] == rows[y - 1]:  # often, where rows are enlarged
+            window[y] = window[y - 1]
+            continue
         line = label[rows[y]]
         for x in range(column.size):
             window[y, x] = line[column[x]]
