@@ -100,9 +100,9 @@ def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> int:
     problems: list[str] = []
     mine = files_of(chosen)[ranks.rank :: ranks.size]
     cells = 0
-    for share in read_shares(grid, mine, chosen, problems):
+    for share in read_shares(grid, mine, chosen, problems, whole=ranks.rank == 0):
         for array in share.counts.values():
-            ranks.sum_to_root(array)
+            ranks.rows_to_root(array, share.rows)
         cells += len(share.signatures)
     assert not problems
     return cells

@@ -6,6 +6,7 @@ many worlds of size one that all write the same file: sizes are compared, and a 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import stat
 import sys
@@ -25,6 +26,9 @@ from hpc.command import USER_ERROR_EXIT_CODE, UserError, one_line
 T = TypeVar("T")
 # Open MPI; MPICH, Intel MPI and Slurm's pmi2; MVAPICH
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Bytes of a message: still in the cache when its rows are put in their places, and far below the
+# 2^31 numbers at which MPI's own counts end
+_MESSAGE = 2**21
 
 
 class World:
@@ -48,17 +52,24 @@ class World:
         if self._communicator:
             self._communicator.Barrier()
 
-    def sum_to_root(self, array: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Add the arrays of the other ranks, equally shaped, to rank 0's, which becomes the sum
-        and is what it returns; None elsewhere, where arrays stay as they are."""
+    def rows_to_root(self, array: NDArray[np.int64], rows: NDArray[np.intp]) -> None:
+        """Put the rows of all ranks into rank 0's array, which has its own already. On the others
+        `array` begins with those that belong in the places `rows` of rank 0's, and no two ranks
+        have the same place. All arrays have equally long rows."""
         assert array.dtype == np.int64 and array.flags.c_contiguous
-        if self._communicator and self.rank == 0:
-            from mpi4py.MPI import IN_PLACE
-
-            self._communicator.Reduce(IN_PLACE, array, root=0)
-        elif self._communicator:
-            self._communicator.Reduce(array, None, root=0)
-        return array if self.rank == 0 else None
+        most = max(1, _MESSAGE // (array.itemsize * math.prod(array.shape[1:])))
+        if self.rank > 0:
+            self._communicator.send(rows, dest=0)
+            for at in range(0, len(rows), most):
+                self._communicator.Send(array[at : min(at + most, len(rows))], dest=0)
+            return
+        received = np.empty((most, *array.shape[1:]), np.int64)
+        for source in range(1, self.size):
+            places = self._communicator.recv(source=source)
+            for at in range(0, len(places), most):
+                piece = received[: len(places) - at]
+                self._communicator.Recv(piece, source=source)
+                array[places[at : at + most]] = piece
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:

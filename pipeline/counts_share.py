@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.manifest import Manifest
 from hpc.atomic import Damaged
@@ -17,12 +18,15 @@ from pipeline.grid import Grid
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has read of one data set: the arrays of `Counts`, whose first axis is its cells
-    in grid order, 0 where they are another's; and the signatures of those it has."""
+    """What one rank has read of one data set: the arrays of `Counts`, the `signatures` of the cells
+    it has, and which of the data set's cells they are, in grid order. The arrays' first axis is all
+    cells of the data set if the share is `whole`, whatever stands where they are another's; else
+    those that the rank has, in the order of `signatures`."""
 
     dataset: str
     counts: Mapping[str, Int64]
     signatures: list[str]
+    rows: NDArray[np.intp]
 
 
 def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
@@ -35,6 +39,7 @@ def read_shares(
     indices: Sequence[CountsIndex],
     chosen: Mapping[str, CountsIndex],
     problems: list[str],
+    whole: bool,
 ) -> Iterator[Share]:
     """Read the counts files of `indices`, each once, one data set of the grid after the other; a
     damaged file becomes a line in `problems`. A cell that lies in several files counts once, from
@@ -50,24 +55,26 @@ def read_shares(
         first = index.signatures[mine[0]]
         files[next(name for name in rows if first in rows[name])].append((index, mine))
     of_cell = {name: _shapes(grid, name) for name in rows}
-    memory = np.empty(max(len(rows[name]) * _numbers(of_cell[name]) for name in rows), np.int64)
+    cells = {n: len(rows[n]) if whole else sum(len(mine) for _, mine in files[n]) for n in rows}
+    memory = np.empty(max(cells[name] * _numbers(of_cell[name]) for name in rows), np.int64)
     buffer = bytearray(max((index.size for index in indices), default=0))
     for name, row_of in rows.items():
-        counts = _views(memory, len(row_of), of_cell[name])
-        yield Share(name, counts, _read(counts, files[name], row_of, buffer, problems))
+        counts = _views(memory, cells[name], of_cell[name])
+        found = _read(counts, files[name], row_of if whole else None, buffer, problems)
+        places = np.fromiter((row_of[signature] for signature in found), np.intp, len(found))
+        yield Share(name, counts, found, places)
 
 
 def _read(
     counts: Mapping[str, Int64],
     files: Sequence[tuple[CountsIndex, list[int]]],
-    row_of: Mapping[str, int],
+    row_of: Mapping[str, int] | None,
     buffer: bytearray,
     problems: list[str],
 ) -> list[str]:
     """Put the chosen cells of files, given by their positions there, into their rows of `counts`,
-    and 0 into all others. Returns the signatures of those read."""
+    or one behind the other. Returns the signatures of those read."""
     found: list[str] = []
-    others = np.ones(len(row_of), np.bool_)
     for index, mine in files:
         try:
             stacked = read_counts(index, buffer)
@@ -76,13 +83,13 @@ def _read(
             problems.append(str(error))
             continue
         signatures = [index.signatures[k] for k in mine]
-        rows = np.array([row_of[signature] for signature in signatures], np.intp)
-        for key, whole in counts.items():
-            whole[rows] = stacked[key] if len(mine) == len(index.signatures) else stacked[key][mine]
-        others[rows] = False
+        rows = (
+            slice(len(found), len(found) + len(mine)) if row_of is None
+            else np.array([row_of[signature] for signature in signatures], np.intp)
+        )  # fmt: skip
+        for key, array in counts.items():
+            array[rows] = stacked[key] if len(mine) == len(index.signatures) else stacked[key][mine]
         found += signatures
-    for whole in counts.values():
-        whole[others] = 0
     return found
 
 

@@ -45,19 +45,22 @@ def main(argv: Sequence[str]) -> int:
 
 @many_records()
 def reduce_grid(grid: Grid, ranks: World) -> None:
-    """Every rank reads its share of the counts files; rank 0 adds up and writes."""
+    """Every rank reads its share of the counts files; rank 0 puts them together and writes."""
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
     chosen, problems = found
     indices = files_of(chosen)
     cells = _cells_by_dataset(grid)
     file, read = ResultsFile(grid.name) if ranks.rank == 0 else None, set[str]()
-    for share in read_shares(grid, indices[ranks.rank :: ranks.size], chosen, problems):
+    mine = indices[ranks.rank :: ranks.size]
+    for share in read_shares(grid, mine, chosen, problems, whole=ranks.rank == 0):
         gathered = ranks.gather(share.signatures)
-        summed = {key: ranks.sum_to_root(array) for key, array in share.counts.items()}
+        for array in share.counts.values():
+            ranks.rows_to_root(array, share.rows)
         if file is not None and gathered is not None:
             have = set(chain.from_iterable(gathered))
-            file.add(_dataset(grid, share.dataset, cells[share.dataset], have, summed, chosen))
+            counts = share.counts
+            file.add(_dataset(grid, share.dataset, cells[share.dataset], have, counts, chosen))
             read |= have
     lines = ranks.gather(problems)
     if file is not None and lines is not None:
@@ -135,7 +138,7 @@ def _dataset(
     name: str,
     cells: Sequence[Cell],
     have: set[str],
-    summed: Mapping[str, Any],
+    counts: Mapping[str, Any],
     chosen: Mapping[str, CountsIndex],
 ) -> DatasetResults:
     manifest = Manifest.load(grid.datasets[name].shards)
@@ -147,7 +150,7 @@ def _dataset(
         val_class_pixels=np.array(manifest.splits["val"].class_pixels, np.int64),
         cells=[_cell(cells[row], chosen[cells[row].signature]) for row in rows],
         # all of them need no copy
-        counts={k: a if len(rows) == len(cells) else a[rows] for k, a in summed.items()},
+        counts={k: a if len(rows) == len(cells) else a[rows] for k, a in counts.items()},
     )
 
 

@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> int:
     root = read_grid(Path(argv[0])).run.root
     read, fsync = reduce.read_shares, atomic.fsync
 
-    def slow_read(*arguments: Any) -> Any:
-        for share in read(*arguments):
+    def slow_read(*arguments: Any, **more: Any) -> Any:
+        for share in read(*arguments, **more):
             _halt(root, READING)
             yield share
 
