@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,15 +22,19 @@ from jobs.loaders import load_steps
 
 PROCESSES = (1, 2, 3, 4)
 ROUNDS = 3
-STEPS = 24  # batches that are read
+STEPS = 96  # batches that are read: what starting processes takes is a small part
+COPIES = 4  # of each picture that is packed, for the same reason
 SHARD_MB = 9  # so that a large picture and its label map are a shard
 
 
 def packing_growth() -> dict[int, tuple[float, ...]]:
-    """By the number of packing processes, seconds that `python -m data_prep.pack` takes for 12
-    pictures of 2048 x 1024, PNG, into as many shards."""
+    """By the number of packing processes, seconds that `python -m data_prep.pack` takes for
+    `COPIES` times 12 pictures of 2048 x 1024, PNG, into as many shards."""
     with large_streets() as pictures, TemporaryDirectory() as name:
         folder = Path(name)
+        for kind in ("png", "labels"):
+            for file, copy in product(pictures.files(kind), range(1, COPIES)):
+                file.with_stem(f"{file.stem}-{copy}").hardlink_to(file)
         settings = shard_settings(pictures.root, folder / "shards", SHARD_MB).model_dump()
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         (folder / "grid.toml").write_text("\n".join(["[dataset.pictures]", *lines]))
@@ -40,7 +45,7 @@ def packing_growth() -> dict[int, tuple[float, ...]]:
             many = [*command, "--processes", str(processes)]
             subprocess.run(many, check=True, capture_output=True, cwd=REPOSITORY)
             shards = Manifest.load(folder / "shards").splits["train"].shards
-            assert len(shards) == len(pictures.reader)
+            assert len(shards) == COPIES * len(pictures.reader)
 
         return _by_processes(packed)
 

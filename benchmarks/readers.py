@@ -7,7 +7,7 @@ versions it works, installed as
 
     pip install --no-deps 'mosaicml-streaming==0.13.0' 'transformers<5' 'huggingface_hub<1'
     pip install regex requests pyyaml tqdm xxhash zstd Brotli python-snappy 'catalogue<3'
-    pip install 'tokenizers<0.23'
+    pip install 'tokenizers<0.23' safetensors
 """
 
 from __future__ import annotations

@@ -52,9 +52,12 @@ def _of_model(model: str, backbone: nn.Module, folder: Path) -> list[Comparison]
     generation = claim(folder / "generations", entries)
     plain = [folder / f"plain-{number}.pt" for number in range(CELLS)]
     sizes = _sizes(ours, whole, {**whole, "all": _momentum(backbone)}, folder / "size.pt")
+    save = _checkpoint(folder / "checkpoints", generation, entries)
+    for _ in range(checkpoint.KEPT):  # from now on each deletes an older one, whose memory it takes
+        save()
     seconds = compare(
         f"checkpoint of a cell, {model}: time",
-        _checkpoint(folder / "checkpoints", generation, entries),
+        save,
         {
             "torch.save of the same": (_saved(ours, plain), 1 / 1.3),
             "torch.save of the same, and a sync": (_synced(ours, plain), 0.0),
