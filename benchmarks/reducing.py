@@ -101,8 +101,7 @@ def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> int:
     mine = files_of(chosen)[ranks.rank :: ranks.size]
     cells = 0
     for share in read_shares(grid, mine, chosen, problems, whole=ranks.rank == 0):
-        for array in share.counts.values():
-            ranks.rows_to_root(array, share.rows)
+        ranks.rows_to_root(share.counts.values(), share.rows)
         cells += len(share.signatures)
     assert not problems
     return cells

@@ -1,6 +1,8 @@
 """A checkpoint of a bundle of four cells, each a head and its momentum, on the disk of this
 machine, per cell: ours, which is hashed, synced to disk and appears by one rename, against what
-people write after each epoch.
+people write after each epoch. All write new files, and then delete what they wrote the time before
+the last; so all of them fill as much of the page cache anew, which on a virtual machine may take
+longer than writing.
 
 * `torch.save` of the same content, which promises nothing to a reader or after a crash;
 * the same with the one sync that makes it last;
@@ -11,8 +13,10 @@ people write after each epoch.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +54,15 @@ def _of_model(model: str, backbone: nn.Module, folder: Path) -> list[Comparison]
         "optimizer": _momentum(head),
     }
     generation = claim(folder / "generations", entries)
-    plain = [folder / f"plain-{number}.pt" for number in range(CELLS)]
     sizes = _sizes(ours, whole, {**whole, "all": _momentum(backbone)}, folder / "size.pt")
-    save = _checkpoint(folder / "checkpoints", generation, entries)
-    for _ in range(checkpoint.KEPT):  # from now on each deletes an older one, whose memory it takes
-        save()
     seconds = compare(
         f"checkpoint of a cell, {model}: time",
-        save,
+        _checkpoint(folder / "checkpoints", generation, entries),
         {
-            "torch.save of the same": (_saved(ours, plain), 1 / 1.3),
-            "torch.save of the same, and a sync": (_synced(ours, plain), 0.0),
+            "torch.save of the same": (_saved(ours, folder / "plain"), 1 / 1.3),
+            "torch.save of the same, and a sync": (_saved(ours, folder / "synced", fsync), 0.0),
             "torch.save of the whole model and its optimiser, and a sync": (
-                _synced(whole, plain), 0.0,
+                _saved(whole, folder / "whole", fsync), 0.0,
             ),
         },
         limit=_limit(ours, folder / "limit"),
@@ -105,19 +105,20 @@ def _checkpoint(folder: Path, generation: Generation, entries: dict[str, Any]) -
     return save
 
 
-def _saved(content: Any, paths: list[Path]) -> Work:
+def _saved(content: Any, folder: Path, synced: Callable[[Path], None] | None = None) -> Work:
+    """What writes `content` once a cell, into a new folder, and keeps as many folders as we do."""
+    steps = iter(range(1, 10**9))
+
     def save() -> None:
-        for path in paths:
+        step = next(steps)
+        new = folder / str(step)
+        new.mkdir(parents=True)
+        for number in range(CELLS):
+            path = new / f"{number}.pt"
             torch.save(content, path)
-
-    return save
-
-
-def _synced(content: Any, paths: list[Path]) -> Work:
-    def save() -> None:
-        for path in paths:
-            torch.save(content, path)
-            fsync(path)
+            if synced:
+                synced(path)
+        shutil.rmtree(folder / str(step - checkpoint.KEPT), ignore_errors=True)
 
     return save
 

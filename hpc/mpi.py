@@ -14,7 +14,7 @@ import termios
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -52,24 +52,25 @@ class World:
         if self._communicator:
             self._communicator.Barrier()
 
-    def rows_to_root(self, array: NDArray[np.int64], rows: NDArray[np.intp]) -> None:
-        """Put the rows of all ranks into rank 0's array, which has its own already. On the others
-        `array` begins with those that belong in the places `rows` of rank 0's, and no two ranks
-        have the same place. All arrays have equally long rows."""
-        assert array.dtype == np.int64 and array.flags.c_contiguous
-        most = max(1, _MESSAGE // (array.itemsize * math.prod(array.shape[1:])))
-        if self.rank > 0:
-            self._communicator.send(rows, dest=0)
-            for at in range(0, len(rows), most):
-                self._communicator.Send(array[at : min(at + most, len(rows))], dest=0)
-            return
-        received = np.empty((most, *array.shape[1:]), np.int64)
-        for source in range(1, self.size):
-            places = self._communicator.recv(source=source)
-            for at in range(0, len(places), most):
-                piece = received[: len(places) - at]
-                self._communicator.Recv(piece, source=source)
-                array[places[at : at + most]] = piece
+    def rows_to_root(self, arrays: Iterable[NDArray[np.int64]], places: NDArray[np.intp]) -> None:
+        """Put the rows of all ranks into rank 0's arrays, which have its own already. On the others
+        arrays begin with those rows that belong in the `places` of rank 0's. The arrays of ranks,
+        as many on each, have equally long rows. No two ranks may have the same place."""
+        of_ranks = self.gather(places)
+        assert of_ranks is None or len(found := np.concatenate(of_ranks)) == len(np.unique(found))
+        for array in arrays:
+            assert array.dtype == np.int64 and array.flags.c_contiguous
+            most = max(1, _MESSAGE // (array.itemsize * math.prod(array.shape[1:])))
+            if of_ranks is None:
+                for at in range(0, len(places), most):
+                    self._communicator.Send(array[at : min(at + most, len(places))], dest=0)
+                continue
+            received = np.empty((most, *array.shape[1:]), np.int64)
+            for source, theirs in enumerate(of_ranks[1:], start=1):
+                for at in range(0, len(theirs), most):
+                    piece = received[: len(theirs) - at]
+                    self._communicator.Recv(piece, source=source)
+                    array[theirs[at : at + most]] = piece
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:

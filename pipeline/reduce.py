@@ -55,8 +55,7 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
     mine = indices[ranks.rank :: ranks.size]
     for share in read_shares(grid, mine, chosen, problems, whole=ranks.rank == 0):
         gathered = ranks.gather(share.signatures)
-        for array in share.counts.values():
-            ranks.rows_to_root(array, share.rows)
+        ranks.rows_to_root(share.counts.values(), share.rows)
         if file is not None and gathered is not None:
             have = set(chain.from_iterable(gathered))
             counts = share.counts

@@ -29,7 +29,6 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 def _begin() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as in a job
     import torch
     from numba import njit
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

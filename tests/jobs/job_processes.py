@@ -4,7 +4,6 @@ moment. Each start of a job is a fork of one process that has torch imported, so
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -107,7 +106,6 @@ def _rank(call: ModuleCall, log: Path, start: str, rank: int, world_size: int) -
         "SUBMITIT_LOCAL_NTASKS": str(world_size),
         "SUBMITIT_LOCAL_LOCALID": str(rank),
     }
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as under a launcher
     # whatever state the libraries' generators are in, it has no part in the result
     torch.manual_seed(os.getpid())
     np.random.seed(os.getpid())

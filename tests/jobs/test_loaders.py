@@ -72,10 +72,18 @@ def is_that(batch, content):
     return torch.equal(batch.images, content[0]) and torch.equal(batch.target, content[1])
 
 
-def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(batches):
-    """Though the loader is given the time to be as far ahead as it may."""
+@pytest.fixture
+def not_pinned(monkeypatch):
+    """On a GPU a rank looks at copies that are pinned."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("not_pinned")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(batches, workers):
+    """Though loaders are given the time to be as far ahead as they may."""
     before = None
-    for step, batch in enumerate(load_steps(batches, 0, 12, workers=1)):
+    for step, batch in enumerate(load_steps(batches, 0, 8 + 4 * workers, workers)):
         time.sleep(0.1)
         expected = copied(batches[step])
         assert is_that(batch, expected)
@@ -83,10 +91,22 @@ def test_a_batch_stays_as_it_is_until_the_next_but_one_is_asked_for(batches):
         before = batch, expected
 
 
-def test_batches_lie_in_memory_that_is_used_again(batches):
-    places = [batch.images.data_ptr() for batch in load_steps(batches, 0, 20, workers=1)]
-    assert len(set(places)) == 6  # four ahead, and two that may be looked at
-    assert places[:6] == places[6:12]
+@pytest.mark.usefixtures("not_pinned")
+@pytest.mark.parametrize(("workers", "slots"), [(1, 6), (2, 10)])
+def test_batches_lie_in_memory_that_is_used_again(batches, workers, slots):
+    """Four a loader that may be ahead, and two that may be looked at."""
+    places = [batch.images.data_ptr() for batch in load_steps(batches, 0, 2 * slots, workers)]
+    assert len(set(places)) == slots
+    assert places[:slots] == places[slots:]
+
+
+@pytest.mark.usefixtures("not_pinned")
+def test_two_that_load_at_once_do_not_meet(batches):
+    for step, pair in enumerate(
+        zip(*(load_steps(batches, 0, 9, 1) for _ in range(2)), strict=True)
+    ):
+        assert pair[0].images.data_ptr() != pair[1].images.data_ptr()
+        assert all(is_that(batch, copied(batches[step])) for batch in pair)
 
 
 def test_a_rank_that_has_no_image_of_a_batch(streets):
@@ -96,8 +116,8 @@ def test_a_rank_that_has_no_image_of_a_batch(streets):
     assert [tuple(batch.target.shape) for batch in found] == [(0, 32, 48)] * 3
 
 
-def test_a_thread_of_the_rank_pins_what_a_loader_has_written(batches, monkeypatch):
-    """Without a GPU nothing can be pinned, so here it is copied instead."""
+def test_what_a_loader_says_it_has_written_can_be_pinned_by_its_rank(batches, monkeypatch):
+    """Without a GPU nothing can be, so here it is copied instead."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
     slots = loaders._Slots(batches, 3)
     said = pickle.loads(pickle.dumps(slots[5]))
