@@ -146,6 +146,21 @@ def test_on_many_ranks_it_is_the_same_file_to_the_last_byte(half_done, capsys, n
     assert done.stdout == said
 
 
+def test_a_rank_that_meets_a_damaged_file_brings_those_behind_it(grid):
+    """Of two ranks the second reads b, which is damaged, and d."""
+    for cell, name in zip(cells_of(grid, "streets", 0), "abcd", strict=True):
+        path = finish(grid, [cell], name)
+        if name == "b":
+            flip(path)
+    reduced(grid)
+    alone = grid.run.results.read_bytes()
+    grid.run.results.unlink()
+    assert on_ranks(2, grid).returncode == 0
+    assert grid.run.results.read_bytes() == alone
+    first, _, *others = cells_of(grid, "streets", 0)
+    assert_has_counts_of(read_results(grid.run.results), [first, *others], grid)
+
+
 @pytest.mark.skipif(OPEN_MPI is None, reason="no Open MPI beside ours")
 def test_under_the_mpiexec_of_another_mpi_it_stops_and_writes_nothing(half_done):
     reduced(half_done)
