@@ -52,8 +52,9 @@ def main() -> None:
         "a job of the local queue": ["-c", _LOCAL_JOB],
     }
     if config:
-        again = ["-m", "pipeline.submit", "all", config, "--wait", "--cluster", "local"]
-        commands["pipeline.status CONFIG"] = ["-m", "pipeline.status", config]
+        local = [config, "--cluster", "local"]  # there may be a Slurm too
+        again = ["-m", "pipeline.submit", "all", *local, "--wait"]
+        commands["pipeline.status CONFIG"] = ["-m", "pipeline.status", *local]
         commands["pipeline.report CONFIG"] = ["-m", "pipeline.report", config]
         commands["pipeline.submit all CONFIG --wait, again"] = again
     found = in_turns({name: _command(line) for name, line in commands.items()}, ROUNDS)
