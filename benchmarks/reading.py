@@ -17,8 +17,8 @@ from benchmarks.measure import Absent, Found, compare, copy_bandwidth, in_turns
 from benchmarks.pictures import Pictures, on_all
 from benchmarks.readers import NEEDS, STREAMING_RAW, Pairs, readers, why_absent
 from data_prep import shards
-from data_prep.checksum import crc32
 from hpc.allocator import keep_freed_memory
+from hpc.checksum import crc32
 
 TARGET, TARGET_RAW = 100.0, 2.0
 ROUNDS = 5

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.checksum import crc32
 from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, index_table
+from hpc.checksum import crc32
 
 # superblock and object headers of one fixed version, whatever the installed HDF5 prefers
 _LIBVER = ("v110", "v110")

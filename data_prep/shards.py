@@ -24,11 +24,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.checksum import crc32
 from data_prep.images import BadFile, decode_rgb
 from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, read_entry
 from data_prep.manifest import Manifest, ShardSummary, check_length, remedy
 from hpc.atomic import Damaged
+from hpc.checksum import crc32
 
 Bytes = NDArray[np.uint8]
 

@@ -30,8 +30,8 @@ from hpc.atomic import (
     remove_folder,
     write_json,
 )
+from hpc.checksum import SummingFile, file_crc32
 from hpc.generation import Generation
-from hpc.hashing import HashingFile
 
 KEPT = 2  # of each entry: the newest, and one to fall back to
 _NAME = re.compile(r"step-(\d{9})-g(\d+)")
@@ -43,12 +43,12 @@ Fits = Callable[[str, Any], bool]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder: the step it was written after, by which generation, and each entry's hash."""
+    """One folder: the step it was written after, by which generation, and each entry's checksum."""
 
     path: Path
     step: int
     generation: int
-    hashes: Mapping[str, str]
+    checksums: Mapping[str, str]
     record: Mapping[str, Any]
 
     def load(self, entry: str, fits: Fits) -> Any:
@@ -58,7 +58,7 @@ class Checkpoint:
 
         path = self.path / f"{entry}.pt"
         try:
-            if file_sha256(path) != self.hashes[entry]:
+            if not _is_as_written(path, self.checksums[entry]):
                 raise Damaged(f"{path} is damaged (its checksum does not fit)")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Damaged:
@@ -90,8 +90,8 @@ def save(
     if path.exists():  # the same start at the same step: the same state
         return
     with new_folder(path, generation.check) as temporary:
-        hashes = _dump_entries(entries, temporary)
-        write_json(temporary / _INDEX, {**record, **_place(path), "entries": hashes})
+        checksums = _dump_entries(entries, temporary)
+        write_json(temporary / _INDEX, {**record, **_place(path), "entries": checksums})
     prune(folder, generation, finished=(), resumed=resumed)
 
 
@@ -103,27 +103,38 @@ def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = No
 
 
 def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, str]:
-    """Write a file for each entry; their SHA-256. While one is written its content is hashed, and
-    the one before goes to disk."""
+    """Write a file for each entry; their checksums. While one is written the one before goes to
+    disk."""
     from concurrent.futures import ThreadPoolExecutor  # with logging: planning reads checkpoints
 
-    hashes, synced = {}, []
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer, _without_crc32():
+    checksums, synced = {}, []
+    with ThreadPoolExecutor(1) as syncer, _without_crc32():
         for name, state in entries.items():
             path = folder / f"{name}.pt"
             with path.open("wb") as file:
-                hashing = HashingFile(file, hasher)
-                _dump(state, cast(BinaryIO, hashing))
-            hashes[name] = hashing.hexdigest()
+                summing = SummingFile(file)
+                _dump(state, cast(BinaryIO, summing))
+            checksums[name] = _checksum(summing.crc32)
             synced.append(syncer.submit(fsync, path))
         for one in synced:
             one.result()
-    return hashes
+    return checksums
+
+
+def _checksum(crc32: int) -> str:
+    return f"crc32:{crc32:08x}"
+
+
+def _is_as_written(path: Path, checksum: str) -> bool:
+    """Whether a file's content has this checksum, which older programs gave as SHA-256."""
+    if re.fullmatch("[0-9a-f]{64}", checksum):
+        return file_sha256(path) == checksum
+    return _checksum(file_crc32(path)) == checksum
 
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """torch's own checksums cost half of its time, and a checkpoint has a better one."""
+    """torch's own checksums cost half of its time, and a checkpoint has one of the whole file."""
     from torch.serialization import get_crc32_options, set_crc32_options
 
     before = get_crc32_options()
@@ -166,10 +177,14 @@ def _read(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise Damaged(f"{path} has no {_INDEX}") from error
     place = _place(path)
-    hashes = index.pop("entries", None)
-    if {key: index.pop(key, None) for key in place} != place or not isinstance(hashes, dict):
+    checksums = index.pop("entries", None)
+    if {key: index.pop(key, None) for key in place} != place or not _are_texts(checksums):
         raise Damaged(f"{path / _INDEX} is foreign (it is not the index of this checkpoint)")
-    return Checkpoint(path, place["step"], place["generation"], hashes, index)
+    return Checkpoint(path, place["step"], place["generation"], checksums, index)
+
+
+def _are_texts(checksums: Any) -> bool:
+    return isinstance(checksums, dict) and set(map(type, checksums.values())) <= {str}
 
 
 def _place(path: Path) -> dict[str, Any]:
@@ -182,7 +197,7 @@ def newest_steps(folder: Path) -> dict[str, int]:
     """The newest step that each entry of a folder was saved at."""
     steps: dict[str, int] = {}
     for checkpoint in find(folder)[0]:
-        for entry in checkpoint.hashes:
+        for entry in checkpoint.checksums:
             steps.setdefault(entry, checkpoint.step)
     return steps
 
@@ -206,7 +221,7 @@ def load_latest(
         records: list[Mapping[str, Any]] = []
         for checkpoint in (c for c in checkpoints if c.step == step):
             for entry in wanted:
-                if entry in checkpoint.hashes and entry not in states:
+                if entry in checkpoint.checksums and entry not in states:
                     try:
                         states[entry] = checkpoint.load(entry, fits)
                         if checkpoint.record not in records:
@@ -232,7 +247,7 @@ def prune(
     for checkpoint in find(folder)[0]:
         older = checkpoint.generation < generation.number
         passed_over = older and resumed is not None and checkpoint.step > resumed
-        ours = generation.entries.intersection(checkpoint.hashes)
+        ours = generation.entries.intersection(checkpoint.checksums)
         if not passed_over:
             seen.update(ours)
         unneeded = {e for e in ours if passed_over or e in done or seen[e] > KEPT}
@@ -244,7 +259,7 @@ def prune(
 
 def _drop(checkpoint: Checkpoint, entries: Collection[str]) -> None:
     """Delete the files of `entries`; the last of a folder take it with them."""
-    files = {entry: checkpoint.path / f"{entry}.pt" for entry in checkpoint.hashes}
+    files = {entry: checkpoint.path / f"{entry}.pt" for entry in checkpoint.checksums}
     if any(files[entry].exists() for entry in files.keys() - set(entries)):
         for entry in entries:
             if not files[entry].is_dir():  # that is none of ours

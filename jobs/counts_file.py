@@ -12,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from data_prep.checksum import crc32
 from hpc.atomic import (
     Check,
     Damaged,
@@ -22,6 +21,7 @@ from hpc.atomic import (
     write_bytes,
     write_json,
 )
+from hpc.checksum import crc32
 
 ASIDE = ".json-damaged"  # the index of a file that is not to count any more
 

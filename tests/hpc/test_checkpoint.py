@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -385,12 +386,28 @@ def test_the_same_state_is_the_same_bytes(run, tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "longer-name.pt").read_bytes()
 
 
-def test_a_large_unit_comes_back_and_its_hash_is_that_of_its_file(run):
+def test_a_large_unit_comes_back_and_its_checksum_is_that_of_its_file(run):
     weights = torch.randn(1000, 1000)
     checkpoint.save(run.folder, 1, run.start("a"), {"a": {"weights": weights}}, {})
+    content = run.file(1, 1, "a.pt").read_bytes()
+    index = read_json(run.file(1, 1, "index.json"))
+    assert index["entries"] == {"a": f"crc32:{zlib.crc32(content):08x}"}
     step, states, _, problems = checkpoint.load_latest(run.folder, ["a"])
     assert (step, problems) == (1, [])
     assert torch.equal(states["a"]["weights"], weights)
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_a_checkpoint_of_an_older_program_has_a_sha256(run, altered):
+    run.save(10, run.start("a"), "a")
+    path, index = run.file(10, 1, "a.pt"), run.file(10, 1, "index.json")
+    sha256 = checkpoint.file_sha256(path)
+    write_json(index, {**read_json(index), "entries": {"a": sha256}})
+    if altered:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    step, problems = run.resume("a")
+    assert step == (0 if altered else 10)
+    assert problems == ([f"{path} is damaged (its checksum does not fit)"] if altered else [])
 
 
 def test_how_others_save_is_not_changed(run):
