@@ -73,7 +73,7 @@ def measure() -> list[Found]:
 
 def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
     """Seconds of three runs by (ranks, cells): from the files, whose indices every rank has, to the
-    sums on rank 0."""
+    arrays on rank 0."""
     found = {}
     mpiexec = Path(sys.executable).with_name("mpiexec")
     for seeds in (0.1, 1, 10, 100):

@@ -1,8 +1,9 @@
 """A checkpoint of a bundle of four cells, each a head and its momentum, on the disk of this
-machine, per cell: ours, which is hashed, synced to disk and appears by one rename, against what
-people write after each epoch. All write new files, and then delete what they wrote the time before
-the last; so all of them fill as much of the page cache anew, which on a virtual machine may take
-longer than writing.
+machine, per cell: ours, which has a checksum, is synced to disk and appears by one rename, against
+what people write after each epoch. All write new files, and then delete what they wrote the time
+before the last; so all of them fill as much of the page cache anew, which on a virtual machine may
+take longer than writing.
+
 
 * `torch.save` of the same content, which promises nothing to a reader or after a crash;
 * the same with the one sync that makes it last;

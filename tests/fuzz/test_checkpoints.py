@@ -17,7 +17,8 @@ import torch
 from hypothesis import strategies as st
 
 from hpc import checkpoint
-from hpc.atomic import file_sha256, read_json, write_json
+from hpc.atomic import read_json, write_json
+from hpc.checksum import file_crc32
 from hpc.command import one_line
 from hpc.generation import Generation, claim
 from tests.fuzz.accidents import damaged
@@ -130,7 +131,7 @@ class Accidents:
             path.unlink()
 
     def forge(self) -> None:
-        """An entry is replaced, and its hash in the index as well."""
+        """An entry is replaced, and its checksum in the index as well."""
         path = self.file()
         if path is None or path.suffix != ".pt" or not (path.parent / INDEX).is_file():
             return
@@ -144,7 +145,7 @@ class Accidents:
         except Exception:
             return
         if isinstance(index.get("entries"), dict):
-            index["entries"][path.stem] = file_sha256(path)
+            index["entries"][path.stem] = f"crc32:{file_crc32(path):08x}"
             write_json(path.parent / INDEX, index)
             self.forged.add(path.parent.name)
 

@@ -11,7 +11,8 @@ import torch
 
 from data_prep.manifest import Manifest
 from hpc import checkpoint
-from hpc.atomic import Damaged, file_sha256, read_json, write_json
+from hpc.atomic import Damaged, read_json, write_json
+from hpc.checksum import file_crc32
 from hpc.generation import claim
 from hpc.preempt import StopRequest
 from jobs import train
@@ -73,22 +74,22 @@ def saved(grid: Grid) -> list[checkpoint.Checkpoint]:
     return checkpoint.find(grid.run.checkpoints(grid.cells[0].bundle_key))[0]
 
 
-def with_fitting_hash(entry: Path) -> None:
+def with_fitting_checksum(entry: Path) -> None:
     """Make the index say that the entry is as it is now."""
     index = read_json(entry.parent / "index.json")
-    index["entries"][entry.stem] = file_sha256(entry)
+    index["entries"][entry.stem] = f"crc32:{file_crc32(entry):08x}"
     write_json(entry.parent / "index.json", index)
 
 
 def no_torch_file(entry: Path) -> None:
     entry.write_bytes(b"GIF89a")
-    with_fitting_hash(entry)
+    with_fitting_checksum(entry)
 
 
 def rewritten(entry: Path, **changes: object) -> None:
     state = torch.load(entry, weights_only=True)
     torch.save({**state, **changes}, entry)
-    with_fitting_hash(entry)
+    with_fitting_checksum(entry)
 
 
 def of_another_model(entry: Path) -> None:
@@ -110,7 +111,7 @@ def with_momentum_of_others(entry: Path) -> None:
 
 def a_list(entry: Path) -> None:
     torch.save([1, 2, 3], entry)
-    with_fitting_hash(entry)
+    with_fitting_checksum(entry)
 
 
 @pytest.mark.parametrize(
