@@ -4,7 +4,6 @@ what people write after each epoch. All write new files, and then delete what th
 before the last; so all of them fill as much of the page cache anew, which on a virtual machine may
 take longer than writing.
 
-
 * `torch.save` of the same content, which promises nothing to a reader or after a crash;
 * the same with the one sync that makes it last;
 * `torch.save` of the whole model and its optimiser's state, synced too. The optimiser of the
