@@ -74,9 +74,9 @@ class _Slots(Dataset["_Written"]):
 
     def __init__(self, batches: TrainingBatches, number: int) -> None:
         self._batches = batches
-        memory = np.frombuffer(mmap.mmap(-1, max(1, number * batches.num_bytes)), np.uint8)
-        starts = [number_before * batches.num_bytes for number_before in range(number)]
-        self._slots = [batches.batch_in(memory[at : at + batches.num_bytes]) for at in starts]
+        size = batches.num_bytes  # 0 on a rank that has no image of a batch
+        memory = np.frombuffer(mmap.mmap(-1, max(1, number * size)), np.uint8)
+        self._slots = [batches.batch_in(memory[k * size : (k + 1) * size]) for k in range(number)]
         self._key = next(_KEYS)
         _SLOTS[self._key] = self
 
