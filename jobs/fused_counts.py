@@ -42,10 +42,10 @@ class Axis(NamedTuple):
         return Axis(self.first[window], self.second[window], self.near[window], self.far[window])
 
     def longer(self, pixels: int) -> Axis:
-        """The same with `pixels` more at its end, which show nothing."""
-        none, nothing = np.zeros(pixels, np.int32), np.zeros(pixels, np.float32)
-        first, second = (np.concatenate([part, none]) for part in (self.first, self.second))
-        near, far = (np.concatenate([part, nothing]) for part in (self.near, self.far))
+        """The same with `pixels` more at its end, where its last one is."""
+        places, weights = (self.first, self.second), (self.near, self.far)
+        first, second = (np.pad(part, (0, pixels), "edge") for part in places)
+        near, far = (np.pad(part, (0, pixels), "edge") for part in weights)
         return Axis(first, second, near, far)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from jobs import vectors as op
 from jobs.compiled import compiled, types
-from jobs.vector_memory import gather, load, store
+from jobs.vector_memory import gather, load, permute, store
 
 Reals = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -28,7 +28,7 @@ Bytes = NDArray[np.uint8]
 Vector = Any  # of `LANES` numbers
 
 # the digest of jobs/vectors.py and jobs/vector_memory.py, which a test looks at
-VECTORS = "fc575074470a"
+VECTORS = "e0b6f27d122c"
 
 _ONE, _NLL_ONE = np.float32(2**24), np.float32(2**16)  # the fixed points of `Counts`
 _LARGEST_NLL = np.float32(2**16)  # as in the reference
@@ -82,6 +82,16 @@ def log_of_sum(s: Vector) -> Vector:
     return op.fma(op.reals(exponent), _LN2, op.fma(tail * g, f, f + f))
 
 
+@compiled(op.REALS(_F3, _int, op.INTS, types.boolean))
+def _pick(logits: Reals, row: int, places: Vector, are_near: bool) -> Vector:
+    """The logits of a row at `places`, which do not decrease. They differ by less than `LANES` if
+    they are near, as all are where pixels are no fewer than logits: then one load has them, for a
+    gather's sixteen."""
+    if op.AVX512 and are_near:
+        return permute(logits, row, places)
+    return gather(logits, row, places)
+
+
 @compiled(_void(_F3, _int, _I1, _I1, _F1, _F1, _int, _int, _F2))
 def _widen(
     logits: Reals, y: int, left: Ints, right: Ints, near: Reals, far: Reals, start: int,
@@ -92,10 +102,13 @@ def _widen(
     for x in range(0, pixels, op.LANES):
         first, second = load(left, start + x), load(right, start + x)
         of_first, of_second = load(near, start + x), load(far, start + x)
+        last = start + x + op.LANES - 1
+        are_near = max(left[last] - left[start + x], right[last] - right[start + x]) < op.LANES
         for c in range(wide.shape[0]):
             row = (c * height + y) * width
-            own = gather(logits, row, first) * of_first
-            store(wide, c * _BLOCK + x, op.fma(gather(logits, row, second), of_second, own))
+            own = _pick(logits, row, first, are_near) * of_first
+            other = _pick(logits, row, second, are_near)
+            store(wide, c * _BLOCK + x, op.fma(other, of_second, own))
 
 
 @compiled(types.Tuple((op.REALS, op.INTS))(_F2, _F2, _float, _float, _int, _F2))
@@ -139,7 +152,7 @@ def list_scores(
         squares = op.fma(p, p, squares)
         store(totals, c * op.LANES, load(totals, c * op.LANES) + op.nearest_int(p * _ONE))
         above = p * np.float32(bins) >= _UNIT
-        if op.COMPRESSES or op.num_set(above):  # noise has some nearly always, pictures seldom
+        if op.AVX512 or op.num_set(above):  # noise has some nearly always, pictures seldom
             store(scores, listed, op.compress(p, above))
             store(places, listed, op.in_all_lanes(np.int32(c * bins)))
             listed += op.num_set(above)
@@ -204,12 +217,12 @@ def _score_pixels(
         label, labelled = op.where(is_void, np.int32(0), label), op.where(is_void, _ZERO, _UNIT)
         highest, prediction = _blend(above, below, near, far, x, plane)
         true_class = label * np.int32(_BLOCK) + op.lane_numbers()
-        distance = highest - gather(plane, x, true_class)
+        behind = gather(plane, x, true_class) - highest
         total = _exponentials(plane, x, highest)
-        nll = op.smaller(distance + log_of_sum(total), _LARGEST_NLL)
+        nll = op.smaller(log_of_sum(total) - behind, _LARGEST_NLL)
         nlls = nlls + op.longs(op.nearest(nll * labelled * _NLL_ONE))
         scale = labelled / total
-        true = gather(plane, x, true_class) * scale
+        true = exp_negative(behind) * scale  # sooner computed anew than gathered
         squares, listed = list_scores(plane, x, scale, bins, totals, scores, places, listed)
         brier = op.doubles(squares) - 2.0 * op.doubles(true) + 1.0
         briers = briers + op.longs(op.nearest(brier * op.doubles(labelled) * 2.0**24))

@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 
 from jobs.compiled import types
-from jobs.vectors import INTS, LANES, MASK, REALS, Value, Vector, call, intrinsic, llvm_type
+from jobs.vectors import INTS, LANES, MASK, REALS, Value, Vector, call, in_all, intrinsic, llvm_type
 
 
 def _pointer(context: Any, builder: Any, kind: Any, array: Value, at: Value) -> Value:
@@ -54,5 +54,30 @@ def gather(typing: Any, array: Any, start: Any, places: Any) -> Any:
             builder, f"llvm.masked.gather.v{LANES}f32.v{LANES}p0", gives, each, ir.IntType(32)(4),
             ir.Constant(llvm_type(MASK), [1] * LANES), ir.Constant(gives, ir.Undefined),
         )  # fmt: skip
+
+    return REALS(array, types.int64, places), generate
+
+
+@intrinsic
+def permute(typing: Any, array: Any, start: Any, places: Any) -> Any:
+    """As `gather`, of places that do not decrease and differ by less than `LANES`: one load of what
+    lies between them, and nothing else, and one permutation. For processors with AVX-512."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Value:
+        array, start, places = given
+        lane, gives = ir.IntType(32), llvm_type(REALS)
+        lowest, highest = (builder.extract_element(places, lane(at)) for at in (0, LANES - 1))
+        behind = builder.sub(places, in_all(builder, lowest))
+        needed = builder.icmp_signed(
+            "<=", ir.Constant(llvm_type(INTS), list(range(LANES))),
+            in_all(builder, builder.sub(highest, lowest)),
+        )  # fmt: skip
+        first = builder.add(start, builder.sext(lowest, start.type))
+        between = call(
+            builder, f"llvm.masked.load.v{LANES}f32.p0", gives,
+            _pointer(context, builder, signature.args[0], array, first), lane(4), needed,
+            ir.Constant(gives, None),
+        )  # fmt: skip
+        return call(builder, "llvm.x86.avx512.permvar.sf.512", gives, between, behind)
 
     return REALS(array, types.int64, places), generate

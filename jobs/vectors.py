@@ -21,8 +21,9 @@ from numba.core.registry import cpu_target
 from jobs.compiled import types
 
 LANES = 16
-# whether the processor has an instruction for `compress`, which costs dozens without
-COMPRESSES = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+# for `compress`, which is one instruction there and dozens elsewhere, and for
+# `jobs.vector_memory.permute`, which is not to be had elsewhere
+AVX512 = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 
 Value = Any  # of LLVM's
 _Emit = Callable[..., Value]  # of the builder and of operands, all of one type
@@ -60,7 +61,8 @@ def llvm_type(kind: Vector) -> ir.Type:
     return ir.VectorType(_LLVM[kind.element], LANES)
 
 
-def _in_all_lanes(builder: Any, number: Value) -> Value:
+def in_all(builder: Any, number: Value) -> Value:
+    """A vector of equal numbers."""
     nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, number, ir.IntType(32)(0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
@@ -108,7 +110,7 @@ def _alike(context: Any, builder: Any, kind: Any, kinds: Any, values: Any) -> li
     """The operands, of which numbers become vectors."""
     return [
         value if isinstance(own, Vector)
-        else _in_all_lanes(builder, context.cast(builder, value, own, kind.element))
+        else in_all(builder, context.cast(builder, value, own, kind.element))
         for value, own in zip(values, kinds, strict=True)
     ]  # fmt: skip
 
@@ -237,7 +239,7 @@ def where(typing: Any, mask: Any, a: Any, b: Any) -> Any:
 @intrinsic
 def in_all_lanes(typing: Any, number: Any) -> Any:
     """A vector of equal numbers."""
-    return Vector(number)(number), lambda _, builder, __, given: _in_all_lanes(builder, *given)
+    return Vector(number)(number), lambda _, builder, __, given: in_all(builder, *given)
 
 
 @intrinsic

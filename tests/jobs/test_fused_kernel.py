@@ -111,11 +111,46 @@ def test_a_bin_begins_where_the_reference_has_it(bins):
     assert not packed.any() and not totals.any()  # the next scores begin anew
 
 
+BETWEEN_PAGES = """
+import ctypes, mmap
+import numpy as np
+from numba import njit
+from jobs import vectors as op
+from jobs.vector_memory import load, permute, store
+
+@njit
+def permuted(array, start, places):
+    found = np.empty(op.LANES, np.float32)
+    store(found, 0, permute(array, start, load(places, 0)))
+    return found
+
+memory, page = mmap.mmap(-1, 3 * mmap.PAGESIZE), mmap.PAGESIZE
+before, array, behind = (np.frombuffer(memory, np.float32, page // 4, at * page) for at in range(3))
+generator = np.random.default_rng(0)
+array[:] = generator.random(len(array), np.float32)
+for side in (before, behind):  # not to be read
+    start, length = ctypes.c_void_p(side.ctypes.data), ctypes.c_size_t(page)
+    assert ctypes.CDLL(None).mprotect(start, length, 0) == 0
+for _ in range(200):
+    steps = np.array([0, *generator.integers(0, 2, op.LANES - 1).cumsum()], np.int32)
+    for first in (0, len(array) - 1 - steps[-1]):
+        places = steps + np.int32(first)
+        assert (permuted(array, first, steps) == array[places]).all()
+        assert (permuted(array, 0, places) == array[places]).all()
+"""
+
+
+@pytest.mark.skipif(not op.AVX512, reason="a processor without AVX-512")
+def test_neighbours_are_picked_from_one_load_that_reads_nothing_beyond_them():
+    """In a process of its own, which the page before the array or behind it would end."""
+    subprocess.run([sys.executable, "-c", BETWEEN_PAGES], check=True)
+
+
 NARROW = """
 import sys, numpy as np, torch
 from jobs import vectors
 from jobs.fused_counts import count_upsampled
-assert not vectors.COMPRESSES
+assert not vectors.AVX512
 given = np.load(sys.argv[1])
 counts = count_upsampled(*(torch.from_numpy(given[name]) for name in ("logits", "target")), 10)
 np.savez(sys.argv[2], **counts.as_arrays())
