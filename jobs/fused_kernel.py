@@ -82,13 +82,16 @@ def log_of_sum(s: Vector) -> Vector:
     return op.fma(op.reals(exponent), _LN2, op.fma(tail * g, f, f + f))
 
 
+_of_neighbours = permute if op.AVX512 else gather  # LLVM must not even see what is not there
+
+
 @compiled(op.REALS(_F3, _int, op.INTS, types.boolean))
 def _pick(logits: Reals, row: int, places: Vector, are_near: bool) -> Vector:
     """The logits of a row at `places`, which do not decrease. They differ by less than `LANES` if
     they are near, as all are where pixels are no fewer than logits: then one load has them, for a
     gather's sixteen."""
-    if op.AVX512 and are_near:
-        return permute(logits, row, places)
+    if are_near:
+        return _of_neighbours(logits, row, places)
     return gather(logits, row, places)
 
 
