@@ -4,6 +4,7 @@ path: it has a process group of size one."""
 from __future__ import annotations
 
 import datetime
+import os
 import socket
 import time
 import traceback
@@ -97,6 +98,10 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     """
     device = own_device(env)
     store = _store(env, rendezvous)
+    # `Group.background` is a second communicator, whose kernels must start in one order on all
+    # ranks: in that in which the host asks for them (NCCL 2.26 and later, its user guide, "Using
+    # multiple NCCL communicators concurrently")
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # integers that ranks agree on lie in main memory, hence gloo beside NCCL
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

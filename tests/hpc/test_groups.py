@@ -224,3 +224,22 @@ def test_rank_0_leaves_an_address_that_other_nodes_can_reach(monkeypatch, resolv
     monkeypatch.setattr(socket, "gethostname", lambda: "n7")
     monkeypatch.setattr(socket, "gethostbyname", resolve)
     assert groups._own_address() == address
+
+
+def test_two_communicators_start_their_kernels_in_the_hosts_order(monkeypatch, tmp_path):
+    """NCCL must be told before it starts; whoever knows better may say otherwise."""
+    seen = []
+
+    def started(backend, **_):
+        seen.append((backend, os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"]))
+        raise UserError("there is no GPU here")
+
+    monkeypatch.setattr(groups, "own_device", lambda env: torch.device("cuda"))
+    monkeypatch.setattr(groups.dist, "init_process_group", started)
+    for told in (None, "0"):
+        monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
+        if told is not None:
+            monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", told)
+        with pytest.raises(UserError, match="no GPU"), process_group(rank_env(0, 1), tmp_path):
+            pass
+    assert seen == [("cpu:gloo,cuda:nccl", "1"), ("cpu:gloo,cuda:nccl", "0")]
