@@ -37,7 +37,7 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), target=self.target.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`; from pinned memory it comes while the GPU goes on working."""
+        """The same on `device`; nobody waits for it if it comes from pinned memory."""
         images, target = (t.to(device, non_blocking=True) for t in (self.images, self.target))
         return replace(self, images=images, target=target)
 
@@ -110,6 +110,27 @@ class UnresizedBatch:
             gpu.resize_image(source, down, across, layout.rows_first, image)
             labels[:rows, :columns] = gpu.pick(label, down, across)
         return Batch(images, target, self.positions)
+
+
+class Transfer:
+    """Brings batches to `device`: to a GPU on a stream of their own, beside what it still computes
+    of the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch | UnresizedBatch) -> Batch:
+        """The batch on the device, for the stream that is current."""
+        if self._stream is None:
+            return batch.to(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in (moved.images, moved.target):  # which are the other stream's until then
+            tensor.record_stream(current)
+        return moved
 
 
 def _flat(arrays: Sequence[np.ndarray], dtype: DTypeLike) -> Tensor:

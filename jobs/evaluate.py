@@ -57,7 +57,7 @@ def evaluate(
             if pair is None:  # the last round may leave some ranks without an image
                 continue
             image, target = pair
-            logits = forward(normalise(image[None].to(group.device)))
+            logits = forward(normalise(image[None].to(group.device, non_blocking=True)))
             for cell, output in enumerate(logits):
                 broken[cell] |= not bool(torch.isfinite(output).all())
                 if not broken[cell]:

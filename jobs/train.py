@@ -28,7 +28,7 @@ from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
-from jobs.batches import TrainingBatches
+from jobs.batches import TrainingBatches, Transfer
 from jobs.cell import Cell
 from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.counts_file import counted_cells, write_counts
@@ -70,6 +70,8 @@ def configure_torch(protocol: Protocol) -> None:
     if protocol.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
     torch.use_deterministic_algorithms(protocol.deterministic)
+    # fp32 is fp32 on every GPU: torch's own choice for convolutions is TF32, of 10 bits
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
@@ -145,6 +147,7 @@ def train(
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
     total = cell.protocol.epochs * batches.steps_per_epoch
     frozen = backbone if backbone is None else training_form(backbone, cell.protocol)
+    transfer = Transfer(group.device)
     job.begin(start)
     if cell.protocol.profile:
         group.watch.start()
@@ -156,7 +159,7 @@ def train(
         while batch is not None and (active := still_training(trainees)):
             job.beat("training", step, total)
             with group.watch.part("data"):
-                batch = batch.to(group.device)
+                batch = transfer(batch)
             with while_compiling(cell.protocol):
                 with group.watch.part("backbone"):
                     inputs = features(frozen, batch.images, cell, group)

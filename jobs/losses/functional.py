@@ -165,7 +165,7 @@ def _focal_of_pixels(log_p: Tensor) -> Tensor:
 
 
 def _mean_over_images(per_image: Tensor, global_sum: GlobalSum) -> Tensor:
-    images = global_sum(per_image.new_tensor(float(len(per_image))))
+    images = global_sum(per_image.new_full((), len(per_image)))
     return per_image.sum() / images
 
 
@@ -173,7 +173,7 @@ def _pooled_mean(values: Tensor, weight: Tensor, labelled: Tensor, global_sum: G
     """Class weights multiply the losses before they are pooled, scaled so that pooling over all
     pixels gives the weighted mean."""
     weight = weight[labelled].double()
-    number, total = global_sum(torch.stack([weight.new_tensor(len(weight)), weight.sum()]))
+    number, total = global_sum(torch.stack([weight.new_full((), len(weight)), weight.sum()]))
     weight = weight * (number / torch.where(total > 0, total, 1.0))
     pooling = pooling_weights(values.detach()[labelled].double() * weight, global_sum)
     # spread out instead of picking the labelled losses, which would keep where each of them lies

@@ -34,7 +34,7 @@ def pooling_weights(
     number of losses, at most 1. The sum over all ranks of weights x losses lies between the mean of
     all losses and the mean of the m largest; with a fraction of 1 it is the mean.
     """
-    number, total = global_sum(torch.stack([losses.new_tensor(len(losses)), losses.sum()]))
+    number, total = global_sum(torch.stack([losses.new_full((), len(losses)), losses.sum()]))
     if total == 0:
         return torch.full_like(losses, 1.0) / number.clamp(min=1)
     scaled = losses * (number / total)  # of mean 1, so that no power of theirs overflows
@@ -68,7 +68,7 @@ def _threshold(
         capped, powers = at(thresholds)
         true = int((thresholds**Q * (m - capped) <= powers).sum())
         low, high = low + true * step, min(low + (true + 1) * step, high)
-    threshold = torch.tensor(low, device=losses.device).view(torch.float64)
+    threshold = torch.full((), low, device=losses.device).view(torch.float64)
     capped, powers = at(threshold[None])
     return threshold, capped[0], powers[0]
 

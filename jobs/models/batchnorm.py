@@ -92,7 +92,7 @@ class _Normalise(torch.autograd.Function):
 def _global_moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and count [] of all ranks' pixels."""
     channels = x.shape[1]
-    count = x.new_tensor(float(x.numel() // channels))
+    count = x.new_full((), x.numel() // channels)  # `new_tensor` would wait for a GPU
     if x.numel():
         mean = x.mean(_SPACE)
         # torch.var_mean is a scalar loop on the CPU; this is 3 times as fast and as exact

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,9 +102,18 @@ def build_head(
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [B, 3, H, W] -> float, with ImageNet's mean and standard deviation, laid out as a
     network wants it."""
-    mean = torch.tensor(IMAGENET_MEAN, dtype=dtype, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, dtype=dtype, device=images.device)[:, None, None]
+    mean, std = _statistics(dtype, images.device)
     return laid_out((images.to(dtype) / 255 - mean) / std)
+
+
+@lru_cache(maxsize=4)
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation, [3, 1, 1]; to bring them to a GPU waits for it."""
+    mean, std = (
+        torch.tensor(numbers, dtype=dtype, device=device)[:, None, None]
+        for numbers in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return mean, std
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from jobs.batches import (
     Batch,
     EvaluationImages,
     TrainingBatches,
+    Transfer,
     share,
 )
 from jobs.loaders import load_images, load_steps
@@ -189,3 +190,17 @@ def test_a_batch_is_pinned_where_a_gpu_reads_it(monkeypatch):
     there = pinned.to(torch.device("meta"))
     assert (there.images.device.type, there.target.device.type) == ("meta", "meta")
     assert there.images.dtype == torch.uint8 and there.positions == range(6, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_batches_come_to_a_real_gpu_beside_its_work(train):
+    """Each has its own bytes, however long the GPU still computes when it comes."""
+    batches, gpu = batches_of(train), torch.device("cuda")
+    transfer, busy = Transfer(gpu), torch.rand(4096, 4096, device=gpu)
+    for step, batch in enumerate(load_steps(batches, 0, STEPS, 2)):
+        for _ in range(20):
+            busy = (busy @ busy).clamp(0, 1)
+        moved = transfer(batch)
+        assert moved.images.device.type == "cuda"
+        assert torch.equal(moved.images.cpu(), batches[step].images)
+        assert torch.equal(moved.target.cpu(), batches[step].target)

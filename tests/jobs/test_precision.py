@@ -37,6 +37,14 @@ def test_mixed_precision_is_for_a_gpu(alone):
     assert half_precision(a_cell().protocol, CUDA) is None
 
 
+def test_fp32_is_no_tf32():
+    """Which torch chooses for convolutions where a GPU has it."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    job.configure_torch(a_cell().protocol)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_bf16_is_for_gpus_that_have_it(alone, monkeypatch):
     protocol = a_cell(precision="bf16").protocol
     assert half_precision(protocol, alone) == torch.bfloat16
