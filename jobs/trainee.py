@@ -67,6 +67,10 @@ class Trainee:
             momentum=protocol.momentum,
             weight_decay=protocol.weight_decay,
         )
+        if protocol.momentum:
+            # in the first step it would come to lie among activations, and leave holes behind them
+            for parameter in self.network.parameters():
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._half = half_precision(protocol, group)
         scaled = self._half == torch.float16  # bf16 has the range of fp32 and needs no scaler
         self._scaler = torch.amp.GradScaler(group.device.type, enabled=scaled)

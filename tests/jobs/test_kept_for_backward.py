@@ -1,4 +1,5 @@
-"""What a loss keeps for its backward pass: the scores of all pixels once, and maps of pixels."""
+"""What is kept for a backward pass: of a loss, the scores of all pixels once, and maps of pixels;
+of a bundle, what one head computed."""
 
 from __future__ import annotations
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from jobs import trainee as trainee_module
 from jobs.losses import combine
 from jobs.losses.combine import combined_loss
 from jobs.losses.names import parse_loss
 from jobs.losses.powers import sum_of_powers
+from jobs.models.build import upsample
+from jobs.trainee import Trainee, step_in_turn
+from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
 from tests.jobs.oracles import VOID, a_batch
 from tests.jobs.test_losses import PAIRS, SINGLE
 
@@ -92,3 +97,26 @@ def test_sums_of_powers_are_those_of_plain_torch(power, of_true_class):
 
 def plain_sum_of_powers(log_probs, where, power):
     return torch.where(where, (power * log_probs).exp(), 0.0).sum(dim=(2, 3))
+
+
+def test_a_bundle_holds_the_activations_of_one_head(alone, monkeypatch):
+    """All that a head computes is gone when the next one begins."""
+    made, gone = [], []
+
+    def watched(logits, size):
+        scores = upsample(logits, size)
+        made.extend(map(weakref.ref, (logits, scores)))
+        return scores
+
+    monkeypatch.setattr(trainee_module, "upsample", watched)
+    trainees = [Trainee(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in ("WCE", "WDL", "CE")]
+    for trainee in trainees:
+        trainee.network.register_forward_pre_hook(
+            lambda *_: gone.append([one() is None for one in made])
+        )
+        for module in trainee.network.modules():
+            module.register_forward_hook(lambda *given: made.append(weakref.ref(given[-1])))
+    step_in_turn(trainees, *a_share(0), 0, 10)
+    of_a_head = len(made) // 3
+    assert of_a_head > 5 and [len(each) for each in gone] == [0, of_a_head, 2 * of_a_head]
+    assert all(map(all, gone))
