@@ -8,6 +8,7 @@ other on the other. More would not help: many tests start processes of their own
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import suppress
 from typing import Any
@@ -32,7 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before any test is collected, since a test's share of the cases is fixed then."""
+    """Before any test is collected, since a test's share of the cases is fixed then. GPUs are seen
+    by `-k real_gpu` alone: all other tests say what a processor does, wherever they run."""
+    if "real_gpu" not in config.getoption("keyword"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cases.plan(config.getoption("--fuzz-cases"))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's `&` leaves behind
         with suppress(ValueError):  # not the main thread
