@@ -128,9 +128,12 @@ def _limit(logits: Tensor, target: Tensor) -> str:
 def _extra_memory(which: str) -> float:
     """By how many MB memory peaks above what a process holds before it counts; measured in a
     process of its own."""
+    # what is freed goes back to the system at once: pages that lie ready would not be counted
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, which], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", _PEAK, which], capture_output=True, text=True, check=True,
+        env=environ,
+    )  # fmt: skip
     return float(done.stdout)
 
 

@@ -80,7 +80,7 @@ def reduction() -> Plot:
     lines = []
     for ranks in sorted({ranks for ranks, _ in found}):
         rounds = {cells: seconds for (r, cells), seconds in found.items() if r == ranks}
-        each = median(found[1, most]) / most / ranks
+        each = median(found[1, most]) / most / min(ranks, os.cpu_count() or 1)
         label = "1 rank" if ranks == 1 else f"{ranks} ranks"
         lines.append(Line(label, rounds, {cells: each * cells for cells in rounds}))
     return Plot("Seconds of a reduction", "cells", tuple(lines))
