@@ -1,4 +1,5 @@
-"""Label images with a trained cell: a label map, a coloured one and a confidence map an image.
+"""Label images with a trained cell: a label map, whose palette has colours, and a confidence map
+an image.
 
     python -m pipeline.predict CELL IMAGES... --out DIR
 
