@@ -8,7 +8,6 @@ even by a `--wait` that goes on. `python -m pipeline.submit grid` goes on where 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Sequence, Set
 
 from hpc.command import argument_parser, one_line, run
@@ -57,8 +56,7 @@ def cancel(grid: Grid, queue: Queue, cells: Sequence[Cell] = ()) -> list[str]:
     others = {cell for task in (*alive, *held) for cell in task.cells} - signatures
     if cells and others:
         lines.append(f"with them end {len(others)} other cells, which are in the same jobs")
-    config = shlex.quote(str(grid.path))
-    lines.append(f"running ones save first; `python -m pipeline.submit grid {config}` goes on")
+    lines.append(f"running ones save first; `python -m pipeline.submit grid {grid.words}` goes on")
     return lines
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,13 @@ class Grid:
     notes: tuple[str, ...]  # which cells that the file names there are not, and why
     profile: Mapping[str, Any] | str  # a [cluster] table, or a profile's name or path
     run: RunPaths
+    asked_profile: str = ""  # by --cluster, in place of the file's
+
+    @property
+    def words(self) -> str:
+        """What names this grid, and where it runs, behind any of the commands."""
+        profile = ["--cluster", self.asked_profile] if self.asked_profile else []
+        return shlex.join([str(self.path), *profile])
 
     @cached_property
     def cluster(self) -> ClusterProfile:
@@ -145,6 +153,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         notes=tuple(f"{'/'.join(where)} has no pre-fine: {why}" for where, why in absent.items()),
         profile=cluster or file.cluster,
         run=run,
+        asked_profile=cluster or "",
     )
 
 

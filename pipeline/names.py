@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 from collections.abc import Sequence
 
 from hpc.command import UserError
@@ -45,4 +44,4 @@ def nearest(grid: Grid, name: str, known: Sequence[str] | dict[str, Cell]) -> st
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"see `python -m pipeline.status {shlex.quote(str(grid.path))}`"
+    return f"see `python -m pipeline.status {grid.words}`"

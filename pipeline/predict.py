@@ -10,7 +10,6 @@ trained head.
 from __future__ import annotations
 
 import colorsys
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,8 +61,7 @@ def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
     head = grid.run.head(signature)
     if not head.is_file():
         raise UserError(
-            f"{cell} has no trained head {head}; see `python -m pipeline.status "
-            f"{shlex.quote(str(grid.path))}`"
+            f"{cell} has no trained head {head}; see `python -m pipeline.status {grid.words}`"
         )
     return head, grid.run
 

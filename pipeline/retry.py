@@ -10,7 +10,6 @@ were not finite, are told, and tried again only by name.
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -136,13 +135,12 @@ def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool
 
 
 def _remedy(grid: Grid, cause: str) -> str:
-    config = shlex.quote(str(grid.path))
-    by_name = f"`python -m pipeline.retry {config} --cell NAME`"
+    by_name = f"`python -m pipeline.retry {grid.words} --cell NAME`"
     return {
-        "cancelled": f"`python -m pipeline.submit grid {config}` submits them",
+        "cancelled": f"`python -m pipeline.submit grid {grid.words}` submits them",
         _MEMORY: f"they {TOO_LARGE}; then, or with {by_name}, they are tried again",
         NOT_FINITE: f"change their settings, or try the same again with {by_name}",
-    }.get(cause, f"mend it, then `python -m pipeline.submit grid {config}`, or {by_name}")
+    }.get(cause, f"mend it, then `python -m pipeline.submit grid {grid.words}`, or {by_name}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +45,8 @@ def wait_for(
             held = [stage for stage in stages if stage == "grid" or stage not in jobs]
             jobs = {**jobs, **patiently(partial(submit, held))}
     except KeyboardInterrupt:
-        config = one_line(shlex.quote(str(grid.path)))
-        print(f"the jobs go on; see `python -m pipeline.status {config}`", file=sys.stderr)
+        words = one_line(grid.words)
+        print(f"the jobs go on; see `python -m pipeline.status {words}`", file=sys.stderr)
         raise
     if error := _stage_error(queue, jobs):
         print(one_line(error), file=sys.stderr)

@@ -46,6 +46,13 @@ def test_all_jobs_end_by_one_call(grid, queue, capsys):
     assert {cell.why for cell in survey(grid, queue).cells} == {"cancelled"}
 
 
+def test_the_command_that_goes_on_names_the_profile_that_was_asked_for(grid, queue, capsys):
+    submit(grid, queue, ["grid"])
+    assert command.main([str(grid.path), "--cluster", "local"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"`python -m pipeline.submit grid {grid.path} --cluster local` goes on" in line
+
+
 def test_pre_trainings_end_too(tmp_path, streets, queue):
     grid = small_grid(tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(streets)))
     submit(grid, queue, ["grid"])
