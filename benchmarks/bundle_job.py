@@ -118,9 +118,10 @@ def published(job: Job, half: torch.dtype | None = None) -> Work:
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast(device, half):
-            loss = criterion(network(images)["out"], job.target)
-        scaler.scale(loss).backward()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # as torch comes
+            with autocast(device, half):
+                loss = criterion(network(images)["out"], job.target)
+            scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
