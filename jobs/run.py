@@ -27,7 +27,8 @@ from jobs.trainee import Trainee, half_precision, is_mixed
 HEARTBEAT_SECONDS = 2.0
 
 # Raised when the program begins to round otherwise; 1 was not recorded. 2: dilated convolutions.
-ROUNDING = 2
+# 3: fp32 is no TF32 on a GPU.
+ROUNDING = {"cpu": 2, "cuda": 3}
 
 T = TypeVar("T")
 
@@ -245,7 +246,7 @@ def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu": _instructions(half_precision(cell.protocol, group)),
         "torch": torch.__version__,
-        "rounding": ROUNDING,
+        "rounding": ROUNDING[group.device.type],
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
         "mixed_precision": is_mixed(cell.protocol, group),
         "deterministic": cell.protocol.deterministic or not cuda,

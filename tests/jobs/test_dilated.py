@@ -214,7 +214,7 @@ def test_a_cell_that_a_program_with_other_rounding_began_is_marked(streets, tmp_
     """As after other threads: what it is resumed with is on record, and no other cell's."""
     grid = grid_of(tmp_path, streets.folder, "CE")
     with monkeypatch.context() as older:
-        older.setattr(run, "ROUNDING", run.ROUNDING - 1)
+        older.setattr(run, "ROUNDING", {"cpu": run.ROUNDING["cpu"] - 1})
         older.setattr(run.Run, "decide", lambda job: run.Action.STOP)
         assert job.main([str(task_of(grid))]) == 0
     assert job.main([str(task_of(grid))]) == 0

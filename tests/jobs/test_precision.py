@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpc.command import UserError
+from jobs import run
 from jobs import train as job
 from jobs import trainee as trainee_module
 from jobs.counts_file import read_index
@@ -43,6 +44,14 @@ def test_fp32_is_no_tf32():
     job.configure_torch(a_cell().protocol)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_cell_that_began_with_tf32_has_mixed_provenance(alone, monkeypatch):
+    """An older program trained it on a GPU in what it called fp32, and recorded 2."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), world_size=1)
+    assert run._provenance(a_cell(), on_gpu)["rounding"] == 3
+    assert run._provenance(a_cell(), alone)["rounding"] == 2
 
 
 def test_bf16_is_for_gpus_that_have_it(alone, monkeypatch):
