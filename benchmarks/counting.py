@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,9 @@ def measure() -> list[Found]:
         "our reference": (lambda: _reference(logits, target), 0.0),
     }
     absent: list[Found] = []
-    try:
-        import torchmetrics  # noqa: F401 (is it there? `_torchmetrics` uses it)
-
+    if find_spec("torchmetrics"):
         peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 8.0)
-    except ImportError:
+    else:
         absent = [Absent(WHAT, TORCHMETRICS, "torchmetrics is not installed")]
     return [
         *compare(
