@@ -18,6 +18,7 @@ T = TypeVar("T", dict, list)
 
 SOURCE = "https://download.pytorch.org/models"
 PRE_FINE = "pre-fine"  # weights, and the paper's name of CE from these
+OF_ONE_MODEL = ("coco", PRE_FINE)  # each model has a file of its own, with a backbone of its own
 VOC_CLASSES = 21  # that the classifiers in COCO's files tell apart
 _IMAGENET = {
     "resnet50": "resnet50-0676ba61.pth",
@@ -41,7 +42,7 @@ FILES = {
         for head in ("fcn", "deeplabv3")
     },
     ("imagenet", "unet_resnet50"): _IMAGENET["resnet50"],
-    **{(weights, model): file for weights in ("coco", PRE_FINE) for model, file in _COCO.items()},
+    **{(weights, model): file for weights in OF_ONE_MODEL for model, file in _COCO.items()},
 }
 PUBLISHED = ("imagenet", "coco", PRE_FINE)
 WITHOUT_FILE = ("none", "pretrain")

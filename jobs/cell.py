@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
+from data_prep.weights import OF_ONE_MODEL
 from hpc.atomic import canonical, canonical_table, text_sha256
 from hpc.config import Settings
 from jobs.losses.names import LossSpec
@@ -47,13 +48,13 @@ class Cell(Settings):
     @cached_property
     def bundle_key(self) -> str:
         """Equal for the cells that may share a backbone's pass. A cell that trains the whole
-        network shares with none; COCO's backbones differ between the models' own files."""
+        network shares with none."""
         shared = self._shared()
         shared["backbone"] = canonical(MODELS[self.model].backbone)
         if self.protocol.train == "all":
             shared["alone"] = canonical(self.signature)
-        elif self.protocol.weights in ("coco", "pre-fine"):
-            shared["weights_of"] = canonical(self.model)
+        elif self._model_of_weights:
+            shared["weights_of"] = canonical(self._model_of_weights)
         return _key(shared)
 
     @cached_property
@@ -65,6 +66,23 @@ class Cell(Settings):
             self.protocol.backbone_json,
             canonical(MODELS[self.model].backbone),
         )
+
+    @cached_property
+    def weights_key(self) -> str:
+        """Equal for the cells of a data set that start from one file of weights."""
+        return _key(
+            {
+                "backbone": canonical(self.backbone_key),
+                "weights": canonical(self.protocol.weights),
+                "model": canonical(self._model_of_weights),
+            }
+        )
+
+    @property
+    def _model_of_weights(self) -> str:
+        """The model that the file of weights belongs to; "" if it serves all models with this
+        backbone."""
+        return self.model if self.protocol.weights in OF_ONE_MODEL else ""
 
     def profiled(self) -> Cell:
         """The same cell, whose job measures how long each of its parts takes."""

@@ -98,13 +98,11 @@ def _is_complete(index: CountsIndex) -> bool:
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
     """Cells that should share a backbone's weights were counted with the same ones, and with those
     that were trained here where that is so."""
-    shared: dict[tuple[str, ...], tuple[Any, str]] = {}
+    shared: dict[str, tuple[Any, str]] = {}
     for cell in grid.cells:
         if cell.signature not in chosen:
             continue
-        weights = cell.protocol.weights
-        # COCO's backbones differ between the models' own files
-        key = (cell.backbone_key, weights, cell.model if weights == "coco" else "")
+        weights, key = cell.protocol.weights, cell.weights_key
         if weights == "pretrain" and key not in shared:
             with suppress(Damaged, KeyError):  # the notes say so
                 sha256 = _trained_here(grid, cell)["sha256"]

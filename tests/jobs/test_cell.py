@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 
 from data_prep.settings import parse_dataset
+from data_prep.weights import FILES, PUBLISHED
 from jobs.cell import Cell, RunPaths, bundles
 from jobs.losses.names import Knot, LossSpec, Term, parse_loss
+from jobs.models.names import MODELS
 from jobs.pretrain import pretraining_cell
 from jobs.protocol import Pretrain, Protocol
 from tests.jobs.cells import a_cell
@@ -220,10 +222,22 @@ def test_backbones_of_different_depth_are_not_shared():
     assert len(grouped) == 2
 
 
-def test_cocos_backbones_are_those_of_each_model():
-    grouped = bundles(paper_grid(weights="coco"))
+@pytest.mark.parametrize("weights", ["coco", "pre-fine"])
+def test_cocos_backbones_are_those_of_each_model(weights):
+    grouped = bundles(paper_grid(weights=weights))
     assert len(grouped) == 4
     assert all(len({cell.model for cell in cells}) == 1 for cells in grouped.values())
+
+
+@pytest.mark.parametrize("weights", [*PUBLISHED, "own.pth"])
+def test_cells_share_a_weights_key_if_they_start_from_one_file(weights):
+    cells = [c for w in (weights, "none") for c in paper_grid(weights=w)]
+    cells.append(paper_cell("fcn_resnet50", weights=weights))
+    for one, other in itertools.combinations(cells, 2):
+        starts = [(c.protocol.weights, MODELS[c.model].backbone) for c in (one, other)]
+        files = [FILES.get((c.protocol.weights, c.model)) for c in (one, other)]
+        same = starts[0] == starts[1] and files[0] == files[1]
+        assert (one.weights_key == other.weights_key) == same
 
 
 def test_cells_that_train_the_whole_network_share_with_none():
