@@ -16,9 +16,10 @@ import torch
 
 from benchmarks.measure import Comparison, copy_bandwidth
 from jobs.losses.functional import alone
-from jobs.losses.pooling import FRACTION, P, Q, pooling_weights
+from jobs.losses.pooling import SHARE, P, pooling_weights
 
 PIXELS = 12 * 480 * 480
+Q = P / (P - 1)
 HARD = 0.02  # share of pixels that are badly wrong, so that the cap binds, as in a real training
 
 
@@ -78,7 +79,7 @@ def _weights(
     """A loss is capped if, with it and all that are larger capped, the level of the others would
     lie below it."""
     number = len(losses)
-    m = FRACTION * number
+    m = SHARE * number
     tau = number ** (-1 / Q) * m ** (-1 / P)
     room, rest, below = m - number, 0.0, 0
     while below < number:

@@ -66,7 +66,7 @@ def resolve_losses(
         yield from (grid_loss(name, *ramps) for name in names)
     except UnknownLoss as error:
         name = str(error)
-        hint = did_you_mean(name, [*example_names(), PRE_FINE])
+        hint = error.reason or did_you_mean(name, [*example_names(), PRE_FINE])
         raise UserError(f"{where}: unknown loss {shown(name)}; {hint}") from error
     taken = list(names)
     for table in tables:
@@ -87,11 +87,10 @@ def _composed_loss(table: LossTable, file: str, taken: Collection[str]) -> LossS
     for name in table.terms:
         try:
             (term,) = parse_loss(name).terms
-        except (UnknownLoss, ValueError) as error:
+        except ValueError as error:  # UnknownLoss, or a name of two terms
             singles = [n for n in example_names() if len(parse_loss(n).terms) == 1]
-            raise UserError(
-                f"{where}: unknown term {shown(name)}; {did_you_mean(name, singles)}"
-            ) from error
+            hint = getattr(error, "reason", "") or did_you_mean(name, singles)
+            raise UserError(f"{where}: unknown term {shown(name)}; {hint}") from error
         terms.append(term)
     equal = {"at": 0.0, "weights": [1 / len(terms)] * len(terms)}
     knots = [parse(KnotTable, k, f"{where}: schedule") for k in table.schedule or (equal,)]

@@ -17,14 +17,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jobs.losses.names import TVERSKY
-from jobs.losses.pooling import pooling_weights
+from jobs.losses.names import defaults
+from jobs.losses.pooling import SHARE, P, pooling_weights
 from jobs.losses.powers import sum_of_powers
 
 VOID = 255
 DICE_SMOOTHING = 1.0
 DICE_EPSILON = 1e-5
-FOCAL_GAMMA = 2.0
+(FOCAL_GAMMA,) = defaults("FL")
+TVERSKY = defaults("TL")
 
 GlobalSum = Callable[[Tensor], Tensor]
 
@@ -50,11 +51,12 @@ def focal(
     target: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
+    gamma: float = FOCAL_GAMMA,
 ) -> Tensor:
-    """sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels, gamma = 2 (Lin et al. 2017,
-    without alpha)."""
+    """sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels (Lin et al. 2017, without
+    alpha)."""
     log_p, weight = _true_class(log_probs, target, class_weights)
-    return _weighted_mean(_focal_of_pixels(log_p), weight, global_sum)
+    return _weighted_mean(_focal_of_pixels(log_p, gamma), weight, global_sum)
 
 
 def pooled_cross_entropy(
@@ -62,10 +64,13 @@ def pooled_cross_entropy(
     target: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
+    p: float = P,
+    share: float = SHARE,
 ) -> Tensor:
-    """The cross entropy of pixels, max-pooled over all labelled pixels of the global batch."""
+    """The cross entropy of pixels, max-pooled over all labelled pixels of the global batch; `p` and
+    `share` are those of `pooling_weights`."""
     log_p, weight = _true_class(log_probs, target, class_weights)
-    return _pooled_mean(-log_p, weight, target != VOID, global_sum)
+    return _pooled_mean(-log_p, weight, target != VOID, global_sum, p, share)
 
 
 def pooled_focal(
@@ -73,10 +78,16 @@ def pooled_focal(
     target: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
+    gamma: float = FOCAL_GAMMA,
+    p: float = P,
+    share: float = SHARE,
 ) -> Tensor:
-    """The focal loss of pixels, max-pooled over all labelled pixels of the global batch."""
+    """The focal loss of pixels, max-pooled over all labelled pixels of the global batch; `p` and
+    `share` are those of `pooling_weights`."""
     log_p, weight = _true_class(log_probs, target, class_weights)
-    return _pooled_mean(_focal_of_pixels(log_p), weight, target != VOID, global_sum)
+    return _pooled_mean(
+        _focal_of_pixels(log_p, gamma), weight, target != VOID, global_sum, p, share
+    )
 
 
 def dice(
@@ -160,8 +171,11 @@ def _weighted_mean(values: Tensor, weight: Tensor, global_sum: GlobalSum) -> Ten
     return (weight * values).sum() / torch.where(total > 0, total, 1.0)
 
 
-def _focal_of_pixels(log_p: Tensor) -> Tensor:
-    return (-torch.expm1(log_p)) ** FOCAL_GAMMA * -log_p
+def _focal_of_pixels(log_p: Tensor, gamma: float) -> Tensor:
+    missed = -torch.expm1(log_p)
+    if gamma < 1:  # such a power has an infinite slope at 0, where void pixels are
+        missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
+    return missed**gamma * -log_p
 
 
 def _mean_over_images(per_image: Tensor, global_sum: GlobalSum) -> Tensor:
@@ -169,13 +183,15 @@ def _mean_over_images(per_image: Tensor, global_sum: GlobalSum) -> Tensor:
     return per_image.sum() / images
 
 
-def _pooled_mean(values: Tensor, weight: Tensor, labelled: Tensor, global_sum: GlobalSum) -> Tensor:
+def _pooled_mean(
+    values: Tensor, weight: Tensor, labelled: Tensor, global_sum: GlobalSum, p: float, share: float
+) -> Tensor:
     """Class weights multiply the losses before they are pooled, scaled so that pooling over all
     pixels gives the weighted mean."""
     weight = weight[labelled].double()
     number, total = global_sum(torch.stack([weight.new_full((), len(weight)), weight.sum()]))
     weight = weight * (number / torch.where(total > 0, total, 1.0))
-    pooling = pooling_weights(values.detach()[labelled].double() * weight, global_sum)
+    pooling = pooling_weights(values.detach()[labelled].double() * weight, global_sum, p, share)
     # spread out instead of picking the labelled losses, which would keep where each of them lies
     shares = torch.zeros_like(values)
     shares[labelled] = (pooling * weight).to(values)

@@ -1,11 +1,12 @@
 """The paper's loss names as a grammar, and the table of terms. Free of torch: planning reads it.
 
     name   = term | term term | term ("N" | "A") term ["@" s "-" e]
-    term   = ["W"] ("CE" ["MP"] | "FL" ["MP"] | "DL" | "TL" ["[" alpha "," beta "]"])
+    term   = ["W"] ("CE" | "DL" | "FL" ["[" gamma "]"] | "TL" ["[" alpha "," beta "]"]
+                    | "CEMP" ["[" p "," share "]"] | "FLMP" ["[" gamma "," p "," share "]"])
 
 `W` is class-weighted and `MP` max-pooled; two terms side by side are a 1:1 sum, half of each; `N`
 (naive) and `A` (alternating) are schedules from the first term to the second, between the fractions
-s and e of all iterations.
+s and e of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in brackets.
 """
 
 from __future__ import annotations
@@ -25,20 +26,54 @@ KINDS = {
     "FL": "focal loss",
     "TL": "Tversky loss",
 }
-TVERSKY = (0.3, 0.7)  # alpha, beta: a missed pixel costs more than a false alarm
 NAIVE_RAMP = (0.3, 0.9)  # the paper's s and e
 ALTERNATING_RAMP = (0.5, 0.9)
 Ramp = Literal["constant", "linear", "cosine"]
 
 
 class UnknownLoss(ValueError):
-    """A name that the grammar does not produce."""
+    """A name that the grammar does not produce. `reason` says why, if the name is close to one."""
+
+    def __init__(self, name: str, reason: str = "") -> None:
+        super().__init__(name)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An adjustable number of a loss function, and the closed range that it must lie in."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+
+
+_FOCUS = Parameter("gamma", 2.0, 0.0, 100.0)  # the exponent of a focal loss
+# The norm of max-pooling and the least share m / n of all pixels that it weights. The powers of
+# losses, l^(p / (p - 1)), leave the range of float64 for a p closer to 1.
+_POOLING = (Parameter("p", 1.3, 1.05, 100.0), Parameter("share", 0.1, 1e-6, 1.0))
+# Weights of false positives and of false negatives: a missed pixel costs more than a false alarm.
+_TVERSKY = (Parameter("alpha", 0.3, 0.0, 1e6), Parameter("beta", 0.7, 0.0, 1e6))
+
+# What may stand in brackets behind a kind, in this order.
+PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
+    "CEMP": _POOLING,
+    "FL": (_FOCUS,),
+    "FLMP": (_FOCUS, *_POOLING),
+    "TL": _TVERSKY,
+}
+
+
+def defaults(kind: str) -> tuple[float, ...]:
+    """Return the numbers that a kind of loss has where its name gives none."""
+    return tuple(parameter.default for parameter in PARAMETERS.get(kind, ()))
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss function: its kind (a key of `KINDS`), whether classes are weighted, and what
-    parameters it has beside: alpha and beta of a Tversky loss."""
+    """One loss function: its kind (a key of `KINDS`), whether classes are weighted, and its
+    `PARAMETERS`, empty where they are the defaults."""
 
     kind: str
     weighted: bool
@@ -84,7 +119,7 @@ class LossSpec:
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
-_TERM = rf"(W?)({'|'.join(KINDS)})(?:\[({_NUMBER}),({_NUMBER})\])?"
+_TERM = rf"(W?)({'|'.join(KINDS)})(?:\[({_NUMBER}(?:,{_NUMBER})*)\])?"
 _NAME = re.compile(rf"{_TERM}(?:([NA]?){_TERM}(?:@({_NUMBER})-({_NUMBER}))?)?")
 
 
@@ -100,12 +135,12 @@ def parse_loss(
     match = _NAME.fullmatch(name)
     if match is None:
         raise UnknownLoss(name)
-    first = _term(name, *match.group(1, 2, 3, 4))
-    if match[7] is None:
+    first = _term(name, *match.group(1, 2, 3))
+    if match[6] is None:
         return LossSpec(name, (first,), (Knot(0.0, (1.0,)),))
-    second = _term(name, *match.group(6, 7, 8, 9))
-    own = (float(match[10]), float(match[11])) if match[10] else None
-    return LossSpec(name, (first, second), _schedule(name, match[5], own, naive, alternating))
+    second = _term(name, *match.group(5, 6, 7))
+    own = (float(match[8]), float(match[9])) if match[8] else None
+    return LossSpec(name, (first, second), _schedule(name, match[4], own, naive, alternating))
 
 
 def naive_schedule(start: float, end: float) -> tuple[Knot, ...]:
@@ -124,7 +159,7 @@ def with_ramp(name: str, start: float, end: float) -> str:
     match = _NAME.fullmatch(name)
     if match is None:
         raise UnknownLoss(name)
-    return f"{name}@{start:g}-{end:g}" if match[5] and not match[10] else name
+    return f"{name}@{start:g}-{end:g}" if match[4] and not match[8] else name
 
 
 def example_names() -> list[str]:
@@ -139,14 +174,23 @@ def example_names() -> list[str]:
     return singles + pairs
 
 
-def _term(name: str, weighted: str, kind: str, alpha: str | None, beta: str | None) -> Term:
-    if alpha is None or beta is None:
+def _term(name: str, weighted: str, kind: str, numbers: str | None) -> Term:
+    if numbers is None:
         return Term(kind, bool(weighted))
-    parameters = (float(alpha), float(beta))
-    if kind != "TL" or not any(parameters):
-        raise UnknownLoss(name)
+    allowed, given = PARAMETERS.get(kind, ()), tuple(map(float, numbers.split(",")))
+    if not allowed:
+        raise UnknownLoss(name, f"{kind} has no parameters")
+    if len(given) != len(allowed):
+        form = ",".join(parameter.name for parameter in allowed)
+        raise UnknownLoss(name, f"write {kind}[{form}]")
+    for parameter, value in zip(allowed, given, strict=True):
+        if not parameter.low <= value <= parameter.high:
+            span = f"{parameter.low:g} to {parameter.high:g}"
+            raise UnknownLoss(name, f"{parameter.name} of {kind} must be from {span}")
+    if kind == "TL" and not any(given):
+        raise UnknownLoss(name, "alpha and beta of TL cannot both be 0")
     # written out or not, the same loss is the same
-    return Term(kind, bool(weighted), () if parameters == TVERSKY else parameters)
+    return Term(kind, bool(weighted), () if given == defaults(kind) else given)
 
 
 def _schedule(

@@ -20,38 +20,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-P = 1.3
-Q = P / (P - 1)
-FRACTION = 0.1  # m / n: how many pixels at least share the weight
+from jobs.losses.names import defaults
+
+P, SHARE = defaults("CEMP")
 _WAYS = 4095  # thresholds tried at a time: six rounds find a float64
 _ROW = 256  # values that are summed by one product
 
 
 def pooling_weights(
-    losses: Tensor, global_sum: Callable[[Tensor], Tensor], fraction: float = FRACTION
+    losses: Tensor,
+    global_sum: Callable[[Tensor], Tensor],
+    p: float = P,
+    share: float = SHARE,
 ) -> Tensor:
-    """The weights of this rank's `losses`, float64 [n], none below 0; m is `fraction` of the global
-    number of losses, at most 1. The sum over all ranks of weights x losses lies between the mean of
-    all losses and the mean of the m largest; with a fraction of 1 it is the mean.
+    """Return the weights of this rank's `losses`, float64 [n], none below 0.
+
+    Args:
+        losses: float64 [n], none below 0; may be empty on a rank.
+        global_sum: adds a tensor over all ranks.
+        p: of the norm that bounds the weights, at least 1.05.
+        share: m / n, the least share of all losses that gets the weight, in (0, 1].
+
+    The sum over all ranks of weights x losses lies between the mean of all losses and the mean of
+    the m largest; with a share of 1 it is the mean.
     """
+    q = p / (p - 1)
     number, total = global_sum(torch.stack([losses.new_full((), len(losses)), losses.sum()]))
     if total == 0:
         return torch.full_like(losses, 1.0) / number.clamp(min=1)
     scaled = losses * (number / total)  # of mean 1, so that no power of theirs overflows
-    m = fraction * number
-    threshold, capped, powers = _threshold(scaled, m, number, global_sum)
-    alpha = (powers / (m - capped).clamp(min=torch.finfo(m.dtype).tiny)) ** (1 / Q)
+    m = share * number
+    threshold, capped, powers = _threshold(scaled, m, q, number, global_sum)
+    alpha = (powers / (m - capped).clamp(min=torch.finfo(m.dtype).tiny)) ** (1 / q)
     relative = torch.where(scaled > threshold, 1.0, scaled / alpha.clamp(min=threshold))
-    tau = number ** (-1 / Q) * m ** (-1 / P)
-    return tau * torch.nan_to_num(relative).clamp(max=1.0) ** (Q - 1)
+    tau = number ** (-1 / q) * m ** (-1 / p)
+    return tau * torch.nan_to_num(relative).clamp(max=1.0) ** (q - 1)
 
 
 def _threshold(
-    losses: Tensor, m: Tensor, number: Tensor, global_sum: Callable[[Tensor], Tensor]
+    losses: Tensor, m: Tensor, q: float, number: Tensor, global_sum: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold t, |J(t)|, and the sum of l^q over the others."""
     ordered = _sorted(losses)
-    sums = torch.cat([ordered.new_zeros(1), prefix_sums(ordered**Q)])
+    sums = torch.cat([ordered.new_zeros(1), prefix_sums(ordered**q)])
 
     def at(thresholds: Tensor) -> tuple[Tensor, Tensor]:
         below = torch.searchsorted(ordered, thresholds, right=True)
@@ -66,7 +77,7 @@ def _threshold(
         tried = torch.arange(low + step, high, step, device=losses.device)[:_WAYS]
         thresholds = tried.view(torch.float64)
         capped, powers = at(thresholds)
-        true = int((thresholds**Q * (m - capped) <= powers).sum())
+        true = int((thresholds**q * (m - capped) <= powers).sum())
         low, high = low + true * step, min(low + (true + 1) * step, high)
     threshold = torch.full((), low, device=losses.device).view(torch.float64)
     capped, powers = at(threshold[None])

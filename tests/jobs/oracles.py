@@ -37,9 +37,9 @@ def cross_entropy(logits, target, weights):
     return _weighted_mean(logits, target, weights, lambda p: -np.log(p))
 
 
-def focal(logits, target, weights):
-    """(1 - p)^2 times the cross entropy."""
-    return _weighted_mean(logits, target, weights, lambda p: (1 - p) ** 2 * -np.log(p))
+def focal(logits, target, weights, gamma=2.0):
+    """(1 - p)^gamma times the cross entropy."""
+    return _weighted_mean(logits, target, weights, lambda p: (1 - p) ** gamma * -np.log(p))
 
 
 def _weighted_mean(logits, target, weights, of_pixel):
@@ -85,13 +85,12 @@ def tversky(logits, target, weights, alpha=0.3, beta=0.7):
     return sum(values) / len(values)
 
 
-def max_pooled(losses, fraction=0.1):
+def max_pooled(losses, p=1.3, share=0.1):
     """sum w l with the weights that make it largest: sort, and try every number of capped ones."""
-    p = 1.3
     q = p / (p - 1)
     ordered = np.sort(np.asarray(losses, np.float64))[::-1]
     n = len(ordered)
-    m = fraction * n
+    m = share * n
     tau = n ** (-1 / q) * m ** (-1 / p)
     for capped in range(int(m) + 1):
         rest = ordered[capped:]
@@ -103,19 +102,21 @@ def max_pooled(losses, fraction=0.1):
     return tau * ordered[: int(m)].sum()
 
 
-def pooled_cross_entropy(logits, target, weights):
-    return _pooled(logits, target, weights, lambda p: -np.log(p))
+def pooled_cross_entropy(logits, target, weights, p=1.3, share=0.1):
+    return _pooled(logits, target, weights, lambda true: -np.log(true), p, share)
 
 
-def pooled_focal(logits, target, weights):
-    return _pooled(logits, target, weights, lambda p: (1 - p) ** 2 * -np.log(p))
+def pooled_focal(logits, target, weights, gamma=2.0, p=1.3, share=0.1):
+    return _pooled(
+        logits, target, weights, lambda true: (1 - true) ** gamma * -np.log(true), p, share
+    )
 
 
-def _pooled(logits, target, weights, of_pixel):
+def _pooled(logits, target, weights, of_pixel, norm, share):
     pixels = [pixel for image in labelled_pixels(logits, target) for pixel in image]
     weight = np.array([weights[label] for _, label in pixels])
     losses = np.array([of_pixel(p[label]) for p, label in pixels])
-    return max_pooled(losses * weight / weight.mean())
+    return max_pooled(losses * weight / weight.mean(), norm, share)
 
 
 TERMS = {
@@ -129,9 +130,10 @@ TERMS = {
 
 
 def single(name, logits, target, weights):
-    """The loss of one term of the paper's names: `CE`, `WDL`, ..."""
-    kind = name.removeprefix("W")
-    return TERMS[kind](logits, target, weights if name != kind else np.ones(len(weights)))
+    """The loss of one term of the paper's names: `CE`, `WDL`, `FL[1]`, ..."""
+    kind, _, numbers = name.removeprefix("W").rstrip("]").partition("[")
+    weights = weights if name.startswith("W") else np.ones(len(weights))
+    return TERMS[kind](logits, target, weights, *(float(n) for n in numbers.split(",") if n))
 
 
 def naive_ramp(i, total):

@@ -21,7 +21,7 @@ DL, WDL = Term("DL", weighted=False), Term("DL", weighted=True)
 FL, WFL = Term("FL", weighted=False), Term("FL", weighted=True)
 TL, WTL = Term("TL", weighted=False), Term("TL", weighted=True)
 CEMP, WFLMP = Term("CEMP", weighted=False), Term("FLMP", weighted=True)
-KINDS = ("CE", "CEMP", "DL", "FL", "FLMP", "TL", "TL[0.5,1]")
+KINDS = ("CE", "CEMP", "CEMP[2,0.5]", "DL", "FL", "FL[1]", "FLMP", "TL", "TL[0.5,1]")
 
 
 @pytest.mark.parametrize("name", TABLE_1)
@@ -76,7 +76,9 @@ def test_the_grammar_is_unambiguous():
     "name",
     ["", "W", "ce", "wCE", "WWCE", "NCE", "CEN", "DLNNCE", "DLNACE", "DL CE", "DL-CE", "DLXCE",
      "CEDLFL", "DLNCENFL", "XDL", "CE ", " CE", "CE\n", "MPCE", "Dice", "DLMP", "TLMP", "CEMPMP",
-     "CE[0.1,0.2]", "TL[0.1]", "TL[-1,2]", "TL[0,0]", "TL[nan,1]", "CE@0.1-0.2", "DLCE@0.1-0.2",
+     "CE[0.1,0.2]", "DL[1]", "TL[0.1]", "TL[1,1,1]", "FL[]", "FL[1,2]", "FL[-1]", "FL[101]",
+     "FL[1]MP", "CEMP[1.3]", "CEMP[1,0.1]", "CEMP[1.3,0]", "CEMP[1.3,1.5]", "FLMP[1.3,0.1]",
+     "TL[-1,2]", "TL[0,0]", "TL[nan,1]", "CE@0.1-0.2", "DLCE@0.1-0.2",
      "DLNCE@0.2-0.1", "DLNCE@0-0.5", "DLNCE@0.5-1.1", "DLNCE@0.5"],
 )  # fmt: skip
 def test_a_name_outside_the_grammar_is_refused(name):
@@ -117,8 +119,34 @@ def test_a_ramp_can_be_given_to_the_losses_that_have_one():
         with_ramp("CX", 0.3, 0.4)
 
 
-def test_the_usual_tversky_loss_written_out_is_the_same_loss():
-    assert parse_loss("TL[0.3,0.7]").terms == parse_loss("TL").terms
+@pytest.mark.parametrize(
+    ("short", "written_out"),
+    [
+        ("TL", "TL[0.3,0.7]"),
+        ("FL", "FL[2]"),
+        ("CEMP", "CEMP[1.3,0.1]"),
+        ("FLMP", "FLMP[2,1.3,0.1]"),
+    ],
+)
+def test_a_loss_whose_usual_parameters_are_written_out_is_the_same_loss(short, written_out):
+    assert parse_loss(written_out).terms == parse_loss(short).terms
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("CE[1]", "CE has no parameters"),
+        ("CEMP[2]", "write CEMP[p,share]"),
+        ("FLMP[2,1.3]", "write FLMP[gamma,p,share]"),
+        ("CEMP[1,0.1]", "p of CEMP must be from 1.05 to 100"),
+        ("DLNFL[1000]", "gamma of FL must be from 0 to 100"),
+        ("TL[0,0]", "alpha and beta of TL cannot both be 0"),
+    ],
+)
+def test_wrong_parameters_are_refused_with_the_reason(name, reason):
+    with pytest.raises(UnknownLoss) as refused:
+        parse_loss(name)
+    assert refused.value.reason == reason
 
 
 def test_the_identity_of_a_loss_names_parameters_only_where_there_are_some():

@@ -17,7 +17,8 @@ from tests.jobs.oracles import VOID, a_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "TL", "WTL", "CEMP", "WCEMP", "FLMP", "WFLMP"]
+SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "TL", "WTL", "CEMP", "WCEMP", "FLMP", "WFLMP",
+          "FL[0]", "WFL[0.5]", "WCEMP[2,0.5]", "FLMP[1,1.5,0.2]"]  # fmt: skip
 PAIRS = ["DLCE", "WDLWCE", "DLNWCE", "WDLNCE", "FLACE", "WDLAWCE", "WFLCE", "WTLNCEMP", "CEMPCE"]
 WEIGHTS = (0.4, 2.5, 0.3, 0.8)  # of four classes
 

@@ -8,10 +8,11 @@ import torch
 from scipy.optimize import minimize
 
 from jobs.losses.functional import alone
-from jobs.losses.pooling import P, Q, pooling_weights
+from jobs.losses.pooling import P, pooling_weights
 from tests.jobs.meeting_point import MeetingPoint
 from tests.jobs.oracles import max_pooled
 
+Q = P / (P - 1)
 generator = np.random.default_rng(5)
 TWENTY = {
     "exponential": generator.exponential(size=20),
@@ -27,8 +28,8 @@ TWENTY = {
 FRACTIONS = [0.05, 0.1, 0.33, 0.5, 1.0]  # of 20 pixels: m = 1, 2, 6.6, 10, 20
 
 
-def weights_of(losses, fraction=0.1):
-    return pooling_weights(torch.as_tensor(losses), alone, fraction).numpy()
+def weights_of(losses, share=0.1, p=P):
+    return pooling_weights(torch.as_tensor(losses), alone, p, share).numpy()
 
 
 def bounds(n, m):
@@ -98,9 +99,10 @@ def test_any_number_of_losses_agrees_with_trying_every_set(seed):
     losses = random.exponential(size=int(random.integers(1, 400))) ** random.integers(1, 6)
     losses[random.random(len(losses)) < random.random()] = 0
     losses = np.round(losses, int(random.integers(1, 5)))  # and so with ties
-    fraction = float(random.choice([0.1, 0.01, 0.37, 0.9, 1.0]))
-    expected = max_pooled(losses, fraction)
-    assert weights_of(losses, fraction) @ losses == pytest.approx(expected, rel=1e-11, abs=1e-300)
+    share = float(random.choice([0.1, 0.01, 0.37, 0.9, 1.0]))
+    p = float(random.choice([1.05, 1.3, 2.0, 20.0]))
+    expected = max_pooled(losses, p, share)
+    assert weights_of(losses, share, p) @ losses == pytest.approx(expected, rel=1e-11, abs=1e-300)
 
 
 def test_a_single_pixel_has_the_weight_one():
