@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hpc.call import ERROR_PREFIX, is_launchers, last_start
+from hpc.tickets import DEPENDENCY_FAILED
 
 Cause = Literal[
     "node failure",
@@ -18,6 +19,7 @@ Cause = Literal[
     "killed",
     "out of memory",
     "cancelled",
+    "dependency failed",
     "error",
     "unknown",
 ]
@@ -30,6 +32,7 @@ class Ending(NamedTuple):
     line: str = ""
 
 
+NEVER_SATISFIED = "DependencyNeverSatisfied"  # squeue's reason
 # of squeue and sacct, and of the local queue
 _WORDS: dict[str, Cause] = {
     "NODE_FAIL": "node failure",
@@ -40,6 +43,8 @@ _WORDS: dict[str, Cause] = {
     "OUT_OF_MEMORY": "out of memory",
     "CANCELLED": "cancelled",
     "cancelled": "cancelled",
+    NEVER_SATISFIED: "dependency failed",
+    DEPENDENCY_FAILED: "dependency failed",
 }
 _FAILED = "FAILED"
 _WITHOUT_RESULT = "failed"  # a rank of the local queue's job has left none

@@ -23,11 +23,13 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import (
+    DEPENDENCY_FAILED,
     JobState,
     Outcome,
     State,
     Tickets,
     choose_gpus,
+    needed_job_failed,
     processes,
     result_of,
     send,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.2
 _KILL_WAIT_SECONDS = 60.0  # what a cancelled job gets to save
 _SHORT_SECONDS = 3.0  # how long a job may have fewer ranks than it should
+_UNSUCCESSFUL = ("failed", "cancelled", DEPENDENCY_FAILED)
 _NO_LIMIT_MINUTES = 60 * 24 * 365 * 10
 
 
@@ -68,6 +71,7 @@ class LocalQueue:
         name: str,
         after: Sequence[str] = (),
         token: str = "",
+        needs: Sequence[str] = (),
     ) -> list[str]:
         """One ticket a call, and a runner for them."""
         if resources.nodes > 1:
@@ -76,9 +80,10 @@ class LocalQueue:
                 " set nodes = 1 in [cluster], or submit where there is Slurm"
             )
         private_folder(self.folder, self.profile.group)
-        common = self._common_part(resources, name, after)
+        common = self._common_part(resources, name, after, needs)
         work = [{"module": call.module, "arguments": list(call.arguments)} for call in calls]
         with self.tickets.locked():
+            self._refuse_failed(needs)
             ids = self.tickets.add([{**part, **common} for part in work], token)
         self.ensure_runner()
         return ids
@@ -137,10 +142,18 @@ class LocalQueue:
                     pass_fds=[lock.fileno()],  # handed over locked: there is no moment without
                 )
 
-    def _common_part(self, wanted: Resources, name: str, after: Sequence[str]) -> dict[str, Any]:
+    def _refuse_failed(self, needs: Sequence[str]) -> None:
+        for job_id in needs:
+            if (outcome := self.tickets.outcome(job_id)) in _UNSUCCESSFUL:
+                raise needed_job_failed(job_id, outcome)
+
+    def _common_part(
+        self, wanted: Resources, name: str, after: Sequence[str], needs: Sequence[str]
+    ) -> dict[str, Any]:
         return {
             "name": name,
-            "after": list(after),
+            "after": [*after, *needs],
+            "needs": list(needs),
             "tasks": wanted.tasks_per_node,
             "gpus": wanted.gpus_per_node,
             "local_jobs": self.profile.local_jobs,
@@ -190,6 +203,11 @@ class Runner:
             if len(running) >= ticket["local_jobs"]:
                 return False
             if any(self.tickets.state(before) != "gone" for before in ticket["after"]):
+                return False
+            needed = [self.tickets.outcome(before) for before in ticket.get("needs", ())]
+            if any(outcome in _UNSUCCESSFUL for outcome in needed):
+                self.tickets.end(job_id, DEPENDENCY_FAILED)
+            if any(outcome not in ("succeeded", "unknown") for outcome in needed):
                 return False
             taken = [gpu for other in running for gpu in self.tickets.gpus(other)]
             self._start(job_id, ticket, choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))

@@ -16,7 +16,10 @@ from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_pat
 
 _PROFILES = Path("configs/clusters")
 _MOST = 1_000_000  # of whatever is counted
-_OUR_OPTIONS = {"array", "dependency", "error", "job-name", "open-mode", "output", "signal"}
+_OUR_OPTIONS = {
+    "array", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output",
+    "signal",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ class Queue(Protocol):
         name: str,
         after: Sequence[str] = (),
         token: str = "",
+        needs: Sequence[str] = (),
     ) -> list[str]:
         """Queue one job a call, all with the same resources; their ids, in the order of `calls`.
         A `token`, a new word, is what `sent_as` finds them by if the caller dies before it has
         their ids.
 
-        They start when every job in `after` has ended, however it ended. Raises `UserError` if
-        the queue refuses them.
+        The jobs start when every job in `after` has ended, however it ended, and every job in
+        `needs` has succeeded. If a job in `needs` fails, they end without a start. Raises
+        `UserError` if the queue refuses them, or if a job in `needs` has failed already.
         """
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:

@@ -42,6 +42,12 @@ def free_options(site: ClusterProfile) -> dict[str, Any]:
     return {"requeue": True, **extra}
 
 
+def waiting_options(dependency: str) -> dict[str, Any]:
+    """Return the options that end a job whose needed job failed. Slurm keeps it for ever without
+    them."""
+    return {"kill_on_invalid_dep": "yes"} if "afterok" in dependency else {}
+
+
 def srun_options(site: ClusterProfile, wanted: Resources) -> list[str]:
     """What srun is told for every step of ours."""
     return [

@@ -22,13 +22,15 @@ from typing import Any
 from hpc import sbatch, sends
 from hpc.call import ModuleCall
 from hpc.command import UserError, one_line
+from hpc.endings import NEVER_SATISFIED
 from hpc.private import private_folder
 from hpc.profile import ClusterProfile, Resources
-from hpc.tickets import JobState, State
+from hpc.tickets import JobState, State, needed_job_failed
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
+_SUCCEEDED = "COMPLETED"
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 _LATER = "jobs go on; run it again when Slurm answers"
@@ -59,12 +61,14 @@ class SlurmQueue:
         name: str,
         after: Sequence[str] = (),
         token: str = "",
+        needs: Sequence[str] = (),
     ) -> list[str]:
         """One array (several, if it is longer than the site allows); a single call is a plain job.
         If Slurm refuses any, none is left in the queue.
         """
         private_folder(self.folder, self.profile.group)
-        parameters = self._parameters(resources, name, self._not_gone(after))
+        dependency = self._dependency(after, needs)
+        parameters = self._parameters(resources, name, dependency)
         size = self._max_array_size if len(calls) > 1 else 1
         ids: list[str] = []
         try:
@@ -152,23 +156,32 @@ class SlurmQueue:
             raise UserError(f"sbatch refused the job: {said}{hint}") from error
         return [job.job_id for job in jobs]
 
-    def _parameters(self, wanted: Resources, name: str, after: list[str]) -> dict[str, Any]:
+    def _parameters(self, wanted: Resources, name: str, dependency: str) -> dict[str, Any]:
         site = self.profile
-        given = {
-            "dependency": f"afterany:{':'.join(after)}" if after else "",
-            "setup": site.setup_lines(),
-        }
+        given = {"dependency": dependency, "setup": site.setup_lines()}
         return {key: value for key, value in given.items() if value} | {
             **sbatch.options(site, wanted, name),
             "signal_delay_s": site.lead_seconds,
             "array_parallelism": site.array_parallelism,
-            "additional_parameters": sbatch.free_options(site),
+            "additional_parameters": sbatch.waiting_options(dependency) | sbatch.free_options(site),
             "srun_args": sbatch.srun_options(site, wanted),
         }
 
-    def _not_gone(self, ids: Sequence[str]) -> list[str]:
-        # sbatch may refuse a dependency on a job that Slurm has forgotten
-        return [job_id for job_id, state in self.states(ids).items() if state != "gone"]
+    def _dependency(self, after: Sequence[str], needs: Sequence[str]) -> str:
+        """Return sbatch's --dependency. A job that is gone is left out, since sbatch may refuse a
+        job that Slurm has forgotten. Raises `UserError` if one in `needs` did not succeed."""
+        jobs = self.look([*after, *needs])
+        gone = {job_id: jobs[job_id].why for job_id in needs if jobs[job_id].state == "gone"}
+        gone |= self.remembered([job_id for job_id, word in gone.items() if not word])
+        for job_id, word in gone.items():
+            if word not in ("", _SUCCEEDED):
+                raise needed_job_failed(job_id, word)
+        kinds = {"afterok": needs, "afterany": [job_id for job_id in after if job_id not in needs]}
+        alive = {
+            kind: [job_id for job_id in dict.fromkeys(ids) if jobs[job_id].state != "gone"]
+            for kind, ids in kinds.items()
+        }
+        return ",".join(f"{kind}:{':'.join(ids)}" for kind, ids in alive.items() if ids)
 
     @cached_property
     def _site_limit(self) -> int | None:
@@ -263,7 +276,7 @@ def _job_state(word: str, reason: str = "None") -> JobState:
         return JobState("waiting", "" if reason == "None" else reason)
     # Slurm remembers those that have ended for some minutes
     if word in _ENDED:
-        return JobState("gone", word)
+        return JobState("gone", reason if reason == NEVER_SATISFIED else word)
     return JobState("running")  # one that is being cleared away too
 
 

@@ -22,7 +22,8 @@ from hpc.command import UserError
 from hpc.private import private_folder
 
 State = Literal["waiting", "running", "gone"]
-Outcome = Literal["succeeded", "failed", "cancelled"]
+Outcome = Literal["succeeded", "failed", "cancelled", "dependency failed"]
+DEPENDENCY_FAILED: Outcome = "dependency failed"
 
 
 class JobState(NamedTuple):
@@ -31,6 +32,14 @@ class JobState(NamedTuple):
 
     state: State
     why: str = ""
+
+
+def needed_job_failed(job_id: str, word: str) -> UserError:
+    """Return the refusal of jobs that need a job which did not succeed."""
+    return UserError(
+        f"job {job_id}, which these jobs need, did not succeed ({word}); read its log, mend the "
+        "cause, and submit again"
+    )
 
 
 class Tickets:
@@ -92,7 +101,7 @@ class Tickets:
         return read_json(self.path(job_id, "started"))["gpus"]
 
     def end(self, job_id: str, outcome: Outcome) -> None:
-        """Record that a job has ended: succeeded, failed or cancelled."""
+        """Record that a job has ended, and how."""
         write_json(self.path(job_id, "ended"), {"outcome": outcome, "time": time.time()})
 
     def open_ids(self) -> list[str]:
@@ -116,12 +125,20 @@ class Tickets:
         state = self.state(job_id)
         if state != "gone":
             return JobState(state)
+        outcome = self.outcome(job_id)
+        return JobState(state, "" if outcome == "unknown" else outcome)
+
+    def outcome(self, job_id: str) -> str:
+        """Return how a job has ended: an `Outcome`; "unknown" if there is no such job; "" if that
+        is not recorded yet. A job that was cancelled counts as cancelled even if it ended well."""
+        if not self.path(job_id, "json").exists():
+            return "unknown"
         if self.path(job_id, "cancelled").exists():
-            return JobState(state, "cancelled")
+            return "cancelled"
         try:
-            return JobState(state, read_json(self.path(job_id, "ended"))["outcome"])
-        except (Damaged, FileNotFoundError, KeyError):  # not recorded yet
-            return JobState(state)
+            return read_json(self.path(job_id, "ended"))["outcome"]
+        except (Damaged, FileNotFoundError, KeyError):
+            return ""
 
 
 def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:

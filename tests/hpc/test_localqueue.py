@@ -188,6 +188,27 @@ def test_a_job_waits_for_those_before_it_even_if_they_fail(place):
     assert lines(place / "then") == ["x"]
 
 
+def test_a_job_does_not_start_if_one_that_it_needs_failed(place):
+    queue = open_local(place, local_jobs=4)
+    needed = queue.submit([call("hold", place / "good"), call("hold", place / "bad")], ONE, "two")
+    wait_for(lambda: (place / "good").exists() and (place / "bad").exists())
+    good, bad = (
+        queue.submit([call("note", place / name, "x")], ONE, name, needs=[job, "gone-1"])
+        for name, job in zip(("after good", "after bad"), needed, strict=True)
+    )
+    then = queue.submit([call("note", place / "then", "x")], ONE, "then", needs=bad)
+    after_all = queue.submit([call("note", place / "last", "x")], ONE, "last", after=[*bad, *then])
+    assert set(queue.states([*good, *bad, *then]).values()) == {"waiting"}
+    (place / "good.go").touch()
+    queue.cancel(needed[1:])
+    wait_until_gone(queue, [*good, *after_all])
+    assert lines(place / "after good") == lines(place / "last") == ["x"]
+    assert queue.look([*bad, *then]) == dict.fromkeys([*bad, *then], ("gone", "dependency failed"))
+    assert not (place / "after bad").exists() and not (place / "then").exists()
+    with pytest.raises(UserError, match=r"job local-000002, .* did not succeed \(cancelled\)"):
+        queue.submit([call("note", place / "late", "x")], ONE, "late", needs=needed)
+
+
 def test_a_users_mistake_ends_the_job_and_can_be_read(place):
     queue = open_local(place, tasks_per_node=2)
     (job,) = queue.submit([call("mistake")], queue.profile.training(), "mistake")

@@ -211,6 +211,27 @@ def test_a_job_waits_for_those_that_slurm_still_knows(slurm, logs):
     assert slurm.options()["dependency"] == "afterany:7_0:7_1"
 
 
+def test_a_needed_job_must_succeed(slurm, logs):
+    """One that has succeeded is not waited for; one that has failed is refused at once."""
+    slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETED\n9 FAILED\n")
+    slurm.answer("accounting", "11|CANCELLED by 0\n12|COMPLETED\n")
+    queue = open_slurm(logs)
+    queue.submit([call("a")], Resources(), "train", ["7_1", "4"], needs=["7_0", "8", "12", "13"])
+    assert slurm.options()["dependency"] == "afterok:7_0,afterany:7_1"
+    assert slurm.options()["kill-on-invalid-dep"] == "yes"  # else it waits for ever
+    queue.submit([call("a")], Resources(), "reduce", after=["7_0"])
+    assert "kill-on-invalid-dep" not in slurm.options(2)
+    for job, word in (("9", "FAILED"), ("11", "CANCELLED")):
+        with pytest.raises(UserError, match=rf"job {job}, .* did not succeed \({word}\)"):
+            queue.submit([call("a")], Resources(), "train", needs=[job])
+
+
+def test_a_job_whose_needed_job_failed_says_so(slurm, logs):
+    slurm.answer("queue", "7 CANCELLED DependencyNeverSatisfied\n8 CANCELLED None\n")
+    words = open_slurm(logs).look(["7", "8"])
+    assert [ending(words[job].why, []).cause for job in "78"] == ["dependency failed", "cancelled"]
+
+
 def test_one_squeue_tells_all_states(slurm, logs, monkeypatch):
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")  # a person's own taste must not count
     slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETING\n9 REQUEUED\n")

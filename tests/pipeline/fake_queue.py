@@ -20,6 +20,7 @@ class FakeQueue:
         self.jobs: dict[str, str] = {}
         self.calls: dict[str, ModuleCall] = {}
         self.after: dict[str, list[str]] = {}
+        self.needs: dict[str, list[str]] = {}
         self.tokens: dict[str, dict[int, str]] = {}
         self.asked_for: list[list[str]] = []  # the tokens of each question
         self.questions = 0
@@ -37,10 +38,12 @@ class FakeQueue:
         name: str,
         after: Sequence[str] = (),
         token: str = "",
+        needs: Sequence[str] = (),
     ) -> list[str]:
         ids = [f"job{len(self.jobs) + number}" for number in range(1, len(calls) + 1)]
         for job, call in zip(ids, calls, strict=True):
-            self.jobs[job], self.calls[job], self.after[job] = "waiting", call, list(after)
+            self.jobs[job], self.calls[job] = "waiting", call
+            self.after[job], self.needs[job] = list(after), list(needs)
         self.tokens[token] = dict(enumerate(ids))
         return ids
 
