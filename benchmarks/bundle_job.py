@@ -25,7 +25,8 @@ from jobs.losses.names import parse_loss
 from jobs.models.build import Backbone, Features, build_backbone, normalise
 from jobs.models.layout import place
 from jobs.protocol import Protocol
-from jobs.train import configure_torch, features
+from jobs.torch_settings import configure_torch
+from jobs.train import features
 from jobs.trainee import Trainee, autocast, step_in_turn
 
 # those of the paper's table

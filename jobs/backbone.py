@@ -19,6 +19,7 @@ from jobs.cell import Cell, RunPaths
 from jobs.models.build import Backbone, build_backbone
 from jobs.models.layout import place
 from jobs.models.names import MODELS
+from jobs.protocol import Protocol
 
 # What of a weights file is left out, by weights; a file of one's own may hold any of it. The rest
 # must be the network's, name by name.
@@ -93,9 +94,12 @@ def freeze(backbone: Backbone, cell: Cell) -> None:
     backbone.train(cell.protocol.backbone_batchnorm == "train")
 
 
-def moving_buffers(backbone: nn.Module) -> dict[str, Tensor]:
-    """The running statistics of a frozen backbone in train mode; nothing in eval mode."""
-    return dict(backbone.named_buffers()) if backbone.training else {}
+def moving_buffers(backbone: nn.Module | None, protocol: Protocol) -> dict[str, Tensor]:
+    """Return the running statistics of a frozen backbone that training moves; nothing if it leaves
+    them as they are, or if they belong to a network that trains as a whole."""
+    if backbone is None or protocol.train == "all" or protocol.backbone_batchnorm == "eval":
+        return {}
+    return dict(backbone.named_buffers())
 
 
 def read_weights(path: Path, weights: str) -> dict[str, Tensor]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from hpc.command import UserError
 from hpc.groups import Group
 from jobs.augment import evaluation_view
-from jobs.backbone import load_backbone, read_tensors
+from jobs.backbone import load_backbone, moving_buffers, read_tensors
 from jobs.cell import Cell, RunPaths
+from jobs.metrics.accumulate import lowest_argmax
 from jobs.models.build import Network, build_head, normalise, upsample
 from jobs.models.layout import place
+from jobs.torch_settings import configure_torch
 
 
 class Prediction(NamedTuple):
@@ -28,40 +31,60 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """The network of a trained cell, in evaluation mode. Raises `UserError` if the file is not a
-    trained head, or its backbone is missing or another one."""
+    """The network of a trained cell as evaluation scored it: the same bits on the same kind of
+    machine.
+
+    Sets torch's threads, determinism and precision for the whole process as the cell's protocol
+    says. Raises `UserError` if the file is not a trained head, or its backbone is missing or was
+    exchanged."""
 
     def __init__(self, head: Path, paths: RunPaths, group: Group) -> None:
         content = _read(head)
         self.cell: Cell = content["cell"]
         self.classes: list[str] = content["classes"]
-        momentum = self.cell.protocol.batchnorm_momentum
+        protocol = self.cell.protocol
+        configure_torch(protocol)
         backbone = load_backbone(self.cell, paths, group)
         if backbone.sha256 != content["backbone_sha256"]:
             raise UserError(
                 f"{head} was trained on another backbone than the one that is there now"
             )
-        module = build_head(self.cell.model, len(self.classes), self.cell.seed, momentum)
+        module = build_head(
+            self.cell.model, len(self.classes), self.cell.seed, protocol.batchnorm_momentum
+        )
         network = Network(backbone.module, module)
-        trained: nn.Module = network if self.cell.protocol.train == "all" else module
+        trained: nn.Module = network if protocol.train == "all" else module
         try:
             trained.load_state_dict(content["weights"])
-        except (RuntimeError, TypeError) as error:
+            _load_buffers(moving_buffers(backbone.module, protocol), content.get("backbone", {}))
+        except (AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{head} holds weights of another network; train it again") from error
         self._network = place(network, group.device).eval()
         self._device = group.device
 
-    @torch.no_grad()
     def predict(self, image: NDArray[np.uint8]) -> Prediction:
-        """Label map and confidences of an RGB image, uint8 [H, W, 3], at the image's own size; the
-        network sees it at the size that validation images had."""
-        height, width = image.shape[:2]
-        blank = np.zeros((height, width), np.uint8)
-        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol.eval_size)
-        pixels = torch.from_numpy(seen)[None].to(self._device)
-        logits = upsample(self._network(normalise(pixels)), (height, width))[0]
-        confidence, labels = logits.softmax(0).max(0)
+        """Return label map and confidences of an RGB image, uint8 [H, W, 3], at the image's own
+        size."""
+        scores = upsample(self.logits(image), (image.shape[0], image.shape[1]))[0]
+        labels, confidence = lowest_argmax(scores), scores.softmax(0).amax(0)
         return Prediction(labels.to(torch.uint8).cpu().numpy(), confidence.cpu().numpy())
+
+    @torch.no_grad()
+    def logits(self, image: NDArray[np.uint8]) -> Tensor:
+        """Return the network's output [1, C, h, w] for an RGB image, uint8 [H, W, 3], which it sees
+        at the size that validation images had."""
+        blank = np.zeros(image.shape[:2], np.uint8)
+        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol.eval_size)
+        logits: Tensor = self._network(normalise(torch.from_numpy(seen)[None].to(self._device)))
+        return logits
+
+
+def _load_buffers(buffers: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Copy `found` into `buffers`. Raises `RuntimeError` unless names and shapes are the same."""
+    if {name: t.shape for name, t in buffers.items()} != {n: t.shape for n, t in found.items()}:
+        raise RuntimeError("the running statistics are those of another backbone")
+    for name, buffer in buffers.items():
+        buffer.copy_(found[name])
 
 
 def _read(head: Path) -> dict[str, Any]:

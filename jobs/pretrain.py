@@ -32,7 +32,8 @@ from jobs.models.names import MODELS
 from jobs.on_gpu import require_gpu
 from jobs.run import Run
 from jobs.task import Task, read_task
-from jobs.train import configure_torch, count, leave, make_trainees, train
+from jobs.torch_settings import configure_torch
+from jobs.train import count, leave, make_trainees, train
 from jobs.trainee import Trainee
 
 

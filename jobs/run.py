@@ -117,7 +117,7 @@ class Run:
         """As `checkpoint.load_latest`, at the newest step that every rank can read."""
         folder = self.task.paths.checkpoints(self.bundle_key)
         cells = {trainee.cell.signature: trainee for trainee in trainees}
-        buffers = moving_buffers(backbone) if backbone is not None else {}
+        buffers = moving_buffers(backbone, self.task.cells[0].protocol)
 
         def fits(entry: str, state: Any) -> bool:
             return cells[entry].fits(state, buffers)
@@ -191,7 +191,7 @@ class Run:
     def _write_checkpoint(
         self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None
     ) -> None:
-        buffers = moving_buffers(backbone) if backbone is not None else {}
+        buffers = moving_buffers(backbone, self.task.cells[0].protocol)
         entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainees}
         record = {"inputs": dict(self.inputs), "provenance": self.provenance}
         folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started

@@ -8,7 +8,6 @@ pass on its features. Resuming is what happens when a checkpoint is there.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,12 +21,11 @@ from data_prep.manifest import Manifest
 from data_prep.shards import SplitReader
 from data_prep.staging import nearby
 from hpc import checkpoint, slurm
-from hpc.allocator import keep_freed_memory
 from hpc.command import UserError, argument_parser, run
 from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
-from jobs.backbone import LoadedBackbone, freeze, load_backbone, start_head
+from jobs.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
 from jobs.batches import TrainingBatches, Transfer
 from jobs.cell import Cell
 from jobs.compiled_network import require_compiler, training_form, while_compiling
@@ -40,10 +38,10 @@ from jobs.models.build import Backbone, Features, normalise
 from jobs.models.layout import in_order
 from jobs.on_gpu import require_gpu
 from jobs.profile import report
-from jobs.protocol import Protocol
 from jobs.records import cell_record, job_record
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
+from jobs.torch_settings import configure_torch
 from jobs.trainee import Trainee, autocast, half_precision, step_in_turn
 
 
@@ -60,18 +58,6 @@ def main(argv: Sequence[str]) -> int:
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
         train_bundle(task, group, stop)
     return 0
-
-
-def configure_torch(protocol: Protocol) -> None:
-    """Threads come from the protocol, not from what the node happens to have: bits depend on
-    them. Memory is kept from step to step, which changes none."""
-    keep_freed_memory()
-    torch.set_num_threads(protocol.threads)
-    if protocol.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
-    torch.use_deterministic_algorithms(protocol.deterministic)
-    # fp32 is fp32 on every GPU: torch's own choice for convolutions is TF32, of 10 bits
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
@@ -254,12 +240,14 @@ def publish(
 
 
 def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBackbone) -> None:
-    """The trained part of a cell as a file that loads on its own with `weights_only=True`."""
+    """Write what training changed of a cell as a file that loads with `weights_only=True`: the
+    weights of its head or network, and the running statistics of a frozen backbone that moved."""
     content = {
         "cell": trainee.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "backbone_sha256": backbone.sha256,
         "weights": in_order(trainee.network.state_dict()),
+        "backbone": moving_buffers(backbone.module, trainee.cell.protocol),
     }
     path = job.task.paths.head(trainee.cell.signature)
     checkpoint.write_tensors(path, content, job.generation.check)

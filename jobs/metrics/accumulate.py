@@ -30,7 +30,7 @@ def count_image(logits: Tensor, target: Tensor, bins: int, void: int = VOID) -> 
     scores = logits.flatten(1).index_select(1, labelled).float()
     p, log_p_true = scores.softmax(0), scores.log_softmax(0).gather(0, truth[None])[0]
     _check_numbers(p)
-    prediction = _lowest_argmax(scores)
+    prediction = lowest_argmax(scores)
     return Counts(
         confusion=_array(_table(truth, prediction, len(logits), len(logits))),
         class_bins=_array(_class_bins(p, truth, bins)),
@@ -68,7 +68,9 @@ def _check_numbers(p: Tensor) -> None:
         raise ValueError("logits contain nan or infinity, so they give no scores")
 
 
-def _lowest_argmax(scores: Tensor) -> Tensor:
+def lowest_argmax(scores: Tensor) -> Tensor:
+    """Return the class with the highest of `scores` [C, ...] as int64 [...]; of equal ones the
+    lowest index."""
     # torch.argmax leaves open which of equal values it names, and kernels differ
     highest = scores.amax(0)
     prediction = torch.zeros_like(highest, dtype=torch.int64)

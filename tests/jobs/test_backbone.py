@@ -256,7 +256,7 @@ def test_a_frozen_backbone_takes_no_gradient_and_keeps_its_statistics(load):
     backbone = load("none").module
     freeze(backbone, a_cell())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert moving_buffers(backbone) == {}
+    assert moving_buffers(backbone, a_cell().protocol) == {}
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     assert not backbone(torch.randn(2, 3, 32, 32)).requires_grad
     assert equal(backbone.state_dict(), before)
@@ -264,11 +264,12 @@ def test_a_frozen_backbone_takes_no_gradient_and_keeps_its_statistics(load):
 
 def test_a_frozen_backbone_may_follow_the_batches_as_the_published_code_does(load):
     backbone = load("none").module
-    freeze(backbone, a_cell(backbone_batchnorm="train"))
+    cell = a_cell(backbone_batchnorm="train")
+    freeze(backbone, cell)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     assert not backbone(torch.randn(2, 3, 32, 32)).requires_grad
     moved = {k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved == moving_buffers(backbone).keys()
+    assert moved == moving_buffers(backbone.eval(), cell.protocol).keys()
     assert {name.rpartition(".")[2] for name in moved} == {
         *("running_mean", "running_var", "num_batches_tracked")
     }

@@ -14,6 +14,7 @@ from jobs import run
 from jobs import train as job
 from jobs import trainee as trainee_module
 from jobs.counts_file import read_index
+from jobs.torch_settings import configure_torch
 from jobs.trainee import half_precision
 from tests.jobs.cells import MODEL, a_cell, a_share
 from tests.jobs.small_runs import grid_of, results, task_of
@@ -41,7 +42,7 @@ def test_mixed_precision_is_for_a_gpu(alone):
 def test_fp32_is_no_tf32():
     """Which torch chooses for convolutions where a GPU has it."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    job.configure_torch(a_cell().protocol)
+    configure_torch(a_cell().protocol)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 
