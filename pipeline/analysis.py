@@ -42,13 +42,14 @@ class Analysis:
 
 def analyse(results: Results, table: Sequence[Row]) -> Analysis:
     """The analysis of a grid's results; `table` are all their rows."""
-    seen = evidence(results, table)
+    matches = {d.name: paper.same_dataset(d) for d in results.datasets}
+    seen = evidence(results, table, {name: match.dataset for name, match in matches.items()})
     groups = compare.groups(seen)
     differences = paper.differences(results, table)
     return Analysis(
         layout=table1.table1(table1.means(table)),
         kinships=[
-            Kinship(d.name, paper.same_dataset(d), paper.departures(results, d.name))
+            Kinship(d.name, matches[d.name], paper.departures(results, d.name))
             for d in results.datasets
         ],
         differences=differences,

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from jobs.losses.names import LossSpec
-from jobs.metrics.scores import unpredicted
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import Row
 
@@ -34,8 +31,15 @@ class Kind:
     schedule: tuple[tuple[float, tuple[float, ...], str], ...]
 
     @property
+    def ratio(self) -> tuple[float, ...]:
+        """The shares of the terms when training starts; their sum is 1."""
+        weights = self.schedule[0][1]
+        return tuple(round(weight / sum(weights), 9) for weight in weights)
+
+    @property
     def family(self) -> tuple[tuple[str, ...], frozenset[str], frozenset[str], bool]:
-        """Equal for losses that differ by nothing but where their ramps begin and end."""
+        """Equal for losses that differ only in where their ramps begin and end, or in the ratio of
+        their terms."""
         return self.terms, self.start, self.end, self.scheduled
 
 
@@ -43,15 +47,17 @@ class Kind:
 class Evidence:
     """The scores of a grid or of the paper.
 
-    `scores` by (data set, model, loss), then by seed. `unpredicted`: the present classes that at
-    least one seed never predicts. `kinds` by the loss's name. `most_imbalanced` is the data set
-    whose most frequent class is the most times as frequent as its rarest; "" without data.
+    `scores` by (data set, model, loss), then by seed. `never_right`: the present classes that leave
+    F1 undefined with at least one seed. `kinds` by the loss's name. `most_imbalanced` is the data
+    set whose most frequent class is the most times as frequent as its rarest; "" without data.
+    `of_the_paper`: which of the paper's data sets each one is; "" for none.
     """
 
     scores: Mapping[Key, Mapping[int, Scores]]
-    unpredicted: Mapping[Key, tuple[str, ...]]
+    never_right: Mapping[Key, tuple[str, ...]]
     kinds: Mapping[str, Kind]
     most_imbalanced: str
+    of_the_paper: Mapping[str, str]
 
     @cached_property
     def blocks(self) -> dict[tuple[str, str], list[str]]:
@@ -66,15 +72,15 @@ class Evidence:
         return {seed: of[score] for seed, of in self.scores[key].items()}
 
 
-def evidence(results: Results, table: Iterable[Row]) -> Evidence:
-    """What the rows of a grid's results say."""
+def evidence(results: Results, table: Iterable[Row], of_the_paper: Mapping[str, str]) -> Evidence:
+    """Return what the rows of a grid's results say; `of_the_paper` as in `Evidence`."""
     rows = {(row.dataset, row.model, row.loss): row for row in table}
-    classes = {dataset.name: dataset.classes for dataset in results.datasets}
     return Evidence(
         scores={key: dict(zip(row.seeds, row.by_seed, strict=True)) for key, row in rows.items()},
-        unpredicted={key: _left_out(row, classes[row.dataset]) for key, row in rows.items()},
+        never_right={key: tuple(row.never_right) for key, row in rows.items()},
         kinds={loss["name"]: kind_of_record(loss) for loss in results.record.get("losses", [])},
         most_imbalanced=max(results.datasets, key=imbalance).name if results.datasets else "",
+        of_the_paper=of_the_paper,
     )
 
 
@@ -110,8 +116,3 @@ def _kind(terms: Sequence[str], knots: Sequence[tuple[float, tuple[float, ...], 
 
 def _counting(terms: Sequence[str], weights: Sequence[float]) -> frozenset[str]:
     return frozenset(term for term, weight in zip(terms, weights, strict=True) if weight > 0)
-
-
-def _left_out(row: Row, classes: list[str]) -> tuple[str, ...]:
-    by_seed = np.array([unpredicted(counts) for counts in row.each])
-    return tuple(classes[int(label)] for label in np.flatnonzero(by_seed.any(axis=0)))

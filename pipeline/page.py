@@ -62,7 +62,7 @@ class TableRow:
     seeds: int
     champion: bool  # it has the best S_rec of its block
     scores: list[ScoreCell]
-    unpredicted: tuple[str, ...]
+    never_right: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def render(
         columns=[(LABELS[score], score in ERRORS) for score in SCORES],
         blocks=[_block(*key, block) for key, block in blocks(table).items()],
         winners=[winner for block in blocks(table).values() for winner in winners(block)],
-        any_unpredicted=any(row.unpredicted for row in table),
+        any_never_right=any(row.never_right for row in table),
         sections=sections,
         bins=_bins(results),
         **for_page(found),
@@ -154,7 +154,10 @@ def _block(dataset: str, model: str, block: Sequence[Row]) -> Block:
             seeds=len(row.seeds),
             champion=row.loss in champions["s_rec"],
             scores=[_score_cell(row.scores[s], row.loss in champions[s]) for s in SCORES],
-            unpredicted=row.unpredicted,
+            never_right=tuple(
+                name if seeds == len(row.seeds) else f"{name} ({seeds} of {len(row.seeds)})"
+                for name, seeds in row.never_right.items()
+            ),
         )
         for row in block
     ]

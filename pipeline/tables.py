@@ -14,7 +14,7 @@ from operator import add
 import numpy as np
 
 from jobs.metrics.counts import Counts
-from jobs.metrics.scores import ERRORS, SCORES, Summary, scores, summarise, unpredicted
+from jobs.metrics.scores import ERRORS, SCORES, Summary, never_right, scores, summarise
 from pipeline.results import DatasetResults, Results
 
 PAPER_SCORES = ("acc", "f1", "rec", "cal", "s_acc", "s_rec")
@@ -37,14 +37,15 @@ NAME_COLUMNS = ("dataset", "model", "loss")
 @dataclass(frozen=True)
 class Row:
     """One loss on one model and data set. `scores` over its seeds by name; `counts` summed over
-    them; `unpredicted` are the present classes that no seed predicts for any pixel."""
+    them; `never_right` are the present classes that leave F1 undefined with some seed, and with
+    how many."""
 
     dataset: str
     model: str
     loss: str
     seeds: tuple[int, ...]
     scores: dict[str, Summary]
-    unpredicted: tuple[str, ...]
+    never_right: Mapping[str, int]
     counts: Counts
     each: tuple[Counts, ...]  # one a seed
     by_seed: tuple[dict[str, float], ...]  # their scores
@@ -74,14 +75,14 @@ def best(block: Iterable[Row], score: str) -> set[str]:
 
 def to_csv(table: Iterable[Row]) -> str:
     """Every score in full precision: mean, standard deviation, and number of defined seeds. The
-    names in the column `unpredicted` are a line of CSV themselves, with semicolons."""
+    names in the column `never_right` are a line of CSV themselves, with semicolons."""
     parts = [f"{score}_{part}" for score in SCORES for part in ("mean", "std", "n")]
-    lines = [_csv_line([*NAME_COLUMNS, "seeds", *parts, "unpredicted"])]
+    lines = [_csv_line([*NAME_COLUMNS, "seeds", *parts, "never_right"])]
     for row in table:
         numbers = [value for score in SCORES for value in _csv_numbers(row.scores[score])]
         names = (row.dataset, row.model, row.loss)
-        unpredicted = _csv_line(row.unpredicted, ";")
-        lines.append(_csv_line([*names, len(row.seeds), *numbers, unpredicted]))
+        classes = _csv_line(row.never_right, ";")
+        lines.append(_csv_line([*names, len(row.seeds), *numbers, classes]))
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -165,15 +166,15 @@ def _dataset_rows(results: Results, dataset: DatasetResults) -> list[Row]:
 def _row(dataset: DatasetResults, model: str, loss: str, indices: list[int]) -> Row:
     each = tuple(dataset.counts_of(index) for index in indices)
     by_seed = [scores(counts) for counts in each]
-    total = reduce(add, each)
+    undefined = np.sum([never_right(counts) for counts in each], axis=0)  # seeds, [C]
     return Row(
         dataset=dataset.name,
         model=model,
         loss=loss,
         seeds=tuple(dataset.cells[index]["seed"] for index in indices),
         scores={name: summarise([of[name] for of in by_seed]) for name in SCORES},
-        unpredicted=tuple(dataset.classes[c] for c in np.flatnonzero(unpredicted(total))),
-        counts=total,
+        never_right={dataset.classes[c]: int(undefined[c]) for c in np.flatnonzero(undefined)},
+        counts=reduce(add, each),
         each=each,
         by_seed=tuple(by_seed),
     )

@@ -145,6 +145,11 @@ def ends_in_wce(kind: Kind) -> bool:
     return kind.scheduled and kind.end == {"WCE"}
 
 
+def has_wce(kind: Kind) -> bool:
+    """A compound loss, static or scheduled, in which class-weighted CE counts at the end."""
+    return len(kind.terms) > 1 and "WCE" in kind.end
+
+
 def plain(kind: Kind) -> bool:
     """A static loss of CE and dice, without class-weighted CE."""
     return not kind.scheduled and PLAIN_TERMS.issuperset(kind.terms)
@@ -215,10 +220,22 @@ def varies_more(block: Block, dice: Sequence[str], others: Sequence[str]) -> Par
     )
 
 
+def ahead(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> list[int]:
+    """Return for each pair 1 where the first loss has the higher mean score, -1 where the second
+    has, and 0 where they differ by `MARGIN` at most or not both are defined."""
+    means = [block.difference(*names, score).mean for names in pairs]
+    return [(mean > MARGIN) - (mean < -MARGIN) for mean in means]
+
+
 def heads_apart(
-    evidence: Evidence, dataset: str, backbone: str, heads: Mapping[str, str]
+    evidence: Evidence,
+    dataset: str,
+    backbone: str,
+    heads: Mapping[str, str],
+    signs: Mapping[str, int],
 ) -> Finding:
-    """DeepLabV3 against FCN on one backbone; `heads` are the models' names by head."""
+    """Judge DeepLabV3 against FCN on one backbone. `heads` are the models' names by head; `signs`
+    are 1 for each score in which DeepLabV3 should be the higher, -1 where it should be lower."""
     absent = [head for head in ("deeplabv3", "fcn") if head not in heads]
     if absent:
         text = f"missing: {dataset}/{absent[0]}_{backbone}"
@@ -232,10 +249,7 @@ def heads_apart(
     if not both:
         text = f"missing: a loss on {dataset} that both models have, of equal seed"
         return Finding(dataset, models, None, (text,), ())
-    parts = [
-        _in_the_mean(one, other, both, "rec", 1),
-        _in_the_mean(one, other, both, "cal", -1),
-    ]
+    parts = [_in_the_mean(one, other, both, score, sign) for score, sign in signs.items()]
     return Finding(dataset, models, *joined(parts), (tuple(both),))
 
 
@@ -246,6 +260,14 @@ def _in_the_mean(
     score: str,
     sign: int,
 ) -> Part:
+    def defined(loss: str) -> bool:
+        common = one[loss].keys() & other[loss].keys()
+        return not any(math.isnan(of[loss][s][score]) for of in (one, other) for s in common)
+
+    undefined = [loss for loss in losses if not defined(loss)]
+    losses = [loss for loss in losses if loss not in undefined]
+    if not losses:
+        return Part(None, f"{LABELS[score]} is defined for no loss with both models")
     # by loss first, so that a missing cell does not shift the mean over losses
     by_loss = [
         fmean(one[n][seed][score] - other[n][seed][score] for seed in one[n] if seed in other[n])
@@ -259,22 +281,23 @@ def _in_the_mean(
     return Part(
         sign * fmean(by_loss) > MARGIN,
         f"{LABELS[score]} {fmean(by_loss):+z.3f}{spread} in the mean, "
-        f"{sum(sign * of > MARGIN for of in by_loss)} of {len(losses)} losses",
+        f"{sum(sign * of > MARGIN for of in by_loss)} of {len(losses)} losses"
+        f"{f', {len(undefined)} undefined' if undefined else ''}",
     )
 
 
 def classes_left_out(block: Block, complete: Sequence[str], others: Sequence[str]) -> Part:
-    """Whether `complete` are the losses that predict every class with every seed."""
+    """Judge whether F1 is defined with every seed for `complete` and for no other loss."""
     left_out = {
-        loss: block.evidence.unpredicted[block.dataset, block.model, loss]
+        loss: block.evidence.never_right[block.dataset, block.model, loss]
         for loss in [*complete, *others]
     }
     failing = [f"{loss} ({', '.join(left_out[loss])})" for loss in complete if left_out[loss]]
     surprising = [loss for loss in others if not left_out[loss]]
     return Part(
         not failing and not surprising,
-        f"{len(complete) - len(failing)} of {len(complete)} predict every class"
+        f"{len(complete) - len(failing)} of {len(complete)} have an F1 with every seed"
         f"{', but not ' + ', '.join(failing) if failing else ''}; "
-        f"{len(others) - len(surprising)} of {len(others)} others leave one out"
+        f"{len(others) - len(surprising)} of {len(others)} others leave a class out"
         f"{', but not ' + ', '.join(surprising) if surprising else ''}",
     )

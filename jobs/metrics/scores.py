@@ -127,9 +127,10 @@ def present(counts: Counts) -> NDArray[np.bool_]:
     return counts.confusion.sum(axis=1) > 0
 
 
-def unpredicted(counts: Counts) -> NDArray[np.bool_]:
-    """Which of the present classes are predicted for no pixel at all, [C]."""
-    return present(counts) & (counts.confusion.sum(axis=0) == 0)
+def never_right(counts: Counts) -> NDArray[np.bool_]:
+    """Return which of the present classes are predicted right for no pixel at all, bool [C]: those
+    that leave `f1` undefined."""
+    return present(counts) & (np.diag(counts.confusion) == 0)
 
 
 def reliability(bins: NDArray[np.int64]) -> tuple[Reals, Reals]:

@@ -18,12 +18,12 @@ from jobs.metrics.scores import (
     f1,
     harmonic_with_calibration,
     mean_iou,
+    never_right,
     recall,
     reliability,
     scores,
     summarise,
     top1_error,
-    unpredicted,
 )
 
 
@@ -78,13 +78,13 @@ def test_a_class_absent_from_validation_is_not_averaged():
 
 
 def test_f1_is_undefined_when_a_present_class_is_never_predicted_or_never_right():
-    never_predicted = with_confusion([[4, 0], [2, 0]])
-    never_right = with_confusion([[3, 1], [2, 0]])
-    assert math.isnan(f1(never_predicted))
-    assert math.isnan(f1(never_right))
-    assert recall(never_predicted) == 0.5  # recall of a class that is never found is 0
-    assert unpredicted(never_predicted).tolist() == [False, True]
-    assert unpredicted(never_right).tolist() == [False, False]
+    unpredicted = with_confusion([[4, 0], [2, 0]])
+    mistaken = with_confusion([[3, 1], [2, 0]])
+    assert math.isnan(f1(unpredicted))
+    assert math.isnan(f1(mistaken))
+    assert recall(unpredicted) == 0.5  # recall of a class that is never found is 0
+    assert never_right(unpredicted).tolist() == [False, True]
+    assert never_right(mistaken).tolist() == [False, True]
 
 
 def cal_by_its_formula(p, labels, bins):

@@ -89,14 +89,14 @@ def test_the_csv_reads_back_in_full_precision(results):
 def test_f1_is_nan_where_one_seed_never_predicts_a_class():
     table = rows(by_hand([[[3, 1], [1, 3]], [[4, 0], [4, 0]]]))
     assert shown(table[0].scores["f1"]) == "nan (1 of 2)"
-    assert table[0].unpredicted == ()  # the other seed does predict it
+    assert table[0].never_right == {"b": 1}  # the other seed finds it
     line = next(csv.DictReader(io.StringIO(to_csv(table))))
     assert (line["f1_mean"], line["f1_n"], line["rec_mean"]) == ("nan", "1", "0.625")
 
 
-def test_a_class_that_no_seed_predicts_is_named():
-    table = rows(by_hand([[[4, 0], [4, 0]], [[4, 0], [2, 0]]]))
-    assert table[0].unpredicted == ("b",)
+def test_a_class_that_is_predicted_but_never_right_leaves_f1_undefined_and_is_named():
+    table = rows(by_hand([[[4, 0], [4, 0]], [[3, 1], [2, 0]]]))
+    assert table[0].never_right == {"b": 2}
     assert shown(table[0].scores["f1"]) == "nan"
 
 
