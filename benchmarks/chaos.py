@@ -39,7 +39,7 @@ from tests.cluster.bundle_runs import (
 )
 from tests.cluster.faults import KINDS, Victim, give_disk
 from tests.cluster.slow_training import PAUSE, all_begun
-from tests.cluster.slurm_cluster import PYTHON, Cluster, why_no_cluster
+from tests.cluster.slurm_cluster import PYTHON, Cluster, NoCluster
 from tests.jobs.job_processes import jobs
 from tests.jobs.small_runs import assert_same, results
 
@@ -76,9 +76,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--faults", type=int, default=50, help="how many must have counted")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     options = parser.parse_args(argv)
-    if why := why_no_cluster():
-        sys.exit(f"error: {why}")
-    cluster = Cluster(NUM_NODES)
+    try:
+        cluster = Cluster(NUM_NODES)
+    except NoCluster as error:
+        sys.exit(f"error: {error}")
     try:
         return torment(cluster, cluster.runs / "chaos", Plan(options.faults, options.seed))
     finally:

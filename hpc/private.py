@@ -5,7 +5,9 @@ as the user.
 Owners and mode bits decide, and POSIX access lists: their mask shows as the group's bits, so only
 where a trusted group may write can an entry for somebody else hide. NFSv4 lists are the server's
 affair, which shows in the mode bits what they grant. Whoever owns a folder above that nobody else
-can write to administers the place, as root does, and is not refused.
+can write to administers the place, as root does, and is not refused. In a user namespace, as
+containers without root make, the machine's root shows as the overflow user, who may therefore own a
+sticky folder above, such as /tmp or /scratch.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE)
         if stat.S_ISLNK(info.st_mode):
             continue
         writers[place] = _writers(place, info, trusted)
-        if writers[place] and not (ours and info.st_mode & stat.S_ISVTX):
+        administered = ours or info.st_uid == _outer_root()
+        if writers[place] and not (administered and info.st_mode & stat.S_ISVTX):
             raise _open_to_others(place, info, writers[place], remedy)
     real = Path(os.path.realpath(path))
     if real.exists():
@@ -125,6 +128,17 @@ def _trusted(user: int, group: str) -> frozenset[int]:
     except KeyError:  # no such account: a container's user
         pass
     return frozenset(trusted)
+
+
+@lru_cache
+def _outer_root() -> int | None:
+    """Return the user id as which a user namespace shows the machine's root; None outside one."""
+    try:
+        if Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]:
+            return None
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):  # no Linux
+        return None
 
 
 def _way(path: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -74,6 +75,15 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many cases were tried."""
-    for line in cases.summary():
+    """Print how many cases were tried, and why the tests on a cluster were skipped."""
+    for line in [*cases.summary(), *_without_cluster(terminalreporter)]:
         terminalreporter.write_line(line)
+
+
+def _without_cluster(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    skipped = [
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if _CLUSTER in report.nodeid
+    ]
+    return [f"{n} tests on a Slurm cluster skipped: {why}" for why, n in Counter(skipped).items()]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.bundle_runs import LIMITS_REACHED, BundleRun, pack_streets, undisturbed
-from tests.cluster.slurm_cluster import Cluster, why_no_cluster
+from tests.cluster.slurm_cluster import Cluster, NoCluster
 
 NUM_NODES = 4
 
@@ -19,11 +19,12 @@ NUM_NODES = 4
 def cluster() -> Iterator[Cluster]:
     """Four nodes. Where there can be none the tests are skipped, but fail where
     `LOSSGRID_REQUIRE_CLUSTER` is set, as .ci/run does."""
-    if why := why_no_cluster():
+    try:
+        started = Cluster(NUM_NODES)
+    except NoCluster as error:
         if os.environ.get("LOSSGRID_REQUIRE_CLUSTER"):
-            pytest.fail(why, pytrace=False)
-        pytest.skip(why)
-    started = Cluster(NUM_NODES)
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
     yield started
     started.end()
 

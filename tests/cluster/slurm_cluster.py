@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 PROFILE = REPOSITORY / "configs/clusters/test-cluster.toml"
 PYTHON = sys.executable
 _PROGRAM = Path(__file__).with_name("cluster")
+_NO_CLUSTER = 3  # the exit code of _PROGRAM that says so
 _PATIENCE = 300.0  # seconds; a busy machine takes its time to start four ranks
 
 
@@ -40,15 +41,26 @@ class Process:
         os.kill(self.pid, number)
 
 
+class NoCluster(Exception):
+    """This machine or this user cannot run a Slurm cluster; the message gives the reason."""
+
+
 class Cluster:
     """A cluster of our own, beside any other on this machine. Run folders must lie below `runs`:
     the nodes do not share /tmp."""
 
     def __init__(self, nodes: int) -> None:
+        """Start it. Raises `NoCluster` where that is impossible."""
+        if os.geteuid() != 0:
+            raise NoCluster("a Slurm cluster on one machine needs root")
         self._claim, number = _claim_number()
         self.folder = Path("/var/tmp") / f"lossgrid-cluster-{number}"
         self.runs = self.folder / "runs"
-        ours = {"LOSSGRID_CLUSTER": str(number), "LOSSGRID_CLUSTER_DIR": str(self.folder)}
+        ours = {
+            "LOSSGRID_CLUSTER": str(number),
+            "LOSSGRID_CLUSTER_DIR": str(self.folder),
+            "LOSSGRID_CLUSTER_PYTHON": PYTHON,
+        }
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOSSGRID_"))}
         conf = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY)}
         self.environ = {**kept, **ours, **conf}
@@ -56,7 +68,22 @@ class Cluster:
         if self.folder.exists():  # of a test run that was killed
             self.do("down")
             shutil.rmtree(self.folder)
-        self.do("up", str(nodes))
+        try:
+            self.do("up", str(nodes))
+            self._require_python(nodes)
+        except NoCluster:
+            self.end()
+            raise
+
+    def _require_python(self, nodes: int) -> None:
+        """Raise `NoCluster` if the nodes do not see this checkout and its Python: every test would
+        otherwise wait in vain for its job."""
+        done = self.command(
+            "srun", f"--nodes={nodes}", PYTHON, "-c", "import pipeline", cwd=Path("/")
+        )
+        if done.returncode:
+            reason = done.stderr.strip().partition("\n")[0]
+            raise NoCluster(f"the nodes of the Slurm cluster cannot run {PYTHON}: {reason}")
 
     def end(self) -> None:
         """End it, and remove all that it and its jobs wrote."""
@@ -70,11 +97,13 @@ class Cluster:
         with (self.folder.parent / f"{self.folder.name}.log").open("w+") as output:
             done = subprocess.run(
                 [_PROGRAM, *words], env=self.environ, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, timeout=600, check=False,
+                stderr=subprocess.STDOUT, timeout=1800, check=False,
             )  # fmt: skip
             output.seek(0)
             text = output.read()
         Path(output.name).unlink()
+        if done.returncode == _NO_CLUSTER:
+            raise NoCluster(text.strip().rpartition("\n")[2].removeprefix("error: "))
         assert done.returncode == 0, text
 
     def fail(self, node: str) -> None:
@@ -185,15 +214,6 @@ def until(
 ) -> None:
     """Wait until `condition()` is true, with the patience that a cluster needs."""
     job_processes.until(condition, what, seconds)
-
-
-def why_no_cluster() -> str:
-    """Why no cluster can be started on this machine; "" where one can."""
-    if os.geteuid() != 0:
-        return "a Slurm cluster on one machine needs root"
-    if not (shutil.which("slurmctld") or shutil.which("apt-get")):
-        return "there is no Slurm here, and no apt-get to install it"
-    return ""
 
 
 def _claim_number() -> tuple[socket.socket, int]:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.other_user import as_user
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users too")
 
+REPOSITORY = Path(__file__).parents[2]
 EVE, EVES_GROUP, BOB, SHARED = 4242, 4343, 7, "users"
 SHARED_ID = grp.getgrnam(SHARED).gr_gid
 
@@ -272,3 +274,20 @@ def test_a_runner_refuses_tickets_that_others_can_write(place):
     assert done.stderr.count("\n") == 1
     assert list(queue.iterdir()) == []
     assert shlex.quote(str(queue)) in done.stderr
+
+
+def test_in_a_users_namespace_the_machines_root_may_own_a_sticky_folder(place):
+    """There an owner that has no id inside shows as the overflow user."""
+    above = folder(place / "above", 0o1777, BOB)
+    code = "import sys; from hpc.private import private_folder; private_folder(sys.argv[1])"
+    inside = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
+    done = subprocess.run([*inside, above / "run"], capture_output=True, text=True, cwd=REPOSITORY)
+    if done.stderr.startswith("unshare: "):
+        pytest.skip(done.stderr)
+    assert (done.returncode, done.stderr) == (0, "")
+    above.chmod(0o777)
+    done = subprocess.run([*inside, above / "run"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert "above can be written to by everybody" in done.stderr
+    above.chmod(0o1777)
+    with pytest.raises(UserError, match="can be written to by everybody"):
+        require_private(above / "run")
