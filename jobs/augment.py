@@ -62,7 +62,8 @@ def draw_view(height: int, width: int, protocol: Protocol, draw: Draw) -> View:
     """A random view of an image of `height` x `width`: the short side resized to a random length
     from `protocol.resize`, a horizontal flip, a random crop."""
     smallest, largest = protocol.resize
-    size = resized(height, width, smallest + draw.below(largest - smallest + 1))
+    short_side = smallest + draw.below(largest - smallest + 1)
+    size = resized(height, width, short_side, protocol.long_side)
     mirrored = draw.chance(protocol.flip)
     top, left = (
         draw.below(max(length - crop, 0) + 1)
@@ -132,30 +133,34 @@ def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple
     return _pad(image[window], protocol.crop, 0), _pad(label[window], protocol.crop, VOID)
 
 
-def evaluation_view(image: Bytes, label: Bytes, short_side: int) -> tuple[Bytes, Bytes]:
+def evaluation_view(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[Bytes, Bytes]:
     """What evaluation sees of an image uint8 [H, W, 3] and its label map [H, W]: both as
     `resize_short_side` makes them, the image channels first."""
     height, width = label.shape
-    rows, columns = resized(height, width, short_side)
+    rows, columns = resized(height, width, protocol.eval_size, protocol.long_side)
     if (rows, columns) == label.shape:
         return np.ascontiguousarray(image.transpose(2, 0, 1)), label
     whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
     return whole.of_image(image), whole.of_label(label)
 
 
-def resize_short_side(image: Bytes, label: Bytes, short_side: int) -> tuple[Bytes, Bytes]:
-    """Both resized so that the shorter side has `short_side` pixels: the image bilinear with
+def resize_short_side(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[Bytes, Bytes]:
+    """Both resized so that the shorter side has `eval_size` pixels: the image bilinear with
     antialiasing, the label by nearest neighbour. 0 leaves the size as it is. The plain way, through
     Pillow, which `evaluation_view` must equal."""
     height, width = label.shape
-    return _resize(image, label, resized(height, width, short_side))
+    return _resize(image, label, resized(height, width, protocol.eval_size, protocol.long_side))
 
 
-def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """The size of an image whose shorter side becomes `short_side`; 0 leaves it as it is."""
-    if short_side in (0, min(height, width)):
+def resized(height: int, width: int, short_side: int, long_side: str) -> tuple[int, int]:
+    """Return the size of an image whose shorter side becomes `short_side` pixels; 0 leaves it as it
+    is. `long_side` is that of `Protocol`."""
+    short = min(height, width)
+    if short_side in (0, short):
         return height, width
-    scale = short_side / min(height, width)
+    if long_side == "truncate":
+        return height * short_side // short, width * short_side // short
+    scale = short_side / short
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 

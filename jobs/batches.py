@@ -200,13 +200,13 @@ class TrainingBatches(Dataset[Batch | UnresizedBatch]):
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
     """Validation images one by one: uint8 [3, h, w] and the label map uint8 [h, w]."""
 
-    def __init__(self, reader: SplitReader, short_side: int) -> None:
+    def __init__(self, reader: SplitReader, protocol: Protocol) -> None:
         self._reader = reader
-        self._short_side = short_side
+        self._protocol = protocol
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._reader.image(index), self._reader.label(index)
-        image, label = evaluation_view(image, label, self._short_side)
+        image, label = evaluation_view(image, label, self._protocol)
         return torch.from_numpy(image), torch.from_numpy(label)
 
 

@@ -46,7 +46,7 @@ def evaluate(
     counts = [Counts.zeros(num_classes, protocol.bins) for _ in range(num_cells)]
     broken = [False] * num_cells
     mine = range(group.rank, len(reader), group.world_size)
-    loaded = load_images(EvaluationImages(reader, protocol.eval_size), mine, protocol.workers)
+    loaded = load_images(EvaluationImages(reader, protocol), mine, protocol.workers)
     # closed on an error too: its traceback would keep the loaders alive, and Python, which they
     # do not let go by a signal, waiting for them at its exit
     with closing(loaded) as images:

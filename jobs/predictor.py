@@ -74,7 +74,7 @@ class Predictor:
         """Return the network's output [1, C, h, w] for an RGB image, uint8 [H, W, 3], which it sees
         at the size that validation images had."""
         blank = np.zeros(image.shape[:2], np.uint8)
-        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol.eval_size)
+        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol)
         logits: Tensor = self._network(normalise(torch.from_numpy(seen)[None].to(self._device)))
         return logits
 

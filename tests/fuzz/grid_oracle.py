@@ -104,6 +104,7 @@ PROTOCOL = {
     "momentum": lambda value: number(0)(value) and value < 1,
     "weight_decay": number(0),
     "resize": rising(whole(ALWAYS_SEEN, LARGEST), equal=True),
+    "long_side": one_of("round", "truncate"),
     "crop": several(whole(ALWAYS_SEEN, LARGEST), 2, 2),
     "flip": number(0, 1),
     "eval_size": lambda value: value == 0 or whole(ALWAYS_SEEN, LARGEST)(value),

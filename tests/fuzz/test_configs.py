@@ -152,6 +152,7 @@ VALID = {
     "momentum": st.floats(0, 0.999),
     "weight_decay": st.floats(0, 1e300),
     "resize": st.tuples(st.integers(17, 999), st.integers(999, 2**15)).map(list),
+    "long_side": st.sampled_from(["round", "truncate"]),
     "crop": st.lists(st.integers(17, 2**15), min_size=2, max_size=2),
     "flip": st.floats(0, 1),
     "eval_size": st.just(0) | st.integers(17, 2**15),

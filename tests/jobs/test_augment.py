@@ -4,10 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
+from torchvision.transforms.functional import resize as resize_in_torchvision
 
-from jobs.augment import Draw, augment, resize_short_side
+from jobs.augment import (
+    Draw,
+    augment,
+    draw_view,
+    evaluation_view,
+    resize_short_side,
+    resized,
+)
 from jobs.protocol import Protocol
 
 VOID = 255
@@ -145,7 +154,7 @@ def test_labels_are_only_those_of_the_original(seed):
 )
 def test_a_resized_image_is_that_of_pillow(size, short_side, expected):
     image, label = a_picture(size)
-    found_image, found_label = resize_short_side(image, label, short_side)
+    found_image, found_label = resize_short_side(image, label, Protocol(eval_size=short_side))
     height, width = expected
     bilinear = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     nearest = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
@@ -153,10 +162,27 @@ def test_a_resized_image_is_that_of_pillow(size, short_side, expected):
     np.testing.assert_array_equal(found_label, np.asarray(nearest))
 
 
+@pytest.mark.parametrize("size", [(333, 500), (500, 333), (375, 500), (1024, 2048), (7, 9)])
+@pytest.mark.parametrize("short_side", [260, 261, 520, 1040])
+def test_a_truncated_long_side_is_that_of_torchvision(size, short_side):
+    expected = tuple(resize_in_torchvision(torch.zeros(1, *size), [short_side]).shape[1:])
+    assert resized(*size, short_side, "truncate") == expected
+
+
+def test_the_long_side_is_rounded_unless_the_protocol_says_otherwise():
+    image, label = a_picture((333, 500))
+    sizes = {"round": (520, 781), "truncate": (520, 780)}
+    for long_side, size in sizes.items():
+        settings = Protocol(eval_size=520, resize=(520, 520), long_side=long_side)
+        assert resize_short_side(image, label, settings)[1].shape == size
+        assert evaluation_view(image, label, settings)[1].shape == size
+        assert draw_view(333, 500, settings, Draw(0, 0, 0)).size == size
+
+
 @pytest.mark.parametrize("short_side", [0, 40])
 def test_the_own_size_leaves_every_pixel_as_it_is(short_side):
     image, label = a_picture()
-    found_image, found_label = resize_short_side(image, label, short_side)
+    found_image, found_label = resize_short_side(image, label, Protocol(eval_size=short_side))
     np.testing.assert_array_equal(found_image, image)
     np.testing.assert_array_equal(found_label, label)
 
@@ -164,7 +190,7 @@ def test_the_own_size_leaves_every_pixel_as_it_is(short_side):
 def test_an_enlarged_label_is_the_pixel_at_the_same_place():
     """Twice the size: each pixel becomes four, by the formula of the nearest centre."""
     image, label = a_picture()
-    _, found = resize_short_side(image, label, 80)
+    _, found = resize_short_side(image, label, Protocol(eval_size=80))
     np.testing.assert_array_equal(found, label.repeat(2, 0).repeat(2, 1))
 
 

@@ -157,7 +157,7 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused(train):
 @pytest.mark.parametrize("short_side", [0, 40, 30])
 def test_validation_images_come_in_order_at_the_size_that_is_asked(streets, short_side):
     reader = SplitReader(streets, "val")
-    images = EvaluationImages(reader, short_side)
+    images = EvaluationImages(reader, Protocol(eval_size=short_side))
     found = list(load_images(images, range(1, 3), workers=1))
     assert len(found) == 2
     for number, (image, label) in enumerate(found, start=1):
@@ -170,7 +170,7 @@ def test_validation_images_come_in_order_at_the_size_that_is_asked(streets, shor
 
 def test_ranks_take_turns_and_see_every_validation_image_once(streets):
     reader = SplitReader(streets, "val")
-    images = EvaluationImages(reader, 0)
+    images = EvaluationImages(reader, Protocol(eval_size=0))
     seen = [
         image.numpy().tobytes()
         for rank in range(2)

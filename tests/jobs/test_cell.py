@@ -27,6 +27,7 @@ CHANGES_THE_RESULT = {
     "momentum": 0.8,
     "weight_decay": 2e-4,
     "resize": (260, 1041),
+    "long_side": "truncate",
     "crop": (480, 481),
     "flip": 0.4,
     "eval_size": 521,
