@@ -54,7 +54,7 @@ class Protocol(Settings):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
 
     resize: tuple[Side, Side] = (260, 1040)  # short side is drawn from this range, pixels
-    # of the long side, which the short side gives: to the nearest pixel, or down as torchvision does
+    # the long side follows, rounded to the nearest pixel, or down as in torchvision
     long_side: Literal["round", "truncate"] = "round"
     crop: tuple[Side, Side] = (480, 480)  # height, width in pixels
     flip: Fraction = 0.5  # probability of a horizontal flip
