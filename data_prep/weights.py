@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from data_prep.settings import DatasetSettings, read_datasets
 from data_prep.sources import source_module
 from hpc.atomic import Damaged, file_sha256, new_file
-from hpc.command import UserError, argument_parser, run
+from hpc.command import MissingInput, UserError, argument_parser, run
 from hpc.config import did_you_mean, read_toml, shown, user_path
 from hpc.env import torch_home
 
@@ -67,7 +67,7 @@ def require_weights(weights: str, model: str) -> Path:
     if path.is_file():
         return path
     if (weights, model) in FILES:
-        raise UserError(
+        raise MissingInput(
             f"weights = {weights!r} needs {path}; fetch it where there is internet with "
             f"`python -m data_prep.weights CONFIG`, or copy {SOURCE}/{path.name} there"
         )

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, and what to do."""
 
 
+class MissingInput(UserError):
+    """A file or folder to be read is not there yet. A dry run notes it and goes on."""
+
+
 class _OneLineParser(argparse.ArgumentParser):
     # argparse declares overloads for other namespaces, which nobody here gives it
     def parse_args(  # type: ignore[override]
@@ -40,6 +44,12 @@ def argument_parser(prog: str, description: str | None) -> argparse.ArgumentPars
 def one_line(text: str) -> str:
     """`text` with line breaks and control characters escaped, so that it stays one line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def unreadable(error: OSError, message: str) -> UserError:
+    """Return the error to raise for `error`: `MissingInput` if nothing is there."""
+    absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return MissingInput(message) if absent else UserError(message)
 
 
 def warn(text: str) -> None:

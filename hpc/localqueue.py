@@ -56,6 +56,7 @@ class LocalQueue:
 
     starts_mpi = False
     gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
+    unreachable = ""
 
     def __init__(
         self, profile: ClusterProfile, folder: str | Path, queue_folder: str | Path
@@ -87,6 +88,9 @@ class LocalQueue:
             ids = self.tickets.add([{**part, **common} for part in work], token)
         self.ensure_runner()
         return ids
+
+    def check(self) -> None:
+        """Do nothing; files always answer."""
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """From what the tickets say."""

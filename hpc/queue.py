@@ -20,6 +20,11 @@ class Queue(Protocol):
 
     gone_is_certain: bool  # whether a job that is gone can have no process left
     starts_mpi: bool  # whether the tasks of a job are ranks of one MPI world
+    unreachable: str  # why a queue that was opened `read_only` cannot be asked; else ""
+
+    def check(self) -> None:
+        """Ask whether the queue answers. Raises `QueueUnreachable`, or sets `unreachable` if the
+        queue was opened `read_only`."""
 
     def submit(
         self,
@@ -41,11 +46,13 @@ class Queue(Protocol):
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """The jobs that were queued with some `tokens`: by token, and number of the call among
-        those it was given with. Raises `QueueUnreachable` as `look` does."""
+        those it was given with. Raises `QueueUnreachable` as `look` does; finds nothing if the
+        queue was opened `read_only`."""
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job: `waiting`, `running`, or `gone`: ended or unknown; and why. Raises
-        `QueueUnreachable` rather than calling a job gone because the queue did not answer.
+        `QueueUnreachable` rather than calling a job gone because the queue did not answer. If the
+        queue was opened `read_only`, all jobs are then `unknown`.
         """
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
@@ -69,15 +76,22 @@ class Queue(Protocol):
         """Make sure that something starts the waiting jobs. For callers that wait in a loop."""
 
 
-def open_queue(profile: ClusterProfile, folder: str | Path, queue_folder: str | Path) -> Queue:
-    """The queue a profile means. `folder` takes submission files and logs, `queue_folder` the
-    tickets of the local queue; on a cluster both must be visible on all nodes.
+def open_queue(
+    profile: ClusterProfile, folder: str | Path, queue_folder: str | Path, read_only: bool = False
+) -> Queue:
+    """Return the queue a profile means. `folder` takes submission files and logs, `queue_folder`
+    the tickets of the local queue; on a cluster both must be visible on all nodes.
 
-    `kind = "auto"` is Slurm if there is an `sbatch` on PATH. Opening starts nothing.
+    `kind = "auto"` is Slurm if there is an `sbatch` on PATH. Opening starts nothing. With
+    `read_only`, for callers that neither submit nor cancel, a Slurm that does not answer is no
+    error: its jobs are `unknown`.
+
+    Raises:
+        QueueUnreachable: Slurm is not here or does not answer.
     """
     _refuse_odd_folder(Path(folder).absolute())
     if profile.kind == "slurm" or (profile.kind == "auto" and shutil.which("sbatch")):
-        return SlurmQueue(profile, folder)
+        return SlurmQueue(profile, folder, read_only)
     return LocalQueue(profile, folder, queue_folder)
 
 

@@ -11,13 +11,13 @@ import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
 from io import StringIO
 from itertools import count, groupby, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpc import sbatch, sends
 from hpc.call import ModuleCall
@@ -34,6 +34,8 @@ _SUCCEEDED = "COMPLETED"
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 _LATER = "jobs go on; run it again when Slurm answers"
+_ELSE_LOCAL = "; if this machine is in no cluster, add --cluster local"
+T = TypeVar("T")
 _LONG_ROW = 16  # elements of an array that are cancelled as one
 
 
@@ -47,12 +49,45 @@ class SlurmQueue:
     starts_mpi = True
     gone_is_certain = False  # a node that was cut off may still run what Slurm has given up
 
-    def __init__(self, profile: ClusterProfile, folder: str | Path) -> None:
-        for command in ("sbatch", "srun", "squeue"):
-            if not shutil.which(command):
-                raise UserError(f"there is no {command} on PATH; is this a Slurm login node?")
+    def __init__(
+        self, profile: ClusterProfile, folder: str | Path, read_only: bool = False
+    ) -> None:
         self.profile = profile
         self.folder = Path(folder).absolute()
+        self.unreachable = ""
+        self._read_only = read_only
+        missing = [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]
+        if missing:
+            self._give_up(_no_command(missing[0]))
+        elif not read_only:
+            self.check()
+
+    def check(self) -> None:
+        """Ask the controller for an answer, where that was not done before."""
+        if not self.unreachable:
+            try:
+                _ = self._max_array_size
+            except QueueUnreachable as error:
+                self._give_up(error)
+
+    def _if_reachable(self, ask: Callable[[list[str]], T], words: list[str], otherwise: T) -> T:
+        """Return `ask(words)`, or `otherwise` if the queue is only read and does not answer."""
+        if self.unreachable:
+            return otherwise
+        try:
+            return ask(words)
+        except QueueUnreachable as error:
+            if not self._read_only:
+                raise
+            self._give_up(error)
+            return otherwise
+
+    def _give_up(self, error: QueueUnreachable) -> None:
+        """Note `error` if the queue is only read, else raise it."""
+        text = f"{error}{_ELSE_LOCAL if self.profile.kind == 'auto' else ''}"
+        if not self._read_only:
+            raise QueueUnreachable(text) from error
+        self.unreachable = text
 
     def submit(
         self,
@@ -84,13 +119,16 @@ class SlurmQueue:
         """By one squeue call; nothing is found where the site, or the profile, has comments of its
         own."""
         command = ["squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i %k"]
-        return sends.marked(_answer(command).splitlines(), tokens)
+        return sends.marked(self._if_reachable(_answer, command, "").splitlines(), tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """The state of each job, by one squeue call."""
         ids = list(ids)
-        seen = _squeue(sorted({job_id.partition("_")[0] for job_id in ids})) if ids else {}
-        return {job_id: seen.get(job_id, JobState("gone")) for job_id in ids}
+        arrays = sorted({job_id.partition("_")[0] for job_id in ids})
+        none: dict[str, JobState] = {}
+        seen = self._if_reachable(_squeue, arrays, none) if ids else none
+        other = JobState("unknown" if self.unreachable else "gone")
+        return {job_id: seen.get(job_id, other) for job_id in ids}
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
@@ -284,8 +322,15 @@ def _answer(command: list[str], gone_is_fine: bool = False) -> str:
     """What a Slurm command prints; nothing where it fails because a job is gone and may be."""
     done = _asked(command)
     if done.returncode and not (gone_is_fine and "Invalid job id" in done.stderr):
-        raise QueueUnreachable(f"{command[0]} failed: {one_line(done.stderr.strip())}; {_LATER}")
+        # the last line is what the command ended with; those before it are its attempts
+        said = done.stderr.strip().rpartition("\n")[2].strip()
+        said = re.sub(r"^\w+: (fatal|error): ", "", said) or f"exit status {done.returncode}"
+        raise QueueUnreachable(f"{command[0]} failed: {one_line(said)}; {_LATER}")
     return done.stdout
+
+
+def _no_command(name: str) -> QueueUnreachable:
+    return QueueUnreachable(f"there is no {name} on PATH; use a login node of the cluster")
 
 
 def ask(*command: str) -> str:
@@ -305,5 +350,7 @@ def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
         )
+    except FileNotFoundError as error:
+        raise _no_command(command[0]) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QueueUnreachable(f"{command[0]} does not answer: {error}; {_LATER}") from error

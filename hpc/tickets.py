@@ -21,14 +21,15 @@ from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
 from hpc.private import private_folder
 
-State = Literal["waiting", "running", "gone"]
+State = Literal["waiting", "running", "gone", "unknown"]
 Outcome = Literal["succeeded", "failed", "cancelled", "dependency failed"]
 DEPENDENCY_FAILED: Outcome = "dependency failed"
 
 
 class JobState(NamedTuple):
-    """What a queue knows of a job: its state; and the queue's own word, where it has one, for what
-    a waiting job waits for (`Resources`), or how one that is gone has ended (`NODE_FAIL`)."""
+    """What a queue knows of a job: its state, `unknown` if the queue cannot be asked; and the
+    queue's own word, where it has one, for what a waiting job waits for (`Resources`), or how one
+    that is gone has ended (`NODE_FAIL`)."""
 
     state: State
     why: str = ""

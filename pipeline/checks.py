@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.manifest import SPLITS, Manifest
@@ -14,22 +15,36 @@ from data_prep.settings import DatasetSettings
 from data_prep.sources import source_module
 from data_prep.weights import WITHOUT_FILE, require_weights
 from hpc.checkup import shown_bytes
-from hpc.command import UserError, one_line
+from hpc.command import MissingInput, UserError, one_line
 from jobs.cell import Cell, bundles
 from pipeline.estimate import bytes_of, files_of
 from pipeline.grid import Grid
 
 
-def check_sources(grid: Grid) -> None:
-    """Raise `UserError` if files that are to be packed are missing or do not pair."""
+def check_sources(grid: Grid) -> list[MissingInput]:
+    """Return a `MissingInput` for each data set whose files are not there. Raises `UserError` if
+    those that are do not pair."""
+    missing: list[MissingInput] = []
     for settings in grid.datasets.values():
-        _source_ids(settings)
+        with _collected(missing):
+            _source_ids(settings)
+    return missing
 
 
-def check_inputs(grid: Grid, packed: bool) -> None:
-    """Raise `UserError` if a data set or a weights file that the grid needs is not there, or a
-    batch does not fit a training set or the ranks. `packed` False: packing comes first, so look at
-    the source. Where nothing is refused, standard error gets the warnings about what is packed."""
+@contextmanager
+def _collected(missing: list[MissingInput]) -> Iterator[None]:
+    try:
+        yield
+    except MissingInput as error:
+        missing.append(error)
+
+
+def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
+    """Return a `MissingInput` for each data set and weights file that the grid needs and that is
+    not there. Raises `UserError` if a batch does not fit a training set or the ranks, or a data set
+    is not as it should be. `packed` False: packing comes first, so look at the source. Where
+    nothing is refused, standard error gets the warnings about what is packed."""
+    missing: list[MissingInput] = []
     warnings: list[str] = []
     ids = {}
     for name, settings in grid.datasets.items():
@@ -38,7 +53,10 @@ def check_inputs(grid: Grid, packed: bool) -> None:
             ids[name] = ids_of(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
-            ids[name] = _source_ids(settings)
+            with _collected(missing):
+                ids[name] = _source_ids(settings)
+        if name not in ids:
+            continue
         images = len(ids[name]["train"])
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
@@ -48,11 +66,14 @@ def check_inputs(grid: Grid, packed: bool) -> None:
                 f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than "
                 f"the training set of {images} images; choose a smaller one"
             )
-    for cell in grid.cells:
-        if cell.protocol.weights not in WITHOUT_FILE:
-            require_weights(cell.protocol.weights, cell.model)
+    needed = dict.fromkeys((cell.protocol.weights, cell.model) for cell in grid.cells)
+    for weights, model in needed:
+        if weights not in WITHOUT_FILE:
+            with _collected(missing):
+                require_weights(weights, model)
     for warning in [*warnings, *overlap_warnings(grid.datasets, ids)]:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
+    return missing
 
 
 def _left_out(manifest: Manifest) -> list[str]:

@@ -19,6 +19,7 @@ from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import one_named
 from pipeline.records import CANCEL, PRETRAIN
 from pipeline.script_jobs import sent_tasks
+from pipeline.show import unasked_line
 
 STAGES = ("prep", PRETRAIN, "reduce", "report")
 _LINES = 20
@@ -37,8 +38,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.lines < 1:
         parser.error("--lines must be 1 or more")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
-    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=True)
     name, jobs = jobs_of(grid, queue, arguments.cell)
+    if queue.unreachable:
+        print(unasked_line(queue.unreachable))
     for line in describe(queue, name, jobs, None if arguments.all else arguments.lines):
         print(one_line(line))
     return 0

@@ -21,7 +21,7 @@ from pipeline.choice import unsent
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import cells_named
 from pipeline.records import cancellations
-from pipeline.show import TOO_LARGE
+from pipeline.show import TOO_LARGE, describe_missing, unasked_line
 from pipeline.state import NOT_FINITE, CellState, Survey, survey
 from pipeline.submit import check, plan_of, submit
 from pipeline.wait import wait_for
@@ -41,14 +41,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
-    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    dry_run = arguments.dry_run
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=dry_run)
     named = cells_named(grid, arguments.cell)
     state = survey(grid, queue, accounting=True)
     chosen = choose(state, named)
+    if state.unreachable:
+        print(unasked_line(state.unreachable))
     for line in describe(grid, state, named):
         print(one_line(line))
-    if arguments.dry_run or not chosen:
-        check(grid, ["grid"])
+    if dry_run or not chosen:
+        describe_missing(check(grid, ["grid"], missing_is_fine=dry_run))
         num_jobs = len(plan_of(grid, state, choose=lambda _: chosen).bundles)
         print(f"would submit {num_jobs} jobs" if chosen else "nothing to submit again")
         return 0
@@ -101,8 +104,10 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
     name = cell.cell.name
     if cell.state == "done":
         raise UserError(f"{name} is done; there is nothing to try again")
-    if cell.job in state.active_jobs or cell.state == "running":
+    if cell.job in state.active_jobs or cell.state in ("running", "unknown"):
         what = "is waiting" if cell.state == "waiting" else "is running"
+        if cell.state == "unknown":
+            what = "was sent, and the queue cannot be asked from here"
         if cell.cause == NOT_FINITE:
             what = "has failed, but the other cells of its job still train"
         raise UserError(f"{name} {what}, job {cell.job}; wait for its end, or cancel it first")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpc.command import one_line
+from hpc.command import MissingInput, one_line
 from pipeline.grid import Grid
 from pipeline.state import STATES, CellState, Survey
 
@@ -30,11 +30,24 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     """One line of how many cells are in which state, and a line for each problem."""
     for problem in state.problems:
         print(f"warning: {one_line(problem)}")
+    if state.unreachable:
+        print(unasked_line(state.unreachable))
     for note in grid.notes:
         print(f"note: {one_line(note)}")
     print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
     if tight := sum(c.state == "failed" and not state.fits(c.cell) for c in state.cells):
         print(f"{tight} cells {TOO_LARGE}")
+
+
+def describe_missing(missing: Iterable[MissingInput]) -> None:
+    """A line for each input that is to be there when the grid is submitted."""
+    for line in dict.fromkeys(one_line(str(error)) for error in missing):
+        print(f"note: missing: {line}")
+
+
+def unasked_line(why: str) -> str:
+    """Say that the queue cannot be asked, and `why`."""
+    return f"note: the queue cannot be asked from here, so states are from files: {one_line(why)}"
 
 
 def stage_lines(state: Survey) -> Iterator[str]:

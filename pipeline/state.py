@@ -30,14 +30,17 @@ from pipeline.records import (
 )
 from pipeline.script_jobs import candidates, job_of, noted_arrays
 
-State = Literal["done", "failed", "running", "waiting", "interrupted", "missing"]
-STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "missing")
+State = Literal["done", "failed", "running", "waiting", "interrupted", "missing", "unknown"]
+STATES: tuple[State, ...] = (
+    "done", "running", "waiting", "interrupted", "failed", "missing", "unknown",
+)  # fmt: skip
 
 # A job that the queue has forgotten but whose heart beat this recently is still ending.
 DEAD_AFTER_SECONDS = 30.0
-GONE = JobState("gone")
+GONE, UNKNOWN = JobState("gone"), JobState("unknown")
 # how a job ends that could not help it, and has begun even if its heart never beat
 _INTERRUPTIONS = ("node failure", "preemption", "time limit", "killed")
+_FAILURES = ("error", "out of memory")
 NOT_FINITE = "not finite"
 
 
@@ -46,7 +49,8 @@ class CellState:
     """A cell's state; the step its newest checkpoint or heartbeat names, of a total (0 where not
     known yet), steps a second, and why, where there is something to say. job: the last that was
     sent for it; a waiting cell without one is held back, for the next submission. cause: how that
-    job has ended, as in `hpc.endings`, or "not finite", where the cell is not done; else ""."""
+    job has ended, as in `hpc.endings`, or "not finite", where the cell is not done; else "". A cell
+    is `unknown` if it was sent, has no fresh heartbeat, and the queue cannot be asked."""
 
     cell: Cell
     state: State
@@ -71,6 +75,7 @@ class Survey:
     problems: tuple[str, ...]  # lines about damaged files
     at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
     recalled: tuple[Submitted, ...]  # tasks whose record does not tell the job, as the queue does
+    unreachable: str = ""  # why the queue, opened `read_only`, could not be asked
 
     @property
     def held(self) -> list[Cell]:
@@ -110,7 +115,8 @@ def survey(
     jobs = queue.look(asked.union(stages.values(), also) - {""})
     open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
-    active = {t for t in open_tasks if _may_work(t, jobs, beats[t.task], queue)}
+    known = {t: _known(t, jobs, beats[t.task], queue) for t in open_tasks}
+    active = {t for t in open_tasks if _may_work(t, known[t], beats[t.task], queue)}
     steps = _steps_saved(grid, done)
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
@@ -118,6 +124,7 @@ def survey(
     waited_for = untrained(grid.run, sent)
     tasks = {c.signature: answerable(c, latest.get(c.signature), waited_for) for c in grid.cells}
     gone = {t.job for t in [*latest.values(), *tasks.values()] if t and t not in active}
+    jobs |= {t.job: known[t] for t in open_tasks if t.job}
     ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
     failures = {path.stem: path for path in json_files(grid.run.failures)}
     states = []
@@ -131,30 +138,46 @@ def survey(
         told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]
         ending = told[0] if told else Ending("unknown")
         failed = failures.get(cell.signature)
-        states.append(_unfinished(state, failed, task, jobs, active, beat, ending))
+        job = known.get(task, GONE) if task else GONE
+        states.append(_unfinished(state, failed, task, job, task in active, beat, ending))
     return Survey(
         cells=tuple(states),
         steps=steps,
         # one that the queue has lost is not waited for, even if its heart still beats
         pretraining={
-            t.backbone: t.job
-            for t in open_tasks
-            if t.kind == PRETRAIN and jobs.get(t.job, GONE).state != "gone"
+            t.backbone: t.job for t in open_tasks if t.kind == PRETRAIN and known[t].state != "gone"
         },
         active_jobs=tuple(sorted({task.job for task in active if task.job})),
-        stages={kind: j for kind, j in stages.items() if jobs.get(j, GONE).state != "gone"},
+        stages={
+            kind: j
+            for kind, j in stages.items()
+            if jobs.get(j, GONE).state in ("waiting", "running")
+        },
         jobs=jobs,
         problems=tuple(problems),
         at_most=cells_at_most(sent, ended, granted(grid.cluster)),
         recalled=tuple(now for was, now in zip(recorded, sent, strict=True) if is_lost(was)),
+        unreachable=queue.unreachable,
     )
 
 
-def _may_work(
+def _known(
     task: Submitted, jobs: Mapping[str, JobState], beat: Mapping[str, Any], queue: Queue
-) -> bool:
+) -> JobState:
+    """Return what the queue, or else the log, knows of a task's job."""
+    if queue.unreachable and is_lost(task):
+        return UNKNOWN
+    job = jobs.get(task.job, GONE)
+    if job.state == "unknown" and _heart_stopped(beat):
+        last_words = endings({task.job: GONE}, queue)[task.job]
+        if last_words.cause in _FAILURES:  # Slurm does not start such a job again
+            return GONE
+    return job
+
+
+def _may_work(task: Submitted, job: JobState, beat: Mapping[str, Any], queue: Queue) -> bool:
     """Whether nothing proves that the task's job is dead."""
-    if jobs.get(task.job, GONE).state != "gone":
+    if job.state != "gone":
         return True
     return not (_gone_is_certain(task, queue) or _heart_stopped(beat))
 
@@ -217,8 +240,8 @@ def _unfinished(
     state: CellState,
     failure: Path | None,
     task: Submitted | None,
-    jobs: Mapping[str, JobState],
-    active: Collection[Submitted],
+    job: JobState,
+    active: bool,
     beat: Mapping[str, Any],
     ending: Ending,
 ) -> CellState:
@@ -229,10 +252,11 @@ def _unfinished(
         return state
     step = max(state.step, beat.get("step", 0))
     known = replace(state, step=step, total=beat.get("total", 0), job=task.job)
-    if task in active:
-        job = jobs.get(task.job, GONE)
+    if active:
         if job.state == "waiting":
             return replace(known, state="waiting", why=job.why)
+        if job.state == "unknown" and _heart_stopped(beat):
+            return replace(known, state="unknown", why="its job may wait, run or have ended")
         rate, why = beat.get("steps_per_second", 0.0), "being cancelled"
         why = why if task.kind == CANCEL else ""
         return replace(known, state="running", rate=rate, why=why)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--state", choices=STATES, help="only the cells in this state")
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
-    state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
+    state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=True))
     shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
     if len(shown) <= MOST_ROWS:
         console().print(cells_table(shown))

@@ -19,7 +19,7 @@ from pathlib import Path
 from data_prep.manifest import MANIFEST
 from hpc.atomic import write_bytes
 from hpc.call import ModuleCall
-from hpc.command import UserError, argument_parser, one_line, run
+from hpc.command import MissingInput, UserError, argument_parser, one_line, run
 from hpc.config import user_path
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
@@ -35,7 +35,7 @@ from pipeline.plan import Plan, make_plan, split, without_waiting
 from pipeline.records import Submission, cancellations, new_token, settle
 from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
-from pipeline.show import describe_plan, describe_survey
+from pipeline.show import describe_missing, describe_plan, describe_survey
 from pipeline.source import source_of_code
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
@@ -67,13 +67,16 @@ def main(argv: Sequence[str]) -> int:
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     if arguments.profile:
         grid = profiled(grid)
-    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    reads = arguments.dry_run or scripts is not None
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=reads)
     stages = stages_of(arguments.stage, grid)
     if arguments.dry_run:
+        queue.check()
         state = survey(grid, queue, accounting=True, verify=True)
         forecast = Forecast(grid, arguments.step_seconds)
         describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
-        check(grid, stages)  # after the plan: it can be looked at before its data are there
+        # after the plan: it can be looked at before its data are there
+        describe_missing(check(grid, stages, missing_is_fine=True))
         if scripts:
             check_folder(scripts, grid)
         return 0
@@ -99,13 +102,16 @@ def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
     return (stage,)
 
 
-def check(grid: Grid, stages: Sequence[str]) -> None:
-    """Refuse what cannot work before anything is queued. Raises `UserError`."""
+def check(grid: Grid, stages: Sequence[str], missing_is_fine: bool = False) -> list[MissingInput]:
+    """Refuse what cannot work before anything is queued. Raises `UserError`. Files that are not
+    there yet are returned if `missing_is_fine`."""
     require_private(grid.run.root, grid.cluster.group, _REMEDY)
-    if "prep" in stages:
-        check_sources(grid)
+    missing = check_sources(grid) if "prep" in stages else []
     if "grid" in stages:
-        check_inputs(grid, packed="prep" not in stages)
+        missing += check_inputs(grid, packed="prep" not in stages)
+    if missing and not missing_is_fine:
+        raise missing[0]
+    return missing
 
 
 def submit(

@@ -23,7 +23,7 @@ from data_prep.settings import VOID, CocoSettings
 from data_prep.sources import voc
 from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
 from data_prep.sources.sample import Sample
-from hpc.command import UserError
+from hpc.command import UserError, unreadable
 
 LEAST_AREA = 1000.0  # pixels of an image's objects, to be trained on
 _FARTHEST = 1e5  # a coordinate beyond it is damage, and would take gigabytes to draw
@@ -116,7 +116,7 @@ def _read(path: Path) -> tuple[_Picture, ...]:
         status = path.stat()
         return _parse(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
+        raise unreadable(error, f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
     except (ValueError, RecursionError) as error:  # cut short, not JSON, not UTF-8
         raise UserError(f"{path} is not whole ({error}); {_REMEDY}") from error
     except (KeyError, TypeError, AttributeError) as error:

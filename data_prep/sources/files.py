@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.sources.sample import Sample
-from hpc.command import UserError
+from hpc.command import MissingInput, UserError, unreadable
 
 LAYOUTS = "docs/datasets.md shows the tree"
 
@@ -17,7 +17,8 @@ def names_in(folder: Path, remedy: str) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}; {remedy}") from error
+        message = f"cannot read the folder {folder}: {error.strerror}; {remedy}"
+        raise unreadable(error, message) from error
 
 
 def read_list(path: Path, remedy: str) -> list[str]:
@@ -26,7 +27,8 @@ def read_list(path: Path, remedy: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read the list {path}: {error.strerror}; {remedy}") from error
+        message = f"cannot read the list {path}: {error.strerror}; {remedy}"
+        raise unreadable(error, message) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; a list holds one id a line") from error
     ids: dict[str, int] = {}
@@ -63,7 +65,9 @@ def listed_samples(
 
 
 def refuse_missing(missing: Sequence[str], folder: Path, named_by: str, remedy: str) -> None:
-    """`UserError` if there are any files `missing` in `folder`."""
+    """`MissingInput` if there are any files `missing` in `folder`."""
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} has no {missing[0]}{more}, which {named_by} asks for; {remedy}")
+        raise MissingInput(
+            f"{folder} has no {missing[0]}{more}, which {named_by} asks for; {remedy}"
+        )

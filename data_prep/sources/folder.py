@@ -12,7 +12,7 @@ from data_prep.images import SUFFIXES, map_labels, read_index_map
 from data_prep.manifest import SPLITS
 from data_prep.settings import FolderSettings
 from data_prep.sources.sample import Sample
-from hpc.command import UserError
+from hpc.command import UserError, unreadable
 
 _SHOWN = 3  # file names in a message
 
@@ -54,10 +54,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     try:
         files = sorted(f for f in folder.iterdir() if _is_image(f))
     except OSError as error:
-        raise UserError(
+        message = (
             f"cannot read the folder {folder}: {error.strerror}; check root and the folder names "
             "of the data set"
-        ) from error
+        )
+        raise unreadable(error, message) from error
     found: dict[str, Path] = {}
     for file in files:
         if file.stem in found:

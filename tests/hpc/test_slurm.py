@@ -17,6 +17,7 @@ from hpc.localqueue import LocalQueue
 from hpc.profile import ClusterProfile, Resources, read_profile
 from hpc.queue import open_queue
 from hpc.slurm import QueueUnreachable, SlurmQueue, requeue
+from hpc.tickets import JobState
 
 COMMANDS = {
     "sbatch": """
@@ -141,7 +142,7 @@ def test_no_call_asks_slurm_nothing(slurm, logs):
     assert queue.submit([], Resources(), "nothing") == []
     queue.cancel([])
     assert queue.states([]) == {}
-    assert not (slurm.folder / "asked").exists()
+    assert (slurm.folder / "asked").read_text() == "scontrol show config\n", "opening it"
 
 
 def test_an_array_longer_than_the_site_allows_is_split(slurm, logs):
@@ -434,8 +435,53 @@ def test_auto_means_slurm_only_where_there_is_sbatch(slurm, logs, monkeypatch):
     shutil.rmtree(slurm.folder / "bin")
     monkeypatch.setenv("PATH", "/nowhere")
     assert isinstance(open_queue(ClusterProfile(), logs, logs), LocalQueue)
-    with pytest.raises(UserError, match="no sbatch on PATH"):
+    with pytest.raises(QueueUnreachable, match="no sbatch on PATH"):
         open_queue(ClusterProfile(kind="slurm"), logs, logs)
+
+
+# what a package without a slurm.conf says, as sbatch, squeue and scontrol do
+NO_CONTROLLER = """
+        echo "$(basename "$0"): error: resolve_ctls_from_dns_srv: res_nsearch error" >&2
+        echo "$(basename "$0"): error: fetch_config: DNS SRV lookup failed" >&2
+        echo "$(basename "$0"): fatal: Could not establish a configuration source" >&2; exit 1 """
+ELSE_LOCAL = "if this machine is in no cluster, add --cluster local"
+DOWN = "scontrol failed: Could not establish a configuration source; jobs go on; run it again when"
+
+
+@pytest.mark.parametrize(
+    ("kind", "commands", "message"),
+    [
+        ("slurm", (), "there is no sbatch on PATH; use a login node of the cluster"),
+        ("slurm", COMMANDS, f"{DOWN} Slurm answers"),
+        ("auto", COMMANDS, f"{DOWN} Slurm answers; {ELSE_LOCAL}"),
+    ],
+    ids=["without sbatch", "without a controller", "auto"],
+)  # fmt: skip
+def test_a_slurm_that_does_not_answer(tmp_path, monkeypatch, logs, kind, commands, message):
+    fake = FakeSlurm(tmp_path / "away", dict.fromkeys(commands, NO_CONTROLLER))
+    for name in COMMANDS.keys() - commands:
+        (fake.folder / "bin" / name).unlink()
+    monkeypatch.setenv("PATH", f"{fake.folder}/bin:{only(tmp_path, 'bash', 'basename')}")
+    profile = ClusterProfile(kind=kind)
+    with pytest.raises(QueueUnreachable) as refused:
+        open_queue(profile, logs, logs)
+    assert str(refused.value) == message
+    queue = open_queue(profile, logs, logs, read_only=True)
+    queue.check()
+    assert queue.unreachable == message
+    assert queue.look(["7", "8_1"]) == dict.fromkeys(["7", "8_1"], JobState("unknown"))
+    assert queue.sent_as(["token"]) == {"token": {}}
+    assert queue.log_files("7") == []
+    with pytest.raises(QueueUnreachable):
+        queue.cancel(["7"])
+
+
+def only(folder: Path, *commands: str) -> Path:
+    """A folder for PATH with these commands alone."""
+    (folder / "only").mkdir()
+    for name in commands:
+        (folder / "only" / name).symlink_to(shutil.which(name))
+    return folder / "only"
 
 
 def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch):

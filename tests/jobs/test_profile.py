@@ -108,7 +108,7 @@ def test_a_submission_with_profile_sends_the_same_cells_with_that_wish(
 ):
     grid = grid_of(tmp_path, streets.folder, *LOSSES)
     queue = FakeQueue(tmp_path)
-    monkeypatch.setattr(command, "open_queue", lambda *_: queue)
+    monkeypatch.setattr(command, "open_queue", lambda *_, **__: queue)
     assert command.main(["grid", str(grid.path), "--profile"]) == 0
     (path,) = grid.run.tasks.glob("*.json")
     sent = read_task(path).cells

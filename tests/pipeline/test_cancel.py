@@ -31,7 +31,7 @@ def grid(tmp_path, streets) -> Grid:
 def queue(tmp_path, monkeypatch) -> FakeQueue:
     queue = FakeQueue(tmp_path)
     for module in (command, status):
-        monkeypatch.setattr(module, "open_queue", lambda *_: queue)
+        monkeypatch.setattr(module, "open_queue", lambda *_, **__: queue)
     return queue
 
 

@@ -137,11 +137,12 @@ def test_a_controller_that_does_not_answer_fails_once_and_the_rest_goes_on(exami
     site.answer("silent")
     code, lines = examine()
     assert code == 1
-    assert failures(lines)[0].startswith("partition: scontrol says: slurm_load: Unable to contact")
+    (failure,) = failures(lines)
+    assert failure.startswith("scheduler: scontrol failed: slurm_load: Unable to contact")
     assert [line for line in lines if line.startswith("pass  data set streets")]
 
 
 def test_where_there_is_no_slurm_the_files_are_checked_all_the_same(examine, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     found = examine()
-    assert only_failure(found).startswith("scheduler: there is no sbatch on PATH; is this a Slurm")
+    assert only_failure(found).startswith("scheduler: there is no sbatch on PATH; use a login")

@@ -38,7 +38,7 @@ def grid(tmp_path) -> Grid:
 def queue(tmp_path, grid, monkeypatch) -> FakeQueue:
     """A queue in which job1 and job2 train a seed each."""
     queue = ManyRanks(tmp_path)
-    monkeypatch.setattr(logs, "open_queue", lambda *_: queue)
+    monkeypatch.setattr(logs, "open_queue", lambda *_, **__: queue)
     submit_grid(grid, queue, [], Submission(grid.run))
     return queue
 

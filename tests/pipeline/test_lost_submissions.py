@@ -66,7 +66,7 @@ def test_the_jobs_are_found_and_noted_and_nothing_is_sent_twice(grid, queue):
 
 
 def test_status_changes_nothing(grid, queue, monkeypatch, capsys):
-    monkeypatch.setattr(status, "open_queue", lambda *_: queue)
+    monkeypatch.setattr(status, "open_queue", lambda *_, **__: queue)
     die(grid, queue)
     assert status.main([str(grid.path)]) == 0
     assert "8 waiting" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def grid(tmp_path, streets) -> Grid:
 def queue(tmp_path, monkeypatch) -> FakeQueue:
     """The queue that the command opens."""
     queue = FakeQueue(tmp_path)
-    monkeypatch.setattr(retry, "open_queue", lambda *_: queue)
+    monkeypatch.setattr(retry, "open_queue", lambda *_, **__: queue)
     return queue
 
 
