@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,21 +90,43 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
 
 
 def map_labels(
-    values: NDArray[np.uint8], num_classes: int, void: int | None, path: Path
+    values: NDArray[np.uint8], label_of: Mapping[int, int], path: Path
 ) -> NDArray[np.uint8]:
-    """`values` with the source's `void` turned into VOID. Raises `BadFile` for any other value
-    that is no class index."""
-    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
-    strange = [int(v) for v in present if v >= num_classes and v != void]
-    if strange:
-        shown = "no void" if void is None else f"void is {void}"
+    """Return `values`, [H, W], with each value replaced by its class index or VOID in `label_of`.
+
+    Raises:
+        BadFile: `values` has a value that is not in `label_of`.
+    """
+    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256)).tolist()
+    if strange := [value for value in present if value not in label_of]:
+        classes = _ranges(value for value, label in label_of.items() if label != VOID)
+        void = _ranges(value for value, label in label_of.items() if label == VOID)
         raise BadFile(
-            f"{path} holds the label value {strange[0]}, but classes are 0 to {num_classes - 1} "
-            f"and {shown}; mend the label map, or classes and void of the data set"
+            f"{path} holds the label value {strange[0]}, but classes are {classes} and "
+            f"{f'void is {void}' if void else 'no void'}; correct the label map, or the settings "
+            "of the data set"
         )
-    if void is None or void == VOID:
+    if all(label_of[value] == value for value in present):
         return values
-    return np.where(values == void, np.uint8(VOID), values)
+    table = np.array([label_of.get(value, VOID) for value in range(256)], np.uint8)
+    return table[values]
+
+
+def class_indices(num_classes: int, void: int | None = VOID) -> dict[int, int]:
+    """Return the mapping for `map_labels` of label maps that hold class indices and `void`."""
+    void_values = {} if void is None else {void: VOID}
+    return {index: index for index in range(num_classes)} | void_values
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """Return `0 to 18, 255`."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in runs)
 
 
 @contextmanager

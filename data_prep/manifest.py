@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.settings import VOID, DatasetSettings
 from hpc.atomic import Damaged, fingerprint, read_json, write_json
 from hpc.command import UserError
 
@@ -72,6 +73,11 @@ class SplitSummary:
         """Number of pixels that count nowhere."""
         return sum(shard.void_pixels for shard in self.shards)
 
+    @property
+    def void_share(self) -> str:
+        """The void pixels among all, such as `2.5 %`."""
+        return f"{100 * self.void_pixels / (sum(self.class_pixels) + self.void_pixels):.1f} %"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -125,19 +131,23 @@ class Manifest:
         }
         write_json(self.folder / MANIFEST, record)
 
-    def require_labels(self) -> None:
-        """`UserError` if every pixel of a split is void."""
-        uses = {"train": "nothing to learn from", "val": "nothing to score"}
+    def require_classes(self, settings: DatasetSettings) -> None:
+        """Raise `UserError` if fewer than two classes have pixels in a split: there is nothing to
+        tell apart. `settings` tell which values of label maps the pixels had."""
         for split, half in self.splits.items():
-            if not any(half.class_pixels):
-                raise UserError(
-                    f"every pixel of {split} of the data set {self.name!r} is void: there is "
-                    f"{uses[split]}; mend its label maps, or its classes and void"
-                )
+            found = [index for index, pixels in enumerate(half.class_pixels) if pixels]
+            if len(found) >= 2:
+                continue
+            where = f"{split} of the data set {self.name!r}"
+            what = f"no class has pixels in {where}"
+            if found:
+                name = f"{self.classes[found[0]]!r}{_values(settings, found[0])}"
+                what = f"{name} is the only class with pixels in {where}"
+            void = f"{half.void_share} of the pixels are void{_values(settings, VOID)}"
+            raise UserError(f"{what}; {void}; at least two are needed: {settings.mending}")
 
     def warnings(self) -> list[str]:
-        """What to know before training on it, one line each: classes that no pixel of train or of
-        val is labelled with."""
+        """Return one line for each split in which no pixel has one of the classes."""
         effects = {
             "train": "no cell can learn it",
             "val": "scores are averaged over the classes that do occur",
@@ -147,8 +157,9 @@ class Manifest:
             for split, half in self.splits.items()
         }
         return [
-            f"{_listed(names)} of the data set {self.name!r} labels no pixel of {split}: "
-            f"{effects[split]}; add images that show it, or take it out of the classes"
+            f"{_listed(names)} of the data set {self.name!r} labels no pixel of {split}, of which "
+            f"{self.splits[split].void_share} are void: {effects[split]}; add images that show it, "
+            "or take it out of the classes"
             for split, names in absent.items()
             if names
         ]
@@ -168,6 +179,11 @@ def check_length(path: Path, expected: int) -> None:
         raise Damaged(f"{path} cannot be read: {error.strerror}; {remedy(path)}") from error
     if found != expected:
         raise Damaged(f"{path} has {found} bytes instead of {expected}; {remedy(path)}")
+
+
+def _values(settings: DatasetSettings, label: int) -> str:
+    values = settings.label_values(label)
+    return f" (label value {' or '.join(map(str, values))})" if values else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -105,6 +105,7 @@ def _finished(name: str, source: Source) -> Manifest | None:
         return None
     if (manifest.name, manifest.source_stamp) != (name, source.stamp):
         return None
+    manifest.require_classes(source.settings)
     _remove_stale(manifest)
     return manifest
 
@@ -158,7 +159,7 @@ def _conclude(
     folder = Path(source.settings.shards)
     identity = source.settings.identity()
     manifest = Manifest(folder, name, source.classes, splits, source.stamp, identity)
-    manifest.require_labels()
+    manifest.require_classes(source.settings)
     manifest.save()
     _remove_stale(manifest)
     return manifest
@@ -194,7 +195,8 @@ def _report(manifest: Manifest) -> str:
     for split, half in manifest.splits.items():
         size = sum(shard.bytes for shard in half.shards)
         shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
-        lines.append(f"{one_line(manifest.name)} {split}: {half.images} images, {shards}")
+        what = f"{half.images} images, {shards}, {half.void_share} void"
+        lines.append(f"{one_line(manifest.name)} {split}: {what}")
         lines += [f"  left out: {one_line(message)}" for message in half.left_out]
     return "\n".join(lines)
 

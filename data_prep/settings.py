@@ -12,6 +12,7 @@ from hpc.atomic import fingerprint
 from hpc.command import UserError
 from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
 
+LabelValue = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=32, le=32_768)]  # pixels of a drawn image
 
 VOID = 255  # the label value in shards that counts nowhere, whatever the source calls void
@@ -23,6 +24,7 @@ class DatasetSettings(Settings):
     without the files."""
 
     published: ClassVar[Mapping[str, int]] = {}
+    mending: ClassVar[str] = "choose lists with images of more classes"  # the end of a message
     source: str
     shards: str = ""  # folder of the packed data set; data/NAME where not given
     codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
@@ -33,20 +35,55 @@ class DatasetSettings(Settings):
         """Hash of the settings that change what is packed, whatever the paths."""
         # skip_bad: without bad files it changes nothing, and with some all is refused without it
         others = {"root", "voc_root", "shards", "shard_mb", "codec", "skip_bad"}
-        return fingerprint(self.model_dump(mode="json", exclude=others))[:16]
+        content = self.model_dump(mode="json", exclude=others)
+        if not content.get("labels"):  # data sets packed before this key existed stay valid
+            content.pop("labels", None)
+        return fingerprint(content)[:16]
+
+    def label_values(self, label: int) -> tuple[int, ...]:
+        """Return the values in label maps that the user's settings map to `label`, a class index or
+        VOID; empty for sources whose mapping is fixed."""
+        return ()
 
 
 class FolderSettings(DatasetSettings):
-    """Images and label maps (8-bit, value = class index) of equal stem in pairs of folders."""
+    """Images and label maps (8-bit, one channel) of equal stem in pairs of folders.
 
+    A value in a label map is a class index, or `labels` maps it to the name of a class. Validation
+    fills in what `labels` implies: `classes` in the order of `labels`, and a `void` without the
+    values that are classes. So equal fields mean equal label maps."""
+
+    mending: ClassVar[str] = (
+        'map the label values to classes, such as labels = {0 = "background", 255 = "road"}, '
+        "choose another void = VALUE, or correct the label maps"
+    )
     source: Literal["folder"]
     root: str
-    classes: tuple[str, ...]
-    void: Annotated[int, Field(ge=0, le=255)] | None = 255  # the label value that counts nowhere
+    classes: tuple[str, ...] = ()  # in the order of their indices
+    labels: dict[str, str] = Field(
+        default_factory=dict
+    )  # value in a label map -> name of its class
+    void: LabelValue | tuple[LabelValue, ...] = VOID  # values of pixels that loss and scores ignore
     train_images: str = "train"
     train_labels: str = "trainannot"
     val_images: str = "val"
     val_labels: str = "valannot"
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> FolderSettings:
+        if "classes" not in self.model_fields_set and not self.labels:
+            raise ValueError("the key 'classes' is missing; list them, or map values with labels")
+        values = {_label_value(key): name for key, name in self.labels.items()}
+        if values and "classes" not in self.model_fields_set:
+            self.__dict__["classes"] = tuple(dict.fromkeys(self.labels.values()))
+            if "void" in self.classes:
+                key = next(key for key, name in self.labels.items() if name == "void")
+                raise ValueError(
+                    f"labels: void is not a class; remove {key} from labels and set void = [{key}]"
+                )
+        if VOID in values and "void" not in self.model_fields_set:
+            self.__dict__["void"] = ()
+        return self
 
     @model_validator(mode="after")
     def _classes_fit(self) -> FolderSettings:
@@ -54,9 +91,39 @@ class FolderSettings(DatasetSettings):
             raise ValueError(f"classes must name 2 to {MAX_CLASSES} classes")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("classes must be distinct")
-        if self.void is not None and self.void < len(self.classes):
-            raise ValueError(f"void = {self.void} is the index of a class")
+        used = set(self.labels.values()) or set(self.classes)
+        if unknown := [name for name in self.labels.values() if name not in self.classes]:
+            hint = did_you_mean(unknown[0], self.classes)
+            raise ValueError(f"labels: {unknown[0]!r} is not one of classes; {hint}")
+        if unused := [name for name in self.classes if name not in used]:
+            raise ValueError(f"labels maps no value to the class {unused[0]!r} of classes")
+        for value in self.void_values:
+            if str(value) in self.labels:
+                raise ValueError(f"{value} is both void and a class in labels; remove one")
+            if not self.labels and value < len(self.classes):
+                raise ValueError(f"void = {value} is the index of a class")
         return self
+
+    @property
+    def void_values(self) -> tuple[int, ...]:
+        """The values in label maps that are void."""
+        return self.void if isinstance(self.void, tuple) else (self.void,)
+
+    def label_values(self, label: int) -> tuple[int, ...]:
+        """Return the values in label maps that mean `label`, a class index or VOID."""
+        return tuple(value for value, of in self.label_of_value().items() if of == label)
+
+    def label_of_value(self) -> dict[int, int]:
+        """Return the class index, or VOID, of every value that label maps may hold."""
+        index = {name: number for number, name in enumerate(self.classes)}
+        known = {int(key): index[name] for key, name in self.labels.items()}
+        return (known or dict(enumerate(index.values()))) | dict.fromkeys(self.void_values, VOID)
+
+
+def _label_value(key: str) -> int:
+    if key.isascii() and key.isdigit() and str(int(key[:4])) == key and int(key) <= 255:
+        return int(key)
+    raise ValueError(f"labels: {shown(key)} is not a value of a label map, 0 to 255")
 
 
 class SyntheticSettings(DatasetSettings):

@@ -95,7 +95,7 @@ def packed_as_asked(settings: DatasetSettings) -> Manifest:
             f"{settings.shards} was packed with other settings than [dataset.{manifest.name}] has "
             "now; run `python -m pipeline.submit prep` first"
         )
-    manifest.require_labels()
+    manifest.require_classes(settings)
     return manifest
 
 

@@ -182,7 +182,7 @@ def _write(
     missing = [cell.name for cell in grid.cells if cell.signature not in have]
     record = {
         "missing": missing,
-        "notes": [*_backbone_notes(grid), *problems],
+        "notes": [*_backbone_notes(grid), *_data_notes(grid), *problems],
         "protocol": {n: p.model_dump(mode="json") for n, p in grid.protocols.items()},
         "losses": [_loss(loss) for loss in grid.losses],
         "commit": ", ".join(sorted({_commit(source) for source in sources} - {""})),
@@ -202,6 +202,12 @@ def _commit(source: Mapping[str, str]) -> str:
 def _loss(loss: LossSpec) -> dict[str, Any]:
     names = [term.name for term in loss.terms]
     return {"name": loss.name, "terms": names, "schedule": [asdict(k) for k in loss.schedule]}
+
+
+def _data_notes(grid: Grid) -> list[str]:
+    """Return a line for each split that lacks pixels of a class."""
+    manifests = [Manifest.load(settings.shards) for settings in grid.datasets.values()]
+    return [warning for manifest in manifests for warning in manifest.warnings()]
 
 
 def _backbone_notes(grid: Grid) -> list[str]:

@@ -6,11 +6,13 @@ python -m pipeline.status [CONFIG]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from hpc.command import argument_parser, one_line, run
+from data_prep.manifest import Manifest
+from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import open_queue
-from pipeline.grid import find_config, read_grid
+from pipeline.grid import Grid, find_config, read_grid
 from pipeline.show import (
     MOST_ROWS,
     cells_lines,
@@ -43,7 +45,15 @@ def main(argv: Sequence[str]) -> int:
     for line in stage_lines(state):
         print(one_line(line))
     describe_survey(grid, state)
+    for warning in _data_warnings(grid):
+        print(f"warning: {one_line(warning)}")
     return 0
+
+
+def _data_warnings(grid: Grid) -> Iterator[str]:
+    for settings in grid.datasets.values():
+        with suppress(UserError):  # not packed yet
+            yield from Manifest.load(settings.shards).warnings()
 
 
 if __name__ == "__main__":

@@ -61,11 +61,9 @@ def samples(settings: CityscapesSettings, split: str) -> list[Sample]:
 
 def read_label(settings: CityscapesSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
-    raw = map_labels(read_index_map(sample.label), len(RAW_IDS), VOID, sample.label)
-    class_of = np.full(256, VOID, np.uint8)
-    for index, raw_id in enumerate(CLASS_IDS[settings.num_classes]):
-        class_of[raw_id] = index
-    return class_of[raw]
+    index = {raw_id: number for number, raw_id in enumerate(CLASS_IDS[settings.num_classes])}
+    label_of = {raw_id: index.get(raw_id, VOID) for raw_id in (*range(len(RAW_IDS)), VOID)}
+    return map_labels(read_index_map(sample.label), label_of, sample.label)
 
 
 def _of_city(images: Path, labels: Path) -> list[Sample]:

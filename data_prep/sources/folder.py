@@ -47,7 +47,7 @@ def samples(settings: FolderSettings, split: str) -> list[Sample]:
 def read_label(settings: FolderSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
     values = read_index_map(sample.label)
-    return map_labels(values, len(settings.classes), settings.void, sample.label)
+    return map_labels(values, settings.label_of_value(), sample.label)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import BadFile, map_labels, read_bytes
+from data_prep.images import BadFile, class_indices, map_labels, read_bytes
 from data_prep.manifest import SPLITS
 from data_prep.settings import SbdSettings
 from data_prep.sources import voc
@@ -54,7 +54,7 @@ def read_label(settings: SbdSettings, sample: Sample) -> NDArray[np.uint8]:
     if sample.label.suffix == ".png":
         return voc.read_palette(sample)
     values = _segmentation(sample.label)
-    return map_labels(values, len(voc.CLASSES), None, sample.label)
+    return map_labels(values, class_indices(len(voc.CLASSES), void=None), sample.label)
 
 
 def voc_val_ids(settings: SbdSettings) -> list[str]:

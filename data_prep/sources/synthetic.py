@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.images import map_labels, read_index_map
+from data_prep.images import class_indices, map_labels, read_index_map
 from data_prep.manifest import SPLITS
-from data_prep.settings import VOID, SyntheticSettings
+from data_prep.settings import SyntheticSettings
 from data_prep.sources.sample import Sample
 from data_prep.sources.scenes import CLASSES, draw_scene
 from hpc.atomic import Damaged, read_json, write_json
@@ -53,7 +53,7 @@ def samples(settings: SyntheticSettings, split: str) -> list[Sample]:
 
 def read_label(settings: SyntheticSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
-    return map_labels(read_index_map(sample.label), len(CLASSES), VOID, sample.label)
+    return map_labels(read_index_map(sample.label), class_indices(len(CLASSES)), sample.label)
 
 
 def _write(settings: SyntheticSettings, split: str, index: int, sample: Sample) -> None:

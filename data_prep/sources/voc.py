@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import map_labels, read_index_map
+from data_prep.images import class_indices, map_labels, read_index_map
 from data_prep.manifest import SPLITS
-from data_prep.settings import VOID, VocSettings
+from data_prep.settings import VocSettings
 from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
 from data_prep.sources.sample import Sample
 from hpc.command import UserError
@@ -81,7 +81,7 @@ def read_label(settings: VocSettings, sample: Sample) -> NDArray[np.uint8]:
 
 def read_palette(sample: Sample) -> NDArray[np.uint8]:
     """One of VOC's own label maps, uint8 [H, W]. Raises `BadFile`."""
-    return map_labels(read_index_map(sample.label), len(CLASSES), VOID, sample.label)
+    return map_labels(read_index_map(sample.label), class_indices(len(CLASSES)), sample.label)
 
 
 def _home(root: str) -> Path:

@@ -20,6 +20,7 @@ STREET[:3] = 23
 STREET[12:] = 1  # the bonnet of the car that drives
 STREET[5, 5] = 33
 FRANKFURT = np.full((9, 21), 26, np.uint8)
+FRANKFURT[8] = 7
 TRAIN = {
     "ulm/ulm_000000_000019": STREET,
     "aachen/aachen_000001_000019": EVERY_ID,

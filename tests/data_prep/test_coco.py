@@ -24,6 +24,7 @@ from tests.data_prep.trees import crowd, rectangle
 TORCHVISION_IDS = [0, 5, 2, 16, 9, 44, 6, 3, 17, 62, 21, 67, 18, 19, 4, 1, 64, 20, 63, 7, 72]
 PERSON, CAR, GIRAFFE = 1, 3, 25
 SIZE = (61, 83)
+CAR_AT_LEFT = rectangle(CAR, 0, 0, 10, 10)
 HERD = np.zeros(SIZE, bool)
 HERD[2:40, 3:50] = True
 HERD[10, 10] = False
@@ -265,7 +266,7 @@ def test_annotations_that_are_damaged_or_others(tree, text, reason):
 )
 def test_an_outline_that_cannot_be_drawn_is_a_bad_file_of_one_picture(tree, segmentation):
     bad = {**rectangle(CAR, 0, 0, 50, 50), "segmentation": segmentation}
-    trees.coco(tree, val={"000000000139": (SIZE, [bad]), "000000000285": (SIZE, [])})
+    trees.coco(tree, val={"000000000139": (SIZE, [bad]), "000000000285": (SIZE, [CAR_AT_LEFT])})
     message = refusal(tree)
     assert "instances_val2017.json says of 000000000139.jpg what cannot be drawn (" in message
     manifest = pack("coco", trees.settings("coco", tree), skip_bad=True)

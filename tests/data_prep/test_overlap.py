@@ -33,6 +33,7 @@ def warned(capsys) -> list[str]:
 
 def test_every_official_layout_packs_and_verifies_from_the_command_line(tree, command, capsys):
     raw = np.full((40, 50), 7, np.uint8)
+    raw[0] = 11
     trees.cityscapes(tree, train={"ulm/ulm_1": raw}, val={"bonn/bonn_1": raw})
     objects = [trees.rectangle(3, 0, 0, 40, 40)]
     trees.coco(tree, train={"0007": ((41, 43), objects)}, val={"0008": ((41, 43), objects)})

@@ -45,8 +45,8 @@ def test_255_is_void_only_where_the_data_set_says_so(rooms):
     assert "holds the label value 255" in _refusal(rooms)
     rooms.table["void"] = 255
     for stem, size in (("a", (20, 31)), ("b", (70, 30)), ("Ä", (130, 9))):
-        rooms.label(f"{stem}.png", size, values=(0, 255))
-    rooms.label("v.png", values=(2,), split="val")
+        rooms.label(f"{stem}.png", size, values=(0, 1, 255))
+    rooms.label("v.png", values=(1, 2), split="val")
     assert pack("rooms", rooms.settings).splits["train"].void_pixels > 0
 
 

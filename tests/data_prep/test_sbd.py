@@ -16,6 +16,7 @@ COW[10:, :20] = 10
 TABLE = np.full((60, 20), 11, np.uint8)
 CAT = np.eye(25, dtype=np.uint8) * 8
 BIRD = np.full((8, 8), 3, np.uint8)
+BIRD[0] = 0
 LABELS = {
     "2008_000003": COW,
     "2008_000009": TABLE,

@@ -19,8 +19,8 @@ ROAD_SCENE[4, 3:30] = 255  # its border
 PEOPLE = np.full((50, 33), 15, np.uint8)
 PEOPLE[:, 16] = 255
 PEOPLE[0, 0] = 20
-EMPTY = np.zeros((1, 9), np.uint8)
-LABELS = {"2007_000032": ROAD_SCENE, "2009_000010": PEOPLE, "2011_003271": EMPTY}
+STRIP = np.eye(1, 9, 3, np.uint8)
+LABELS = {"2007_000032": ROAD_SCENE, "2009_000010": PEOPLE, "2011_003271": STRIP}
 LISTS = {
     "train": "2009_000010\n2007_000032\n",
     "val": "2011_003271",

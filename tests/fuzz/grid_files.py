@@ -35,7 +35,8 @@ terms = ["DL", "CE"]
 source = "folder"
 root = "../somewhere else"
 classes = ["wheat", "weed & thistle"]
-void = 9
+labels = {1 = "wheat", 4 = "weed & thistle", 7 = "wheat"}
+void = [0, 9]
 
 [protocol.per_dataset.fields]
 naive_ramp = [0.1, 0.2]

@@ -76,6 +76,12 @@ def distinct(condition: Condition) -> Condition:
     return lambda value: condition(value) and len(set(value)) == len(value)
 
 
+def tables_of_classes(value: Any) -> bool:
+    """Names of classes by the values in label maps."""
+    keys = {str(number) for number in range(256)}
+    return type(value) is dict and set(value) <= keys and all(map(text, value.values()))
+
+
 def loss_table(value: Any) -> bool:
     if not table(LOSS, "name", "terms")(value):
         return False
@@ -140,7 +146,8 @@ SYNTHETIC = DATASET | {
 }
 FOLDER = DATASET | {
     "classes": distinct(several(text, 2, 255)),
-    "void": whole(0, 255),
+    "labels": tables_of_classes,
+    "void": lambda value: whole(0, 255)(value) or several(whole(0, 255))(value),
     **dict.fromkeys(("train_images", "train_labels", "val_images", "val_labels"), text),
 }
 CLUSTER = {
@@ -184,7 +191,8 @@ GRID = {
     "dataset": tables(
         lambda value: (
             (table(SYNTHETIC, "source")(value) and value["source"] == "synthetic")
-            or (table(FOLDER, "source", "root", "classes")(value) and value["source"] == "folder")
+            or (table(FOLDER, "source", "root")(value) and value["source"] == "folder"
+                and ("classes" in value or len(value["labels"]) > 1))
         ),
         least=1,
     ),

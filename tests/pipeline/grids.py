@@ -85,9 +85,12 @@ def finish(grid: Grid, cells: Sequence[Cell], task: str, generation: int = 1, **
 
 
 def pairs(folder: Path, stems: str, size=(32, 40)) -> None:
-    """Images and label maps of the stems, in `train` and `val` and their `annot`."""
+    """Images and label maps of the stems, in `train` and `val` and their `annot`; the label maps
+    hold two classes."""
     for split in ("train", "val"):
         for name, shape in ((split, (*size, 3)), (f"{split}annot", size)):
             (folder / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.zeros(shape, np.uint8)
+            pixels[0] = 1
             for stem in stems:
-                Image.fromarray(np.zeros(shape, np.uint8)).save(folder / name / f"{stem}.png")
+                Image.fromarray(pixels).save(folder / name / f"{stem}.png")

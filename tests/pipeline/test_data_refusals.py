@@ -18,7 +18,7 @@ from data_prep import pack as packing
 from data_prep.manifest import Manifest, SplitSummary
 from data_prep.pack import pack
 from hpc.command import UserError
-from pipeline import reduce, submit
+from pipeline import reduce, status, submit
 from pipeline.checks import check_inputs
 from pipeline.grid import read_grid
 from pipeline.results import read_results
@@ -173,6 +173,7 @@ kind = "local"
 """
 GHOST = "the class 'ghost' of the data set 'rooms' labels no pixel of"
 MEND = "add images that show it, or take it out of the classes"
+NOT_SCORED = f"of which 0.0 % are void: scores are averaged over the classes that do occur; {MEND}"
 
 
 @pytest.fixture
@@ -229,6 +230,7 @@ def test_a_class_that_never_occurs_trains_to_the_end_and_is_named(lacking, tmp_p
     page = re.sub(r"\s+", " ", (grid.run.report / "index.html").read_text())
     [facts] = re.findall(r"<tr><td>rooms</td>.*?</tr>", page)
     assert facts.endswith("<td>ghost</td><td>ghost</td></tr>")
+    assert f"{GHOST} train, of which 0.0 % are void: no cell".replace("'", "&#39;") in page
 
 
 def test_what_training_should_know_of_is_warned_of_at_submission(lacking, tmp_path, capsys):
@@ -238,8 +240,8 @@ def test_what_training_should_know_of_is_warned_of_at_submission(lacking, tmp_pa
     assert submit.main(["grid", str(config), "--dry-run"]) == 0
     first = f"the first is {Manifest.load(tmp_path / 'shards').splits['train'].left_out[0]}"
     assert [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines()] == [
-        f"{GHOST} train: no cell can learn it; {MEND}",
-        f"{GHOST} val: scores are averaged over the classes that do occur; {MEND}",
+        f"{GHOST} train, of which 0.0 % are void: no cell can learn it; {MEND}",
+        f"{GHOST} val, {NOT_SCORED}",
         f"1 of train of the data set 'rooms' were left out when it was packed; {first}",
     ]
 
@@ -268,6 +270,19 @@ def test_a_manifest_without_a_labelled_pixel(tmp_path, refusal):
     replace(manifest, splits=splits).save()
     for more in ([], ["--dry-run"]):
         assert refusal(submit.main, "grid", path, *more) == (
-            "every pixel of val of the data set 'streets' is void: there is nothing to score; mend "
-            "its label maps, or its classes and void"
+            "no class has pixels in val of the data set 'streets'; 100.0 % of the pixels are void; "
+            "at least two are needed: choose lists with images of more classes"
         )
+
+
+def test_status_names_the_classes_without_a_pixel(lacking, capsys):
+    config = lacking("skip_bad = true")
+    assert status.main([str(config)]) == 0  # nothing is packed yet
+    assert packing.main([str(config)]) == 0
+    capsys.readouterr()
+    assert status.main([str(config)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if GHOST in line] == [
+        f"warning: {GHOST} train, of which 0.0 % are void: no cell can learn it; {MEND}",
+        f"warning: {GHOST} val, {NOT_SCORED}",
+    ]

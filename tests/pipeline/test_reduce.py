@@ -52,6 +52,11 @@ def grid(tmp_path, packed) -> Grid:
     return read_grid(grid_file(tmp_path, change, more=ROOMS.format(packed=packed)))
 
 
+def notes_of(results: Results) -> list[str]:
+    """The notes, without those about classes that the few small images lack."""
+    return [note for note in results.record["notes"] if "labels no pixel of" not in note]
+
+
 def cells_of(grid: Grid, dataset: str, seed: int) -> list[Cell]:
     return [cell for cell in grid.cells if (cell.dataset, cell.seed) == (dataset, seed)]
 
@@ -110,7 +115,7 @@ def test_all_cells_come_in_the_order_of_the_grid(grid, capsys):
     assert results.grid == "small"
     assert [dataset.name for dataset in results.datasets] == ["streets", "rooms"]
     assert_has_counts_of(results, list(grid.cells), grid)
-    assert results.record["missing"] == results.record["notes"] == []
+    assert results.record["missing"] == notes_of(results) == []
     assert capsys.readouterr().out == f"{grid.run.results}: 16 of 16 cells\n"
 
 
@@ -129,7 +134,7 @@ def test_what_is_not_trained_is_missing_by_name(half_done, capsys):
 
 
 def test_damaged_counts_are_named_here_and_in_the_results(half_done, capsys):
-    (note,) = reduced(half_done).record["notes"]
+    (note,) = notes_of(reduced(half_done))
     path = half_done.run.counts_of("rooms-seed1", 1)
     assert note == f"{path} is damaged (its checksum does not fit); delete it and run grid again"
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {note}"
@@ -259,6 +264,6 @@ def test_a_backbone_that_was_trained_here_is_told_of(tmp_path, packed):
         "scores": {"acc": 0.75, "rec": 0.5},
     }
     write_json(grid.run.backbone(grid.cells[0].backbone_key).with_suffix(".json"), record)
-    (note,) = reduced(grid).record["notes"]
+    (note,) = notes_of(reduced(grid))
     assert "was trained on streets itself" in note
     assert "7 epochs, seed 3; its accuracy 0.75, recall 0.50" in note
