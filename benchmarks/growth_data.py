@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -59,9 +58,7 @@ def reading_growth() -> dict[int, tuple[float, ...]]:
         def read(workers: int) -> None:
             assert sum(1 for _ in load_steps(batches, 0, STEPS, workers)) == STEPS
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores
-            return _by_processes(read)
+        return _by_processes(read)
 
 
 def _by_processes(work: Callable[[int], None]) -> dict[int, tuple[float, ...]]:

@@ -68,7 +68,7 @@ _ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|connectFullMesh|[Tt]imed out (waiting|after)"
     r"|Socket Timeout|remote process exited|DistNetworkError|DistBackendError"
-    r"|is killed by signal: Killed"
+    r"|loader process \d+ was killed by signal 9 "
 )
 _STOPPED = re.compile(r": stopped by SIG(TERM|INT) ")
 _RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? \S+: (.*)")

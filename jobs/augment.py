@@ -133,15 +133,20 @@ def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple
     return _pad(image[window], protocol.crop, 0), _pad(label[window], protocol.crop, VOID)
 
 
-def evaluation_view(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[Bytes, Bytes]:
-    """What evaluation sees of an image uint8 [H, W, 3] and its label map [H, W]: both as
-    `resize_short_side` makes them, the image channels first."""
+def evaluation_view(
+    image: Bytes, label: Bytes, protocol: Protocol, into: tuple[Bytes, Bytes] | None = None
+) -> tuple[Bytes, Bytes]:
+    """Return what evaluation sees of an image uint8 [H, W, 3] and its label map [H, W]: both as
+    `resize_short_side` makes them, the image channels first. They are the contiguous arrays `into`,
+    whatever those held, or new ones."""
     height, width = label.shape
     rows, columns = resized(height, width, protocol.eval_size, protocol.long_side)
+    seen, classes = into or (np.empty((3, rows, columns), "u1"), np.empty((rows, columns), "u1"))
     if (rows, columns) == label.shape:
-        return np.ascontiguousarray(image.transpose(2, 0, 1)), label
+        seen[:], classes[:] = image.transpose(2, 0, 1), label
+        return seen, classes
     whole = Window(Span(height, rows, 0, rows), Span(width, columns, 0, columns))
-    return whole.of_image(image), whole.of_label(label)
+    return whole.of_image(image, seen), whole.of_label(label, classes)
 
 
 def resize_short_side(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[Bytes, Bytes]:

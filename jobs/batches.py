@@ -5,17 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data_prep.settings import VOID
 from data_prep.shards import Bytes, SplitReader
-from jobs.augment import Draw, Unresized, augmented_sample, evaluation_view, unresized_sample
+from jobs.augment import (
+    Draw,
+    Unresized,
+    augmented_sample,
+    evaluation_view,
+    resized,
+    unresized_sample,
+)
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -32,8 +39,7 @@ class Batch:
     positions: range
 
     def pin_memory(self) -> Batch:
-        """The same in memory that a GPU reads by itself; torch's loader asks for it by this
-        name."""
+        """The same in memory that a GPU reads by itself."""
         return replace(self, images=self.images.pin_memory(), target=self.target.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
@@ -141,7 +147,7 @@ def _flat(arrays: Sequence[np.ndarray], dtype: DTypeLike) -> Tensor:
     return torch.from_numpy(flat)
 
 
-class TrainingBatches(Dataset[Batch | UnresizedBatch]):
+class TrainingBatches:
     """Indexed by step."""
 
     def __init__(
@@ -152,10 +158,11 @@ class TrainingBatches(Dataset[Batch | UnresizedBatch]):
         self._reader = reader
         self._protocol = protocol
         self._seed = seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     @property
     def num_bytes(self) -> int:
-        """Of images and target of a `Batch`."""
+        """Bytes of images and target of a `Batch`."""
         height, width = self._protocol.crop
         return 4 * len(self.positions) * height * width
 
@@ -168,46 +175,71 @@ class TrainingBatches(Dataset[Batch | UnresizedBatch]):
         if self.on_gpu:
             found = [self._unresized(epoch, sample) for epoch, sample in self._samples(step)]
             return UnresizedBatch.of(found, self._protocol.crop, self.positions)
-        batch = self.batch_in(np.empty(self.num_bytes, np.uint8))
+        batch = self.view(step, np.empty(self.num_bytes, np.uint8))
         self.write(step, batch)
         return batch
 
-    def batch_in(self, memory: Bytes) -> Batch:
-        """A batch whose images and target are the `num_bytes` of `memory`."""
+    def view(self, _step: int, memory: Bytes) -> Batch:
+        """Return a batch whose images and target are the `num_bytes` of `memory`."""
         number, crop = len(self.positions), self._protocol.crop
         images, target = torch.from_numpy(memory).split([self.num_bytes * n // 4 for n in (3, 1)])
         return Batch(images.view(number, 3, *crop), target.view(number, *crop), self.positions)
 
-    def write(self, step: int, batch: Batch) -> None:
-        """Make `batch`, whatever it held, that of a step."""
-        into = zip(batch.images.numpy(), batch.target.numpy(), strict=True)
-        for arrays, (epoch, sample) in zip(into, self._samples(step), strict=True):
+    def write(self, step: int, into: Batch | UnresizedBatch) -> None:
+        """Make `into`, whatever it held, the batch of a step."""
+        assert isinstance(into, Batch)
+        pairs = zip(into.images.numpy(), into.target.numpy(), strict=True)
+        for arrays, (epoch, sample) in zip(pairs, self._samples(step), strict=True):
             draw = Draw(self._seed, epoch, sample)
             augmented_sample(self._reader, sample, self._protocol, draw, arrays)
 
     def _samples(self, step: int) -> list[tuple[int, int]]:
         """The epoch of a step, and a sample's number, for each of its samples."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
+        if epoch != self._epoch:
+            drawn = Draw(self._seed, epoch, _ORDER).permutation(len(self._reader))
+            self._epoch, self._order = epoch, drawn
         first = within * self._protocol.batch_size
-        return [(epoch, int(order[first + position])) for position in self.positions]
+        return [(epoch, int(self._order[first + position])) for position in self.positions]
 
     def _unresized(self, epoch: int, sample: int) -> Unresized:
         key = Draw(self._seed, epoch, sample)
         return unresized_sample(self._reader, sample, self._protocol, key)
 
 
-class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
+class EvaluationImages:
     """Validation images one by one: uint8 [3, h, w] and the label map uint8 [h, w]."""
 
     def __init__(self, reader: SplitReader, protocol: Protocol) -> None:
         self._reader = reader
         self._protocol = protocol
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the largest image of all, with its label map."""
+        sizes = {self._reader.size(i) for i in range(len(self._reader))}
+        return max((4 * h * w for h, w in (self._resized(*size) for size in sizes)), default=0)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self._reader.image(index), self._reader.label(index)
-        image, label = evaluation_view(image, label, self._protocol)
-        return torch.from_numpy(image), torch.from_numpy(label)
+        pair = self.view(index, np.empty(self.num_bytes, np.uint8))
+        self.write(index, pair)
+        return pair
+
+    def view(self, index: int, memory: Bytes) -> tuple[Tensor, Tensor]:
+        """Return image and label map of the size of `index` in the first bytes of `memory`."""
+        height, width = self._resized(*self._reader.size(index))
+        pixels = height * width
+        image, label = torch.from_numpy(memory[: 4 * pixels]).split([3 * pixels, pixels])
+        return image.view(3, height, width), label.view(height, width)
+
+    def write(self, index: int, into: tuple[Tensor, Tensor]) -> None:
+        """Make `into`, whatever it held, the image and label map of `index`."""
+        image, label = (tensor.numpy() for tensor in into)
+        read = self._reader.image(index), self._reader.label(index)
+        evaluation_view(*read, self._protocol, (image, label))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        return resized(height, width, self._protocol.eval_size, self._protocol.long_side)
 
 
 def share(batch_size: int, rank: int, world_size: int) -> range:

@@ -47,8 +47,7 @@ def evaluate(
     broken = [False] * num_cells
     mine = range(group.rank, len(reader), group.world_size)
     loaded = load_images(EvaluationImages(reader, protocol), mine, protocol.workers)
-    # closed on an error too: its traceback would keep the loaders alive, and Python, which they
-    # do not let go by a signal, waiting for them at its exit
+    # closed on an error too, whose traceback would keep the loader processes alive
     with closing(loaded) as images:
         for _ in range(0, len(reader), group.world_size):
             pair = fetch(images)

@@ -138,7 +138,7 @@ def train(
     if cell.protocol.profile:
         group.watch.start()
     step = start
-    # closed on an error too: its traceback would keep the loaders alive, see `evaluate`
+    # closed on an error too, whose traceback would keep the loader processes alive
     with closing(load_steps(batches, start, total, cell.protocol.workers)) as items:
         batch = job.fetch(items)
         job.raise_trouble()

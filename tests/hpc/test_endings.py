@@ -100,8 +100,8 @@ def test_a_rank_that_only_missed_its_peer_has_no_error_of_its_own(ended):
     missed = "RuntimeError: [pair.cc:534] Connection closed by peer [10.0.0.1]:2891"
     assert ended(LOST_PEER, "step 5 of 10") == ("killed", missed)
     assert ended(LOST_PEER, BUG) == ("error", "ValueError: boom")
-    loader = "[rank1]: RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. "
-    assert ended(LOST_PEER, loader) == ("killed", missed)
+    loader = "error: loader process 7 was killed by signal 9 (Killed), perhaps for want of memory"
+    assert ended(LOST_PEER, loader) == ("killed", loader)
     lost = f"{LOST_PEER}\n{NODE_FAILURE}"
     assert ended(lost)[0] == "node failure"
 

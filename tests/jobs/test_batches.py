@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from data_prep.shards import SplitReader
 from hpc.command import UserError
+from jobs.augment import Draw
 from jobs.batches import (
     Batch,
     EvaluationImages,
@@ -151,6 +151,21 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused(train):
         batches_of(train, batch_size=12)
 
 
+def test_the_order_of_an_epoch_is_drawn_once(train, monkeypatch):
+    """And it is that of the epoch, whichever step comes next."""
+    batches, lengths, draw = batches_of(train), [], Draw.permutation
+
+    def counted(self, length):
+        lengths.append(length)
+        return draw(self, length)
+
+    monkeypatch.setattr(Draw, "permutation", counted)
+    steps = [0, 1, 2, 3, 3, 2, 0]  # of epochs 0, 0, 1, 1, 1, 1, 0
+    found = [content(batches[step]) for step in steps]
+    assert lengths == [11] * 3
+    assert found == [content(batches_of(train)[step]) for step in steps]
+
+
 # --- validation -------------------------------------------------------------------------------
 
 
@@ -181,10 +196,10 @@ def test_ranks_take_turns_and_see_every_validation_image_once(streets):
 
 
 def test_a_batch_is_pinned_where_a_gpu_reads_it(monkeypatch):
-    """Pinned by torch's loader; without a GPU nothing can be, so here it is copied instead."""
+    """Without a GPU nothing can be, so here it is copied instead."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 1)
     images, target = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.zeros(2, 4, 5).byte()
-    pinned = pin_memory(Batch(images, target, range(6, 8)))
+    pinned = Batch(images, target, range(6, 8)).pin_memory()
     assert torch.equal(pinned.images, images + 1) and torch.equal(pinned.target, target + 1)
     assert pinned.positions == range(6, 8)
     there = pinned.to(torch.device("meta"))

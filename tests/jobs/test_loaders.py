@@ -1,23 +1,28 @@
 """Loader processes outlive the signals of a job, and never their rank. They fill memory again that
-the rank is done with."""
+the rank is done with. A process that cannot deliver ends the rank with one line."""
 
 from __future__ import annotations
 
-import pickle
+import errno
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from data_prep.shards import SplitReader
+from hpc.command import UserError
 from jobs import loaders
-from jobs.batches import TrainingBatches
-from jobs.loaders import load_steps
+from jobs.batches import EvaluationImages, TrainingBatches
+from jobs.loaders import load_images, load_steps
 from jobs.protocol import Protocol
+from tests.jobs.job_processes import lives
 
 REPOSITORY = Path(__file__).parents[2]
 EVALUATES = """
@@ -116,11 +121,119 @@ def test_a_rank_that_has_no_image_of_a_batch(streets):
     assert [tuple(batch.target.shape) for batch in found] == [(0, 32, 48)] * 3
 
 
-def test_what_a_loader_says_it_has_written_can_be_pinned_by_its_rank(batches, monkeypatch):
-    """Without a GPU nothing can be, so here it is copied instead."""
+@pytest.mark.parametrize("short_side", [0, 20])
+def test_images_of_any_size_lie_in_slots_of_the_largest(short_side, monkeypatch):
+    """Also where temporary files have names that are too long for a socket."""
+    monkeypatch.setattr(tempfile, "tempdir", f"/tmp/{'t' * 100}")
+    pictures = Pictures([(30, 40), (50, 20), (25, 25), (60, 70)] * 4)
+    images = EvaluationImages(pictures, Protocol(eval_size=short_side))
+    places = []
+    for index, pair in zip(range(1, 16, 2), load_images(images, range(1, 16, 2), 1), strict=True):
+        assert all(torch.equal(*two) for two in zip(pair, images[index], strict=True))
+        places.append(pair[0].data_ptr())
+    assert places[:2] == places[6:] and len(set(places)) == 6
+
+
+class Pictures:
+    """A reader of pictures of these sizes."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        return self.sizes[index]
+
+    def image(self, index):
+        return np.random.default_rng(index).integers(0, 256, (*self.sizes[index], 3), np.uint8)
+
+    def label(self, index):
+        return np.random.default_rng(index).integers(0, 9, self.sizes[index], np.uint8)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_a_gpu_reads_is_pinned_in_order(batches, monkeypatch, workers):
+    """Without a GPU nothing can be pinned, so here it is copied instead."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
-    slots = loaders._Slots(batches, 3)
-    said = pickle.loads(pickle.dumps(slots[5]))
-    pinned = pin_memory(said)
-    slots[8]  # is written in the same place
-    assert is_that(pinned, copied(batches[5])) and pinned.positions == range(4)
+    pinned = list(load_steps(batches, 0, 12, workers))
+    assert all(is_that(batch, copied(batches[step])) for step, batch in enumerate(pinned))
+    assert len({batch.images.data_ptr() for batch in pinned}) == len(pinned) == 12
+
+
+# --- processes that do not deliver --------------------------------------------------------------
+
+
+class Item2:
+    """Ten items of one byte, their numbers. Whoever makes item 2 does `act` first."""
+
+    num_bytes = 1
+
+    def __init__(self, act):
+        self._act = act
+
+    def view(self, _index, memory):
+        return torch.from_numpy(memory)
+
+    def write(self, index, into):
+        if index == 2:
+            self._act()
+        into[:] = index
+
+
+def fail():
+    raise ZeroDivisionError("by zero")
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+CASES = {
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by signal 9 .Killed., .*"),
+    "left": (lambda: os._exit(3), "ended with exit code 3; see this rank's log"),
+    "failed": (fail, "failed at item 2 .ZeroDivisionError: by zero.; see the traceback in this .*"),
+    "stopped": (stop, "item 2 did not come within 1 s; check the file system that holds the .*"),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_that_does_not_deliver_is_one_line_and_is_ended(
+    monkeypatch, capfd, case, workers
+):
+    act, message = CASES[case]
+    monkeypatch.setattr(loaders, "_PATIENCE", 1.0)
+    monkeypatch.setattr(loaders, "_POLL", 0.1 if case == "stopped" else 60.0)
+    items = loaders._loaded(Item2(act), range(10), workers, in_slots=True)
+    assert [int(next(items)), int(next(items))] == [0, 1]
+    mine = children()
+    with pytest.raises(UserError, match=f"loader process [0-9]+.* {message}$"):
+        next(items)
+    assert len(mine) == workers and not any(map(lives, mine))
+    assert ("ZeroDivisionError: by zero" in capfd.readouterr().err) == (case == "failed")
+
+
+def children():
+    listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return [Path(f"/proc/{child}") for child in listed.split()]
+
+
+def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
+    forks = iter([1, 0])
+
+    def fork():
+        if not next(forks):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real()
+
+    real = os.fork
+    monkeypatch.setattr(os, "fork", fork)
+    items = loaders._loaded(Item2(fail), range(10), 2, in_slots=True)
+    with pytest.raises(UserError, match="cannot start 2 loader processes: Resource temporarily un"):
+        next(items)
+    assert not children()
