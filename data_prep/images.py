@@ -1,6 +1,7 @@
 """One image or label map as it lies in a public data set: its header, its pixels, its refusal.
 
-EXIF orientation is ignored everywhere: label maps are drawn on the sensor's own rows."""
+The orientation that a file's metadata ask for is ignored everywhere: label maps are drawn on the
+stored rows. What a file is, is decided by its content, not by its suffix."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,38 @@ from PIL import Image
 from data_prep.settings import VOID
 from hpc.command import UserError
 
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+    from PIL.TiffImagePlugin import TiffImageFile
+
 Codec = Literal["raw", "encoded"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 _OTHER_SPACES = {"LAB", "HSV", "La", "RGBa"}  # 8 bits too
 # no others, whatever a file's name: for EPS, say, Pillow would start Ghostscript
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+
+# a TIFF's other ways of compression, such as JPEG, do not keep every value
+_LOSSLESS_TIFF = (
+    "raw",
+    "packbits",
+    "tiff_lzw",
+    "tiff_deflate",
+    "tiff_adobe_deflate",
+    "lzma",
+    "zstd",
+)
+_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 0x0100, 0x0101  # tags
+# by orientation, what undoes the transposition that Pillow applies when it loads a TIFF
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 # what Pillow warns of is refused here or of no matter; threads cannot share `catch_warnings`
 warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -48,7 +75,7 @@ def read_header(path: Path) -> Header:
     with _opened(path, str(path)) as image:
         _refuse_deep(image, str(path))
         keeps_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
-        return Header(image.height, image.width, keeps_jpeg)
+        return Header(*_stored_size(image), keeps_jpeg)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -66,7 +93,7 @@ def decode_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
     _check_png(data, name)
     with _opened(io.BytesIO(data), name) as image:
         _refuse_deep(image, name)
-        return np.array(image.convert("RGB"))
+        return np.array(_as_stored(image).convert("RGB"))
 
 
 def read_index_map(path: Path) -> NDArray[np.uint8]:
@@ -76,7 +103,8 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
     data = read_bytes(path)
     _check_png(data, str(path))
     with _opened(io.BytesIO(data), str(path)) as image:
-        _refuse_narrow_bmp(image, str(path))
+        _refuse_misread_bmp(image, str(path))
+        _refuse_inexact(image, path)
         # Pillow stretches 2- and 4-bit grey to 0..255: the values would be no indices
         stretched = image.mode == "L" and "L;" in _raw_mode(image)
         if image.mode not in ("L", "P") or stretched:
@@ -84,9 +112,7 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
                 f"{path} is no label map: it must have one channel of 8 bits, not mode "
                 f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
             )
-        if image.format in ("JPEG", "WEBP"):
-            raise BadFile(f"{path}: {image.format} blurs label values; save label maps as PNG")
-        return np.array(image)
+        return np.array(_as_stored(image))
 
 
 def map_labels(
@@ -166,13 +192,50 @@ def _refuse_deep(image: Image.Image, name: str) -> None:
         )
     if not image.width or not image.height:
         raise BadFile(f"{name} has no pixels; replace the file")
-    _refuse_narrow_bmp(image, name)
+    _refuse_misread_bmp(image, name)
 
 
-def _refuse_narrow_bmp(image: Image.Image, name: str) -> None:
-    # Pillow reads the nibbles of a 4-bit grey BMP as if they were bytes
-    if image.format == "BMP" and image.mode == "L" and _tile_arguments(image)[1] < image.width:
-        raise BadFile(f"{name} is a grey BMP of less than 8 bits a pixel; save it as PNG")
+def _refuse_misread_bmp(image: Image.Image, name: str) -> None:
+    # Pillow reads grey of 4 bits as if it were of 8, and two greys of 8 bits as if they were of 1
+    right = {"L": 8, "1": 1}.get(image.mode)
+    if image.format == "BMP" and right and (bits := _bmp_bits(image)) != right:
+        raise BadFile(f"{name} is a grey BMP of {bits} bits a pixel, not read; save it as PNG")
+
+
+def _bmp_bits(image: Image.Image) -> int:
+    file = cast("ImageFile", image).fp
+    assert file is not None
+    file.seek(14)
+    header = file.read(16)
+    return int.from_bytes(header[10:12] if header[0] == 12 else header[14:16], "little")
+
+
+def _refuse_inexact(image: Image.Image, path: Path) -> None:
+    compression = image.info.get("compression")
+    exact = image.format in ("PNG", "BMP")
+    kind = str(image.format)
+    if image.format == "TIFF":
+        exact = compression in _LOSSLESS_TIFF
+        kind = f"TIFF with {compression} compression"
+    if not exact:
+        raise BadFile(f"{path}: {kind} does not keep label values; save label maps as PNG")
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise BadFile(f"{path} holds {frames} images; save one label map as PNG")
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of the stored rows."""
+    if image.format == "TIFF":
+        tags = cast("TiffImageFile", image).tag_v2
+        return tags[_TIFF_HEIGHT], tags[_TIFF_WIDTH]
+    return image.height, image.width
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """Decode the image, its pixels in the order of the file."""
+    orientation = image.getexif().get(_ORIENTATION) if image.format == "TIFF" else None
+    image.load()
+    return image.transpose(_UNDO[orientation]) if orientation in _UNDO else image
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -95,7 +95,7 @@ def test_a_4_bit_grey_label_map_whose_values_pillow_would_stretch(rooms):
 def test_a_label_map_saved_as_jpeg(rooms):
     (rooms.root / "trainannot" / "b.png").unlink()
     Image.new("L", (30, 70)).save(rooms.root / "trainannot" / "b.jpg")
-    assert "JPEG blurs label values; save label maps as PNG" in _refusal(rooms)
+    assert "JPEG does not keep label values; save label maps as PNG" in _refusal(rooms)
 
 
 def test_encoded_asked_for_what_is_no_jpeg(rooms):
