@@ -44,7 +44,7 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     only inside an `srun` step: a batch shell has them too, but is one process. `mpiexec` in an
     allocation brings its ranks up in a step of its own, which has one task a node."""
     node = socket.gethostname()
-    if "TORCHELASTIC_RUN_ID" in environ or {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= environ.keys():
+    if _has_torchrun(environ):
         master = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
         agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return RankEnv("torchrun", *_place(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -68,6 +68,21 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         return RankEnv("slurm", *_place(environ, *names), node=node, job_id=_slurm_job(environ),
                        start_id=start)  # fmt: skip
     return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
+
+
+def alone() -> RankEnv:
+    """Return the place of a process that is no rank of a job, whatever a launcher has left in its
+    environment: of commands that users start on a login node."""
+    return RankEnv("single", 0, 1, 0, socket.gethostname(), "", "")
+
+
+def _has_torchrun(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, or a launcher that sets its variables, started this process. Variables of a
+    world smaller than the step of Slurm that we are in are left over from another one."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= environ.keys():
+        return "TORCHELASTIC_RUN_ID" in environ
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environ else "1"
+    return int(environ["WORLD_SIZE"]) >= int(tasks)
 
 
 def _place(environ: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hpc.atomic import read_json, write_json, write_text
 from hpc.call import ModuleCall
+from hpc.clean_env import called_clean
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
@@ -234,7 +235,7 @@ class Runner:
             executor.update_parameters(
                 tasks_per_node=ticket["tasks"], timeout_min=_NO_LIMIT_MINUTES, signal_delay_s=0
             )
-            with standard_input(lock):
+            with standard_input(lock), called_clean():
                 call = ModuleCall(ticket["module"], tuple(ticket["arguments"]))
                 self._jobs[job_id] = executor.submit(call)
 

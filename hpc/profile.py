@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hpc.command import UserError
+from hpc.command import USER_ERROR_EXIT_CODE, UserError
 from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
 
 _PROFILES = Path("configs/clusters")
@@ -20,6 +20,20 @@ _OUR_OPTIONS = {
     "array", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output",
     "signal",
 }  # fmt: skip
+_OTHER_CLUSTERS = "clusters"
+
+
+# For a script and for `bash -c`. Without errtrace the trap is for the lines alone, not for what the
+# functions `module` and `conda` call. Failures inside of a sourced file or an `eval` may be meant.
+_GUARD = (
+    "setup_failed() {  # STATUS LINE",
+    '    local line; line=$(sed -n "$2p" <<<"${BASH_EXECUTION_STRING:-$(<"$0")}")',
+    "    [[ ${FUNCNAME[1]-} == source || $line == *eval\\ * ]] && return",
+    '    echo "error: a setup line of the cluster profile failed (exit status $1): $line" >&2',
+    f"    exit {USER_ERROR_EXIT_CODE}",
+    "}",
+    "trap 'setup_failed $? $LINENO' ERR",
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +115,14 @@ class ClusterProfile(Settings):
         for key, value in extra.items():
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
                 raise ValueError(f"{key!r} is not an sbatch option; write it without dashes")
-            if key.replace("_", "-") in _OUR_OPTIONS:
+            # sbatch takes the start of an option's name for the option
+            if any(option.startswith(key.replace("_", "-")) for option in _OUR_OPTIONS):
                 raise ValueError(f"{key!r} is set by us and cannot be given")
+            if _OTHER_CLUSTERS.startswith(key):
+                raise ValueError(
+                    f"{key!r} cannot be given: jobs are looked for on the cluster of the login "
+                    "node; submit on a login node of the other cluster"
+                )
             if not str(value).isprintable():
                 raise ValueError(f"{key!r} must be one line of plain text")
         return extra
@@ -150,11 +170,13 @@ class ClusterProfile(Settings):
         return shlex.join(shlex.split(self.python) or [sys.executable])
 
     def setup_lines(self) -> list[str]:
-        """The shell lines that come before a job."""
+        """Return the shell lines that come before a job. One of `setup` that fails ends the shell
+        with an error that names it."""
+        lines = [*_GUARD, *self.setup, "trap - ERR"] if self.setup else []
         if not self.network_interface:
-            return list(self.setup)
+            return lines
         name = shlex.quote(self.network_interface)
-        return [*self.setup, f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
+        return [*lines, f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
 
 
 def read_profile(

@@ -36,10 +36,25 @@ def options(site: ClusterProfile, wanted: Resources, name: str) -> dict[str, Any
 
 
 def free_options(site: ClusterProfile) -> dict[str, Any]:
-    """`--requeue`, and what the profile gives beside its own keys; True is a bare flag. They win
-    over `options`."""
-    extra = {key: value for key, value in site.extra.items() if value is not False}
-    return {"requeue": True, **extra}
+    """Return `extra` of the profile, in which True is a bare flag, and whether Slurm may requeue
+    the job. They win over `options`."""
+    extra = {key.replace("-", "_"): v for key, v in site.extra.items() if v is not False}
+    return extra | ({"requeue": True} if requeues(site) else {"no_requeue": True})
+
+
+def requeues(site: ClusterProfile) -> bool:
+    """Whether the profile lets Slurm put a job back into the queue."""
+    extra = {key.replace("-", "_"): value for key, value in site.extra.items()}
+    return extra.get("requeue", True) is not False and not extra.get("no_requeue", False)
+
+
+def warnings(site: ClusterProfile) -> list[str]:
+    """Return what the user should know about the options of a profile before jobs are sent."""
+    line = (
+        "requeue is off in the profile (extra): Slurm ends a job for good at its time limit, after "
+        "a preemption or with a lost node; run `grid` again to resume from its checkpoint"
+    )
+    return [] if requeues(site) else [line]
 
 
 def waiting_options(dependency: str) -> dict[str, Any]:
@@ -53,6 +68,8 @@ def srun_options(site: ClusterProfile, wanted: Resources) -> list[str]:
     return [
         "--kill-on-bad-exit=1",  # ranks that wait for a dead one must not wait for ever
         f"--cpus-per-task={wanted.cpus_per_task}",  # not inherited from sbatch since 22.05
+        # `export` in `extra` is for the job: a step takes all that the set-up lines have made
+        "--export=ALL",
         "--open-mode=append",  # a requeued job goes on in the same log
         *([f"--mpi={site.mpi}"] if site.mpi else []),
     ]

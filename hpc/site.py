@@ -8,7 +8,6 @@ import pwd
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 from hpc import slurm
 
@@ -66,12 +65,6 @@ class Site:
     def hosts(self, listed: str) -> set[str]:
         """The names that a list such as `node[07-12]` means."""
         return set(slurm.ask("scontrol", "show", "hostnames", listed).split()) if listed else set()
-
-    def trial(self, options: Mapping[str, Any]) -> str:
-        """What sbatch says that it would do with a job of these options; nothing is queued."""
-        words = {key.replace("_", "-"): value for key, value in options.items()}
-        flags = [f"--{k}" + ("" if v is True else f"={v}") for k, v in words.items()]
-        return slurm.ask("sbatch", "--test-only", *flags, "--wrap=true").strip()
 
 
 def minutes_of(limit: str) -> float:

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from hpc import sbatch
@@ -25,13 +26,14 @@ from hpc.site_nodes import (
     nodes_up,
     partitions_of,
 )
-from hpc.slurm import QueueUnreachable
+from hpc.slurm import QueueUnreachable, SlurmQueue
 
 T = TypeVar("T")
 
 
-def site_checks(profile: ClusterProfile, site: Site) -> list[Check]:
-    """In the order in which one mends them."""
+def site_checks(profile: ClusterProfile, site: Site, folder: Path) -> list[Check]:
+    """In the order in which one mends them. `folder` is where jobs would leave their logs."""
+    queue = SlurmQueue(profile, folder, read_only=True)
     looks: dict[str, Callable[[ClusterProfile, Site], str]] = {
         "partition": partition,
         "account": account,
@@ -47,7 +49,8 @@ def site_checks(profile: ClusterProfile, site: Site) -> list[Check]:
         "jobs in the queue": queue_limits,
         "MPI type": mpi_type,
         "set-up lines": setup_lines,
-        "a training job, as sbatch sees it": trial,
+        "requeueing": requeueing,
+        "a training job, as sbatch sees it": partial(trial, queue),
     }
     return [Check(what, partial(look, profile, site)) for what, look in looks.items()]
 
@@ -187,17 +190,24 @@ def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
     return "a shell can read them; what they do, only a node can tell"
 
 
-def trial(profile: ClusterProfile, site: Site) -> str:
-    """sbatch would queue what `grid` and `reduce` send."""
-    said = [_trial(profile, site, wanted) for wanted in (profile.training(), profile.reducing())]
+def requeueing(profile: ClusterProfile, _site: Site) -> str:
+    """Slurm puts a job back that was stopped before its end."""
+    for line in sbatch.warnings(profile):
+        raise Doubt(line)
+    return "a job that is stopped before its end goes back into the queue"
+
+
+def trial(queue: SlurmQueue, profile: ClusterProfile, site: Site) -> str:
+    """sbatch would queue what `grid`, `prep`, `reduce` and `report` send."""
+    known_partitions(profile, site)
+    single = dict.fromkeys((profile.single(), profile.reducing()))
+    said = [_trial(queue, profile.training(), 2), *(_trial(queue, one, 1) for one in single)]
     return said[0]
 
 
-def _trial(profile: ClusterProfile, site: Site, wanted: Resources) -> str:
-    known_partitions(profile, site)
-    given = {**sbatch.options(profile, wanted, "doctor"), **sbatch.free_options(profile)}
+def _trial(queue: SlurmQueue, wanted: Resources, num_calls: int) -> str:
     try:
-        said = site.trial(given).splitlines()
+        said = queue.trial(wanted, "doctor", num_calls).splitlines()
     except QueueUnreachable as error:
         raise UserError(f"{error}; mend what the profile asks for") from error
     return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", said[-1]) if said else "it is taken"

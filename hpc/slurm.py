@@ -11,21 +11,26 @@ import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
 from functools import cached_property
 from io import StringIO
 from itertools import count, groupby, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc import sbatch, sends
 from hpc.call import ModuleCall
-from hpc.command import UserError, one_line
+from hpc.clean_env import batch_lines, called_clean, slurm_environ
+from hpc.command import UserError, one_line, warn
 from hpc.endings import NEVER_SATISFIED
 from hpc.private import private_folder
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import JobState, State, needed_job_failed
+
+if TYPE_CHECKING:
+    from hpc.executor import SlurmExecutor
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -55,6 +60,7 @@ class SlurmQueue:
         self.profile = profile
         self.folder = Path(folder).absolute()
         self.unreachable = ""
+        self._warned = False
         self._read_only = read_only
         missing = [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]
         if missing:
@@ -102,6 +108,7 @@ class SlurmQueue:
         If Slurm refuses any, none is left in the queue.
         """
         private_folder(self.folder, self.profile.group)
+        self._warn_once()
         dependency = self._dependency(after, needs)
         parameters = self._parameters(resources, name, dependency)
         size = self._max_array_size if len(calls) > 1 else 1
@@ -114,6 +121,15 @@ class SlurmQueue:
             self.cancel(ids)
             raise
         return ids
+
+    def trial(self, wanted: Resources, name: str, num_calls: int = 1) -> str:
+        """Return what sbatch says that it would do with `num_calls` such jobs, from the script that
+        `submit` would send. Nothing is queued. Raises `QueueUnreachable` if sbatch refuses them."""
+        executor = self._executor(self._parameters(wanted, name, ""), sends.mark_of("trial", 0))
+        with NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
+            script.write(executor.script(num_calls))
+            script.flush()
+            return ask("sbatch", "--test-only", script.name).strip()
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """By one squeue call; nothing is found where the site, or the profile, has comments of its
@@ -174,17 +190,14 @@ class SlurmQueue:
     def _submit_array(
         self, calls: Sequence[ModuleCall], parameters: dict[str, Any], mark: str
     ) -> list[str]:
-        import submitit  # a fifth of a second, which looking at the queue need not take
+        # submitit takes 0.2 s to import, which looking at the queue need not take
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = submitit.SlurmExecutor(self.folder, python=self.profile.python_command())
-        executor.update_parameters(**parameters)
+        executor = self._executor(parameters, mark)
         if mark:
             sends.leave_calls(self.folder, mark, calls)
-            setup = [*sends.take_call(self.folder, mark), *self.profile.setup_lines()]
-            executor.update_parameters(comment=mark, setup=setup)
         try:
-            with _outside_a_job(), redirect_stderr(StringIO()):  # submitit prints the error too
+            with called_clean(), redirect_stderr(StringIO()):  # submitit prints the error too
                 jobs = executor.submit_array(calls)
         except (FailedJobError, FailedSubmissionError) as error:
             said = one_line(str(error))
@@ -194,14 +207,33 @@ class SlurmQueue:
             raise UserError(f"sbatch refused the job: {said}{hint}") from error
         return [job.job_id for job in jobs]
 
+    def _executor(self, parameters: dict[str, Any], mark: str) -> SlurmExecutor:
+        from hpc.executor import SlurmExecutor
+
+        executor = SlurmExecutor(self.folder, python=self.profile.python_command())
+        find_call = sends.take_call(self.folder, mark) if mark else []
+        setup = [*batch_lines(), *find_call, *self.profile.setup_lines()]
+        executor.update_parameters(**parameters, setup=setup, **({"comment": mark} if mark else {}))
+        return executor
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            for line in sbatch.warnings(self.profile):
+                warn(line)
+        self._warned = True
+
     def _parameters(self, wanted: Resources, name: str, dependency: str) -> dict[str, Any]:
         site = self.profile
-        given = {"dependency": dependency, "setup": site.setup_lines()}
-        return {key: value for key, value in given.items() if value} | {
+        return ({"dependency": dependency} if dependency else {}) | {
             **sbatch.options(site, wanted, name),
-            "signal_delay_s": site.lead_seconds,
+            "wckey": None,  # submitit's own
             "array_parallelism": site.array_parallelism,
-            "additional_parameters": sbatch.waiting_options(dependency) | sbatch.free_options(site),
+            "additional_parameters": {
+                # submitit takes the signal from a variable of the shell
+                "signal": f"USR2@{site.lead_seconds}",
+                **sbatch.waiting_options(dependency),
+                **sbatch.free_options(site),
+            },
             "srun_args": sbatch.srun_options(site, wanted),
         }
 
@@ -288,20 +320,6 @@ def _in_few_words(ids: Iterable[str]) -> list[str]:
     return words + plain
 
 
-@contextmanager
-def _outside_a_job() -> Iterator[None]:
-    """In a job (or an salloc shell) its SLURM_ variables would shape the new job as well."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    kept = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
-    from submitit.helpers import clean_env
-
-    with clean_env():
-        os.environ.update(kept)
-        yield
-
-
 def _squeue(job_ids: list[str]) -> dict[str, JobState]:
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
     lines = _answer([*command, f"--jobs={','.join(job_ids)}"], gone_is_fine=True).splitlines()
@@ -344,11 +362,9 @@ def ask(*command: str) -> str:
 
 
 def _asked(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # SQUEUE_STATES and its like are for people, and would hide jobs from us
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=slurm_environ()
         )
     except FileNotFoundError as error:
         raise _no_command(command[0]) from error

@@ -75,7 +75,7 @@ def _scheduler(grid: Grid) -> list[Check]:
     except UserError as error:
         return [Check("scheduler", partial(_fail, error))]
     if queue.starts_mpi:
-        return site_checks(profile, Site())
+        return site_checks(profile, Site(), grid.run.logs)
     return [
         Check("local queue", partial(_local_queue, grid)),
         Check("set-up lines", partial(setup_lines, profile)),

@@ -21,7 +21,7 @@ from data_prep.images import decode_rgb, read_bytes
 from hpc.atomic import new_file
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
-from hpc.env import read_env
+from hpc.env import alone
 from hpc.groups import process_group
 from jobs.cell import RunPaths
 from jobs.predictor import Prediction, Predictor
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     head, paths = find_head(arguments.cell, arguments.config)
     _refuse_equal_stems(arguments.images)
-    with process_group(read_env(), paths.rendezvous) as group:
+    with process_group(alone(), paths.rendezvous) as group:
         predictor = Predictor(head, paths, group)
         for path in arguments.images:
             image = decode_rgb(read_bytes(path), str(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc import sbatch
+from hpc.clean_env import batch_lines, submitting_lines
 from hpc.command import one_line
 from hpc.profile import ClusterProfile, Resources
 from jobs.task import Task
@@ -107,6 +108,7 @@ def script(site: Site, part: Part) -> str:
         "",
         f"cd -- {_quoted(site.folder)} || exit 1",
         _umask(site.profile),
+        *batch_lines(),
         *site.profile.setup_lines(),
         "",
     ]
@@ -177,10 +179,16 @@ def _submit_script(site: Site, scripts: Sequence[Part]) -> str:
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")"',
         f"run={_quoted(site.run)}",
         "",
+        "# Variables of this shell would win over the options in the scripts, or reach the jobs.",
+        *submitting_lines(),
+        "",
         "send() {  # SCRIPT [JOB:JOB:...]: sends it, to start when those jobs have ended",
-        "    local job",
-        '    job=$(sbatch --parsable ${2:+"--dependency=afterany:$2"} "$1") || return',
-        "    job=${job%%;*}  # where there are several clusters, its name comes behind",
+        "    local answer job",
+        '    answer=$(sbatch --parsable ${2:+"--dependency=afterany:$2"} "$1") || return',
+        "    # ID or ID;CLUSTER is the last line that is one: a site may print others before",
+        "    job=$(sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\\2/p' \\",
+        '        <<<"$answer" | tail -n 1)',
+        '    [ -n "$job" ] || { echo "error: sbatch printed no job id: $answer" >&2; return 1; }',
         '    echo "$1: job $job" >&2',
         '    echo "$job"',
         "}",

@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST
+from hpc import sbatch
 from hpc.atomic import write_bytes
 from hpc.call import ModuleCall
-from hpc.command import MissingInput, UserError, argument_parser, one_line, run
+from hpc.command import MissingInput, UserError, argument_parser, one_line, run, warn
 from hpc.config import user_path
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
@@ -198,6 +199,8 @@ _HELD = "you may have no more jobs in the queue; run it again when there is room
 def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path) -> None:
     """As `submit`, but into batch scripts in `folder`, which a person sends."""
     check(grid, stages)
+    for line in sbatch.warnings(grid.cluster):
+        warn(line)
     check_folder(folder, grid)  # a refusal leaves no run directory
     with submission(grid):
         for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs

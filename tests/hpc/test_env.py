@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.env import RankEnv, default_config, read_env, torch_home
+from hpc.env import RankEnv, alone, default_config, read_env, torch_home
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -63,6 +63,20 @@ def place(environ) -> tuple[str, int, int, int]:
 )
 def test_each_launcher_says_who_we_are(environ, expected):
     assert place(environ) == expected
+
+
+@pytest.mark.parametrize("torchelastic", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
+def test_a_world_smaller_than_the_step_is_left_over(torchelastic):
+    left = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1", **torchelastic}
+    assert place({**STEP, **left}) == ("slurm", 3, 4, 1)
+    assert place(left) == ("torchrun", 0, 1, 0)  # no other launcher is there
+
+
+def test_a_command_of_the_login_node_is_alone(monkeypatch):
+    for name, value in {**TORCHRUN, **STEP}.items():
+        monkeypatch.setenv(name, value)
+    env = alone()
+    assert (env.launcher, env.rank, env.world_size, env.job_id) == ("single", 0, 1, "")
 
 
 def test_a_smaller_step_counts_its_own_tasks():

@@ -20,6 +20,7 @@ from hpc.localqueue import LocalQueue, Runner
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
 from hpc.tickets import processes, result_of, take_lock
+from tests.hpc.hostile import HOSTILE
 
 PROGRAM = '''
 import os, pickle, signal, sys, time
@@ -360,6 +361,25 @@ def test_jobs_get_setup_their_id_and_gpus_of_their_own(place):
     assert lines(place / "out") == ["local-000002 2,3 a  b", ""]
     (place / "a.go").touch()
     wait_until_gone(queue, held)
+
+
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(place):
+    queue = open_local(place, setup=("true", "module load nope"))
+    (job,) = queue.submit([call("note", place / "out", "ran")], ONE, "one")
+    wait_until_gone(queue, [job])
+    line = "error: a setup line of the cluster profile failed (exit status 127): module load nope"
+    assert ending("failed", queue.log_files(job)) == ("error", line)
+    assert not (place / "out").exists()
+
+
+def test_jobs_do_not_see_what_a_shell_has_left_over(place, monkeypatch):
+    for name, value in HOSTILE.items():
+        monkeypatch.setenv(name, value)
+    queue = open_local(place)
+    (job,) = queue.submit([call("environment", place / "out", *HOSTILE)], ONE, "environment")
+    wait_until_gone(queue, [job])
+    submitits = {"SUBMITIT_EXECUTOR": "local"}
+    assert lines(place / "out") == [" ".join(submitits.get(name, "?") for name in HOSTILE)]
 
 
 def test_a_job_that_cannot_start_says_why(place, monkeypatch):

@@ -18,18 +18,17 @@ from hpc.profile import ClusterProfile, Resources, read_profile
 from hpc.queue import open_queue
 from hpc.slurm import QueueUnreachable, SlurmQueue, requeue
 from hpc.tickets import JobState
+from tests.hpc.hostile import HANDED_ON, HOSTILE
 
 COMMANDS = {
     "sbatch": """
         if [ -s refuse ]; then echo "sbatch: error: $(cat refuse)" >&2; exit 1; fi
         if [ -e refuse ]; then echo "sbatch: error: invalid partition" >&2; exit 1; fi
         number=$(($(cat number 2>/dev/null || echo 0) + 1)); echo $number >number
-        cp "$1" script.$number
-        env | grep ^SLURM_ >environment.$number
-        echo "Submitted batch job $number" """,
+        cp "${!#}" script.$number
+        if [ -e answer ]; then sed "s/NUMBER/$number/" answer; else echo $number; fi """,
     "squeue": """
         if [ -e error ]; then cat error >&2; exit 1; fi
-        env | grep ^SQUEUE_
         cat queue 2>/dev/null || true """,
     "scontrol": """
         echo "MaxArraySize            = $(cat max_array_size 2>/dev/null || echo 1001)" """,
@@ -66,7 +65,10 @@ class FakeSlurm:
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         for name, body in {**COMMANDS, **(commands or {})}.items():
-            note = f'cd {shlex.quote(str(folder))}; printf "%s\\n" "{name} $*" >>asked\n'
+            note = (
+                f'cd {shlex.quote(str(folder))}; printf "%s\\n" "{name} $*" >>asked\n'
+                f'echo "{name}" $(compgen -e) >>variables\n'
+            )
             if body == COMMANDS["srun"]:
                 note = ""  # stays where the job runs
             script = folder / "bin" / name
@@ -79,6 +81,14 @@ class FakeSlurm:
     def asked(self, command: str) -> list[list[str]]:
         lines = (self.folder / "asked").read_text().splitlines()
         return [line.split()[1:] for line in lines if line.split()[0] == command]
+
+    def variables(self) -> dict[str, set[str]]:
+        """The names in the environments of each command, over all its calls."""
+        found: dict[str, set[str]] = {}
+        for line in (self.folder / "variables").read_text().splitlines():
+            command, *names = line.split()
+            found.setdefault(command, set()).update(names)
+        return found
 
     def script(self, number: int = 1) -> str:
         return (self.folder / f"script.{number}").read_text()
@@ -157,7 +167,7 @@ def test_the_profile_reaches_sbatch(slurm, logs):
         partition="gpu",
         account="us",
         constraint="v100&big",
-        extra={"reservation": "it's", "exclusive": True, "overcommit": False},
+        extra={"reservation": "it's", "exclusive": True, "overcommit": False, "wckey": "ours"},
         nodes=2,
         tasks_per_node=4,
         cpus_per_task=10,
@@ -188,12 +198,13 @@ def test_the_profile_reaches_sbatch(slurm, logs):
         "reservation": "it's",
         "signal": "USR2@90",
         "time": "1200",
-        "wckey": "submitit",
+        "wckey": "ours",
     }
     srun = shlex.split(slurm.script().splitlines()[-1])
-    wanted = ["--kill-on-bad-exit=1", "--cpus-per-task=10", "--open-mode=append", "--mpi=pmi2"]
+    wanted = ["--kill-on-bad-exit=1", "--cpus-per-task=10", "--open-mode=append", "--mpi=pmi2",
+              "--export=ALL"]  # fmt: skip
     assert set(wanted) <= set(srun)
-    assert "\nmodule load cuda\nexport NCCL_SOCKET_IFNAME=ib0 GLOO" in slurm.script()
+    assert "\nmodule load cuda\ntrap - ERR\nexport NCCL_SOCKET_IFNAME=ib0 GLOO" in slurm.script()
 
 
 def test_preparing_and_reporting_take_one_task_and_no_gpu(slurm, logs):
@@ -233,8 +244,7 @@ def test_a_job_whose_needed_job_failed_says_so(slurm, logs):
     assert [ending(words[job].why, []).cause for job in "78"] == ["dependency failed", "cancelled"]
 
 
-def test_one_squeue_tells_all_states(slurm, logs, monkeypatch):
-    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")  # a person's own taste must not count
+def test_one_squeue_tells_all_states(slurm, logs):
     slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETING\n9 REQUEUED\n")
     queue = open_slurm(logs)
     assert queue.states(["7_0", "7_1", "7_2", "8", "9"]) == {
@@ -412,13 +422,101 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(slurm, tmp_path, m
     assert not [path for path in tmp_path.rglob("*") if path.name == "x"]
 
 
-def test_submitting_from_inside_a_job_leaves_its_variables_behind(slurm, logs, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    monkeypatch.setenv("SLURM_CONF", "/site/slurm.conf")
-    open_slurm(logs).submit([call("a")], Resources(), "a")
-    assert (slurm.folder / "environment.1").read_text() == "SLURM_CONF=/site/slurm.conf\n"
-    assert os.environ["SLURM_CPUS_PER_TASK"] == "3"
+def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkeypatch):
+    for name, value in {**HOSTILE, "SLURM_CONF": "/site/slurm.conf"}.items():
+        monkeypatch.setenv(name, value)
+    queue = open_slurm(logs)
+    queue.submit([call("a"), call("b")], Resources(), "a", after=["7"])
+    queue.remembered(["7"])
+    queue.room()
+    queue.cancel(["7"])
+    slurm.answer("queue", "RUNNING\n")
+    requeue("7")
+    commands = {"sbatch", "squeue", "scontrol", "scancel", "sacct", "sacctmgr"}
+    assert slurm.variables().keys() == commands
+    for command, names in slurm.variables().items():
+        assert names & HOSTILE.keys() == set(), command
+        assert {"SLURM_CONF", "PATH"} <= names
+    assert slurm.options()["signal"] == "USR2@120"
+    assert HOSTILE.items() <= os.environ.items(), "they are still there for others"
+
+
+def test_a_script_that_is_sent_by_hand_from_such_a_shell_starts_the_ranks_without(slurm, logs):
+    queue = open_slurm(logs, python="bash -c 'compgen -e' --")
+    queue.submit([call("a")], Resources(), "a")
+    step = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "", "SLURM_NTASKS": "1"}
+    assert slurm.run(1, {**HANDED_ON, **step}) == 0
+    names = {name for log in logs.glob("*.out") for name in log.read_text().split()}
+    assert names & HANDED_ON.keys() == {"SUBMITIT_EXECUTOR"}, "submitit sets this anew"
+    assert "SLURM_NTASKS" in names
+
+
+@pytest.mark.parametrize("answer", [
+    "NUMBER\n", "NUMBER;cluster\n", "Submitted batch job NUMBER\n",
+    "*** 2026: 3 days to the maintenance\njob budget 77\nNUMBER\nyour 5 jobs\n",
+])  # fmt: skip
+def test_the_id_is_the_line_that_is_one(slurm, logs, answer):
+    slurm.answer("answer", answer)
+    queue = open_slurm(logs)
+    assert queue.submit([call("a")], Resources(), "one") == ["1"]
+    assert queue.submit([call("a"), call("b")], Resources(), "two") == ["2_0", "2_1"]
+    assert all(words[0] == "--parsable" for words in slurm.asked("sbatch"))
+
+
+def test_an_answer_without_an_id_is_not_taken_for_one(slurm, logs):
+    slurm.answer("answer", "your job 7 is the best\n")
+    with pytest.raises(UserError, match=r"printed no job id, but 'your job 7 .*; see with squeue"):
+        open_slurm(logs).submit([call("a")], Resources(), "one")
+
+
+@pytest.mark.parametrize("extra", [{"requeue": False}, {"no-requeue": True}])
+def test_a_profile_can_switch_requeueing_off_and_is_told_what_it_means(slurm, logs, capsys, extra):
+    queue = open_slurm(logs, extra=extra)
+    for _ in range(2):
+        queue.submit([call("a")], Resources(), "a")
+    assert "no-requeue" in slurm.options() and "requeue" not in slurm.options()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: requeue is off in the profile") and said.count("\n") == 1
+
+
+SETUP_ERROR = "error: a setup line of the cluster profile failed (exit status {}): {}\n"
+SOURCED = "false\nexport FOUND=1\n"
+SETUPS = [
+    (("true", "module load nope  # 'x'", "touch after"), 127, "module load nope  # 'x'"),
+    (("if true; then", "  (exit 3)", "fi"), 3, "  (exit 3)"),
+    (("set -e", "false"), 1, "false"),
+    (("function load() { return 4; }", "load x"), 4, "load x"),
+    ((". ./sourced", ". ./missing"), 1, ". ./missing"),
+]
+GOOD_SETUPS = [
+    ("function load() { false; export FOUND=1; }", "load x"),
+    ("false || true", "if ! false; then export FOUND=1; fi"),
+    (". ./sourced",),
+    ("eval 'false; export FOUND=1'",),
+    ("export FOUND=\\", "1"),
+]
+
+
+def run_setup(profile: ClusterProfile, folder: Path, last: str) -> subprocess.CompletedProcess[str]:
+    """As a batch script does."""
+    (folder / "sourced").write_text(SOURCED)
+    script = folder / "script"
+    script.write_text("\n".join(["#!/bin/bash", *profile.setup_lines(), last]))
+    return subprocess.run(["bash", script], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("setup", "status", "line"), SETUPS)
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(tmp_path, setup, status, line):
+    done = run_setup(ClusterProfile(setup=setup), tmp_path, "touch after")
+    assert done.returncode == 2
+    assert done.stderr.endswith(SETUP_ERROR.format(status, line))
+    assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize("setup", GOOD_SETUPS)
+def test_setup_lines_that_succeed_in_the_end_are_fine(tmp_path, setup):
+    done = run_setup(ClusterProfile(setup=setup), tmp_path, "false; echo $FOUND")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_only_a_running_job_is_requeued(slurm):
@@ -503,7 +601,11 @@ def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch
         ({"partion": "gpu"}, r"\[cluster\]: unknown key 'partion'; did you mean 'partition'"),
         ({"partition": "a\n#SBATCH --x"}, "one line"),
         ({"extra": {"output": "x"}}, "'output' is set by us"),
+        ({"extra": {"dep": "x"}}, "'dep' is set by us"),
         ({"extra": {"a b": "x"}}, "not an sbatch option"),
+        ({"extra": {"M": "x"}}, "not an sbatch option"),
+        ({"extra": {"clusters": "x"}}, "'clusters' cannot be given: jobs are looked for on"),
+        ({"extra": {"cluster": "x"}}, "'cluster' cannot be given"),
         ({"gres": "gpu:4"}, "gres needs gpus_per_node"),
         ({"python": "'/opt/my python"}, "python: No closing quotation"),
         ({"minutes": 2}, "lead_seconds must be less"),

@@ -22,6 +22,8 @@ COMMANDS = {
         cat "$4" """,
     "srun": "cat mpi >&2",
     "sbatch": """
+        cp "${!#}" script.$(ls script.* 2>/dev/null | wc -l)
+        [ "$1" = --test-only ] || { echo 7; exit; }
         if [ -e refuse ]; then cat refuse >&2; exit 1; fi
         echo "sbatch: Job 7 to start at 2026-01-01T00:00:00 using 80 processors on nodes n[1-2]" >&2
         """,

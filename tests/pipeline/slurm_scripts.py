@@ -8,12 +8,16 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from tests.hpc.hostile import HANDED_ON
+
 COMMANDS = {
     "sbatch": """
         [ -e "$SITE/refuse" ] && { echo "sbatch: error: invalid partition" >&2; exit 1; }
         number=$(($(cat "$SITE/number" 2>/dev/null || echo 40) + 1)); echo $number >"$SITE/number"
         printf '%s\\n' "$*" >>"$SITE/asked"
         cp -- "${!#}" "$SITE/script.$number"
+        compgen -e >>"$SITE/variables"
+        echo "*** 5 days to the maintenance"
         echo "$number;cluster" """,
     "squeue": 'cat "$SITE/queue" 2>/dev/null || true',
     "scontrol": 'echo "MaxArraySize = $(cat "$SITE/max_array_size" 2>/dev/null || echo 1001)"',
@@ -45,15 +49,26 @@ class Site:
         path = self.folder / "asked"
         return path.read_text().splitlines() if path.exists() else []
 
+    def variables(self) -> set[str]:
+        """The names in the environment of any sbatch."""
+        return set((self.folder / "variables").read_text().split())
+
     def script(self, job: int) -> Path:
         return self.folder / f"script.{job}"
 
     def start(self, job: int, element: int | None = None) -> subprocess.Popen[bytes]:
-        """A job as Slurm starts it: in another folder than it was sent from, as its own session."""
+        """A job as Slurm starts it: in another folder than it was sent from, as its own session,
+        with what the shell that sent it had left over."""
         array = {} if element is None else {
             "SLURM_ARRAY_JOB_ID": str(job), "SLURM_ARRAY_TASK_ID": str(element)
         }  # fmt: skip
-        environment = {**os.environ, **array, "PATH": self.path, "SLURM_JOB_ID": str(job)}
+        environment = {
+            **os.environ,
+            **HANDED_ON,
+            **array,
+            "PATH": self.path,
+            "SLURM_JOB_ID": str(job),
+        }
         return subprocess.Popen(
             ["bash", str(self.script(job))],
             cwd=self.folder, env=environment, start_new_session=True, stderr=subprocess.PIPE,

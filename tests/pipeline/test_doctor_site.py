@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import pytest
 
+from hpc.call import ModuleCall
+from hpc.profile import ClusterProfile
+from hpc.slurm import SlurmQueue
+from tests.hpc.hostile import HOSTILE
 from tests.pipeline.doctor_lines import failures, only_failure
-from tests.pipeline.fake_site import CONFIG
+from tests.pipeline.fake_site import CONFIG, PROFILE
 
 
-def test_what_it_asks_sbatch_about_is_what_grid_would_send(examine, site):
-    examine(extra={"reservation": "course", "exclusive": True})
-    words = {word for word in site.asked("sbatch")[0] if word.startswith("--")}
-    assert words >= {
-        "--partition=gpu", "--account=vision", "--qos=long", "--constraint=v100", "--exclude=n4",
-        "--gres=gpu:v100:4", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=10",
-        "--time=1200", "--mem=184320M", "--reservation=course", "--exclusive", "--test-only",
-    }  # fmt: skip
+def test_what_it_asks_sbatch_about_is_what_grid_would_send(examine, site, tmp_path, monkeypatch):
+    for name, value in HOSTILE.items():
+        monkeypatch.setenv(name, value)
+    extra = {"reservation": "course", "exclusive": True}
+    examine(extra=extra)
+    words = site.asked("sbatch")
+    assert [word[0] for word in words] == ["--test-only"] * len(words)
+    assert site.variables()["sbatch"] & HOSTILE.keys() == set()
+    queue = SlurmQueue(ClusterProfile(**{**PROFILE, "extra": extra}), tmp_path / "run" / "logs")
+    sent = [(2, queue.profile.training()), (1, queue.profile.single())]
+    assert len(words) == len(sent)
+    for number, (calls, wanted) in enumerate(sent):
+        queue.submit([ModuleCall("x")] * calls, wanted, "doctor", token="trial")
+        assert site.options(number) == site.options(len(sent) + number)
 
 
 THREE = "nodes = 2, but only 0 of the partition's 3 have"
@@ -53,6 +63,12 @@ def test_a_profile_that_asks_for_what_is_not_there(examine, profile, what, said)
 ])  # fmt: skip
 def test_a_profile_that_asks_for_it_in_other_words(examine, profile):
     assert examine(**profile)[0] == 0
+
+
+def test_a_profile_without_requeueing_is_told_what_it_means(examine):
+    code, lines = examine(extra={"requeue": False})
+    assert code == 0
+    assert [x for x in lines if x.startswith("warn  requeueing: requeue is off in the profile")]
 
 
 def test_too_many_nodes(examine):

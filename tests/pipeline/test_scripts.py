@@ -66,7 +66,7 @@ def test_slurm_is_told_the_same_as_by_grid(slurm, logs, tmp_path):
     )
     path = tmp_path / "script"
     path.write_text(script(where(profile, logs.parent), train_part()))
-    assert options(path) == {k: v for k, v in slurm.options().items() if k != "wckey"}
+    assert options(path) == slurm.options()
 
     (theirs,) = [x for x in slurm.script().splitlines() if x.startswith("srun")]
     ours = path.read_text().split("\nsrun ")[1].replace("$run", "").split()

@@ -15,6 +15,7 @@ import pytest
 
 from hpc import checkpoint
 from pipeline.grid import Grid, read_grid
+from tests.hpc.hostile import HOSTILE
 from tests.jobs.small_runs import assert_all_same, results
 from tests.pipeline.slurm_scripts import Site, options
 
@@ -117,7 +118,7 @@ def by_scripts(place, site) -> Path:
     assert written.returncode == 0, written.stderr
     sent = subprocess.run(
         [folder / "the\nDIR" / "submit.sh"], cwd="/", capture_output=True, text=True,
-        env={**os.environ, "PATH": site.path},
+        env={**os.environ, **HOSTILE, "SLURM_CONF": "/site/slurm.conf", "PATH": site.path},
     )  # fmt: skip
     assert sent.returncode == 0, sent.stderr
     grid = open_grid(folder)
@@ -141,6 +142,11 @@ def test_submit_sends_each_script_after_those_before_it(by_scripts, site):
         "--parsable --dependency=afterany:43 reduce.sbatch",
         "--parsable --dependency=afterany:44 report.sbatch",
     ]
+
+
+def test_sbatch_sees_nothing_that_the_shell_had_left_over(by_scripts, site):
+    assert site.variables() & HOSTILE.keys() == set()
+    assert {"SLURM_CONF", "PATH"} <= site.variables()
 
 
 def test_the_results_are_those_of_the_queue_bit_by_bit(by_scripts, by_queue):

@@ -1,0 +1,79 @@
+"""Variables that a shell may have left over, and that must not change a job or a Slurm command: the
+profile decides where and how a job runs, and the launcher of the job decides which rank is which.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+# What tells a process its rank: torchrun, submitit, Open MPI, MPICH and Intel MPI, MVAPICH, PMIx.
+LAUNCHER = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_*", "SUBMITIT_*", "OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMI_FD",
+    "PMI_PORT", "PMI_ID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_*", "PMIX_RANK",
+    "PMIX_NAMESPACE", "PMIX_SERVER_*",
+)  # fmt: skip
+# What is an option of a Slurm command ("INPUT ENVIRONMENT VARIABLES" of its manual page). They win
+# over the `#SBATCH` lines of a script.
+OPTIONS = ("SBATCH_*", "SALLOC_*", "SRUN_*", "SQUEUE_*", "SCANCEL_*", "SCONTROL_*", "SACCT_*",
+           "SINFO_*")  # fmt: skip
+# Options of srun, and what Slurm tells the processes of a job.
+_JOB = ("SLURM_*", "SLURMD_*")
+# Where Slurm is, and who we are to it.
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+# Slurm sets one of these in a job, and srun refuses two. Without any, a step has its job's memory.
+_MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
+_WIDTH = 92
+
+
+def slurm_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment in which every Slurm command is called, and which sbatch hands to the
+    job: `environ` without options of Slurm, without a surrounding job, without a launcher."""
+    dropped = {*_matching(environ, (*OPTIONS, *_JOB, *LAUNCHER))} - {*KEPT}
+    return {name: value for name, value in environ.items() if name not in dropped}
+
+
+@contextmanager
+def called_clean() -> Iterator[None]:
+    """Give this process `slurm_environ` inside the block, for submitit, which starts sbatch, and
+    the jobs of the local queue, in the environment of this process."""
+    before = dict(os.environ)
+    for name in before.keys() - slurm_environ(before).keys():
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def submitting_lines() -> list[str]:
+    """Return lines of a bash script that sends jobs: they drop what `slurm_environ` drops."""
+    return [
+        f"for name in {_words((*OPTIONS, *_JOB, *LAUNCHER))}; do",
+        f'    case $name in {"|".join(KEPT)}) ;; *) unset "$name" ;; esac',
+        "done",
+    ]
+
+
+def batch_lines() -> list[str]:
+    """Return lines of a batch script: they drop what the submitting shell may have left over for
+    srun and its tasks, and leave what Slurm has set for this job."""
+    return [
+        "# left over by the shell that ran sbatch; srun gives the ranks their own",
+        f"unset {_words(('SRUN_*', *_MEMORY, *LAUNCHER))}",
+    ]
+
+
+def _matching(environ: Mapping[str, str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in environ if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _words(patterns: tuple[str, ...]) -> str:
+    """Names as bash writes them: `${!PMIX_@}` is all that begin with PMIX_."""
+    words = [f"${{!{p[:-1]}@}}" if p.endswith("*") else p for p in patterns]
+    return " \\\n    ".join(textwrap.wrap(" ".join(words), _WIDTH, break_long_words=False))
