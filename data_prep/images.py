@@ -100,6 +100,11 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
     """The values of a label map as they are in its file, uint8 [H, W].
 
     Raises `BadFile` unless it is single-channel 8-bit (grey, or palette indices) and lossless."""
+    return read_palette_map(path)[0]
+
+
+def read_palette_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """The same, and its palette, uint8 [N, 3], RGB; None if it is grey."""
     data = read_bytes(path)
     _check_png(data, str(path))
     with _opened(io.BytesIO(data), str(path)) as image:
@@ -112,7 +117,8 @@ def read_index_map(path: Path) -> NDArray[np.uint8]:
                 f"{path} is no label map: it must have one channel of 8 bits, not mode "
                 f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
             )
-        return np.array(_as_stored(image))
+        colours = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
+        return np.array(_as_stored(image)), colours if image.mode == "P" else None
 
 
 def map_labels(

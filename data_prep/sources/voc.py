@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import class_indices, map_labels, read_index_map
+from data_prep.images import BadFile, class_indices, map_labels, read_palette_map
 from data_prep.manifest import SPLITS
-from data_prep.settings import VocSettings
+from data_prep.settings import VOID, VocSettings
 from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
 from data_prep.sources.sample import Sample
 from hpc.command import UserError
@@ -80,8 +80,32 @@ def read_label(settings: VocSettings, sample: Sample) -> NDArray[np.uint8]:
 
 
 def read_palette(sample: Sample) -> NDArray[np.uint8]:
-    """One of VOC's own label maps, uint8 [H, W]. Raises `BadFile`."""
-    return map_labels(read_index_map(sample.label), class_indices(len(CLASSES)), sample.label)
+    """One of VOC's own label maps, uint8 [H, W]. Raises `BadFile`, also if the palette shows that
+    its indices are not VOC's: editors keep the colours and renumber them."""
+    values, palette = read_palette_map(sample.label)
+    label = map_labels(values, class_indices(len(CLASSES)), sample.label)
+    if palette is not None:
+        _refuse_other_colours(np.unique(values).tolist(), palette, sample.label)
+    return label
+
+
+def _refuse_other_colours(used: list[int], palette: NDArray[np.uint8], path: Path) -> None:
+    for index in used:
+        found = tuple(palette[index].tolist()) if index < len(palette) else None
+        # a grey ramp holds no colours: such a map is read by its values, as a grey one is
+        if found not in (expected := _colour(index), (index,) * 3):
+            kind = "void" if index == VOID else repr(CLASSES[index])
+            raise BadFile(
+                f"{path}: palette entry {index} is the colour {found}, not {expected} of VOC's "
+                f"{kind}, so its values are not VOC's; restore the original file"
+            )
+
+
+def _colour(index: int) -> tuple[int, ...]:
+    """VOC's colour of a label: the bits of the index, spread over red, green and blue."""
+    bits = ((index >> (3 * place), 7 - place) for place in range(3))
+    spread = [[(three >> channel & 1) << to for channel in range(3)] for three, to in bits]
+    return tuple(map(sum, zip(*spread, strict=True)))
 
 
 def _home(root: str) -> Path:

@@ -103,6 +103,11 @@ def test_voc_val_validates_on_vocs_own_label_maps(tree, voc):
     val = trees.Packed(manifest).split("val")
     assert list(val) == ["2007_000032", "2009_000001"]
     np.testing.assert_array_equal(val["2009_000001"][1], np.where(CAT == 8, 255, 0))
+    path = tree / "VOCdevkit/VOC2012/SegmentationClass/2009_000001.png"
+    trees.compacted(path)
+    assert f"{path}: palette entry 1 is the colour (224, 224, 192), not" in refusal(
+        tree, val="voc_val", **voc
+    )
     assert "'voc_val' needs VOC 2012" in refusal(tree, val="voc_val")
 
 

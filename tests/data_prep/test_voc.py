@@ -10,6 +10,7 @@ from torchvision.models.segmentation import FCN_ResNet101_Weights
 
 from data_prep.pack import pack
 from data_prep.plan import find_source
+from data_prep.sources import voc
 from hpc.command import UserError
 from tests.data_prep import trees
 
@@ -140,3 +141,32 @@ def test_a_label_that_is_no_class_is_named(tree):
     trees.voc(tree, {"2009_000010": bad})
     with pytest.raises(UserError, match=r"2009_000010\.png holds the label value 21, but classes"):
         pack("voc", trees.settings("voc", tree))
+
+
+def test_a_palette_that_an_editor_has_compacted_is_refused(tree):
+    path = tree / "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png"
+    trees.compacted(path)  # 0, 7, 255 become 0, 1, 2
+    with pytest.raises(UserError) as refused:
+        pack("voc", trees.settings("voc", tree))
+    assert str(refused.value).startswith(
+        f"{path}: palette entry 1 is the colour (128, 128, 128), not (128, 0, 0) of VOC's "
+        "'aeroplane', so its values are not VOC's; restore the original file"
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_a_grey_label_map_is_read_by_its_values(tree, mode):
+    path = tree / "VOCdevkit/VOC2012/SegmentationClass/2007_000032.png"
+    image = Image.fromarray(ROAD_SCENE, mode)
+    if mode == "P":
+        image.putpalette(np.arange(256, dtype=np.uint8).repeat(3).tobytes())
+    image.save(path)
+    train = trees.Packed(pack("voc", trees.settings("voc", tree))).split("train")
+    np.testing.assert_array_equal(train[path.stem][1], ROAD_SCENE)
+
+
+def test_the_colours_are_those_of_the_development_kit():
+    kit = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128)]
+    assert [voc._colour(index) for index in range(6)] == kit
+    assert voc._colour(15) == (192, 128, 128) and voc._colour(20) == (0, 64, 128)
+    assert voc._colour(255) == (224, 224, 192)

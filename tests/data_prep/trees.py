@@ -163,6 +163,16 @@ def _palette(path: Path, values: np.ndarray) -> None:
     image.save(path)
 
 
+def compacted(path: Path) -> None:
+    """Renumber the palette of a label map as editors do: only the used colours, in order."""
+    with Image.open(path) as image:
+        values, colours = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
+    used, indices = np.unique(values, return_inverse=True)
+    image = Image.fromarray(indices.reshape(values.shape).astype(np.uint8), "P")
+    image.putpalette(colours[used].astype(np.uint8).tobytes())
+    image.save(path)
+
+
 def _text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
