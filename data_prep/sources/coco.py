@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -130,6 +130,7 @@ def _read(path: Path) -> tuple[_Picture, ...]:
 def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
     """The pictures of an annotation file, which `size` and `modified` tell from a newer one."""
     content = json.loads(path.read_bytes())
+    _refuse_inconsistent(path, content)
     class_of = _class_of_category(content["categories"])
     objects: dict[int, list[list[Any]]] = defaultdict(list)
     areas: dict[int, float] = defaultdict(float)
@@ -148,6 +149,41 @@ def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
         )
         for one in content["images"]
     )
+
+
+def _refuse_inconsistent(path: Path, content: dict[str, Any]) -> None:
+    """Raise `UserError` for entries that would be lost, or count twice, without a word."""
+    images, categories = content["images"], content["categories"]
+    _refuse_twice(path, "images", "id", (one["id"] for one in images))
+    _refuse_twice(path, "images", "stem of file_name", (Path(i["file_name"]).stem for i in images))
+    _refuse_twice(path, "categories", "id", (one["id"] for one in categories))
+    _refuse_twice(path, "categories", "name", (one["name"] for one in categories))
+    annotations = content["annotations"]
+    # some files number the objects of each image anew
+    numbered = ((one["image_id"], one["id"]) for one in annotations if "id" in one)
+    _refuse_twice(path, "annotations", "image_id and id", numbered)
+    for key, listed in (("image_id", images), ("category_id", categories)):
+        known = {one["id"] for one in listed}
+        if lost := [one[key] for one in annotations if one[key] not in known]:
+            _refuse_lost(path, key, lost, known)
+
+
+def _refuse_twice(path: Path, table: str, key: str, values: Iterable[Any]) -> None:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise UserError(
+                f"two entries of {table!r} in {path} have the {key} {value!r}; remove one of them"
+            )
+        seen.add(value)
+
+
+def _refuse_lost(path: Path, key: str, lost: Sequence[Any], known: set[Any]) -> None:
+    table = {"image_id": "images", "category_id": "categories"}[key]
+    reason = f"which {table!r} does not list; remove them, or add what they belong to"
+    if twins := [one for one in known if str(one) == str(lost[0])]:
+        reason = f"but the id in {table!r} is {twins[0]!r}; write both as numbers"
+    raise UserError(f"{len(lost)} annotations in {path} have the {key} {lost[0]!r}, {reason}")
 
 
 def _compact(height: int, width: int, objects: list[list[Any]]) -> str:

@@ -83,7 +83,7 @@ def _without_voc_val(settings: SbdSettings) -> list[str]:
     theirs = {
         one for task in ("Segmentation", "Main") for one in voc.official_ids(root, task, "val")
     }
-    return [one for one in ours if one not in theirs]
+    return [one for one in dict.fromkeys(ours) if one not in theirs]  # some lists share images
 
 
 def _voc_root(settings: SbdSettings, wanted: str) -> str:

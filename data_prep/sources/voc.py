@@ -85,7 +85,8 @@ def read_palette(sample: Sample) -> NDArray[np.uint8]:
     values, palette = read_palette_map(sample.label)
     label = map_labels(values, class_indices(len(CLASSES)), sample.label)
     if palette is not None:
-        _refuse_other_colours(np.unique(values).tolist(), palette, sample.label)
+        used = np.flatnonzero(np.bincount(values.reshape(-1)))
+        _refuse_other_colours(used.tolist(), palette, sample.label)
     return label
 
 

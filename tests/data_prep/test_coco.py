@@ -278,3 +278,64 @@ def test_a_picture_of_another_size_than_its_annotations_say(tree):
     message = refusal(tree)
     assert "000000000285.jpg is 83 x 60 but its label map" in message
     assert "instances_val2017.json is 83 x 61 (width x height)" in message
+
+
+PATH = "{root}/annotations/instances_train2017.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda content: content["images"].append({**content["images"][0], "id": 7}),
+            f"two entries of 'images' in {PATH} have the stem of file_name '000000000009'; remove",
+        ),
+        (
+            lambda content: content["images"].append(
+                {**content["images"][0], "id": 7, "file_name": "000000000009.png"}
+            ),
+            f"two entries of 'images' in {PATH} have the stem of file_name '000000000009'; remove",
+        ),
+        (
+            lambda content: content["images"].append(
+                {**content["images"][0], "file_name": "000000000010.jpg"}
+            ),
+            f"two entries of 'images' in {PATH} have the id 9; remove one of them",
+        ),
+        (
+            lambda content: content["images"].pop(0),
+            f"2 annotations in {PATH} have the image_id 9, which 'images' does not list; remove",
+        ),
+        (
+            lambda content: [one.update(image_id=str(one["image_id"]))
+                             for one in content["annotations"]],
+            f"9 annotations in {PATH} have the image_id '9', but the id in 'images' is 9; write",
+        ),
+        (
+            lambda content: content["annotations"].extend(content["annotations"][:1]),
+            f"two entries of 'annotations' in {PATH} have the image_id and id (9, 0); remove",
+        ),
+        (
+            lambda content: content["annotations"][0].update(category_id="3"),
+            f"1 annotations in {PATH} have the category_id '3', but the id in 'categories' is 3",
+        ),
+        (
+            lambda content: content["annotations"][0].update(category_id=99),
+            f"1 annotations in {PATH} have the category_id 99, which 'categories' does not list",
+        ),
+        (
+            lambda content: content["categories"].append({"id": 99, "name": "car"}),
+            f"two entries of 'categories' in {PATH} have the name 'car'; remove one of them",
+        ),
+        (
+            lambda content: content["categories"].append({"id": 3, "name": "cart"}),
+            f"two entries of 'categories' in {PATH} have the id 3; remove one of them",
+        ),
+    ],
+)  # fmt: skip
+def test_entries_that_would_be_lost_or_count_twice_are_refused(tree, change, message):
+    path = tree / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert refusal(tree).startswith(message.format(root=tree))

@@ -159,3 +159,9 @@ def test_a_label_beyond_the_classes_is_no_void_here(tree, value):
     label = np.where(CAT == 8, value, 0).astype(np.uint8)
     trees.sbd(tree, {"2009_000001": label})
     assert f"holds the label value {value}, but classes are 0 to 20 and no void" in refusal(tree)
+
+
+def test_an_image_of_both_lists_is_one_sample_of_train_noval(tree, voc):
+    (tree / "benchmark_RELEASE/dataset/val.txt").write_text("2008_000003\n2011_000007\n")
+    found = ids(tree, train="train_noval", **voc)["train"]
+    assert found == ["2008_000003", "2008_000009", "2011_000007"]

@@ -118,7 +118,9 @@ def coco(root: Path, **splits: Mapping[str, tuple[tuple[int, int], list[dict[str
             picture(path, size, "L" if stem.endswith("9") else "RGB")
             whole = {"id": int(stem), "file_name": path.name, "height": size[0], "width": size[1]}
             images.append(whole)
-            annotations += [{"image_id": int(stem), "id": id(one), **one} for one in objects]
+            annotations += [
+                {"image_id": int(stem), "id": number, **one} for number, one in enumerate(objects)
+            ]
         categories = [{"id": k, "name": name} for k, name in COCO_CATEGORIES.items()]
         record = {"images": images, "annotations": annotations, "categories": categories}
         _text(root / "annotations" / f"instances_{split}2017.json", json.dumps(record))
