@@ -100,7 +100,7 @@ def _lay_out(path: Path, entries: list[Entry], table: NDArray[np.void]) -> dict[
     allocated = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     allocated.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     allocated.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    with h5py.File(path, "w", libver=_LIBVER) as file:
+    with h5py.File(path, "w", libver=_LIBVER, locking=False) as file:
         file.create_dataset("index", data=table, track_times=False)
         for name, (length, kind) in shapes.items():
             file.create_dataset(name, (length,), kind, dcpl=allocated, track_times=False)

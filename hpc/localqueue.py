@@ -6,7 +6,6 @@ job waits or runs. Killing it stops no job; the next runner carries on where it 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from hpc.atomic import read_json, write_json, write_text
 from hpc.call import ModuleCall
 from hpc.clean_env import called_clean
 from hpc.command import UserError, argument_parser, one_line, run
+from hpc.locks import take_lock
 from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
 from hpc.tickets import (
@@ -35,7 +35,6 @@ from hpc.tickets import (
     result_of,
     send,
     standard_input,
-    take_lock,
 )
 
 if TYPE_CHECKING:
@@ -223,7 +222,7 @@ class Runner:
 
     def _start(self, job_id: str, ticket: dict[str, Any], gpus: list[str]) -> None:
         with self.tickets.path(job_id, "lock").open("w+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock, wait=True)
             write_json(self.tickets.path(job_id, "started"), {"gpus": gpus, "time": time.time()})
             os.chdir(ticket["working_directory"])
             folder = Path(ticket["folder"]) / job_id

@@ -20,6 +20,7 @@ from typing import IO
 
 from hpc.atomic import Damaged
 from hpc.command import UserError, warn
+from hpc.locks import take_lock
 from hpc.private import private_folder
 
 _COMPLETE = "complete"
@@ -86,12 +87,12 @@ class _Copy:
     def take(self, source: Path, files: Sequence[SharedFile]) -> None:
         """Make the copy if there is none, and hold it."""
         while self._lock is None:
-            lock = self._lock_path.open("a")
+            lock = self._lock_path.open("a+")
             try:
-                fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another copies
+                take_lock(lock, fcntl.LOCK_SH, wait=True)  # while another copies
                 if self._is_whole(lock):
                     self._lock = lock
-                elif _lock_alone(lock) and _is_at(lock, self._lock_path):
+                elif take_lock(lock) and _is_at(lock, self._lock_path):
                     self._make(source, files)
             finally:
                 if self._lock is None:
@@ -130,23 +131,15 @@ class _Copy:
 def _sweep(own: Path) -> None:
     """Remove the copies that nobody uses: what killed jobs left."""
     for path in own.glob("*.lock"):
-        with suppress(FileNotFoundError), path.open("r") as lock:
+        with suppress(FileNotFoundError), path.open("r+") as lock:
             _remove_unused(path.with_suffix(""), path, lock)
 
 
 def _remove_unused(folder: Path, lock_path: Path, lock: IO[str]) -> None:
     # if it is not there, it was removed, and perhaps made anew, before we had the lock
-    if _lock_alone(lock) and _is_at(lock, lock_path):
+    if take_lock(lock) and _is_at(lock, lock_path):
         shutil.rmtree(folder, ignore_errors=True)
         lock_path.unlink()
-
-
-def _lock_alone(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -19,6 +19,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from hpc.atomic import Damaged, read_json, write_json
 from hpc.command import UserError
+from hpc.locks import take_lock
 from hpc.private import private_folder
 
 State = Literal["waiting", "running", "gone", "unknown"]
@@ -60,7 +61,7 @@ class Tickets:
         """Nobody else adds, starts, cancels or ends a job meanwhile."""
         private_folder(self.folder, self.group)
         with self._lock_file("tickets.lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, wait=True)
             yield
 
     @contextmanager
@@ -140,15 +141,6 @@ class Tickets:
             return read_json(self.path(job_id, "ended"))["outcome"]
         except (Damaged, FileNotFoundError, KeyError):
             return ""
-
-
-def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock an open file if nobody else has; whether that worked."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def read_by_hdf5(index: CountsIndex) -> dict[str, Any]:
     import h5py
 
     try:
-        with h5py.File(index.path, "r") as file:
+        with h5py.File(index.path, "r", locking=False) as file:
             return {name: file[name][...] for name in file}
     # of another program's HDF5, or of none
     except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:

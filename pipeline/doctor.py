@@ -20,6 +20,7 @@ from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weig
 from hpc.atomic import file_sha256
 from hpc.checkup import Check, Finding, NotAsked, findings, shown_bytes
 from hpc.command import UserError, argument_parser, one_line, run
+from hpc.locks import require_locks
 from hpc.node_facts import versions
 from hpc.private import require_private
 from hpc.queue import open_queue
@@ -100,6 +101,7 @@ def _run_directory(grid: Grid) -> list[Check]:
     left = [cell for cell in grid.cells if cell.signature not in done]
     return [
         Check("run directory", partial(_private, grid)),
+        Check("file locks in it", lambda: require_locks(existing_folder(grid).absolute())),
         Check("room on its disk", partial(check_room, grid, left)),
         Check("files on its disk", partial(check_files, grid, left)),
     ]

@@ -9,7 +9,6 @@ $LOSSGRID_CONFIG, or ./lossgrid.toml.
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from hpc.atomic import write_bytes
 from hpc.call import ModuleCall
 from hpc.command import MissingInput, UserError, argument_parser, one_line, run, warn
 from hpc.config import user_path
+from hpc.locks import take_lock
 from hpc.private import private_folder, require_private, restrict_umask
 from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
@@ -292,7 +292,7 @@ def one_at_a_time(root: Path, group: str = "") -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write into {root}: {error.strerror}; {_REMEDY}") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, wait=True)
         yield
 
 

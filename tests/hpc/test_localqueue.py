@@ -17,9 +17,10 @@ from hpc.call import ModuleCall, last_error
 from hpc.command import UserError
 from hpc.endings import ending
 from hpc.localqueue import LocalQueue, Runner
+from hpc.locks import take_lock
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
-from hpc.tickets import processes, result_of, take_lock
+from hpc.tickets import processes, result_of
 from tests.hpc.hostile import HOSTILE
 
 PROGRAM = '''

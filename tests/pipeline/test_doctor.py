@@ -3,6 +3,8 @@ FAIL and what to do, no other does, and all go on."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -51,6 +53,14 @@ def test_a_run_directory_that_others_may_write_to(examine, tmp_path):
         f"run directory: {run} can be written to by everybody"
     )
     assert run.stat().st_mode & 0o777 == 0o777, "it is not for the doctor to mend"
+
+
+def test_a_run_directory_without_file_locks(examine, monkeypatch):
+    def flock(_file, _operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert only_failure(examine()).startswith("file locks in it: cannot lock a file in ")
 
 
 def test_a_full_disk(examine, monkeypatch):
