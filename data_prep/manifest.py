@@ -4,7 +4,7 @@ Free of torch, h5py and mpi4py: planning reads it on the login node."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Manifest:
     splits: dict[str, SplitSummary]
     source_stamp: str = ""  # names, sizes and times of the source files and the settings
     identity: str = ""  # of the settings it was packed with, see `DatasetSettings.identity`
+    leaked: tuple[str, ...] = ()  # ids of validation images that are training images too
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +127,7 @@ class Manifest:
             "name": self.name,
             "source_stamp": self.source_stamp,
             "identity": self.identity,
+            "leaked": list(self.leaked),
             "classes": list(self.classes),
             "splits": splits,
         }
@@ -212,4 +214,11 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
         splits,
         record["source_stamp"],
         record["identity"],
+        tuple(record.get("leaked", _shared_ids(splits))),
     )
+
+
+def _shared_ids(splits: Mapping[str, SplitSummary]) -> list[str]:
+    """The ids that both splits have: all that an older manifest tells of leaked images."""
+    train, val = ({one for s in splits[name].shards for one in s.ids} for name in SPLITS)
+    return sorted(train & val, key=str.encode)

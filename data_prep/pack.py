@@ -10,16 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST, SPLITS, Manifest, SplitSummary
-from data_prep.overlap import ids_of, overlap_warnings
+from data_prep.overlap import Pictures, overlap_warnings
 from data_prep.packing import Packed, already_packed, pack_shard
 from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
 from data_prep.processes import in_processes, sensible_processes, with_progress
 from data_prep.settings import DatasetSettings, read_datasets
+from data_prep.shards import leaked_images
 from hpc.atomic import TEMPORARY_PREFIX
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
@@ -42,17 +44,17 @@ def main(argv: Sequence[str]) -> int:
     ranks = world()
     with ranks.abort_on_error():
         datasets = _chosen(options.config, options.dataset)
-        ids = {}
+        pictures = {}
         for name, settings in datasets.items():
             manifest = pack(
                 name, settings, skip_bad=options.skip_bad, processes=options.processes, ranks=ranks
             )
-            ids[name] = ids_of(manifest)
+            pictures[name] = Pictures.packed(manifest)
             if ranks.rank == 0:
                 print(_report(manifest), flush=True)
                 for warning in manifest.warnings():
                     print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
-        for warning in overlap_warnings(datasets, ids) if ranks.rank == 0 else ():
+        for warning in overlap_warnings(datasets, pictures) if ranks.rank == 0 else ():
             print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
     return 0
 
@@ -160,6 +162,7 @@ def _conclude(
     identity = source.settings.identity()
     manifest = Manifest(folder, name, source.classes, splits, source.stamp, identity)
     manifest.require_classes(source.settings)
+    manifest = replace(manifest, leaked=leaked_images(manifest))
     manifest.save()
     _remove_stale(manifest)
     return manifest

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.manifest import SPLITS, Manifest
-from data_prep.overlap import ids_of, overlap_warnings
+from data_prep.manifest import Manifest
+from data_prep.overlap import Pictures, overlap_warnings
 from data_prep.settings import DatasetSettings
-from data_prep.sources import source_module
 from data_prep.weights import WITHOUT_FILE, require_weights
 from hpc.checkup import shown_bytes
 from hpc.command import MissingInput, UserError, one_line
@@ -27,7 +26,7 @@ def check_sources(grid: Grid) -> list[MissingInput]:
     missing: list[MissingInput] = []
     for settings in grid.datasets.values():
         with _collected(missing):
-            _source_ids(settings)
+            Pictures.of_source(settings)
     return missing
 
 
@@ -46,18 +45,18 @@ def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
     nothing is refused, standard error gets the warnings about what is packed."""
     missing: list[MissingInput] = []
     warnings: list[str] = []
-    ids = {}
+    pictures = {}
     for name, settings in grid.datasets.items():
         if packed:
             manifest = packed_as_asked(settings)
-            ids[name] = ids_of(manifest)
+            pictures[name] = Pictures.packed(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
             with _collected(missing):
-                ids[name] = _source_ids(settings)
-        if name not in ids:
+                pictures[name] = Pictures.of_source(settings)
+        if name not in pictures:
             continue
-        images = len(ids[name]["train"])
+        images = len(pictures[name].train)
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
         protocol.require_even_shares(grid.cluster.nodes * grid.cluster.tasks_per_node)
@@ -71,7 +70,7 @@ def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
         if weights not in WITHOUT_FILE:
             with _collected(missing):
                 require_weights(weights, model)
-    for warning in [*warnings, *overlap_warnings(grid.datasets, ids)]:
+    for warning in [*warnings, *overlap_warnings(grid.datasets, pictures)]:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
     return missing
 
@@ -97,12 +96,6 @@ def packed_as_asked(settings: DatasetSettings) -> Manifest:
         )
     manifest.require_classes(settings)
     return manifest
-
-
-def _source_ids(settings: DatasetSettings) -> dict[str, list[str]]:
-    source = source_module(settings.source)
-    # lists folders, and refuses what does not pair
-    return {split: [s.id for s in source.samples(settings, split)] for split in SPLITS}
 
 
 def check_room(grid: Grid, cells: Iterable[Cell]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,16 @@ def samples(settings: FolderSettings, split: str) -> list[Sample]:
         "val": (settings.val_images, settings.val_labels),
     }[split]
     image_folder, label_folder = (Path(settings.root) / name for name in names)
-    images, labels = _by_stem(image_folder), _by_stem(label_folder)
+    if image_folder.resolve() == label_folder.resolve():
+        raise UserError(
+            f"{image_folder} is the folder of both images and label maps of {split}; move the "
+            f"label maps to a folder of their own, and name it in {split}_labels"
+        )
+    images = _by_stem(image_folder, f"; if one is a label map, move it to {label_folder}")
+    labels = _by_stem(label_folder)
     if not images:
-        raise UserError(f"{image_folder} holds no images ({', '.join(SUFFIXES)})")
+        unread = _unread(image_folder, "images as PNG or JPEG")
+        raise UserError(f"{image_folder} holds no images ({', '.join(SUFFIXES)}){unread}")
     _refuse_unpaired(images, labels, "label map", label_folder)
     _refuse_unpaired(labels, images, "image", image_folder)
     stems = sorted(images, key=str.encode)
@@ -50,7 +58,7 @@ def read_label(settings: FolderSettings, sample: Sample) -> NDArray[np.uint8]:
     return map_labels(values, settings.label_of_value(), sample.label)
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, advice: str = "") -> dict[str, Path]:
     try:
         files = sorted(f for f in folder.iterdir() if _is_image(f))
     except OSError as error:
@@ -62,7 +70,9 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in files:
         if file.stem in found:
-            raise UserError(f"{found[file.stem]} and {file.name} have the same stem; keep one")
+            raise UserError(
+                f"{found[file.stem]} and {file.name} have the same stem; keep one{advice}"
+            )
         found[_checked(file)] = file
     return found
 
@@ -93,10 +103,22 @@ def _refuse_unpaired(
     if alone:
         names = ", ".join(have[stem].name for stem in alone[:_SHOWN])
         more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+        advice = _unread(where, f"{missing}s as PNG", alone)
         raise UserError(
-            f"{names}{more} in {have[alone[0]].parent}: no {missing} of the same stem in {where}; "
-            "add or remove files so that they pair"
+            f"{names}{more} in {have[alone[0]].parent}: no {missing} of the same stem in {where}"
+            + (advice or "; add or remove files so that they pair")
         )
+
+
+def _unread(folder: Path, remedy: str, stems: Iterable[str] | None = None) -> str:
+    """The end of a message: files in `folder`, with one of `stems`, whose format is not read."""
+    files = [f for f in folder.iterdir() if not f.name.startswith(".") and not _is_image(f)]
+    wanted = {file.stem for file in files} if stems is None else set(stems)
+    unread = sorted(f.name for f in files if f.suffix and f.stem in wanted and f.is_file())
+    if not unread:
+        return ""
+    more = f" and {len(unread) - 1} more are" if len(unread) > 1 else " is"
+    return f"; {unread[0]}{more} there, in a format that is not read: save {remedy}"
 
 
 def _form(stem: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from data_prep import verify
 from data_prep.manifest import Manifest
-from data_prep.overlap import ids_of, overlap_warnings
+from data_prep.overlap import Pictures, overlap_warnings
 from data_prep.pack import main, pack
 from pipeline import submit
 from tests.data_prep import trees
@@ -98,14 +100,34 @@ def test_equal_names_in_unrelated_data_sets_are_not_the_same_picture(tree):
     raw = np.full((4, 5), 7, np.uint8)
     trees.cityscapes(tree, train={"ulm/ulm_1": raw}, val={"bonn/bonn_1": raw})
     tables = {name: trees.settings("cityscapes", tree) for name in ("one", "two")}
-    ids = {"one": {"train": ["a"], "val": ["b"]}, "two": {"train": ["b"], "val": ["a"]}}
-    assert overlap_warnings(tables, ids) == []
+    pictures = {"one": Pictures(["a"], ["b"], []), "two": Pictures(["b"], ["a"], [])}
+    assert overlap_warnings(tables, pictures) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_leak_is_an_equal_picture_and_not_an_equal_name(rooms, packed):
+    """`a` is another picture in both splits; `b` is copied, with another label map."""
+    rooms.pair("a", split="val")
+    shutil.copy(rooms.root / "train/b.png", rooms.root / "val/b.png")
+    rooms.label("b.png", (70, 30), split="val", values=(1, 2))
+    if packed:  # then those of other names are found too
+        shutil.copy(rooms.root / "train/b.png", rooms.root / "val/c.png")
+        rooms.label("c.png", (70, 30), split="val")
+        assert pack("rooms", rooms.settings).leaked == ("b", "c")
+        pictures = Pictures.packed(Manifest.load(rooms.shards))
+    else:
+        pictures = Pictures.of_source(rooms.settings)
+    [warning] = overlap_warnings({"rooms": rooms.settings}, {"rooms": pictures})
+    assert warning.startswith(
+        f"{1 + packed} of {3 + packed} validation images of the data set 'rooms' are training "
+        "images too, 'b' first: "
+    )
 
 
 def test_shards_outlive_the_voc_that_their_overlap_was_counted_with(tree):
     settings = trees.settings("sbd", tree, voc_root=str(tree))
-    ids = ids_of(pack("sbd", settings))
-    assert ids == ids_of(Manifest.load(settings.shards))
+    ids = Pictures.packed(pack("sbd", settings))
+    assert ids == Pictures.packed(Manifest.load(settings.shards))
     assert len(overlap_warnings({"sbd": settings}, {"sbd": ids})) == 1
     (tree / "VOCdevkit").rename(tree / "gone")
     assert overlap_warnings({"sbd": settings}, {"sbd": ids}) == []

@@ -177,12 +177,40 @@ def test_unpaired_files_are_named_and_counted(rooms):
 
 def test_two_images_of_one_stem(rooms):
     rooms.image("b.jpg", (70, 30))
-    assert "b.jpg and b.png have the same stem; keep one" in _refusal(rooms)
+    message = _refusal(rooms)
+    assert (
+        "b.jpg and b.png have the same stem; keep one; if one is a label map, move it to" in message
+    )
+    assert message.endswith("/trainannot")
+
+
+def test_images_and_label_maps_in_one_folder(rooms):
+    rooms.table["train_labels"] = "val/../train"
+    assert _refusal(rooms) == (
+        f"{rooms.root}/train is the folder of both images and label maps of train; move the label "
+        "maps to a folder of their own, and name it in train_labels"
+    )
+
+
+def test_label_maps_in_a_format_that_is_not_read(rooms):
+    for stem in "ab":
+        path = rooms.root / "trainannot" / f"{stem}.png"
+        Image.open(path).save(path.with_suffix(".gif"))
+        path.unlink()
+    assert _refusal(rooms) == (
+        f"a.jpg, b.png in {rooms.root}/train: no label map of the same stem in "
+        f"{rooms.root}/trainannot; a.gif and 1 more are there, in a format that is not read: save "
+        "label maps as PNG"
+    )
 
 
 def test_a_folder_without_images(rooms):
     (rooms.root / "val" / "v.png").rename(rooms.root / "val" / "v.gif")
-    assert "val holds no images (.jpg, " in _refusal(rooms)
+    message = _refusal(rooms)
+    assert "val holds no images (.jpg, " in message
+    assert message.endswith(
+        "); v.gif is there, in a format that is not read: save images as PNG or JPEG"
+    )
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(rooms, command):
