@@ -8,10 +8,13 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 USER_ERROR_EXIT_CODE = 2
+SLOW_SECONDS = 30.0  # after which whoever waits says for what
 
 
 class UserError(Exception):
@@ -56,6 +59,20 @@ def warn(text: str) -> None:
     """A line on stderr that begins with `warning: `."""
     sys.stderr.write(f"warning: {one_line(text)}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def named_wait(what: str) -> Iterator[None]:
+    """Print one line on stderr if the block, which waits for `what`, takes longer than
+    `SLOW_SECONDS`."""
+    line = one_line(f"waiting for {what}, {SLOW_SECONDS:.0f} s so far")
+    timer = threading.Timer(SLOW_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:

@@ -13,8 +13,13 @@ Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
 
 # Of Open MPI; of MPICH and Intel MPI.
 _MPI_NAMES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
 
@@ -25,7 +30,7 @@ class RankEnv:
     `start_id` is equal on all ranks of one start of a job and differs from every other start, so
     that ranks find each other and not those of a start before; it is "" where the launcher gives
     none (`mpiexec`) or where there is only one rank. `job_id` is Slurm's, as `scontrol requeue`
-    takes it; "" outside of Slurm.
+    takes it; "" outside of Slurm. `on_one_node` is False where the launcher does not say so.
     """
 
     launcher: Launcher
@@ -37,6 +42,7 @@ class RankEnv:
     start_id: str
     master: tuple[str, int] | None = None  # address and port of rank 0, where the launcher chose
     agent_store: bool = False  # torchrun's agent serves that port itself; every rank is a client
+    on_one_node: bool = False  # all ranks of the job
 
 
 def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
@@ -49,24 +55,28 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return RankEnv("torchrun", *_place(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
                        node=node, job_id=_slurm_job(environ), master=master, agent_store=agent,
+                       on_one_node=environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"],
                        start_id=environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # fmt: skip
     if environ.get("SUBMITIT_EXECUTOR") == "local":
         job = environ["SUBMITIT_LOCAL_JOB_ID"]
         names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
         return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id="",
+                       on_one_node=True,
                        start_id=f"{environ.get('LOSSGRID_JOB_ID', node)}-{job}")  # fmt: skip
     tasks = environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in environ else None
-    for rank, size, local in _MPI_NAMES:
+    for rank, size, local, local_size in _MPI_NAMES:
         # under `srun --mpi=pmi2` they and Slurm's agree, and Slurm's say more
         if rank in environ and environ.get(size, tasks) != tasks:
             return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
-                           job_id=_slurm_job(environ), start_id="")  # fmt: skip
+                           job_id=_slurm_job(environ), start_id="",
+                           on_one_node=environ.get(local_size) == environ[size])  # fmt: skip
     if tasks is not None:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         parts = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
         start = "-".join([*parts, environ["SLURM_STEP_ID"]])
         return RankEnv("slurm", *_place(environ, *names), node=node, job_id=_slurm_job(environ),
-                       start_id=start)  # fmt: skip
+                       start_id=start,
+                       on_one_node=environ.get("SLURM_STEP_NUM_NODES") == "1")  # fmt: skip
     return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
 
 

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc.atomic import write_text
-from hpc.command import UserError
+from hpc.command import UserError, named_wait
 from hpc.env import RankEnv
 from hpc.stopwatch import Stopwatch
 
 TIMEOUT = datetime.timedelta(minutes=10)  # minutes, so that nobody waits for the dead
 COMMUNICATION = "communication"
 _POLL_SECONDS = 0.1
+_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 
 class Group:
@@ -97,6 +98,7 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     port itself, so two jobs on one node cannot collide.
     """
     device = own_device(env)
+    _use_loopback(env)
     store = _store(env, rendezvous)
     # `Group.background` is a second communicator, whose kernels must start in one order on all
     # ranks: in that in which the host asks for them (NCCL 2.26 and later, its user guide, "Using
@@ -104,9 +106,10 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # integers that ranks agree on lie in main memory, hence gloo beside NCCL
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
-    )
+    with named_wait(f"all {env.world_size} ranks of this job to meet"):
+        dist.init_process_group(
+            backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
+        )
     try:
         yield Group(env, device)
     except BaseException as error:
@@ -149,17 +152,19 @@ def _store(env: RankEnv, rendezvous: Path) -> dist.Store:
     address = rendezvous / f"{env.start_id}.addr"
     if env.rank == 0:
         store = _listen(env)
-        write_text(address, f"{_own_address()} {store.port}")
+        write_text(address, f"{_own_address(env)} {store.port}")
         return store
-    host, port = _wait_for(address).split()
-    return dist.TCPStore(host, int(port), env.world_size, is_master=False, timeout=TIMEOUT)
+    with named_wait(f"rank 0 to leave its address in {address}"):
+        host, port = _wait_for(address).split()
+    return _connect(env, host, int(port))
 
 
 def _torchrun_store(env: RankEnv) -> dist.Store:
     assert env.master is not None
     host, port = env.master
-    serves = env.rank == 0 and not env.agent_store
-    store = dist.TCPStore(host, port, env.world_size, is_master=serves, timeout=TIMEOUT)
+    if env.on_one_node:
+        host = _LOOPBACK
+    store = _connect(env, host, port, serves=env.rank == 0 and not env.agent_store)
     return dist.PrefixStore(f"lossgrid-{env.start_id}", store)
 
 
@@ -169,10 +174,15 @@ def _mpi_store(env: RankEnv) -> dist.Store:
 
     communicator = world()
     store = _listen(env) if env.rank == 0 else None
-    host, port = communicator.bcast((_own_address(), store.port) if store is not None else ("", 0))
-    if store is not None:
-        return store
-    return dist.TCPStore(host, port, env.world_size, is_master=False, timeout=TIMEOUT)
+    with named_wait("rank 0 to send its address by MPI"):
+        place = (_own_address(env), store.port) if store is not None else ("", 0)
+        host, port = communicator.bcast(place)
+    return store if store is not None else _connect(env, host, port)
+
+
+def _connect(env: RankEnv, host: str, port: int, serves: bool = False) -> dist.TCPStore:
+    with named_wait(f"the store of rank 0 at {host}, port {port}"):
+        return dist.TCPStore(host, port, env.world_size, is_master=serves, timeout=TIMEOUT)
 
 
 def _listen(env: RankEnv) -> dist.TCPStore:
@@ -182,14 +192,28 @@ def _listen(env: RankEnv) -> dist.TCPStore:
     )
 
 
-def _own_address() -> str:
-    """How other nodes reach this one: what our host name resolves to. Where that is ourselves
-    only, as Debian has it, it is the name, which other nodes resolve better."""
+def _use_loopback(env: RankEnv) -> None:
+    """Let gloo connect ranks of one node over loopback: by itself it takes the address that the
+    host name resolves to, which need not lead anywhere."""
+    if env.on_one_node and env.world_size > 1 and _LOOPBACK_INTERFACE in _interfaces():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _own_address(env: RankEnv) -> str:
+    """Return how the other ranks reach this one: over loopback if all are on this node, else by
+    what our host name resolves to. Where that is loopback too, as Debian has it, return the name,
+    which other nodes resolve better."""
+    if env.on_one_node:
+        return _LOOPBACK
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        return "127.0.0.1"
+        return _LOOPBACK
     return name if address.startswith("127.") else address
 
 

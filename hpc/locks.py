@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from hpc.command import UserError
+from hpc.command import UserError, named_wait
 
 # takes the lock of a file in another process; exit code 0 if that worked, 1 if it is held
 _CONTENDER = (
@@ -38,8 +38,17 @@ def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX, wait: bool = False) -> b
     Raises:
         UserError: the file system has no locks.
     """
+    if _lock(file, kind | fcntl.LOCK_NB):
+        return True
+    if wait:
+        with named_wait(f"the lock {file.name}, which another process holds"):
+            _lock(file, kind)
+    return wait
+
+
+def _lock(file: IO[str], operation: int) -> bool:
     try:
-        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+        fcntl.flock(file, operation)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from hpc.command import UserError, argument_parser, one_line, run
+from hpc import command
+from hpc.command import UserError, argument_parser, named_wait, one_line, run
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
@@ -144,3 +146,16 @@ def test_without_arguments_those_of_the_process_are_used(monkeypatch, capsys):
         run(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: no Namespace(debug=False)\n"
+
+
+def test_whoever_waits_long_says_for_what_and_once(monkeypatch, capsys):
+    with named_wait("nobody"):
+        pass
+    monkeypatch.setattr(command, "SLOW_SECONDS", 0.01)
+    said = ""
+    with named_wait("rank 0,\nwherever it is"):
+        while not said:
+            said = capsys.readouterr().err
+        time.sleep(0.1)
+    assert said == "waiting for rank 0,\\nwherever it is, 0 s so far\n"
+    assert capsys.readouterr().err == ""

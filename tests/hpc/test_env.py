@@ -65,6 +65,25 @@ def test_each_launcher_says_who_we_are(environ, expected):
     assert place(environ) == expected
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (LOCAL, True),
+        (STEP, False),
+        ({**STEP, "SLURM_STEP_NUM_NODES": "1"}, True),
+        (TORCHRUN, False),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, False),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, True),
+        (OPENMPI, False),
+        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, True),
+        ({**MPICH, "MPI_LOCALNRANKS": "2"}, True),
+    ],
+)
+def test_launchers_say_whether_all_ranks_are_on_one_node(environ, expected):
+    assert read_env(environ).on_one_node is expected
+
+
 @pytest.mark.parametrize("torchelastic", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
 def test_a_world_smaller_than_the_step_is_left_over(torchelastic):
     left = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1", **torchelastic}

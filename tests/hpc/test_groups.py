@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc import groups
+from hpc import command, groups
 from hpc.command import UserError
 from hpc.env import RankEnv, read_env
 from hpc.groups import Group, process_group
@@ -223,7 +223,60 @@ def test_rank_0_leaves_an_address_that_other_nodes_can_reach(monkeypatch, resolv
 
     monkeypatch.setattr(socket, "gethostname", lambda: "n7")
     monkeypatch.setattr(socket, "gethostbyname", resolve)
-    assert groups._own_address() == address
+    assert groups._own_address(rank_env(0, 2)) == address
+
+
+FAR = """
+import fcntl, multiprocessing, socket, struct, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.hpc.test_groups import a_rank, codes, rank_env
+folder = Path(sys.argv[1])
+socket.sethostname("far")
+(folder / "hosts").write_text("127.0.0.1 localhost\\n10.255.255.1 far\\n")
+subprocess.run(["mount", "--bind", str(folder / "hosts"), "/etc/hosts"], check=True)
+with socket.socket() as any_socket:  # the flags of `lo`: up and running, SIOCSIFFLAGS
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 0x41))
+assert socket.gethostbyname(socket.gethostname()) == "10.255.255.1"
+ranks = []
+for number in (0, 1):
+    arguments = (replace(rank_env(number, 2), on_one_node=True), folder / "rendezvous", folder)
+    ranks.append(multiprocessing.get_context("fork").Process(target=a_rank, args=arguments))
+    ranks[-1].start()
+sys.exit(int(codes(ranks) != [0, 0]))
+"""
+
+
+def test_ranks_of_one_node_meet_where_its_name_leads_nowhere(tmp_path):
+    """In a network of its own, whose only way out is loopback."""
+    own = ["unshare", "-rmnu"]
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode:
+        pytest.skip("this user may not have a network of their own")
+    line = [*own, sys.executable, "-c", FAR, str(tmp_path)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert answers(tmp_path) == [expected(2)] * 2
+
+
+@pytest.mark.parametrize("missing", ["address", "store", "ranks"])
+def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr(groups, "TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(command, "SLOW_SECONDS", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nobody listens there
+        if missing == "store":
+            (tmp_path / "start.addr").write_text(f"127.0.0.1 {port}")
+        env = rank_env(int(missing != "ranks"), 2)
+        with pytest.raises((UserError, RuntimeError)), process_group(env, tmp_path):
+            pass
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "waiting for" in line]
+    what = {
+        "address": f"rank 0 to leave its address in {tmp_path / 'start.addr'}",
+        "store": f"the store of rank 0 at 127.0.0.1, port {port}",
+        "ranks": "all 2 ranks of this job to meet",
+    }
+    assert said == f"waiting for {what[missing]}, 0 s so far"
 
 
 def test_two_communicators_start_their_kernels_in_the_hosts_order(monkeypatch, tmp_path):
