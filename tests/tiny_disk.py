@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -27,10 +28,13 @@ def on_tiny_disk(
     `kilobytes`, which is gone with the process. Where this user may not mount one, no file can
     grow beyond that size instead."""
     python = [sys.executable, "-c", code, str(folder)]
-    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": seconds}
+    options: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "text": True}
+    options["timeout"] = seconds
     if may_mount():
         mount = ["unshare", "-rm", "sh", "-c", _MOUNT, "sh", f"{kilobytes}k", str(folder)]
         return subprocess.run([*mount, *python], **options)
+    # Python does not notice that a .pyc is cut off by this limit, and fails to load it ever after
+    options["env"] = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes << 10, kilobytes << 10))
     return subprocess.run(python, preexec_fn=limit, **options)
 
