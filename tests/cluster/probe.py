@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc.env import read_env
 
 _PATIENCE = 60.0  # seconds
-_TOLD = ("SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES", "SLURMD_NODENAME")
+_TOLD = ("SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES", "SLURMD_NODENAME", "FROM_SETUP")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ import pytest
 from hpc.call import ModuleCall
 from hpc.profile import ClusterProfile, Resources, read_profile
 from hpc.slurm import SlurmQueue
+from pipeline.scripts import Part, Site, render
 from tests.cluster.probe import seen_by
 from tests.cluster.slurm_cluster import PROFILE
+from tests.hpc.hostile import HANDED_ON, HOSTILE, LAUNCHER
 
 PROBE = "tests.cluster.probe"
 SLOW_SBATCH = """#!/bin/bash
@@ -88,3 +93,49 @@ def test_two_jobs_that_start_together_on_one_node_do_not_meet_each_other(cluster
         ranks = seen_by(folder, job)
         assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["n1", "n1"]
         assert [rank["met"] for rank in ranks] == [[1.0, 1.0]] * 2
+
+
+def test_nothing_that_a_shell_has_left_over_changes_a_job(cluster, folder, monkeypatch):
+    for name, value in HOSTILE.items():
+        monkeypatch.setenv(name, value)
+    setup = ["export FROM_SETUP=here", f"export PYTHONPATH={cluster.environ['PYTHONPATH']}"]
+    queue = queue_of(folder, setup=setup, extra={"export": "NONE"})
+    jobs = queue.submit([probe(folder)] * 2, queue.profile.training(), "hostile")
+    assert set(queue.states(jobs).values()) <= {"waiting", "running"}
+    cluster.wait_until_gone(jobs[0].partition("_")[0])
+    for job in jobs:
+        ranks = seen_by(folder, job)
+        assert ranks, [log.read_text() for log in queue.log_files(job)]
+        assert [(rank["world_size"], rank["FROM_SETUP"]) for rank in ranks] == [(4, "here")] * 4
+    found = cluster.job(jobs[0])
+    assert (found["Partition"], found["TimeLimit"]) == ("batch", "00:30:00")
+
+
+def test_nor_one_that_scripts_have_sent(cluster, folder):
+    """By `submit.sh`; and by hand, where sbatch hands on what it does not take for its own."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\nenv >"{folder}/$SLURM_JOB_ID-$SLURM_PROCID"\n')
+    python.chmod(0o755)
+    profile = read_profile(str(PROFILE), {"python": str(python), "memory_gb": 1})
+    for name in ("logs", "submitted"):
+        (folder / name).mkdir()
+    there = Site(profile, folder, folder, "hostile", "T")
+    for name, text in render(there, [Part("train", "train", [("task", "")])]).items():
+        (folder / name).write_text(text)
+    for words, left_over in ((["submit.sh"], HOSTILE), (["-c", "sbatch train.sbatch"], HANDED_ON)):
+        sent = subprocess.run(
+            ["bash", *words], cwd=folder, env={**os.environ, **left_over},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        (job,) = re.findall(r"job (\d+)", sent.stdout + sent.stderr)
+        cluster.wait_until_gone(job)
+        assert cluster.state(job) == "COMPLETED"
+        assert cluster.job(job)["Partition"] == "batch"
+        ranks = list(folder.glob(f"{job}-*"))
+        assert len(ranks) == 4
+        for rank in ranks:
+            environ = dict(line.partition("=")[::2] for line in rank.read_text().splitlines())
+            slurms = {"PMI_SIZE": "4", "PMI_RANK": environ["SLURM_PROCID"]}
+            assert {name: environ.get(name) for name in LAUNCHER} == {
+                name: slurms.get(name) for name in LAUNCHER
+            }
