@@ -28,6 +28,7 @@ KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 # Slurm sets one of these in a job, and srun refuses two. Without any, a step has its job's memory.
 _MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 _WIDTH = 92
+_NOT_USED = "is not used; jobs get what the cluster profile says"
 
 
 def slurm_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -35,6 +36,13 @@ def slurm_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     job: `environ` without options of Slurm, without a surrounding job, without a launcher."""
     dropped = {*_matching(environ, (*OPTIONS, *_JOB, *LAUNCHER))} - {*KEPT}
     return {name: value for name, value in environ.items() if name not in dropped}
+
+
+def ignored_options(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a warning about options of sbatch that the user may have set on purpose."""
+    names = sorted(_matching(environ, ("SBATCH_*", "SLURM_CLUSTERS")))
+    line = f"{', '.join(names)} of this shell {_NOT_USED}"
+    return [line] if names else []
 
 
 @contextmanager
@@ -55,6 +63,7 @@ def submitting_lines() -> list[str]:
     """Return lines of a bash script that sends jobs: they drop what `slurm_environ` drops."""
     return [
         f"for name in {_words((*OPTIONS, *_JOB, *LAUNCHER))}; do",
+        f'    [[ $name != SBATCH_* ]] || echo "warning: $name of this shell {_NOT_USED}" >&2',
         f'    case $name in {"|".join(KEPT)}) ;; *) unset "$name" ;; esac',
         "done",
     ]

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from hpc import sbatch
 from hpc.checkup import Check, Doubt, NotAsked
+from hpc.clean_env import ignored_options
 from hpc.command import UserError
 from hpc.config import did_you_mean, shown
 from hpc.profile import ClusterProfile, Resources
@@ -50,6 +51,7 @@ def site_checks(profile: ClusterProfile, site: Site, folder: Path) -> list[Check
         "MPI type": mpi_type,
         "set-up lines": setup_lines,
         "requeueing": requeueing,
+        "options in the shell": options_in_shell,
         "a training job, as sbatch sees it": partial(trial, queue),
     }
     return [Check(what, partial(look, profile, site)) for what, look in looks.items()]
@@ -195,6 +197,13 @@ def requeueing(profile: ClusterProfile, _site: Site) -> str:
     for line in sbatch.warnings(profile):
         raise Doubt(line)
     return "a job that is stopped before its end goes back into the queue"
+
+
+def options_in_shell(_profile: ClusterProfile, _site: Site) -> str:
+    """The shell has no options of sbatch that the user may expect to count."""
+    for line in ignored_options():
+        raise Doubt(line)
+    return "none"
 
 
 def trial(queue: SlurmQueue, profile: ClusterProfile, site: Site) -> str:

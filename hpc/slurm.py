@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc import sbatch, sends
 from hpc.call import ModuleCall
-from hpc.clean_env import batch_lines, called_clean, slurm_environ
+from hpc.clean_env import batch_lines, called_clean, ignored_options, slurm_environ
 from hpc.command import UserError, one_line, warn
 from hpc.endings import NEVER_SATISFIED
 from hpc.private import private_folder
@@ -218,7 +218,7 @@ class SlurmQueue:
 
     def _warn_once(self) -> None:
         if not self._warned:
-            for line in sbatch.warnings(self.profile):
+            for line in [*sbatch.warnings(self.profile), *ignored_options()]:
                 warn(line)
         self._warned = True
 

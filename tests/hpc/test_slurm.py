@@ -422,7 +422,7 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(slurm, tmp_path, m
     assert not [path for path in tmp_path.rglob("*") if path.name == "x"]
 
 
-def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkeypatch):
+def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkeypatch, capsys):
     for name, value in {**HOSTILE, "SLURM_CONF": "/site/slurm.conf"}.items():
         monkeypatch.setenv(name, value)
     queue = open_slurm(logs)
@@ -439,6 +439,9 @@ def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkey
         assert {"SLURM_CONF", "PATH"} <= names
     assert slurm.options()["signal"] == "USR2@120"
     assert HOSTILE.items() <= os.environ.items(), "they are still there for others"
+    (line,) = capsys.readouterr().err.splitlines()  # options that the user may rely on
+    assert line.startswith("warning: SBATCH_CLUSTERS, SBATCH_EXPORT, ") and "SALLOC" not in line
+    assert line.endswith(" of this shell is not used; jobs get what the cluster profile says")
 
 
 def test_a_script_that_is_sent_by_hand_from_such_a_shell_starts_the_ranks_without(slurm, logs):

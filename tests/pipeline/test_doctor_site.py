@@ -17,7 +17,10 @@ def test_what_it_asks_sbatch_about_is_what_grid_would_send(examine, site, tmp_pa
     for name, value in HOSTILE.items():
         monkeypatch.setenv(name, value)
     extra = {"reservation": "course", "exclusive": True}
-    examine(extra=extra)
+    lines = examine(extra=extra)[1]
+    assert [
+        line for line in lines if line.startswith("warn  options in the shell: SBATCH_CLUSTERS,")
+    ]
     words = site.asked("sbatch")
     assert [word[0] for word in words] == ["--test-only"] * len(words)
     assert site.variables()["sbatch"] & HOSTILE.keys() == set()

@@ -121,6 +121,7 @@ def by_scripts(place, site) -> Path:
         env={**os.environ, **HOSTILE, "SLURM_CONF": "/site/slurm.conf", "PATH": site.path},
     )  # fmt: skip
     assert sent.returncode == 0, sent.stderr
+    assert "warning: SBATCH_PARTITION of this shell is not used; jobs get" in sent.stderr
     grid = open_grid(folder)
     assert site.run(PREP) == 0
     assert site.run(PRETRAIN, 0) == 0
