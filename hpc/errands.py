@@ -16,14 +16,13 @@ from hpc.atomic import TEMPORARY_PREFIX, Damaged, read_json
 from hpc.call import START_PREFIX, ModuleCall, is_launchers
 from hpc.command import UserError
 from hpc.endings import ending
-from hpc.localqueue import LocalQueue
 from hpc.node_facts import FACTS, answer_hellos
 from hpc.private import private_folder
 from hpc.profile import Resources
 from hpc.queue import Queue
 from hpc.slurm import QueueUnreachable
 
-_LOCAL_LOOK_SECONDS, _CLUSTER_LOOK_SECONDS = 0.3, 2.0  # between questions to the queue
+_SHORT_SECONDS, _LOOK_SECONDS = 0.3, 2.0  # the longest between questions to the queue
 _ANSWER_SECONDS = 0.05
 _LATE_SECONDS = 10.0  # by which a network file system shows what a node has written
 _END_SECONDS = 90.0  # what cancelled jobs get to end
@@ -89,12 +88,12 @@ def run_errands(
     except BaseException:
         _end(queue, jobs)
         raise
-    _let_runner_leave(queue)
+    queue.let_runner_leave(_END_SECONDS)
     return [_report(queue, *pair, folder) for pair in zip(errands, jobs, strict=True)]
 
 
 def _wait(queue: Queue, jobs: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
-    pause = _LOCAL_LOOK_SECONDS if isinstance(queue, LocalQueue) else _CLUSTER_LOOK_SECONDS
+    pause = min(_LOOK_SECONDS, queue.poll_seconds)
     due, said = 0.0, ""
     while True:
         answer_hellos(folder)
@@ -130,18 +129,8 @@ def _end(queue: Queue, jobs: Sequence[str]) -> None:
         while time.monotonic() < deadline:
             if set(queue.states(jobs).values()) == {"gone"}:
                 break
-            time.sleep(_LOCAL_LOOK_SECONDS)
-    _let_runner_leave(queue)
-
-
-def _let_runner_leave(queue: Queue) -> None:
-    """The local queue's runner goes when it finds no ticket; it must not find no folder."""
-    deadline = time.monotonic() + _END_SECONDS
-    while isinstance(queue, LocalQueue) and time.monotonic() < deadline:
-        with queue.tickets.runner_lock() as lock:
-            if lock is not None:
-                return
-        time.sleep(_ANSWER_SECONDS)
+            time.sleep(_SHORT_SECONDS)
+    queue.let_runner_leave(_END_SECONDS)
 
 
 def _report(queue: Queue, errand: Errand, job: str, folder: Path) -> Report:
@@ -149,7 +138,7 @@ def _report(queue: Queue, errand: Errand, job: str, folder: Path) -> Report:
     while len(facts := _facts(folder, errand.name)) < errand.world_size:
         if time.monotonic() >= deadline:
             break
-        time.sleep(_LOCAL_LOOK_SECONDS)
+        time.sleep(_SHORT_SECONDS)
     logs = queue.log_files(job)
     how = ending(queue.look([job])[job].why, logs)
     ended = f"{how.cause}: {how.line}" if how.line else how.cause

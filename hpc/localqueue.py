@@ -23,6 +23,7 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.locks import take_lock
 from hpc.private import private_folder, require_private
 from hpc.profile import ClusterProfile, Resources
+from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE
 from hpc.tickets import (
     DEPENDENCY_FAILED,
     JobState,
@@ -56,6 +57,7 @@ class LocalQueue:
 
     starts_mpi = False
     gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
+    poll_seconds = 0.5
     unreachable = ""
 
     def __init__(
@@ -145,6 +147,19 @@ class LocalQueue:
                     start_new_session=True,  # it outlives the terminal
                     pass_fds=[lock.fileno()],  # handed over locked: there is no moment without
                 )
+
+    def max_array_size(self) -> int:
+        """Return Slurm's own default: scripts are for another machine."""
+        return DEFAULT_MAX_ARRAY_SIZE
+
+    def let_runner_leave(self, seconds: float) -> None:
+        """Wait for the end of the runner, which ends when it finds no ticket."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with self.tickets.runner_lock() as lock:
+                if lock is not None:
+                    return
+            time.sleep(_POLL_SECONDS)
 
     def _refuse_failed(self, needs: Sequence[str]) -> None:
         for job_id in needs:

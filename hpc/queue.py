@@ -21,6 +21,7 @@ class Queue(Protocol):
     gone_is_certain: bool  # whether a job that is gone can have no process left
     starts_mpi: bool  # whether the tasks of a job are ranks of one MPI world
     unreachable: str  # why a queue that was opened `read_only` cannot be asked; else ""
+    poll_seconds: float  # how long callers that wait in a loop leave it alone between two questions
 
     def check(self) -> None:
         """Ask whether the queue answers. Raises `QueueUnreachable`, or sets `unreachable` if the
@@ -72,8 +73,16 @@ class Queue(Protocol):
     def log_files(self, job_id: str) -> list[Path]:
         """The stderr logs that a job has written so far, one a rank, in order of rank."""
 
+    def max_array_size(self) -> int:
+        """Return how many elements an array of jobs may have, or Slurm's own default where that
+        cannot be asked."""
+
     def ensure_runner(self) -> None:
         """Make sure that something starts the waiting jobs. For callers that wait in a loop."""
+
+    def let_runner_leave(self, seconds: float) -> None:
+        """Wait up to `seconds` until nothing of the queue works in its folder, which the caller
+        removes next. All jobs have ended."""
 
 
 def open_queue(

@@ -53,6 +53,7 @@ class SlurmQueue:
 
     starts_mpi = True
     gone_is_certain = False  # a node that was cut off may still run what Slurm has given up
+    poll_seconds = 15.0
 
     def __init__(
         self, profile: ClusterProfile, folder: str | Path, read_only: bool = False
@@ -272,15 +273,20 @@ class SlurmQueue:
             found += [int(word) for word in answer.split() if word.isdigit()]
         return min(found, default=None)
 
+    def max_array_size(self) -> int:
+        """Return what Slurm says, or its own default if it does not answer."""
+        try:
+            return DEFAULT_MAX_ARRAY_SIZE if self.unreachable else self._max_array_size
+        except QueueUnreachable:
+            return DEFAULT_MAX_ARRAY_SIZE
+
+    def let_runner_leave(self, seconds: float) -> None:
+        """Do nothing; Slurm needs no runner."""
+
     @cached_property
     def _max_array_size(self) -> int:
-        return max_array_size()
-
-
-def max_array_size() -> int:
-    """How many jobs one array may have here. Raises `QueueUnreachable`."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
-    return max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY_SIZE
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", _answer(["scontrol", "show", "config"]))
+        return max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
 def requeue(job_id: str) -> bool:

@@ -11,8 +11,6 @@ from pathlib import Path
 from hpc.atomic import TEMPORARY_PREFIX, remove_file, write_bytes
 from hpc.command import UserError
 from hpc.private import require_private
-from hpc.queue import Queue
-from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE, QueueUnreachable, SlurmQueue, max_array_size
 from jobs.task import Task
 from pipeline.grid import Grid
 from pipeline.records import Submitted, record_path, write_tasks
@@ -75,14 +73,6 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
             remove_file(path)
     submit = folder / SUBMIT
     submit.chmod(submit.stat().st_mode | 0o100)
-
-
-def most_in_an_array(queue: Queue) -> int:
-    """How many elements an array may have: what Slurm says, or else its own default."""
-    try:
-        return max_array_size() if isinstance(queue, SlurmQueue) else DEFAULT_MAX_ARRAY_SIZE
-    except QueueUnreachable:
-        return DEFAULT_MAX_ARRAY_SIZE
 
 
 def write_record(grid: Grid, token: str, scripts: Sequence[Part], tasks: Sequence[Task]) -> None:

@@ -34,7 +34,7 @@ from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, profiled, read_grid
 from pipeline.plan import Plan, make_plan, split, without_waiting
 from pipeline.records import Submission, cancellations, new_token, settle
-from pipeline.script_folder import check_folder, most_in_an_array, write_folder, write_record
+from pipeline.script_folder import check_folder, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_missing, describe_plan, describe_survey
 from pipeline.source import source_of_code
@@ -206,7 +206,7 @@ def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path)
         for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs
             private_folder(place, grid.cluster.group)
         plan = _plan_of_scripts(grid, queue) if "grid" in stages else Plan((), ())
-        wanted = parts(stages, plan.pretrain, plan.bundles, most_in_an_array(queue))
+        wanted = parts(stages, plan.pretrain, plan.bundles, queue.max_array_size())
         if not wanted:
             return print("nothing is left to submit, so no script was written")
         token, tasks = new_token(), [*plan.pretrain, *plan.bundles]

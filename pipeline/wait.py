@@ -15,14 +15,12 @@ from rich.text import Text
 from hpc.call import last_error
 from hpc.command import USER_ERROR_EXIT_CODE, one_line
 from hpc.endings import names_error
-from hpc.localqueue import LocalQueue
 from hpc.queue import Queue
 from hpc.slurm import QueueUnreachable
 from pipeline.grid import Grid
 from pipeline.show import counts_line, time_left
 from pipeline.state import CellState, Survey, survey
 
-_LOCAL_POLL_SECONDS = 0.5
 _CLUSTER_POLL_SECONDS = 15.0
 _LINE_SECONDS = 30.0  # between lines where there is no terminal
 
@@ -80,7 +78,6 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
     """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
     ids = {job for of_stage in jobs.values() for job in of_stage}
     missing = any(stage not in jobs for stage in stages)
-    poll = _LOCAL_POLL_SECONDS if isinstance(queue, LocalQueue) else _CLUSTER_POLL_SECONDS
     console = Console()
     shown_at, shown = 0.0, ""
     seen: set[str] = set()  # alive when we looked before
@@ -92,7 +89,7 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
             if not alive and not held:
                 return False
             if held and (not alive or seen - alive):
-                time.sleep(poll)  # the room may be taken by other jobs of the user
+                time.sleep(queue.poll_seconds)  # the room may be taken by other jobs of the user
                 return True
             seen = alive
             queue.ensure_runner()
@@ -102,7 +99,7 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
             if not console.is_terminal and due and line != shown:
                 print(line, flush=True)
                 shown_at, shown = time.monotonic(), line
-            time.sleep(poll)
+            time.sleep(queue.poll_seconds)
 
 
 def _progress_line(grid: Grid, state: Survey) -> str:

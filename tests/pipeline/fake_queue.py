@@ -15,6 +15,7 @@ class FakeQueue:
 
     starts_mpi = False
     unreachable = ""
+    poll_seconds = 0.01
 
     def check(self) -> None:
         """It answers."""
@@ -85,3 +86,6 @@ class FakeQueue:
 
     def ensure_runner(self) -> None:
         raise NotImplementedError
+
+    def let_runner_leave(self, seconds: float) -> None:
+        """It has none."""

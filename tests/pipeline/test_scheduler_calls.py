@@ -73,7 +73,7 @@ def test_an_array_is_one_sbatch_and_a_poll_one_squeue(grid, slurm, monkeypatch, 
         return found
 
     monkeypatch.setattr(wait, "survey", poll)
-    monkeypatch.setattr(wait, "_CLUSTER_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(queue, "poll_seconds", 0.01)
     assert wait.wait_for(grid, queue, jobs, ("grid",)) == 0
     assert len(polls) > 3
     assert polls[:4] == [Counter(squeue=1)] * 4
