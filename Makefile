@@ -1,13 +1,14 @@
 # make demo    run the whole pipeline on the built-in data set (a few minutes on 2 cores)
 # make test    lint, type check, tests
 # make cluster start a Slurm cluster of 4 nodes on this machine, as root
-# demo and test set up .venv first; a second run reuses it.
+# make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (docs/testing.md)
+# demo, test and mutants set up .venv first; a second run reuses it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint venv cluster clean
+.PHONY: demo test lint mutants venv cluster clean
 
 demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
@@ -19,6 +20,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants $(MODULE)
 
 venv: $(READY)
 
@@ -40,4 +44,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache mutants

@@ -1,0 +1,106 @@
+"""Mutation testing of the core modules with mutmut, one module at a time: `docs/testing.md`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+MUTMUT = Path(sys.executable).with_name("mutmut")
+SOURCES = ("hpc", "data_prep", "jobs", "pipeline")
+COPIED = (*SOURCES, "benchmarks", "configs", "tests", "lossgrid.toml", "pyproject.toml")
+# the fast tests of each module, in whose process it runs
+TESTS = {
+    "hpc/checkpoint.py": "hpc/test_checkpoint jobs/test_damaged_checkpoints",
+    "hpc/generation.py": "hpc/test_generation",
+    "jobs/counts_file.py": "jobs/test_counts_file pipeline/test_damaged_counts",
+    "jobs/losses/combine.py": "jobs/test_losses jobs/test_schedule",
+    "jobs/losses/functional.py": "jobs/test_losses",
+    "jobs/losses/names.py": "jobs/test_loss_names jobs/test_schedule",
+    "jobs/losses/pooling.py": "jobs/test_max_pooling",
+    "jobs/losses/powers.py": "jobs/test_losses",
+    "jobs/losses/schedule.py": "jobs/test_schedule",
+    "jobs/metrics/accumulate.py": "jobs/test_metrics_counts jobs/test_metrics_fixed_point",
+    "jobs/metrics/counts.py": "jobs/test_metrics_counts",
+    "jobs/metrics/scores.py": "jobs/test_metrics_scores",
+    "pipeline/choice.py": "pipeline/test_state pipeline/test_retry pipeline/test_wait",
+    "pipeline/ended.py": "pipeline/test_state pipeline/test_retry",
+    "pipeline/plan.py": "pipeline/test_grid pipeline/test_room",
+    "pipeline/records.py": "pipeline/test_state pipeline/test_lost_submissions",
+    "pipeline/state.py": "pipeline/test_state pipeline/test_script_states",
+}
+# torch is not safe to fork once it has run, hence the server
+CONFIG = """[mutmut]
+source_paths =
+    {sources}
+only_mutate = {module}
+also_copy =
+    {copied}
+pytest_add_cli_args_test_selection =
+    {tests}
+process_isolation = forkserver
+use_git_change_detection = false
+"""
+
+
+def prepare(module: str) -> Path:
+    """Copy the checkout to the folder in which mutmut works on `module`; return it. Results of an
+    earlier run stay there."""
+    folder = REPOSITORY / "mutants" / module.removesuffix(".py")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source, target = REPOSITORY / name, folder / name
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+    lines = {
+        "sources": SOURCES,
+        "copied": [name for name in COPIED if name not in SOURCES],
+        "tests": [f"tests/{name}.py" for name in TESTS[module].split()],
+    }
+    joined = {key: "\n    ".join(words) for key, words in lines.items()}
+    (folder / "setup.cfg").write_text(CONFIG.format(module=module, **joined))
+    return folder
+
+
+def mutate(module: str, processes: int) -> str:
+    """Run what is new or changed of a module's mutants; return a line of numbers. The diffs of
+    those that survived are in `survived.diff`."""
+    folder = prepare(module)
+    subprocess.run([MUTMUT, "run", f"--max-children={processes}"], cwd=folder, check=True)
+    said = _mutmut(folder, "results", "--all", "true")
+    states = dict(re.findall(r"^ *(\S+): (.+)$", said, re.MULTILINE))
+    survived = [name for name, state in states.items() if state == "survived"]
+    diffs = "\n".join(_mutmut(folder, "show", name) for name in survived)
+    (folder / "survived.diff").write_text(diffs)
+    numbers = ", ".join(f"{n} {state}" for state, n in Counter(states.values()).most_common())
+    shown = (folder / "survived.diff").relative_to(REPOSITORY)
+    return f"{module}: {len(states)} mutants: {numbers}; see {shown}"
+
+
+def _mutmut(folder: Path, *words: str) -> str:
+    done = subprocess.run([MUTMUT, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Mutate some modules, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=", ".join(TESTS))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.modules if name not in TESTS]:
+        parser.error(f"{unknown[0]} has no tests in {__file__}; choose from {', '.join(TESTS)}")
+    lines = [mutate(module, options.processes) for module in options.modules or TESTS]
+    print("", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
