@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hpc.command import UserError, run
@@ -274,6 +276,14 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
     assert retried(grid)[0].startswith("8 cells: out of memory: not by themselves; ")
     submit(grid, queue, ["grid"])
     assert len(queue.jobs) == 6
+
+
+def test_waiting_sends_what_was_never_sent_if_it_fits(grid, queue):
+    state, too_large = survey(grid, queue), grid.cells[3].signature
+    assert unsent(state) == list(grid.cells)
+    assert unsent(replace(state, at_most={too_large: 0})) == [
+        cell for cell in grid.cells if cell.signature != too_large
+    ]
 
 
 def test_waiting_does_not_send_what_has_failed_again_and_again(grid, queue):
