@@ -4,6 +4,7 @@ Free of torch, h5py and mpi4py: planning reads it on the login node."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from hpc.command import UserError
 MANIFEST = "manifest.json"
 FORMAT = "lossgrid shards 3"
 SPLITS = ("train", "val")
+ROOTS = frozenset({"root", "voc_root"})  # settings that only say where the files lie
 _SHOWN = 3  # class names in a message
 
 
@@ -23,7 +25,7 @@ _SHOWN = 3  # class names in a message
 class ShardSummary:
     """One shard file, its samples in their order in the file."""
 
-    file: str  # name within the folder
+    file: str  # name within the folder; it ends with a part of `sha256`, see `shard_name`
     bytes: int
     sha256: str  # of the whole file
     arenas: tuple[tuple[int, int], ...]  # of pixels and of labels: (offset, bytes)
@@ -91,10 +93,12 @@ class Manifest:
     source_stamp: str = ""  # names, sizes and times of the source files and the settings
     identity: str = ""  # of the settings it was packed with, see `DatasetSettings.identity`
     leaked: tuple[str, ...] = ()  # ids of validation images that are training images too
+    origin: Mapping[str, Any] = field(default_factory=dict)  # see `DatasetSettings.origin`
+    kept: tuple[str, ...] = ()  # shards of earlier contents, which running jobs may still open
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        shards = {split: [asdict(s) for s in half.shards] for split, half in self.splits.items()}
+        shards = {split: [_content(s) for s in half.shards] for split, half in self.splits.items()}
         content = {"format": FORMAT, "classes": list(self.classes), "splits": shards}
         object.__setattr__(self, "fingerprint", fingerprint(content))
 
@@ -128,10 +132,47 @@ class Manifest:
             "source_stamp": self.source_stamp,
             "identity": self.identity,
             "leaked": list(self.leaked),
+            "origin": dict(self.origin),
+            "kept": list(self.kept),
             "classes": list(self.classes),
             "splits": splits,
         }
         write_json(self.folder / MANIFEST, record)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all shards."""
+        return {shard.file for half in self.splits.values() for shard in half.shards}
+
+    def differences(self, identity: str, origin: Mapping[str, Any]) -> dict[str, str]:
+        """Return how the settings that the data set was packed with differ from others, which
+        `identity` and `origin` give: a phrase by setting, empty if they do not differ."""
+        if not self.origin or not origin:  # from an older program, which did not record them
+            return {} if self.identity == identity else {"": "it does not say which"}
+        keys = {key for key in {*self.origin, *origin} if self.origin.get(key) != origin.get(key)}
+        return {
+            key: f"{key} = {_shown(self.origin, key)} there, {_shown(origin, key)} here"
+            for key in sorted(keys)
+        }
+
+    def require_settings(
+        self,
+        identity: str,
+        origin: Mapping[str, Any],
+        folder: str | Path,
+        name: str,
+        moved: str = "",
+    ) -> None:
+        """Raise `UserError` if the data set in `folder` was packed with other settings than those
+        of [dataset.`name`], given as for `differences`. `moved` ends the message where only the
+        places of the files differ."""
+        if found := self.differences(identity, origin):
+            moved = moved if found.keys() <= ROOTS else ""
+            raise UserError(
+                f"{folder} was packed with other settings than [dataset.{name}] has now "
+                f"({'; '.join(found.values())}); set shards to another folder, or delete that one "
+                f"if no grid needs it{moved}"
+            )
 
     def require_classes(self, settings: DatasetSettings) -> None:
         """Raise `UserError` if fewer than two classes have pixels in a split: there is nothing to
@@ -199,6 +240,27 @@ def remedy(path: Path) -> str:
     return f"delete {path.name} if it is there and run `python -m data_prep.pack CONFIG` again"
 
 
+def shard_name(stem: str, sha256: str) -> str:
+    """Return the file name of a shard: other content gets another name, so that packing anew
+    replaces no shard that a running job may still open."""
+    return f"{stem}-{sha256[:12]}.h5"
+
+
+def shard_stem(file: str) -> str:
+    """Return `train-00000` for a shard's file name, with or without the hash."""
+    return re.sub(r"(-[0-9a-f]{12})?\.h5$", "", file)
+
+
+def _content(shard: ShardSummary) -> dict[str, Any]:
+    """What the fingerprint says of a shard. The hash in the name is left out: it adds nothing, and
+    older shards have none."""
+    return {**asdict(shard), "file": f"{shard_stem(shard.file)}.h5"}
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not set"
+
+
 def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
     splits = {
         split: SplitSummary(
@@ -215,6 +277,8 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
         record["source_stamp"],
         record["identity"],
         tuple(record.get("leaked", _shared_ids(splits))),
+        record.get("origin", {}),
+        tuple(record.get("kept", ())),
     )
 
 

@@ -1,7 +1,8 @@
 """Packs the data sets of a grid file into shards: `python -m data_prep.pack CONFIG`.
 
 Uses all cores, or the ranks of `mpiexec`. It may be killed at any point and run again: shards that
-are good stay, and the manifest, without which nothing is read, comes last."""
+are good stay, and the manifest, without which nothing is read, comes last. A shard of other content
+has another name, so jobs that read the earlier shards go on undisturbed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from data_prep.manifest import MANIFEST, SPLITS, Manifest, SplitSummary
+from data_prep.manifest import MANIFEST, ROOTS, SPLITS, Manifest, SplitSummary, shard_stem
 from data_prep.overlap import Pictures, overlap_warnings
 from data_prep.packing import Packed, already_packed, pack_shard
 from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
@@ -27,8 +28,9 @@ from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
 from hpc.mpi import World, world
 
-_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(h5|json)")
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(-[0-9a-f]{{12}})?\.(h5|json)")
 _DEAD_AFTER = 3600.0  # seconds since anything was written to a temporary file
+_KEPT_DAYS = 30  # shards of the content before: longer than a job runs that may still open them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,10 +74,11 @@ def pack(
     Shards of an unchanged source are kept; if all are, this is quick. `processes` (default: all
     usable cores, if there is enough to do) counts where there is one rank. All ranks must call it.
     With `skip_bad`, here or in `settings`, bad files are left out instead of refused.
-    Raises `UserError` for anything the source has wrong; nothing is then recorded as packed."""
+    Raises `UserError` for anything the source has wrong, and for a folder that holds the data set
+    of other settings; what was packed before then stays as it was."""
     ranks = ranks or World()
     skip_bad = skip_bad or settings.skip_bad
-    source = find_source(settings) if ranks.rank == 0 else None
+    source = _own_source(name, settings) if ranks.rank == 0 else None
     finished = ranks.bcast(_finished(name, source) if source else None)
     if finished:
         return finished
@@ -97,6 +100,28 @@ def _chosen(config: str, only: str | None) -> dict[str, DatasetSettings]:
     return {only: datasets[only]}
 
 
+def _own_source(name: str, settings: DatasetSettings) -> Source:
+    """Return the source's files. Raises `UserError` if the folder for the shards holds a data set
+    of other settings, unless all that differs is where the same files lie."""
+    held, origin = _held(settings), settings.origin()
+    different = held.differences(settings.identity(), origin) if held else {}
+    # before `find_source`, which draws synthetic images
+    if held and different.keys() - ROOTS:
+        held.require_settings(settings.identity(), origin, settings.shards, name)
+    source = find_source(settings)
+    if held and held.source_stamp != source.stamp:
+        held.require_settings(settings.identity(), origin, settings.shards, name)
+    return source
+
+
+def _held(settings: DatasetSettings) -> Manifest | None:
+    """The manifest in the folder for the shards, if there is one that can be read."""
+    try:
+        return Manifest.load(settings.shards)
+    except UserError:
+        return None
+
+
 def _finished(name: str, source: Source) -> Manifest | None:
     """The manifest of an earlier run, if it describes the source as it is now."""
     folder = Path(source.settings.shards)
@@ -107,6 +132,10 @@ def _finished(name: str, source: Source) -> Manifest | None:
         return None
     if (manifest.name, manifest.source_stamp) != (name, source.stamp):
         return None
+    if manifest.origin != source.settings.origin():  # moved, or recorded by an older program
+        manifest = replace(manifest, origin=source.settings.origin())
+        with suppress(UserError):  # what is packed may well lie on a read-only disk
+            manifest.save()
     manifest.require_classes(source.settings)
     _remove_stale(manifest)
     return manifest
@@ -138,10 +167,7 @@ def _divide(plan: Plan, skip_bad: bool) -> tuple[list[Packed], list[ShardPlan]]:
         else:
             todo.append(shard)
     if plan.shards:
-        folder = plan.shards[0].path.parent
-        check_room(folder, sum(shard.bytes for shard in todo))
-        if todo:  # from here on an older manifest no longer describes the folder
-            (folder / MANIFEST).unlink(missing_ok=True)
+        check_room(plan.shards[0].folder, sum(shard.bytes for shard in todo))
     return kept, todo
 
 
@@ -158,11 +184,20 @@ def _conclude(
         if not shards:
             raise UserError(f"{name}: no sample of {split} is left; {bad[0]}")
         splits[split] = SplitSummary(shards, bad)
-    folder = Path(source.settings.shards)
-    identity = source.settings.identity()
-    manifest = Manifest(folder, name, source.classes, splits, source.stamp, identity)
-    manifest.require_classes(source.settings)
+    settings = source.settings
+    manifest = Manifest(
+        Path(settings.shards), name, source.classes, splits, source.stamp, settings.identity(),
+        origin=settings.origin(),
+    )  # fmt: skip
+    manifest.require_classes(settings)
     manifest = replace(manifest, leaked=leaked_images(manifest))
+    before = _held(settings)
+    if before and before.source_stamp != source.stamp:
+        # another grid may have packed here meanwhile
+        before.require_settings(settings.identity(), settings.origin(), settings.shards, name)
+    if before:
+        earlier = before.files.union(before.kept if _is_recent(before) else ())
+        manifest = replace(manifest, kept=tuple(sorted(earlier - manifest.files)))
     manifest.save()
     _remove_stale(manifest)
     return manifest
@@ -176,14 +211,21 @@ def _refuse(name: str, bad: Sequence[str]) -> None:
 
 
 def _remove_stale(manifest: Manifest) -> None:
-    """Remove shards that the manifest does not name, and what killed writers left."""
-    named = {shard.file for half in manifest.splits.values() for shard in half.shards}
+    """Remove shards that the manifest does not name, and what killed writers left. The shards of
+    the content before stay for a while: running jobs open them when they first need them."""
+    needed = manifest.files.union(manifest.kept if _is_recent(manifest) else ())
+    needed |= {f"{shard_stem(shard)}.json" for shard in manifest.files}
     for file in manifest.folder.iterdir():
-        shard = file.with_suffix(".h5").name
-        stale = _OURS.fullmatch(file.name) and shard not in named
+        stale = _OURS.fullmatch(file.name) and file.name not in needed
         if stale or (file.name.startswith(TEMPORARY_PREFIX) and _is_dead(file)):
             with suppress(OSError):  # what is packed may well lie on a read-only disk
                 file.unlink()
+
+
+def _is_recent(manifest: Manifest) -> bool:
+    """Whether jobs may still run that began before this manifest was written."""
+    age = time.time() - (manifest.folder / MANIFEST).stat().st_mtime
+    return age < _KEPT_DAYS * 86400
 
 
 def _is_dead(temporary: Path) -> bool:
@@ -194,13 +236,17 @@ def _is_dead(temporary: Path) -> bool:
 
 
 def _report(manifest: Manifest) -> str:
-    lines = []
+    lines = [f"{one_line(manifest.name)}: packed in {one_line(str(manifest.folder))}"]
     for split, half in manifest.splits.items():
         size = sum(shard.bytes for shard in half.shards)
         shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
         what = f"{half.images} images, {shards}, {half.void_share} void"
         lines.append(f"{one_line(manifest.name)} {split}: {what}")
         lines += [f"  left out: {one_line(message)}" for message in half.left_out]
+    if earlier := [p for file in manifest.kept if (p := manifest.folder / file).exists()]:
+        size = sum(path.stat().st_size for path in earlier)
+        kept = f"{size / 1e6:.1f} MB, kept {_KEPT_DAYS} days for running jobs"
+        lines.append(f"  earlier shards: {kept}")
     return "\n".join(lines)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import BadFile, decode_rgb, read_bytes
-from data_prep.manifest import ShardSummary
+from data_prep.manifest import ShardSummary, shard_name
 from data_prep.plan import PlannedSample, ShardPlan
 from data_prep.settings import VOID
 from data_prep.shard_writer import ShardWriter
@@ -36,7 +35,7 @@ def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
             return None
         kept = record["summary"]
         summary = ShardSummary.from_record(kept) if kept else None
-        if summary and plan.path.stat().st_size != summary.bytes:
+        if summary and (plan.folder / summary.file).stat().st_size != summary.bytes:
             return None
     except (OSError, Damaged, KeyError, TypeError):
         return None
@@ -46,12 +45,10 @@ def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
 def pack_shard(plan: ShardPlan, skip_bad: bool) -> Packed:
     """Write the shard and then its record, each in one step. Bad samples are left out with
     `skip_bad`; without it they are all found and nothing is written."""
-    # an older record must not vouch for the new shard if we die between the two
-    plan.record_path.unlink(missing_ok=True)
     samples, bad = plan.samples, dict[str, str]()
     while samples:
         try:
-            summary = _write(plan.path, samples, plan)
+            summary = _write(samples, plan)
             break
         except _BadSamples as found:
             bad |= found.reasons
@@ -69,11 +66,12 @@ class _BadSamples(Exception):
         self.reasons = reasons
 
 
-def _write(path: Path, samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
+def _write(samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
     num_classes = len(source_module(plan.settings.source).classes(plan.settings))
     counts = np.zeros(256, np.int64)
     reasons: dict[str, str] = {}
-    with new_file(path) as temporary:
+    file = ""
+    with new_file(plan.folder / f"{plan.stem}.h5", final=lambda: plan.folder / file) as temporary:
         with ShardWriter(temporary, [p.entry for p in samples]) as writer:
             for planned in samples:
                 try:
@@ -86,10 +84,12 @@ def _write(path: Path, samples: Sequence[PlannedSample], plan: ShardPlan) -> Sha
                     counts += np.bincount(label.reshape(-1), minlength=256)
             if reasons:
                 raise _BadSamples(reasons)
+        sha256 = file_sha256(temporary)
+        file = shard_name(plan.stem, sha256)
         return ShardSummary(
-            file=path.name,
+            file=file,
             bytes=temporary.stat().st_size,
-            sha256=file_sha256(temporary),
+            sha256=sha256,
             arenas=writer.arenas,
             frame_sha256=writer.frame_sha256,
             ids=tuple(p.sample.id for p in samples),

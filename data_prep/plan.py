@@ -42,14 +42,19 @@ class ShardPlan:
     stamp: str
 
     @property
-    def path(self) -> Path:
-        """The shard's file."""
-        return Path(self.settings.shards) / f"{self.split}-{self.number:05d}.h5"
+    def folder(self) -> Path:
+        """Where the shard is written."""
+        return Path(self.settings.shards)
+
+    @property
+    def stem(self) -> str:
+        """What the names of the shard and of its record begin with."""
+        return f"{self.split}-{self.number:05d}"
 
     @property
     def record_path(self) -> Path:
         """The small file beside the shard that says it is done."""
-        return self.path.with_suffix(".json")
+        return self.folder / f"{self.stem}.json"
 
     @property
     def bytes(self) -> int:

@@ -26,7 +26,7 @@ class DatasetSettings(Settings):
     published: ClassVar[Mapping[str, int]] = {}
     mending: ClassVar[str] = "choose lists with images of more classes"  # the end of a message
     source: str
-    shards: str = ""  # folder of the packed data set; data/NAME where not given
+    shards: str = ""  # folder of the packed data set; data/NAME-HASH of `origin` where not given
     codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
     shard_mb: Annotated[int, Field(ge=1, le=100_000)] = 512
     skip_bad: bool = False  # leave bad files out and list them, instead of refusing all
@@ -44,6 +44,14 @@ class DatasetSettings(Settings):
         """Return the values in label maps that the user's settings map to `label`, a class index or
         VOID; empty for sources whose mapping is fixed."""
         return ()
+
+    def origin(self) -> dict[str, Any]:
+        """Return what a folder of shards belongs to: every setting that decides which files are
+        packed and how, with absolute paths. Defaults are left out, so that a setting that is new
+        in this program does not make older shards another data set's."""
+        found = self.model_dump(mode="json", exclude={"shards", "skip_bad"}, exclude_defaults=True)
+        lists = {key: found[key] for key in ("train", "val") if _is_file(found.get(key))}
+        return {**found, **{key: str(Path(p).expanduser().absolute()) for key, p in lists.items()}}
 
 
 class FolderSettings(DatasetSettings):
@@ -136,6 +144,10 @@ class SyntheticSettings(DatasetSettings):
     size: tuple[Side, Side] = (128, 192)  # height, width
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    def origin(self) -> dict[str, Any]:
+        """As for any source, but the folder does not matter: the settings decide every pixel."""
+        return {key: value for key, value in super().origin().items() if key != "root"}
+
 
 class VocSettings(DatasetSettings):
     """PASCAL VOC 2012. A list is train, val, trainval, or a text file of one's own (`.txt`)."""
@@ -185,6 +197,11 @@ SOURCES: dict[str, type[DatasetSettings]] = {
 }
 
 
+def _is_file(chosen: Any) -> bool:
+    """Whether a setting names a list file of the user, not a list of the data set."""
+    return isinstance(chosen, str) and chosen.endswith(".txt")
+
+
 def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     """One [dataset.NAME] table, its paths absolute. Relative paths start at the working
     directory; `~` is the home. Raises `UserError`."""
@@ -198,12 +215,14 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
         hint = did_you_mean(source if isinstance(source, str) else "", SOURCES)
         raise UserError(f"{where}: unknown source {shown(source)}; {hint}")
     settings = parse(SOURCES[source], table, where)
-    shards = user_path(settings.shards or f"data/{name}", f"{where}: shards")
-    root = user_path(getattr(settings, "root", "") or str(shards / "source"), f"{where}: root")
-    paths = {"shards": str(shards), "root": str(root)}
-    if voc_root := getattr(settings, "voc_root", ""):
-        paths["voc_root"] = str(user_path(voc_root, f"{where}: voc_root"))
-    return settings.model_copy(update=paths)
+    given = {key: getattr(settings, key, "") for key in ("root", "voc_root")}
+    paths = {key: str(user_path(p, f"{where}: {key}")) for key, p in given.items() if p}
+    settings = settings.model_copy(update=paths)
+    # without its hash, other images under the same name would lie in the same folder
+    folder = settings.shards or f"data/{name}-{fingerprint(settings.origin())[:8]}"
+    shards = user_path(folder, f"{where}: shards")
+    root = paths.get("root") or str(shards / "source")
+    return settings.model_copy(update={"shards": str(shards), "root": root})
 
 
 def read_datasets(config: str | Path) -> dict[str, DatasetSettings]:

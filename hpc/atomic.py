@@ -35,10 +35,13 @@ class Damaged(UserError):
 
 
 @contextmanager
-def new_file(path: str | Path, check: Check | None = None) -> Iterator[Path]:
+def new_file(
+    path: str | Path, check: Check | None = None, final: Callable[[], Path] | None = None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an error the file written
     there becomes `path` in one step, replacing an older one. On an error, or if `check` raises,
-    nothing is left.
+    nothing is left. `final`: returns, after the block, the path to use in place of `path`; it must
+    lie in the same folder.
     """
     path = Path(path)
     _make_parent(path)
@@ -48,7 +51,7 @@ def new_file(path: str | Path, check: Check | None = None) -> Iterator[Path]:
         fsync(temporary)
         if check is not None:
             check()
-        temporary.replace(path)
+        temporary.replace(final() if final is not None else path)
         fsync(path.parent)
     except OSError as error:
         raise _explained(error, path) from error

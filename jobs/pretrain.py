@@ -30,6 +30,7 @@ from jobs.models.build import Network
 from jobs.models.layout import in_order
 from jobs.models.names import MODELS
 from jobs.on_gpu import require_gpu
+from jobs.records import require_data
 from jobs.run import Run
 from jobs.task import Task, read_task
 from jobs.torch_settings import configure_torch
@@ -76,6 +77,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
     require_gpu(consumer.protocol, group.device)
     require_compiler(trained.cells[0].protocol, group.device, group.world_size)
     with nearby(task.data, task.node_local) as manifest:
+        require_data(task, manifest, group)
         pretrain_on(manifest, trained, consumer, group, stop)
 
 

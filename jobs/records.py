@@ -6,10 +6,29 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from data_prep.manifest import Manifest
+from hpc.command import UserError
 from jobs.cell import Cell
+from jobs.task import Task
 
-if TYPE_CHECKING:  # it imports torch, which what a cell is called does not need
+if TYPE_CHECKING:  # they import torch, which what a cell is called does not need
+    from hpc.groups import Group
     from jobs.run import Run
+
+
+def require_data(task: Task, manifest: Manifest, group: Group) -> None:
+    """Raise `UserError` on all ranks if the packed data set is not the one that `task` was made
+    for, or is not the same on all ranks, as while it is packed anew. All ranks must call it."""
+    problem = ""
+    try:
+        cell = task.cells[0]
+        manifest.require_settings(cell.data, task.origin, task.data, cell.dataset)
+    except UserError as error:
+        problem = str(error)
+    if group.broadcast(manifest.fingerprint) != manifest.fingerprint:
+        problem = f"{task.data} was packed anew while the ranks started; run grid again"
+    rank = group.max(group.rank + 1 if problem else 0)
+    if rank:
+        raise UserError(group.broadcast(problem, source=rank - 1))
 
 
 def cell_record(cell: Cell, backbone: str) -> dict[str, str]:

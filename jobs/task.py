@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -22,6 +22,8 @@ class Task(Settings):
     name: str
     run: str  # the run directory
     data: str  # the folder of the data set's shards
+    # how these were to be packed, see `DatasetSettings.origin`; older tasks do not say
+    origin: dict[str, Any] = Field(default_factory=dict)
     node_local: str = ""  # a folder on each node's own disk, for a copy of them
     cells: tuple[Cell, ...]
     source: dict[str, str] = Field(default_factory=dict)  # commit and diff of the planning code

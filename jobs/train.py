@@ -38,7 +38,7 @@ from jobs.models.build import Backbone, Features, normalise
 from jobs.models.layout import in_order
 from jobs.on_gpu import require_gpu
 from jobs.profile import report
-from jobs.records import cell_record, job_record
+from jobs.records import cell_record, job_record, require_data
 from jobs.run import Action, Run
 from jobs.task import Task, read_task
 from jobs.torch_settings import configure_torch
@@ -68,6 +68,7 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
         require_gpu(task.cells[0].protocol, group.device)
         require_compiler(task.cells[0].protocol, group.device, group.world_size)
         with nearby(task.data, task.node_local) as manifest:
+            require_data(task, manifest, group)
             train_on(manifest, task, group, stop)
 
 

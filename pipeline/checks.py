@@ -48,7 +48,7 @@ def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
     pictures = {}
     for name, settings in grid.datasets.items():
         if packed:
-            manifest = packed_as_asked(settings)
+            manifest = packed_as_asked(name, settings)
             pictures[name] = Pictures.packed(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
@@ -84,16 +84,15 @@ def _left_out(manifest: Manifest) -> list[str]:
     ]
 
 
-def packed_as_asked(settings: DatasetSettings) -> Manifest:
-    """The manifest of a packed data set. Raises `UserError` if it is not there, a shard is missing
-    or of another length, or it was packed with other settings."""
+def packed_as_asked(name: str, settings: DatasetSettings) -> Manifest:
+    """Return the manifest of the packed data set of [dataset.`name`]. Raises `UserError` if it is
+    not there, a shard is missing or of another length, or it was packed with other settings."""
     manifest = Manifest.load(settings.shards)
+    manifest.require_settings(
+        settings.identity(), settings.origin(), settings.shards, name,
+        "; if the same files moved, run `python -m pipeline.submit prep` first",
+    )  # fmt: skip
     manifest.check_files()
-    if manifest.identity != settings.identity():
-        raise UserError(
-            f"{settings.shards} was packed with other settings than [dataset.{manifest.name}] has "
-            "now; run `python -m pipeline.submit prep` first"
-        )
     manifest.require_classes(settings)
     return manifest
 

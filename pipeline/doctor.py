@@ -139,7 +139,7 @@ def _data_set(grid: Grid, name: str) -> str:
     settings = grid.datasets[name]
     if not (Path(settings.shards) / MANIFEST).exists():
         raise NotAsked("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
-    manifest = packed_as_asked(settings)
+    manifest = packed_as_asked(name, settings)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]
     read = 0
     for shard in shards:

@@ -100,11 +100,13 @@ def _task(grid: Grid, kind: Any, cells: list[Cell], step: int, source: Mapping[s
     # one backbone, one pre-training, whichever cell asked for it first
     pretrain = f"pretrain-{cells[0].backbone_key}"
     name = bundle_task_name(cells, step) if kind == "bundle" else pretrain
+    settings = grid.datasets[cells[0].dataset]
     return Task(
         kind=kind,
         name=name,
         run=str(grid.run.root),
-        data=grid.datasets[cells[0].dataset].shards,
+        data=settings.shards,
+        origin=settings.origin(),
         node_local=grid.cluster.node_local,
         cells=tuple(cells),
         source=dict(source),

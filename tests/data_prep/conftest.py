@@ -33,6 +33,11 @@ class Folder:
     def shards(self) -> Path:
         return self.root / "shards"
 
+    def shard(self, stem: str) -> Path:
+        """The file of a packed shard, whose name ends with a hash of its content."""
+        [path] = self.shards.glob(f"{stem}-*.h5")
+        return path
+
     @property
     def settings(self) -> DatasetSettings:
         defaults = {"source": "folder", "root": str(self.root), "shards": str(self.shards)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ import pytest
 
 from data_prep.manifest import Manifest
 from data_prep.pack import pack
+from data_prep.shards import SplitReader
+from data_prep.verify import verify
 from hpc.command import UserError
 
 
@@ -67,7 +70,8 @@ def test_killed_midway_then_run_again(many_rooms, command, processes):
     packing.wait()
     _wait(lambda: not _session_of(packing.pid))  # its workers left with it
     before = _times(many_rooms.shards)
-    recorded = [p.with_suffix(".h5").name for p in many_rooms.shards.glob("train-*.json")]
+    records = [json.loads(p.read_text()) for p in many_rooms.shards.glob("train-*.json")]
+    recorded = [record["summary"]["file"] for record in records]
     assert not (many_rooms.shards / "manifest.json").exists()
 
     done = command("data_prep.pack", config)
@@ -93,40 +97,55 @@ def test_only_the_shards_of_changed_files_are_written_again(many_rooms):
     before = _times(many_rooms.shards)
     many_rooms.label("room4.png", (520, 500), values=(1,))
     pack("rooms", many_rooms.settings, processes=1)
-    changed = {name for name, when in _times(many_rooms.shards).items() if when != before[name]}
-    assert len(changed) == 1
+    after = _times(many_rooms.shards)
+    assert len(after.keys() - before.keys()) == 1
+    assert before.items() <= after.items()
 
 
 def test_a_missing_shard_is_packed_again(rooms):
     first = pack("rooms", rooms.settings)
-    (rooms.shards / "val-00000.h5").unlink()
+    rooms.shard("val-00000").unlink()
     assert pack("rooms", rooms.settings) == first
-    assert (rooms.shards / "val-00000.h5").exists()
+    assert rooms.shard("val-00000").exists()
 
 
-def test_an_interrupted_change_leaves_no_manifest_of_what_was(rooms, monkeypatch):
-    pack("rooms", rooms.settings)
+def test_an_interrupted_change_leaves_the_data_set_as_it_was(rooms, monkeypatch):
+    before = pack("rooms", rooms.settings)
     rooms.label("a.png", (20, 31), values=(0,))
     monkeypatch.setattr("data_prep.packing.file_sha256", lambda path: os.kill(os.getpid(), 2))
     with pytest.raises(KeyboardInterrupt):
         pack("rooms", rooms.settings)
-    with pytest.raises(UserError, match="no packed data set"):
-        Manifest.load(rooms.shards)
+    assert Manifest.load(rooms.shards) == before
+    assert verify(before, processes=1) == []
     assert not list(rooms.shards.glob(".tmp-*"))
 
 
-def test_shards_that_no_manifest_names_are_removed_and_other_files_stay(many_rooms):
-    pack("rooms", many_rooms.settings, processes=1)
-    (many_rooms.shards / "notes.txt").write_text("mine")
-    dead, alive = many_rooms.shards / ".tmp-host-dead", many_rooms.shards / ".tmp-host-alive"
-    dead.touch()
-    os.utime(dead, (0, 0))
-    alive.touch()
-    many_rooms.table["shard_mb"] = 100
-    pack("rooms", many_rooms.settings, processes=1)
-    names = {"manifest.json", "notes.txt", alive.name}
-    names |= {f"{split}-00000.{end}" for split in ("train", "val") for end in ("h5", "json")}
-    assert {p.name for p in many_rooms.shards.iterdir()} == names
+def test_a_job_that_opens_a_shard_after_a_change_reads_what_was(rooms):
+    """It read the manifest before, and opens shards when it first needs them."""
+    earlier = SplitReader(pack("rooms", rooms.settings), "train")
+    rooms.label("b.png", (70, 30), values=(1,))
+    later = SplitReader(pack("rooms", rooms.settings), "train")
+    assert set(later.label(1).flat) == {1} != set(earlier.label(1).flat)
+
+
+def test_shards_that_nobody_needs_are_removed_and_other_files_stay(rooms):
+    """Those of the content before are needed while jobs may run that began on it."""
+    mine = ["notes.txt", ".tmp-host-alive"]
+    removed = [".tmp-host-dead", "train-00007.json", "train-00007-0123456789ab.h5"]
+    rooms.shards.mkdir()
+    for name in mine + removed:
+        (rooms.shards / name).touch()
+    os.utime(rooms.shards / ".tmp-host-dead", (0, 0))
+    first = pack("rooms", rooms.settings)
+    rooms.label("a.png", (20, 31), values=(1,))
+    second = pack("rooms", rooms.settings)
+    records = {"manifest.json", "train-00000.json", "val-00000.json", *mine}
+    assert len(first.files | second.files) == 3
+    assert {p.name for p in rooms.shards.iterdir()} == records | first.files | second.files
+
+    os.utime(rooms.shards / "manifest.json", (time.time() - 31 * 86400,) * 2)
+    assert pack("rooms", rooms.settings) == second
+    assert {p.name for p in rooms.shards.iterdir()} == records | second.files
 
 
 def test_room_on_disk_is_checked_before_anything_is_written(rooms, monkeypatch):

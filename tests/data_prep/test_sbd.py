@@ -103,12 +103,13 @@ def test_voc_val_validates_on_vocs_own_label_maps(tree, voc):
     val = trees.Packed(manifest).split("val")
     assert list(val) == ["2007_000032", "2009_000001"]
     np.testing.assert_array_equal(val["2009_000001"][1], np.where(CAT == 8, 255, 0))
+    others = str(tree / "shards" / "other")
     path = tree / "VOCdevkit/VOC2012/SegmentationClass/2009_000001.png"
     trees.compacted(path)
     assert f"{path}: palette entry 1 is the colour (224, 224, 192), not" in refusal(
-        tree, val="voc_val", **voc
+        tree, val="voc_val", shards=others, **voc
     )
-    assert "'voc_val' needs VOC 2012" in refusal(tree, val="voc_val")
+    assert "'voc_val' needs VOC 2012" in refusal(tree, val="voc_val", shards=others)
 
 
 def test_a_wrong_voc_root_is_refused_at_once(tree):

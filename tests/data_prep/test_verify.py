@@ -33,7 +33,7 @@ def test_a_good_data_set(rooms, command):
 
 def test_all_damage_is_listed_and_the_first_is_the_error(rooms, command):
     pack("rooms", rooms.settings)
-    path = rooms.shards / "train-00000.h5"
+    path = rooms.shard("train-00000")
     with h5py.File(path) as file:
         begin, index = file["labels"].id.get_offset(), file["index"][:]
     for row in index[[0, 2]]:
@@ -48,7 +48,7 @@ def test_all_damage_is_listed_and_the_first_is_the_error(rooms, command):
 
 def test_a_flipped_byte_anywhere_in_a_shard_is_found(rooms):
     manifest = pack("rooms", rooms.settings)
-    path = rooms.shards / "val-00000.h5"
+    path = rooms.shard("val-00000")
     whole = path.read_bytes()
     for position in np.linspace(0, len(whole) - 1, 60).astype(int):
         _flip(path, int(position))
@@ -59,8 +59,9 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found(rooms):
 
 def test_a_missing_shard(rooms):
     manifest = pack("rooms", rooms.settings)
-    (rooms.shards / "val-00000.h5").unlink()
-    assert [p for p in verify(manifest) if "val-00000.h5 cannot be read: No such file" in p]
+    path = rooms.shard("val-00000")
+    path.unlink()
+    assert [p for p in verify(manifest) if f"{path.name} cannot be read: No such file" in p]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_a_manifest_that_says_something_else(rooms, change, named):
         manifest.splits["val"], shards=(dataclasses.replace(shard, **change),)
     )
     [problem] = verify(dataclasses.replace(manifest, splits={"val": val}))
-    assert f"val-00000.h5: {named} not as the manifest says" in problem
+    assert f"{shard.file}: {named} not as the manifest says" in problem
 
 
 def test_a_label_value_that_is_no_class(rooms):

@@ -148,6 +148,7 @@ def scored(tmp_path, alone, streets, monkeypatch):
                  "crop": (32, 32), "eval_size": 0, "threads": 1, "workers": 0,
                  "counting": "reference", "pretrain": {"epochs": 1, "batch_size": 4}}  # fmt: skip
         cell = a_cell("CE", model, weights=weights, **{**small, **protocol})
+        cell = cell.model_copy(update={"data": streets.identity})
         run, data = str(tmp_path / "run"), str(streets.folder)
         task = Task(kind="bundle", name="job", run=run, data=data, cells=(cell,))
         if weights == "pretrain":

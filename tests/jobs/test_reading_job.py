@@ -37,12 +37,14 @@ class Job:
         self.settings = parse_dataset("streets", table, "grid.toml")
         protocol = {"epochs": 2, "batch_size": BATCH, "resize": (40, 48), "crop": (32, 32)}
         protocol |= {"eval_size": 0, "threads": 1, "workers": workers, "checkpoint_minutes": 0}
-        self.cell = a_cell("DLWCE", **protocol)
+        identity = {"data": self.settings.identity()}
+        self.cell = a_cell("DLWCE", **protocol).model_copy(update=identity)
         self.task = Task(
             kind="bundle",
             name="task",
             run=str(folder / "run"),
             data=self.settings.shards,
+            origin=self.settings.origin(),
             cells=(self.cell,),
         )
         self.file = write_task(self.task)
@@ -152,13 +154,28 @@ def test_damage_to_the_validation_images_costs_no_training(tmp_path, outcome, un
 def test_a_flipped_byte_outside_the_samples_names_all_of_them(tmp_path, outcome, position):
     job = Job(tmp_path)
     job.pack()
-    path = Path(job.settings.shards) / "train-00000.h5"
+    [path] = Path(job.settings.shards).glob("train-*.h5")
     flip(path, position % path.stat().st_size)
     code, said = outcome(job)
     assert code == 2 and said.count("error: ") == 1
     error = said.splitlines()[-1]
     assert error.startswith(f"error: {path} is damaged (outside the bytes of its samples")
     assert "none of them can be read, 'train_000000' to 'train_000005'" in error
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"shard_mb": 64}])
+def test_a_data_set_of_other_settings_is_not_trained_on(tmp_path, outcome, change):
+    """Somebody packed another one since the job was submitted."""
+    job = Job(tmp_path)
+    pack("streets", job.settings.model_copy(update=change), processes=1)
+    code, said = outcome(job)
+    [(key, value)] = change.items()
+    assert code == 2 and said.splitlines()[-1] == (
+        f"error: {job.settings.shards} was packed with other settings than [dataset.streets] has "
+        f"now ({key} = {value} there, not set here); set shards to another folder, or delete that "
+        "one if no grid needs it"
+    )
+    assert not job.task.paths.checkpoints(job.cell.bundle_key).exists()
 
 
 def test_the_same_on_the_command_line(tmp_path):

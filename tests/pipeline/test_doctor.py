@@ -81,21 +81,24 @@ def test_a_disk_that_counts_no_files(examine, monkeypatch):
 
 
 def test_a_missing_shard(examine, shards):
-    (shards / "val-00000.h5").unlink()
+    [path] = shards.glob("val-*.h5")
+    path.unlink()
     line = only_failure(examine())
-    assert line.startswith(f"data set streets: {shards}/val-00000.h5 cannot be read: No such file")
+    assert line.startswith(f"data set streets: {path} cannot be read: No such file")
 
 
 def test_a_flipped_byte_in_a_shard(examine, shards):
-    flip(shards / "train-00000.h5")
+    [path] = shards.glob("train-*.h5")
+    flip(path)
     line = only_failure(examine())
-    assert line.startswith(f"data set streets: {shards}/train-00000.h5 is damaged")
+    assert line.startswith(f"data set streets: {path} is damaged")
     assert "run `python -m data_prep.pack CONFIG` again" in line
 
 
 def test_large_shards_are_left_to_the_nodes(examine, shards, monkeypatch):
     monkeypatch.setattr(doctor, "_QUICK_BYTES", 0)
-    flip(shards / "train-00000.h5")
+    [path] = shards.glob("train-*.h5")
+    flip(path)
     code, lines = examine()
     assert code == 0
     (line,) = [line for line in lines if "data set streets" in line]
@@ -113,7 +116,7 @@ def test_a_data_set_that_is_not_packed_yet_is_no_failure(examine, shards):
 
 def test_one_that_was_packed_with_other_settings_is(examine):
     line = only_failure(examine(("train = 6", "train = 7")))
-    assert "was packed with other settings than [dataset.streets] has now" in line
+    assert "was packed with other settings than [dataset.streets] has now (train = 6 th" in line
 
 
 def test_a_weights_file_that_is_missing(examine, tmp_path, monkeypatch):
