@@ -236,12 +236,12 @@ def _is_dead(temporary: Path) -> bool:
 
 
 def _report(manifest: Manifest) -> str:
-    lines = [f"{one_line(manifest.name)}: packed in {one_line(str(manifest.folder))}"]
+    lines, folder = [], one_line(str(manifest.folder))
     for split, half in manifest.splits.items():
         size = sum(shard.bytes for shard in half.shards)
         shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
         what = f"{half.images} images, {shards}, {half.void_share} void"
-        lines.append(f"{one_line(manifest.name)} {split}: {what}")
+        lines.append(f"{one_line(manifest.name)} {split}: {what}, in {folder}")
         lines += [f"  left out: {one_line(message)}" for message in half.left_out]
     if earlier := [p for file in manifest.kept if (p := manifest.folder / file).exists()]:
         size = sum(path.stat().st_size for path in earlier)

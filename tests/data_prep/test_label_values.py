@@ -79,7 +79,7 @@ def test_packed_data_with_one_class_are_refused_for_training(masks):
     ).save()
     expected = "'road' (label value 1) is the only class with pixels in train of the data set"
     with pytest.raises(UserError, match=expected.replace("(", r"\(").replace(")", r"\)")):
-        packed_as_asked(settings)
+        packed_as_asked("roads", settings)
     assert expected in refusal(settings)  # what is packed already is looked at too
 
 
