@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.manifest import Manifest
 from hpc.preempt import stop_request
 from jobs.cell import Cell
 from jobs.counts_file import read_counts, read_index
@@ -38,7 +39,9 @@ def trained(folder, data, cells):
     """Head weights and counts by cell name, of one job that trains `cells` on two ranks."""
     run, ranks = folder / "run", folder / "ranks"
     ranks.mkdir()
-    task = Task(kind="bundle", name="task", run=str(run), data=str(data), cells=tuple(cells))
+    identity = Manifest.load(data).identity
+    cells = tuple(cell.model_copy(update={"data": identity}) for cell in cells)
+    task = Task(kind="bundle", name="task", run=str(run), data=str(data), cells=cells)
     on_ranks(2, ranks, train_task, write_task(task))
     index = read_index(task.paths.counts_of("task", 1).with_suffix(".json"))
     (provenance,) = index.record["provenance"]
