@@ -3,6 +3,7 @@ matrices. Equal values give equal bytes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -150,16 +151,17 @@ def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
-    """The weights of the terms of each scheduled loss over training; see `scheduled`."""
+    """Draw the weights of the terms of each scheduled loss over training; see `scheduled`. A loss
+    with other schedules on other data sets has a panel for each, which names the data sets."""
     figure, panels = small_multiples(len(losses), per_row=4, panel=(WIDTH / 4, 1.75))
     time = np.linspace(0, 1, 501)
     terms = list(dict.fromkeys(term for loss in losses for term in loss["terms"]))
     colours = {t: TERM_COLOURS[i % len(TERM_COLOURS)] for i, t in enumerate(terms)}
-    for axes, loss in zip(panels, losses, strict=True):
+    for axes, loss, title in zip(panels, losses, _schedule_titles(losses), strict=True):
         weights = weights_over(loss["schedule"], time)
         for term, weight in zip(loss["terms"], weights.T, strict=True):
             axes.plot(time, weight, color=colours[term], linewidth=1.8)
-        axes.set_title(one_line(loss["name"]))
+        axes.set_title(title)
         axes.set_xlim(0, 1)
         axes.set_ylim(min(0.0, float(weights.min())) - 0.04, max(1.0, float(weights.max())) + 0.04)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -169,6 +171,15 @@ def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
     figure.supxlabel("training done", fontsize=9)
     figure.supylabel("weight of the term", fontsize=9)
     return svg(figure)
+
+
+def _schedule_titles(losses: Sequence[dict[str, Any]]) -> list[str]:
+    names = Counter(loss["name"] for loss in losses)
+    return [
+        one_line(loss["name"])
+        + (f"\n{one_line(', '.join(loss['datasets']))}" if names[loss["name"]] > 1 else "")
+        for loss in losses
+    ]
 
 
 @matplotlib.rc_context(STYLE)

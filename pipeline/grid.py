@@ -65,7 +65,7 @@ class Grid:
     path: Path
     datasets: Mapping[str, DatasetSettings]
     models: tuple[str, ...]
-    losses: tuple[LossSpec, ...]
+    losses_of: Mapping[str, tuple[LossSpec, ...]]  # by data set; names are the same
     seeds: tuple[int, ...]
     protocols: Mapping[str, Protocol]
     cells: tuple[Cell, ...]
@@ -79,6 +79,11 @@ class Grid:
         """What names this grid, and where it runs, behind any of the commands."""
         profile = ["--cluster", self.asked_profile] if self.asked_profile else []
         return shlex.join([str(self.path), *profile])
+
+    @property
+    def losses(self) -> tuple[LossSpec, ...]:
+        """The losses of the first data set; those of the others have the same names."""
+        return next(iter(self.losses_of.values()))
 
     @cached_property
     def cluster(self) -> ClusterProfile:
@@ -146,7 +151,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         path=path,
         datasets=datasets,
         models=file.models,
-        losses=next(iter(losses.values())),
+        losses_of=losses,
         seeds=file.seeds,
         protocols=protocols,
         cells=cells,

@@ -184,7 +184,7 @@ def _write(
         "missing": missing,
         "notes": [*_backbone_notes(grid), *_data_notes(grid), *problems],
         "protocol": {n: p.model_dump(mode="json") for n, p in grid.protocols.items()},
-        "losses": [_loss(loss) for loss in grid.losses],
+        "losses": _losses(grid),
         "commit": ", ".join(sorted({_commit(source) for source in sources} - {""})),
     }
     file.write(grid.run.results, record)
@@ -197,6 +197,18 @@ def _write(
 
 def _commit(source: Mapping[str, str]) -> str:
     return source.get("commit", "") + (" with changes" if source.get("diff") else "")
+
+
+def _losses(grid: Grid) -> list[dict[str, Any]]:
+    """Return a record for each loss in grid order, or one for each schedule that a loss has on
+    some of the data sets."""
+    records = []
+    for one_loss in zip(*grid.losses_of.values(), strict=True):
+        schedules: dict[LossSpec, list[str]] = {}
+        for dataset, loss in zip(grid.losses_of, one_loss, strict=True):
+            schedules.setdefault(loss, []).append(dataset)
+        records += [{**_loss(loss), "datasets": names} for loss, names in schedules.items()]
+    return records
 
 
 def _loss(loss: LossSpec) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Results:
     """A whole `results.h5`. `record` is JSON: what cannot be told from the counts. The report shows
     these of its keys, where present: `missing` (names of cells without counts), `notes` (lines),
     `protocol` (a table), `commit`, and `losses`, a list in grid order of {name, terms: [names],
-    schedule: [{at, weights, ramp}]}."""
+    schedule: [{at, weights, ramp}], datasets: [names]}. A loss whose schedule differs between data
+    sets is there once for each schedule."""
 
     grid: str
     record: dict[str, Any]

@@ -119,6 +119,20 @@ def test_all_cells_come_in_the_order_of_the_grid(grid, capsys):
     assert capsys.readouterr().out == f"{grid.run.results}: 16 of 16 cells\n"
 
 
+def test_a_loss_that_has_other_ramps_on_a_data_set_is_recorded_for_each(grid):
+    ramp = "[protocol.per_dataset.rooms]\nnaive_ramp = [0.2, 0.4]\n"
+    path = grid.path.with_name("ramps.toml")
+    path.write_text(grid.path.read_text() + ramp)
+    losses = reduced(read_grid(path)).record["losses"]
+    assert [(loss["name"], loss["datasets"]) for loss in losses] == [
+        ("CE", ["streets", "rooms"]),
+        ("DLNWCE", ["streets"]),
+        ("DLNWCE", ["rooms"]),
+    ]
+    ramps = [[knot["at"] for knot in loss["schedule"]][1:] for loss in losses[1:]]
+    assert ramps == [[0.3, 0.9], [0.2, 0.4]]
+
+
 def test_what_is_not_trained_is_missing_by_name(half_done, capsys):
     results = reduced(half_done)
     missing = [*cells_of(half_done, "streets", 1)[3:], *cells_of(half_done, "rooms", 1)]

@@ -215,6 +215,18 @@ def test_the_naive_and_the_alternating_schedule_are_drawn_as_the_paper_has_them(
     np.testing.assert_allclose(alternating, expected, atol=1e-12)
 
 
+def test_each_schedule_of_a_loss_is_drawn_with_its_data_sets():
+    other = simulated.loss_record("DLNCE@0.1-0.2")["schedule"]
+    losses = [
+        {**simulated.loss_record("DLNCE"), "datasets": ["voc", "sbd"]},
+        {**simulated.loss_record("DLNCE"), "schedule": other, "datasets": ["camvid"]},
+        {**simulated.loss_record("DLACE"), "datasets": ["voc", "sbd", "camvid"]},
+    ]
+    drawn = re.findall("<!-- (.*) -->", figures.loss_schedules(losses).decode())
+    titles = [text for text in drawn if text[:2] in ("DL", "vo", "ca") and text != "DL"]
+    assert titles == ["DLNCE", "voc, sbd", "DLNCE", "camvid", "DLACE"]
+
+
 def test_a_jump_is_drawn_as_a_jump():
     schedule = [
         {"at": 0.2, "weights": [1, 0, 0], "ramp": "linear"},
