@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -56,7 +57,7 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int)
 def with_progress(items: Iterator[R], total: int, title: str) -> Iterator[R]:
     """Pass `items` on, showing how many of `total` are done: a bar, or plain lines where standard
     error is no terminal."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     if not console.is_terminal:
         for done, item in enumerate(items, 1):
             if done == total or done % max(1, total // 20) == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpc.command import USER_ERROR_EXIT_CODE, UserError, one_line
 from hpc.env import read_env
+from hpc.output import protect_output
 from hpc.preempt import keep_notice
 
 ERROR_PREFIX = "error: "
@@ -38,6 +39,7 @@ class ModuleCall:
         """Run the job. A `UserError` becomes one line `error: ...` on stderr and exit code 2; a
         return value other than 0 or None becomes the exit code; other exceptions pass through.
         """
+        protect_output()
         _drop_submitit_handlers()
         _mark_start()
         try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
+
+from hpc.output import lost_output, protect_output
 
 USER_ERROR_EXIT_CODE = 2
 SLOW_SECONDS = 30.0  # after which whoever waits says for what
@@ -76,14 +77,17 @@ def named_wait(what: str) -> Iterator[None]:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main(argv)` and leave the process: its return value or 0, 2 for a `UserError`,
-    130 after Ctrl-C. The traceback of a `UserError` is shown only with `--debug`.
+    """Call `main(argv)` and leave the process: its return value or 0, 2 for a `UserError` or for
+    output that a full disk did not take, 130 after Ctrl-C. The traceback of a `UserError` is shown
+    only with `--debug`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    protect_output()
     atexit.register(gc.freeze)  # else the process looks through all it has for garbage as it ends
     try:
         code = main(arguments) or 0
-        sys.stdout.flush()
+        if lost := lost_output():
+            raise UserError(f"cannot write all of the output: {lost.strerror}; the rest was done")
         sys.exit(code)
     except UserError as error:
         if "--debug" in arguments:
@@ -94,6 +98,3 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader (`| head`) left; nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

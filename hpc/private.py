@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from hpc.account import user_name
 from hpc.command import UserError
 
 _ACCESS_LIST = "system.posix_acl_access"
@@ -179,7 +180,7 @@ def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
         return ""
     for kind, rights, number in struct.iter_unpack("<HHI", entries):
         if kind == _ACL_USER and rights & _ACL_WRITE and number not in (0, os.geteuid()):
-            return f"the user {_user_name(number)}"
+            return f"the user {user_name(number)}"
         if kind == _ACL_GROUP and rights & _ACL_WRITE and number not in trusted:
             return f"the group {_group_name(number)}"
     return ""
@@ -189,7 +190,7 @@ def _open_to_others(place: Path, info: os.stat_result, whom: str, remedy: str) -
     name = shlex.quote(str(place))
     mend = f"make sure that all in it is yours and run `chmod go-w {name}`"
     if info.st_uid != os.geteuid():
-        mend = f"ask {_user_name(info.st_uid)} to run `chmod +t {name}`"
+        mend = f"ask {user_name(info.st_uid)} to run `chmod +t {name}`"
     name_of_group = whom.removeprefix("the group ")
     trust = "" if name_of_group == whom else f", or set group = {name_of_group!r} in [cluster]"
     return UserError(
@@ -199,18 +200,11 @@ def _open_to_others(place: Path, info: os.stat_result, whom: str, remedy: str) -
 
 
 def _not_ours(place: Path, info: os.stat_result, remedy: str) -> UserError:
-    me = _user_name(os.geteuid())
+    me = user_name(os.geteuid())
     return UserError(
-        f"{place} belongs to {_user_name(info.st_uid)}, who could put there what your jobs run; "
+        f"{place} belongs to {user_name(info.st_uid)}, who could put there what your jobs run; "
         f"{remedy}, or make it yours: `chown -hR {me} {shlex.quote(str(place))}`"
     )
-
-
-def _user_name(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
 
 
 def _group_name(number: int) -> str:

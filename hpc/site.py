@@ -4,12 +4,12 @@ it is first needed. Asking changes nothing."""
 from __future__ import annotations
 
 import os
-import pwd
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from hpc import slurm
+from hpc.account import user_name
 
 Row = Mapping[str, str]
 _FIELD = re.compile(r"(?:^|\s)([A-Za-z]\w*)=(\S*)")
@@ -24,7 +24,7 @@ class Site:
     @cached_property
     def user(self) -> str:
         """Who asks."""
-        return pwd.getpwuid(os.getuid()).pw_name
+        return user_name(os.getuid())
 
     @cached_property
     def partitions(self) -> dict[str, Row]:

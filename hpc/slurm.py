@@ -7,7 +7,6 @@ only adds how jobs have ended that squeue has forgotten.
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc import sbatch, sends
+from hpc.account import user_name
 from hpc.call import ModuleCall
 from hpc.clean_env import batch_lines, called_clean, ignored_options, slurm_environ
 from hpc.command import UserError, one_line, warn
@@ -259,7 +259,7 @@ class SlurmQueue:
         """How many jobs this user may have in the queue: the least of what his associations say,
         and the quality of service that the profile names."""
         site = self.profile
-        user = pwd.getpwuid(os.getuid()).pw_name
+        user = user_name(os.getuid())
         account = [f"account={site.account}"] if site.account else []
         questions = [["assoc", "where", f"user={user}", *account, "format=MaxSubmitJobs"]]
         if site.qos:

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox, BboxBase
 from numpy.typing import NDArray
+
+from pipeline.plotting import Axes, Bbox, BboxBase, Figure
 
 # Okabe and Ito's colours, told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 TERM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#555555")
 INK, MUTED, FAINT = "#222222", "#707070", "#dddddd"
 
-# For `matplotlib.rc_context`, whose keys are typed in some versions only.
+# For `rc_context`, whose keys are typed in some versions only.
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "font.size": 9,

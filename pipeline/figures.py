@@ -7,12 +7,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from hpc.command import one_line
@@ -34,6 +29,15 @@ from pipeline.drawing import (
     svg,
 )
 from pipeline.figure_data import mean_recall
+from pipeline.plotting import (
+    Axes,
+    Figure,
+    FuncFormatter,
+    Line2D,
+    LogLocator,
+    PercentFormatter,
+    rc_context,
+)
 from pipeline.results import DatasetResults
 from pipeline.tables import Row
 
@@ -43,7 +47,7 @@ LARGEST_LABELLED_MATRIX = 40  # classes; beyond that tick labels overlap
 Reals = NDArray[np.float64]
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def class_frequencies(dataset: DatasetResults) -> bytes:
     """Share of the labelled pixels of each class, most frequent first, on a log axis."""
     order = frequency_order(dataset)
@@ -68,7 +72,7 @@ def class_frequencies(dataset: DatasetResults) -> bytes:
     return svg(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     """Recall of every class (columns, most frequent first) under every loss (rows), the mean over
     seeds. A class without a labelled pixel is left out."""
@@ -82,7 +86,7 @@ def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     return png(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
     """S_rec of every loss (rows) on every data set and model (columns), the mean over seeds, for at
     most `LARGEST_OVERVIEW` of each."""
@@ -100,7 +104,7 @@ def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
     return png(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def reliability_diagrams(block: Sequence[Row]) -> bytes:
     """For every loss how often a score comes true, pooled over classes and seeds."""
     figure, panels = small_multiples(len(block), per_row=6, panel=(WIDTH / 6, WIDTH / 6 + 0.25))
@@ -119,7 +123,7 @@ def reliability_diagrams(block: Sequence[Row]) -> bytes:
     return svg(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     """For every loss the confusion matrix, each row divided by its sum, pooled over seeds."""
     num_classes = len(dataset.classes)
@@ -149,7 +153,7 @@ def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
     return png(figure)
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
     """Draw the weights of the terms of each scheduled loss over training; see `scheduled`. A loss
     with other schedules on other data sets has a panel for each, which names the data sets."""
@@ -182,7 +186,7 @@ def _schedule_titles(losses: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-@matplotlib.rc_context(STYLE)
+@rc_context(STYLE)
 def trade_off(
     block: Sequence[Row], scheduled_losses: Sequence[str], named: Container[str] | None = None
 ) -> bytes:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.results import Results, read_results
 from pipeline.selection import select
-from pipeline.show import literal
+from pipeline.show import console, literal
 from pipeline.tables import LABELS, PAPER_SCORES, Row, best, rows, shown
 
 
@@ -25,19 +24,17 @@ def print_report(results_path: str | Path, page_path: Path) -> None:
 
 def print_table(results: Results, table: Sequence[Row], page_path: Path) -> None:
     """Print the rows of `table`, what is missing, and the path of the page."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 100  # a log has no width; this is what the table needs
+    out = console(width=100)  # what the table needs
     for (dataset, model), block in select(table).drawn.items():
-        console.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
+        out.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
     if left_out := select(table).left_out:
-        console.print(literal(f"all {len(table)} rows are in table.csv. {left_out}"))
+        out.print(literal(f"all {len(table)} rows are in table.csv. {left_out}"))
     missing = results.record.get("missing", [])
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        console.print(literal(f"missing: {len(missing)} cells without counts: {names}"))
+        out.print(literal(f"missing: {len(missing)} cells without counts: {names}"))
     # soft_wrap: a path that is broken over two lines cannot be opened
-    console.print(literal(f"page: {page_path}"), soft_wrap=True)
+    out.print(literal(f"page: {page_path}"), soft_wrap=True)
 
 
 def printed_table(title: str, block: Sequence[Row]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -99,11 +100,12 @@ def describe_plan(
         print(one_line(line))
 
 
-def console() -> Console:
-    """A console that is wide enough for whole names where there is no terminal to fit into."""
-    out = Console()
+def console(width: int = 160) -> Console:
+    """Return a console that is `width` columns wide where there is no terminal to fit into: whole
+    names fit into the default."""
+    out = Console(file=sys.stdout)  # it looks at the encoding only of a file that it is given
     if not out.is_terminal:
-        out.width = 160
+        out.width = width
     return out
 
 

@@ -78,7 +78,7 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
     """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
     ids = {job for of_stage in jobs.values() for job in of_stage}
     missing = any(stage not in jobs for stage in stages)
-    console = Console()
+    console = Console(file=sys.stdout)
     shown_at, shown = 0.0, ""
     seen: set[str] = set()  # alive when we looked before
     with Status("waiting", console=console) as status:

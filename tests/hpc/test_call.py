@@ -3,13 +3,17 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from hpc.call import ModuleCall, last_error
 from hpc.preempt import keep_notice, stop_request
 
+REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from hpc.command import UserError
@@ -43,6 +47,16 @@ def call(*arguments):
 def test_the_module_gets_its_arguments(capsys):
     assert call("a", "b c")() is None
     assert capsys.readouterr().out == "['a', 'b c']\n"
+
+
+def test_a_log_that_a_full_disk_does_not_take_stops_no_job(tmp_path):
+    code = "from hpc.call import ModuleCall; ModuleCall('a_program', ('größe',))()"
+    with Path("/dev/full").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=log, stderr=log,
+            env={"PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+    assert done.returncode == 0
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):

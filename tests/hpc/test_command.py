@@ -30,6 +30,9 @@ def main(argv):
     if what == "talk":
         for _ in range(100_000):
             print("a line")
+        open(sys.argv[0] + ".done", "w").close()
+    if what == "name":
+        print("Größe", flush=True)
     return 3 if what == "three" else None
 run(main)
 """
@@ -41,9 +44,9 @@ def program(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
 
-    def call(*arguments):
-        line = [sys.executable, str(path), *arguments]
-        environ = {"PYTHONPATH": str(REPOSITORY)}
+    def call(*arguments, shell='exec "$@"', **environ):
+        line = ["sh", "-c", shell, "sh", sys.executable, str(path), *arguments]
+        environ |= {"PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(line, env=environ, capture_output=True, text=True, timeout=30)
 
     return call
@@ -106,22 +109,33 @@ def test_an_interrupt_ends_without_a_traceback(program):
     assert done.stderr == "interrupted\n"
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path):
-    path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
-    talker = subprocess.Popen(
-        [sys.executable, str(path), "talk"],
-        env={"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def test_a_reader_that_leaves_early_is_no_error_and_stops_nothing(program, tmp_path):
+    done = program("talk", shell='{ "$@"; echo "exit code $?" >&2; } | head -1')
+    assert (done.stdout, done.stderr) == ("a line\n", "exit code 0\n")
+    assert (tmp_path / "program.py.done").exists()
+
+
+def test_output_that_a_full_disk_does_not_take_is_one_line_and_stops_nothing(program, tmp_path):
+    done = program("talk", shell='exec "$@" >/dev/full')
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: cannot write all of the output: No space left on device; the rest was done\n"
     )
-    assert talker.stdout and talker.stderr
-    assert talker.stdout.readline() == "a line\n"
-    talker.stdout.close()  # as `head -1` does
-    assert talker.wait(timeout=30) == 0
-    assert talker.stderr.read() == ""
-    talker.stderr.close()
+    assert (tmp_path / "program.py.done").exists()
+
+
+def test_errors_that_a_full_disk_does_not_take_leave_the_exit_code(program):
+    assert program("mistake", shell='exec "$@" 2>/dev/full').returncode == 2
+
+
+def test_a_closed_standard_output_is_no_error(program):
+    done = program("name", shell='exec "$@" >&-')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(program):
+    done = program("name", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Gr\\xf6\\xdfe\n", "")
 
 
 def test_what_has_been_printed_is_out_before_the_command_ends(capsys):

@@ -22,6 +22,7 @@ from hpc.private import group_number, private_folder, require_private, restrict_
 from hpc.profile import ClusterProfile
 from hpc.slurm import SlurmQueue
 from hpc.tickets import Tickets
+from tests.hpc.test_slurm import FakeSlurm
 from tests.other_user import as_user
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users too")
@@ -253,8 +254,9 @@ def test_what_a_submission_writes_nobody_else_may_change(umask, after):
 
 
 @pytest.mark.parametrize("which", ["logs", "queue"])
-def test_nothing_is_queued_through_a_folder_of_somebody_else(place, which, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda command: f"/usr/bin/{command}")
+def test_nothing_is_queued_through_a_folder_of_somebody_else(place, which, monkeypatch, tmp_path):
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(fake.folder / "bin"), prepend=os.pathsep)
     folder(place / which, 0o755, EVE)
     profile = ClusterProfile()
     queues = [LocalQueue(profile, place / "logs", place / "queue")]
