@@ -47,7 +47,7 @@ def test_states_are_from_files(path, capsys):
     assert status.main([path]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said.count(NOTE) == 1
-    assert said[-1] == "small: 16 cells: 1 done, 4 running, 4 waiting, 3 failed, 4 unknown"
+    assert "small: 16 cells: 1 done, 4 running, 4 waiting, 3 failed, 4 unknown" in said
     assert sum("a shard is damaged" in line for line in said) == 3
 
 
@@ -71,7 +71,7 @@ def test_a_submission_that_died_may_have_sent_its_cells(path, tmp_path, capsys):
     (record,) = grid.run.submitted.iterdir()
     write_json(record, {"tasks": [{**task, "job": ""} for task in read_json(record)["tasks"]]})
     assert status.main([path]) == 0
-    assert capsys.readouterr().out.endswith("1 done, 4 running, 4 waiting, 7 unknown\n")
+    assert "1 done, 4 running, 4 waiting, 7 unknown\n" in capsys.readouterr().out
 
 
 def test_what_acts_is_refused(path, tmp_path):
