@@ -90,6 +90,28 @@ def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder in `folder`; when the block ends without an error, its files replace
+    those of the same names in `folder`, the one called `last` after all others. On an error nothing
+    of `folder` has changed.
+    """
+    folder = Path(folder)
+    temporary = _temporary_name(folder / last)
+    _make_parent(temporary)
+    remove_dead_folders(folder)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
+            file.replace(folder / file.name)
+        fsync(folder)
+    except OSError as error:
+        raise _explained(error, folder / last) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_folder(path: str | Path) -> None:
     """Delete a folder so that readers see it whole or not at all, even if we are killed meanwhile;
     nothing happens where there is none."""

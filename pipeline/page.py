@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from jobs.metrics.scores import ERRORS, SCORES, Summary
 from pipeline.analysis import Analysis, for_page
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import LABELS, Row, best, blocks, shown
+
+_NUM_CELLS = re.compile(r'<meta name="lossgrid-cells" content="([0-9]{1,9})">')
+_HEAD = 4096  # characters of a page that hold it
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,21 @@ class Block:
     rows: list[TableRow]
 
 
+def cells_of(results: Results) -> int:
+    """Return how many cells the results have."""
+    return sum(len(dataset.cells) for dataset in results.datasets)
+
+
+def num_cells(page: Path) -> int:
+    """Return how many cells a page shows that `render` made; 0 if there is none that tells."""
+    try:
+        with page.open(encoding="utf-8", errors="replace") as file:
+            found = _NUM_CELLS.search(file.read(_HEAD))
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
 def render(
     results: Results, table: Sequence[Row], sections: Sequence[Section], found: Analysis
 ) -> str:
@@ -87,7 +106,7 @@ def render(
     )
     return environment.get_template("report.html").render(
         grid=results.grid,
-        num_cells=sum(len(dataset.cells) for dataset in results.datasets),
+        num_cells=cells_of(results),
         missing=results.record.get("missing", []),
         notes=notes(results),
         datasets=[_dataset_facts(dataset) for dataset in results.datasets],

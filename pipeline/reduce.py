@@ -26,7 +26,7 @@ from jobs.protocol import WEIGHTS
 from pipeline.counts_share import files_of, read_shares
 from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, find_config, read_grid
-from pipeline.results import DatasetResults, ResultsFile
+from pipeline.results import DatasetResults, ResultsFile, num_cells, refuse_fewer
 
 # What a counts file's index must say of all its cells.
 _RECORDED = {"manifest", "provenance", "source"}
@@ -36,16 +36,20 @@ def main(argv: Sequence[str]) -> int:
     """Write results.h5 and say which cells are missing."""
     parser = argument_parser("python -m pipeline.reduce", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
+    parser.add_argument("--allow-fewer", action="store_true",
+                        help="replace results that have more finished cells")  # fmt: skip
     arguments = parser.parse_args(argv)
     ranks = world()
     with ranks.abort_on_error():
-        reduce_grid(read_grid(find_config(arguments.config)), ranks)
+        grid = read_grid(find_config(arguments.config))
+        reduce_grid(grid, ranks, arguments.allow_fewer)
     return 0
 
 
 @many_records()
-def reduce_grid(grid: Grid, ranks: World) -> None:
-    """Every rank reads its share of the counts files; rank 0 puts them together and writes."""
+def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
+    """Every rank reads its share of the counts files; rank 0 puts them together and writes. Raises
+    `UserError` if the results that are there have more cells, unless `allow_fewer`."""
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
     chosen, problems = found
@@ -63,6 +67,8 @@ def reduce_grid(grid: Grid, ranks: World) -> None:
             read |= have
     lines = ranks.gather(problems)
     if file is not None and lines is not None:
+        if not allow_fewer:
+            refuse_fewer(grid.run.results, num_cells(grid.run.results), len(read))
         sources = [index.record["source"] for index in indices]
         _write(grid, file, read, sorted(set(chain.from_iterable(lines))), sources)
 

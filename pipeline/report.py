@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import command
-from hpc.atomic import write_text
+from hpc.atomic import new_files, write_text
 from pipeline import figures, page
 from pipeline.analysis import analyse, write_files
 from pipeline.drawing import PNG_DPI
 from pipeline.figure_data import write_figure_data
 from pipeline.grid import find_config, read_grid
 from pipeline.printed import print_table
-from pipeline.results import Results, read_results
+from pipeline.results import Results, read_results, refuse_fewer
 from pipeline.selection import select
 from pipeline.tables import Row, blocks, rows, to_csv, to_latex, to_markdown
 
@@ -40,33 +40,47 @@ def main(argv: Sequence[str]) -> None:
     """Write the report of a grid's results and print its table."""
     parser = command.argument_parser("python -m pipeline.report", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
-    run = read_grid(find_config(parser.parse_args(argv).config)).run
+    parser.add_argument("--allow-fewer", action="store_true",
+                        help="replace a report that has more finished cells")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    run = read_grid(find_config(arguments.config)).run
     results = read_results(run.results)
     table = rows(results)
-    print_table(results, table, _write(results, table, run.report).page)
+    print_table(results, table, _write(results, table, run.report, arguments.allow_fewer).page)
 
 
 def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
     """Write the report of `results.h5` into `folder`; equal results give equal files.
 
-    Raises `UserError` if the results are missing and `Damaged` if they are not as written.
+    Raises `UserError` if the results are missing, or the report that is there has more cells, and
+    `Damaged` if the results are not as written.
     """
     results = read_results(results_path)
     return _write(results, rows(results), Path(folder))
 
 
-def _write(results: Results, table: Sequence[Row], folder: Path) -> ReportPaths:
-    paths = ReportPaths(
+def _write(
+    results: Results, table: Sequence[Row], folder: Path, allow_fewer: bool = False
+) -> ReportPaths:
+    paths = _paths(folder)
+    if not allow_fewer:
+        refuse_fewer(paths.page, page.num_cells(paths.page), page.cells_of(results))
+    with new_files(folder, last=paths.page.name) as beside:
+        new = _paths(beside)
+        write_text(new.csv, to_csv(table))
+        write_text(new.markdown, to_markdown(table))
+        write_text(new.latex, to_latex(table))
+        found = analyse(results, table)
+        write_files(found, beside)
+        write_figure_data(results, table, beside)
+        write_text(new.page, page.render(results, table, sections(results, table), found))
+    return paths
+
+
+def _paths(folder: Path) -> ReportPaths:
+    return ReportPaths(
         folder / "table.csv", folder / "table.md", folder / "table.tex", folder / "index.html"
     )
-    write_text(paths.csv, to_csv(table))
-    write_text(paths.markdown, to_markdown(table))
-    write_text(paths.latex, to_latex(table))
-    found = analyse(results, table)
-    write_files(found, folder)
-    write_figure_data(results, table, folder)
-    write_text(paths.page, page.render(results, table, sections(results, table), found))
-    return paths
 
 
 def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -104,6 +106,36 @@ def read_results(path: str | Path) -> Results:
     Raises `UserError` if there are none or they are of another version, and `Damaged` if they are
     not as they were written.
     """
+    with _opened(path) as file:
+        return Results(
+            str(file.attrs["grid"]),
+            json.loads(file.attrs["record"]),
+            [_read_dataset(file[str(index)]) for index in range(len(file))],
+        )
+
+
+def num_cells(path: str | Path) -> int:
+    """Return how many cells the results at `path` have; 0 if they cannot be read."""
+    try:
+        with _opened(path) as file:
+            return sum(len(file[name]["cells"]) for name in file)
+    except UserError:
+        return 0
+
+
+def refuse_fewer(path: str | Path, had: int, have: int) -> None:
+    """Refuse to replace a file made of `had` finished cells by one of `have`, if these are fewer.
+    Raises `UserError`."""
+    if have < had:
+        raise UserError(
+            f"{path} has {had} finished cells, but would now have {have}, so it was left as it is; "
+            "undo the change of the grid file, train what is missing, or replace it with "
+            "--allow-fewer"
+        )
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[h5py.File]:
     try:
         whole = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -115,11 +147,7 @@ def read_results(path: str | Path) -> Results:
     if whole[:_USER_BLOCK] != _user_block(whole[_USER_BLOCK:]):
         raise _damaged(path)
     with h5py.File(BytesIO(whole), "r") as file:
-        return Results(
-            str(file.attrs["grid"]),
-            json.loads(file.attrs["record"]),
-            [_read_dataset(file[str(index)]) for index in range(len(file))],
-        )
+        yield file
 
 
 def _user_block(content: bytes | memoryview) -> bytes:

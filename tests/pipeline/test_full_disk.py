@@ -22,8 +22,7 @@ MEGABYTES = 224
 # What is refused in turn, in the run directory.
 REFUSED = {
     "submission": [
-        r"grid\.toml",
-        r"grid\.toml",
+        r"grid\.toml",  # where the disk is full before that, the check for room refuses
         r"tasks/streets-seed0-\w+\.json",
         r"submitted/[\w-]+\.json",
         r"queue/local-000001\.json",
@@ -43,11 +42,11 @@ REFUSED = {
     "pretraining": [r"backbones/\w+\.pt", r"backbones/\w+\.json"],
     "reducing": [r"results\.h5"],
     "reporting": [
-        r"report/table\.csv",
-        r"report/table\.md",
-        r"report/table\.tex",
-        r"report/index\.html",
-        r"report/table1\.csv",
+        r"report/\.tmp-[\w.-]+/table\.csv",
+        r"report/\.tmp-[\w.-]+/table\.md",
+        r"report/\.tmp-[\w.-]+/table\.tex",
+        r"report/\.tmp-[\w.-]+/index\.html",
+        r"report/\.tmp-[\w.-]+/table1\.csv",
     ],
 }
 # Where a file is open for writing, a disk does not get read-only: it is so from the start.

@@ -204,6 +204,31 @@ def test_reducing_again_takes_up_what_came_since(half_done):
     assert len(after.datasets[0].cells) == len(before.datasets[0].cells) + len(late)
 
 
+def test_results_of_more_cells_are_not_replaced(grid, tmp_path, packed):
+    """An edited protocol names other cells, of which none is trained."""
+    finish(grid, cells_of(grid, "streets", 0), "streets-seed0")
+    reduced(grid)
+    before = grid.run.results.read_bytes()
+    change = (f'shards = "{tmp_path}/streets"', f'shards = "{packed}/streets"')
+    path = grid_file(
+        tmp_path, change, ("epochs = 2", "epochs = 3"), more=ROOMS.format(packed=packed)
+    )
+    with pytest.raises(UserError, match=r"has 4 finished cells, but would now have 0, .*--a"):
+        reduce.main([str(path)])
+    assert grid.run.results.read_bytes() == before
+    assert reduce.main([str(path), "--allow-fewer"]) == 0
+    assert [len(dataset.cells) for dataset in read_results(grid.run.results).datasets] == [0, 0]
+
+
+def test_damaged_results_can_be_replaced(grid):
+    finish(grid, cells_of(grid, "streets", 0), "streets-seed0")
+    reduced(grid)
+    flip(grid.run.results)
+    for path in grid.run.counts.iterdir():
+        path.unlink()
+    assert [len(dataset.cells) for dataset in reduced(grid).datasets] == [0, 0]
+
+
 def test_with_nothing_trained_there_are_results_of_nothing(grid, capsys):
     results = reduced(grid)
     assert [len(dataset.cells) for dataset in results.datasets] == [0, 0]

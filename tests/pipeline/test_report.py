@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -21,6 +22,7 @@ from pipeline.report import main, write_report
 from pipeline.results import write_results
 from pipeline.tables import rows
 from tests.pipeline import simulated
+from tests.pipeline.grids import grid_file
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -157,13 +159,40 @@ def test_the_same_results_give_the_same_report(report, tmp_path):
         assert getattr(again, name).read_bytes() == getattr(report, name).read_bytes()
 
 
-def test_a_grid_of_which_nothing_is_done_has_a_page_too(results, tmp_path):
+@pytest.fixture
+def nothing(results):
+    """Results of which no cell is done yet."""
     data = results.datasets[0]
     empty = {name: array[:0] for name, array in data.counts.items()}
-    nothing = replace(results, datasets=[replace(data, cells=[], counts=empty)])
+    return replace(results, datasets=[replace(data, cells=[], counts=empty)])
+
+
+def test_a_grid_of_which_nothing_is_done_has_a_page_too(nothing, tmp_path):
     write_results(tmp_path / "results.h5", nothing)
     paths = write_report(tmp_path / "results.h5", tmp_path)
     assert "No cell is done yet." in paths.page.read_text(encoding="utf-8")
+
+
+def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path):
+    grid = grid_file(tmp_path)
+    folder = shutil.copytree(report.page.parent, tmp_path / "run/report")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_results(tmp_path / "run/results.h5", nothing)
+    with pytest.raises(UserError, match=r"index\.html has 4 finished cells, but would now have 0,"):
+        main([str(grid)])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    main([str(grid), "--allow-fewer"])
+    assert "No cell is done yet." in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_report_that_fails_leaves_the_one_before_whole(report, tmp_path, monkeypatch):
+    folder = shutil.copytree(report.page.parent, tmp_path / "report")
+    (folder / "table.csv").write_text("a table of another day")
+    monkeypatch.setattr(figures, "class_frequencies", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(report.page.parent.parent / "results.h5", folder)
+    assert (folder / "table.csv").read_text() == "a table of another day"
+    assert not list(folder.glob(".*"))
 
 
 def test_without_results_the_report_says_what_to_do(tmp_path):
