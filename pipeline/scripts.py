@@ -47,33 +47,60 @@ class Site:
 @dataclass(frozen=True)
 class Part:
     """One script: a stage, or some tasks of `pretrain` or `train`, each with a remark. `name` is
-    its file's, without suffix."""
+    its file's, without suffix. needs: the script, and its element, that trains the backbone of
+    these tasks."""
 
     stage: str
     name: str
     tasks: Sequence[tuple[str, str]] = ()
+    needs: tuple[str, int] | None = None
 
 
 def parts(
     stages: Sequence[str], pretrain: Sequence[Task], bundles: Sequence[Task], size: int
 ) -> list[Part]:
-    """The scripts for `stages` in the order of their work; no array has more than `size` tasks."""
+    """The scripts for `stages` in the order of their work; no array has more than `size` tasks, and
+    all tasks of an array need the same backbone."""
     found = []
     for stage in stages:
         if stage == "grid":
-            found += _arrays("pretrain", pretrain, size) + _arrays("train", bundles, size)
+            trainers = _arrays("pretrain", [(None, task) for task in pretrain], size)
+            keys = {task.name: task.cells[0].backbone_key for task in pretrain}
+            trained_by = {
+                keys[name]: (part.name, element)
+                for part in trainers
+                for element, (name, _) in enumerate(part.tasks)
+            }
+            needed = [(trained_by.get(_backbone(task)), task) for task in bundles]
+            found += trainers + _arrays("train", needed, size)
         else:
             found.append(Part(stage, stage))
     return found
 
 
-def _arrays(stage: str, tasks: Sequence[Task], size: int) -> list[Part]:
+def _backbone(task: Task) -> str:
+    """Return the key of the backbone that must be trained for a task; "" if there is none."""
+    cell = task.cells[0]
+    return cell.backbone_key if cell.protocol.weights == "pretrain" else ""
+
+
+def _arrays(
+    stage: str, tasks: Sequence[tuple[tuple[str, int] | None, Task]], size: int
+) -> list[Part]:
+    """Return the arrays of tasks, each given with what it needs."""
     size = min(size, MOST_TASKS)
-    starts = range(0, len(tasks), size)
+    grouped: dict[tuple[str, int] | None, list[Task]] = {}
+    for needs, task in tasks:
+        grouped.setdefault(needs, []).append(task)
+    pieces = [
+        (needs, together[start : start + size])
+        for needs, together in grouped.items()
+        for start in range(0, len(together), size)
+    ]
     return [
-        Part(stage, f"{stage}-{number}" if start else stage,
-             [(task.name, _remark(task)) for task in tasks[start : start + size]])
-        for number, start in enumerate(starts, start=1)
+        Part(stage, f"{stage}-{number}" if number > 1 else stage,
+             [(task.name, _remark(task)) for task in piece], needs)
+        for number, (needs, piece) in enumerate(pieces, start=1)
     ]  # fmt: skip
 
 
@@ -172,8 +199,8 @@ def _submit_script(site: Site, scripts: Sequence[Part]) -> str:
     variables = {part.name: part.name.replace("-", "_") for part in scripts}
     lines = [
         "#!/bin/bash",
-        f"{MARK}. It sends the scripts of this folder to Slurm, each to start when those",
-        "# before it have ended, however they ended.",
+        f"{MARK}. It sends the scripts of this folder to Slurm. Training starts when what",
+        "# it needs has succeeded, reduce when all before it have ended, however they ended.",
         f"# grid: {one_line(site.grid)}",
         "set -euo pipefail",
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")"',
@@ -182,36 +209,43 @@ def _submit_script(site: Site, scripts: Sequence[Part]) -> str:
         "# Variables of this shell would win over the options in the scripts, or reach the jobs.",
         *submitting_lines(),
         "",
-        "send() {  # SCRIPT [JOB:JOB:...]: sends it, to start when those jobs have ended",
+        "send() {  # SCRIPT [DEPENDENCY]: sends it; afterok: it never starts if such a job fails",
         "    local answer job",
-        '    answer=$(sbatch --parsable ${2:+"--dependency=afterany:$2"} "$1") || return',
+        '    set -- --kill-on-invalid-dep=yes ${2:+--dependency="$2"} "$1"',
+        '    answer=$(sbatch --parsable "$@") || return',
         "    # ID or ID;CLUSTER is the last line that is one: a site may print others before",
         "    job=$(sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\\2/p' \\",
         '        <<<"$answer" | tail -n 1)',
         '    [ -n "$job" ] || { echo "error: sbatch printed no job id: $answer" >&2; return 1; }',
-        '    echo "$1: job $job" >&2',
+        '    echo "${!#}: job $job" >&2',
         '    echo "$job"',
         "}",
         "",
     ]
-    after = _order(scripts)
     for part in scripts:
-        jobs = ":".join(f"${variables[name]}" for name in after[part.name])
-        needs = f' "{jobs}"' if jobs else ""
+        kind, jobs = _dependency(part, scripts, variables)
+        needs = f' "{kind}:{":".join(jobs)}"' if jobs else ""
         lines.append(f"{variables[part.name]}=$(send {part.name}.sbatch{needs})")
         if part.tasks:
             lines.append(_note(site, part, f"${variables[part.name]}"))
     return "\n".join(lines) + "\n"
 
 
-def _order(scripts: Sequence[Part]) -> Mapping[str, list[str]]:
-    """The scripts that each one waits for: all of the stage before."""
-    stages = list(dict.fromkeys(part.stage for part in scripts))
-    before = dict(zip(stages, ["", *stages], strict=False))
-    return {
-        part.name: [other.name for other in scripts if other.stage == before[part.stage]]
-        for part in scripts
-    }
+def _dependency(
+    part: Part, scripts: Sequence[Part], variables: Mapping[str, str]
+) -> tuple[str, list[str]]:
+    """Return the kind of a script's dependency, and its jobs in the words of the shell: the element
+    that trains its backbone, or else all scripts of the stage before."""
+    kind = "afterany" if part.stage == "reduce" else "afterok"
+    if part.needs:
+        name, element = part.needs
+        return kind, [f"${{{variables[name]}}}_{element}"]
+    stages = list(dict.fromkeys(other.stage for other in scripts))
+    earlier = stages[: stages.index(part.stage)]
+    if part.stage == "train":  # its backbones are trained already
+        earlier = [stage for stage in earlier if stage != "pretrain"]
+    before = earlier[-1:]
+    return kind, [f"${variables[other.name]}" for other in scripts if other.stage in before]
 
 
 def _quoted(path: Path) -> str:

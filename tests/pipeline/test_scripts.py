@@ -22,6 +22,7 @@ from tests.pipeline.grids import grid_file, small_grid
 from tests.pipeline.slurm_scripts import Site, options
 
 # ruff: noqa: F811 (fixtures of other files)
+PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 REPOSITORY = Path(__file__).parents[2]
 V100 = {
     "partition": "gpu", "constraint": "v100", "nodes": 1, "tasks_per_node": 4, "gpus_per_node": 4,
@@ -105,15 +106,33 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(tmp_path):
 
 
 def test_arrays_are_as_long_as_the_site_allows(tmp_path):
-    grid = small_grid(tmp_path, more="cells_per_job = 1\n")
-    tasks = plan_of(grid, survey(grid, FakeQueue(tmp_path))).bundles
-    found = parts(["prep", "grid", "reduce"], tasks[:1], tasks, 3)
+    grid = small_grid(tmp_path, PRETRAIN, more="cells_per_job = 1\n")
+    plan = plan_of(grid, survey(grid, FakeQueue(tmp_path)))
+    found = parts(["prep", "grid", "reduce"], plan.pretrain, plan.bundles, 3)
     assert [part.name for part in found] == ["prep", "pretrain", "train", "train-2", "train-3",
                                              "reduce"]  # fmt: skip
     assert [len(part.tasks) for part in found] == [0, 1, 3, 3, 2, 0]
     sent = render(where(ClusterProfile()), found)["submit.sh"]
-    assert 'train_3=$(send train-3.sbatch "$pretrain")\n' in sent
-    assert 'reduce=$(send reduce.sbatch "$train:$train_2:$train_3")\n' in sent
+    assert 'pretrain=$(send pretrain.sbatch "afterok:$prep")\n' in sent
+    assert 'train_3=$(send train-3.sbatch "afterok:${pretrain}_0")\n' in sent
+    assert 'reduce=$(send reduce.sbatch "afterany:$train:$train_2:$train_3")\n' in sent
+
+
+def test_training_needs_no_backbone_but_its_own(tmp_path):
+    """One that fails keeps only its own cells from training."""
+    other = '\n[dataset.more]\nsource = "synthetic"\nshards = "x"\ntrain = 6\nval = 3\n'
+    grid = small_grid(tmp_path, PRETRAIN, more=f"{other}size = [32, 40]\n")
+    plan = plan_of(grid, survey(grid, FakeQueue(tmp_path)))
+    found = parts(["grid"], plan.pretrain, plan.bundles, 1000)
+    assert [len(part.tasks) for part in found] == [2, 2, 2]
+    sent = render(where(ClusterProfile()), found)["submit.sh"]
+    assert 'train=$(send train.sbatch "afterok:${pretrain}_0")\n' in sent
+    assert 'train_2=$(send train-2.sbatch "afterok:${pretrain}_1")\n' in sent
+    trained = parts(["prep", "grid"], plan.pretrain[:1], plan.bundles, 1000)
+    assert (
+        'train_2=$(send train-2.sbatch "afterok:$prep")\n'
+        in (render(where(ClusterProfile()), trained)["submit.sh"])
+    )
 
 
 def test_a_group_that_shares_the_run_may_write_its_files():

@@ -137,11 +137,11 @@ def by_scripts(place, site) -> Path:
 
 def test_submit_sends_each_script_after_those_before_it(by_scripts, site):
     assert site.asked() == [
-        "--parsable prep.sbatch",
-        "--parsable --dependency=afterany:41 pretrain.sbatch",
-        "--parsable --dependency=afterany:42 train.sbatch",
-        "--parsable --dependency=afterany:43 reduce.sbatch",
-        "--parsable --dependency=afterany:44 report.sbatch",
+        "--parsable --kill-on-invalid-dep=yes prep.sbatch",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterok:41 pretrain.sbatch",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterok:42_0 train.sbatch",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterany:43 reduce.sbatch",
+        "--parsable --kill-on-invalid-dep=yes --dependency=afterok:44 report.sbatch",
     ]
 
 
