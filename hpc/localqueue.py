@@ -26,6 +26,7 @@ from hpc.profile import ClusterProfile, Resources
 from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE
 from hpc.tickets import (
     DEPENDENCY_FAILED,
+    NO_RUNNER,
     JobState,
     Outcome,
     State,
@@ -99,8 +100,13 @@ class LocalQueue:
         return self.tickets.sent_as(tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
-        """The state of each job, from its files; and of one that has ended, its outcome."""
-        return {job_id: self.tickets.look(job_id) for job_id in ids}
+        """The state of each job, from its files; of one that has ended, its outcome; and of one
+        that waits, whether nobody is there to start it."""
+        found = {job_id: self.tickets.look(job_id) for job_id in ids}
+        waiting = [job_id for job_id, job in found.items() if job.state == "waiting"]
+        if waiting and not self.tickets.has_runner():
+            found |= dict.fromkeys(waiting, JobState("waiting", NO_RUNNER))
+        return found
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """The same without why."""
@@ -116,7 +122,8 @@ class LocalQueue:
     def cancel(self, ids: Iterable[str]) -> None:
         """End waiting jobs now, and let the runner end the running ones."""
         with self.tickets.locked():
-            for job_id, state in self.states(ids).items():
+            for job_id in ids:
+                state = self.tickets.state(job_id)
                 if state == "waiting":
                     self.tickets.end(job_id, "cancelled")
                 elif state == "running":

@@ -25,6 +25,7 @@ from hpc.private import private_folder
 State = Literal["waiting", "running", "gone", "unknown"]
 Outcome = Literal["succeeded", "failed", "cancelled", "dependency failed"]
 DEPENDENCY_FAILED: Outcome = "dependency failed"
+NO_RUNNER = "no process starts it"  # why a job waits in the local queue
 
 
 class JobState(NamedTuple):
@@ -69,6 +70,21 @@ class Tickets:
         """The lock of the one runner, or None if there is a runner already."""
         with self._lock_file("lock") as file:
             yield file if take_lock(file) else None
+
+    def has_runner(self) -> bool:
+        """Return whether a process starts the waiting jobs. Changes nothing; True if the files
+        cannot be read."""
+        try:
+            with (
+                (self.folder / "tickets.lock").open() as guard,
+                (self.folder / "lock").open() as lock,
+            ):
+                take_lock(guard, fcntl.LOCK_SH, wait=True)  # nobody becomes the runner meanwhile
+                return not take_lock(lock, fcntl.LOCK_SH)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
 
     def _lock_file(self, name: str) -> IO[str]:
         path = self.folder / name
@@ -133,14 +149,12 @@ class Tickets:
     def outcome(self, job_id: str) -> str:
         """Return how a job has ended: an `Outcome`; "unknown" if there is no such job; "" if that
         is not recorded yet. A job that was cancelled counts as cancelled even if it ended well."""
-        if not self.path(job_id, "json").exists():
-            return "unknown"
         if self.path(job_id, "cancelled").exists():
             return "cancelled"
         try:
             return read_json(self.path(job_id, "ended"))["outcome"]
         except (Damaged, FileNotFoundError, KeyError):
-            return ""
+            return "" if self.path(job_id, "json").exists() else "unknown"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from hpc.localqueue import LocalQueue, Runner
 from hpc.locks import take_lock
 from hpc.profile import ClusterProfile, Resources
 from hpc.queue import open_queue
-from hpc.tickets import processes, result_of
+from hpc.tickets import NO_RUNNER, processes, result_of
 from tests.hpc.hostile import HOSTILE
 
 PROGRAM = '''
@@ -226,9 +226,10 @@ def test_a_killed_runner_stops_no_job_and_the_next_carries_on(place):
     ids = queue.submit([call("hold", place / "a"), call("note", place / "b", "x")], ONE, "two")
     wait_for(lambda: (place / "a").exists())
     kill_runner(place)
-    assert queue.states(ids) == {ids[0]: "running", ids[1]: "waiting"}
+    assert queue.look(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", NO_RUNNER)}
     queue.ensure_runner()
     wait_for(lambda: runners(place))
+    assert queue.look(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", "")}
     time.sleep(0.5)
     assert queue.states(ids) == {ids[0]: "running", ids[1]: "waiting"}
     (place / "a.go").touch()
