@@ -137,6 +137,7 @@ class RunPaths:
         self.profiles = self.root / "profiles"
         self.results = self.root / "results.h5"
         self.report = self.root / "report"
+        self.page = self.report / "index.html"
         self.rendezvous = self.root / "rendezvous"
 
     def task(self, name: str) -> Path:

@@ -12,11 +12,13 @@ Choice = Callable[[Survey], Sequence[Cell]]
 
 def to_do(state: Survey) -> list[Cell]:
     """All cells that are neither done, failed for good, nor on their way."""
+    on_their_way = set(state.active_jobs)  # also those that nobody starts at the moment
     return state.held + [
         cell.cell
         for cell in state.cells
         if cell.state in ("missing", "interrupted", "failed")
         and cell.cause != NOT_FINITE
+        and cell.job not in on_their_way
         and state.fits(cell.cell)
     ]
 

@@ -3,14 +3,35 @@ where one of more ran out of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+from data_prep.manifest import MANIFEST
 from hpc.endings import Ending, ending
 from hpc.profile import ClusterProfile
 from hpc.queue import Queue
 from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
+from pipeline.grid import Grid
 from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted
+
+_SUCCEEDED = ("succeeded", "COMPLETED")  # the last words of the queues
+_NO_FAILURE = ("unknown", "cancelled", "dependency failed")
+_TITLES = {PRETRAIN: "pre-training"}
+
+
+class Failure(NamedTuple):
+    """A stage, or a pre-training, whose job failed. kind: prep, pretrain, reduce or report, as
+    `pipeline.logs` takes it."""
+
+    kind: str
+    job: str
+    ending: Ending
+
+    def __str__(self) -> str:
+        title = _TITLES.get(self.kind, self.kind)
+        return f"{title} failed: {self.ending.line or self.ending.cause}"
 
 
 def endings(
@@ -74,3 +95,66 @@ def untrained(run: RunPaths, sent: Iterable[Submitted]) -> dict[str, Submitted]:
         for key, task in trainers.items()
         if not run.backbone(key).with_suffix(".json").exists()
     }
+
+
+def blocker(
+    job: str,
+    sent: Mapping[str, Submitted],
+    jobs: Mapping[str, JobState],
+    ended: Mapping[str, Ending],
+) -> Failure | None:
+    """Return the failure that kept `job` from starting: that of a job which it needed. The queue's
+    own word is not enough: Slurm soon forgets."""
+    task = sent.get(job)
+    for needed in task.needs if task else ():
+        known = needed in sent and needed in ended and jobs[needed].why not in _SUCCEEDED
+        if known and ended[needed].cause != "unknown":
+            return Failure(sent[needed].kind, needed, ended[needed])
+    return None
+
+
+def last_of_each(
+    grid: Grid, stages: Iterable[Submitted], trainers: Mapping[str, Submitted]
+) -> list[Submitted]:
+    """Return the last job of each stage, and those of `trainers` (see `untrained`) whose backbone
+    this grid needs."""
+    keys = {cell.backbone_key for cell in grid.cells if cell.protocol.weights == "pretrain"}
+    by_kind = {task.kind: task for task in stages}
+    return [*by_kind.values(), *(task for key, task in trainers.items() if key in keys)]
+
+
+def failures(
+    grid: Grid,
+    last: Sequence[Submitted],
+    jobs: Mapping[str, JobState],
+    ended: Mapping[str, Ending],
+    queue: Queue,
+) -> tuple[Failure, ...]:
+    """Return those of the `last` jobs that failed, and whose work nobody has done since."""
+    found = [
+        Failure(task.kind, task.job, ended[task.job])
+        for task in last
+        if task.job in ended
+        and ended[task.job].cause not in _NO_FAILURE
+        and jobs[task.job].why not in _SUCCEEDED
+    ]
+    return tuple(f for f in found if not _made_since(grid, f.kind, queue.log_files(f.job)))
+
+
+def _made_since(grid: Grid, kind: str, logs: Sequence[Path]) -> bool:
+    """Return whether what a stage makes is newer than the logs of its failed job."""
+    products = {
+        "prep": [Path(settings.shards) / MANIFEST for settings in grid.datasets.values()],
+        "reduce": [grid.run.results],
+        "report": [grid.run.page],
+    }.get(kind, [])
+    made, said = [modified(path) for path in products], [modified(path) for path in logs]
+    return bool(made and said) and min(made) > 0 and max(made) > max(said)
+
+
+def modified(path: Path) -> float:
+    """Return when a file was last written, in seconds; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -29,7 +29,8 @@ class Submitted:
     sent at all, for one that the next submission is to send. A task of a batch script is an
     `element` of `script`, and its job is found from notes, see `pipeline.script_jobs`; any other is
     an element of what was sent with `token`, see `recall`. granted: what its job gets, and at_most:
-    how many cells it may have with that (None: any number), see `pipeline.ended`.
+    how many cells it may have with that (None: any number), see `pipeline.ended`. needs: the jobs
+    without whose success it does not start.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Submitted:
     granted: str = ""
     at_most: int | None = None
     token: str = ""
+    needs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, task: Task, **more: Any) -> Submitted:
@@ -90,13 +92,15 @@ class Submission:
             self._tasks[CANCEL] = Submitted(CANCEL, CANCEL)
         self.write()
 
-    def sending(self, names: Sequence[str]) -> str:
-        """Note that tasks are about to be sent together; a name that was not planned is a stage's.
-        Returns the token to send them with."""
+    def sending(self, names: Sequence[str], needs: Sequence[str] = ()) -> str:
+        """Note that tasks, which need some jobs to succeed, are about to be sent together; a name
+        that was not planned is a stage's. Returns the token to send them with."""
         earlier = {task.token for task in self._tasks.values()} - {""}
         token = f"{self._path.stem}-{len(earlier)}"
         for element, name in enumerate(names):
-            self._tasks[name] = replace(self._known(name), token=token, element=element)
+            self._tasks[name] = replace(
+                self._known(name), token=token, element=element, needs=tuple(needs)
+            )
         self.write()
         return token
 
@@ -142,7 +146,9 @@ def submissions(run: RunPaths) -> Iterator[Submitted]:
 def _tasks_of(path: Path) -> list[Submitted]:
     try:
         return [
-            Submitted(**{**task, "cells": tuple(task["cells"])})
+            Submitted(
+                **{**task, "cells": tuple(task["cells"]), "needs": tuple(task.get("needs", ()))}
+            )
             for task in read_json(path)["tasks"]
         ]
     # damaged, or no such record: what it submitted is found by its files

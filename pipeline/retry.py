@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import open_queue
 from jobs.cell import Cell, RunPaths
-from pipeline.choice import unsent
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.names import cells_named
+from pipeline.reasons import reason_lines
 from pipeline.records import cancellations
 from pipeline.show import TOO_LARGE, describe_missing, unasked_line
 from pipeline.state import NOT_FINITE, CellState, Survey, survey
-from pipeline.submit import check, plan_of, submit
+from pipeline.submit import check, plan_of, submit, submit_deferred
 from pipeline.wait import wait_for
 
 _AGAIN = ("node failure", "preemption", "time limit", "killed", "unknown")
@@ -55,10 +56,11 @@ def main(argv: Sequence[str]) -> int:
         num_jobs = len(plan_of(grid, state, choose=lambda _: chosen).bundles)
         print(f"would submit {num_jobs} jobs" if chosen else "nothing to submit again")
         return 0
-    jobs = submit(grid, queue, ["grid"], partial(choose_and_forgive, grid.run, named))
+    again_named = partial(choose, named=named)
+    jobs = submit(grid, queue, ["grid"], again_named, forgiven(grid.run, named))
     if not arguments.wait:
         return 0
-    again = partial(submit, grid, queue, choose=unsent, cancelled=cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
     return wait_for(grid, queue, jobs, ("grid",), again)
 
 
@@ -73,15 +75,21 @@ def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:
     return [cell.cell for cell in _tried(state) if _by_itself(cell, state)]
 
 
-def choose_and_forgive(run: RunPaths, named: Sequence[Cell], state: Survey) -> list[Cell]:
-    """As `choose`; of a named cell whose loss was not finite, the record that keeps it from
-    training is kept under another name."""
-    chosen = choose(state, named)
-    for cell in named:
-        record = run.failure(cell.signature)
-        if record.exists():
-            record.rename(_free_name(run, cell))
-    return chosen
+@contextmanager
+def forgiven(run: RunPaths, named: Sequence[Cell]) -> Iterator[None]:
+    """Rename the records of losses that were not finite, which keep the named cells from training.
+    They get their names back if the submission is refused."""
+    renamed: dict[Path, Path] = {}
+    try:
+        for cell in named:
+            record = run.failure(cell.signature)
+            if record.exists():
+                renamed[record] = record.rename(_free_name(run, cell))
+        yield
+    except UserError:
+        for record, kept in renamed.items():
+            kept.rename(record)
+        raise
 
 
 def _free_name(run: RunPaths, cell: Cell) -> Path:
@@ -105,7 +113,7 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
     if cell.state == "done":
         raise UserError(f"{name} is done; there is nothing to try again")
     if cell.job in state.active_jobs or cell.state in ("running", "unknown"):
-        what = "is waiting" if cell.state == "waiting" else "is running"
+        what = "is running" if cell.state == "running" else "is waiting"
         if cell.state == "unknown":
             what = "was sent, and the queue cannot be asked from here"
         if cell.cause == NOT_FINITE:
@@ -114,8 +122,8 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
 
 
 def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[str]:
-    """A line for each cause: how many cells, and what happens to them; and one for each cell that
-    is not submitted again by itself."""
+    """A line for each cause: how many cells, and what happens to them; and one for each reason why
+    cells are not submitted again by themselves."""
     signatures = {cell.signature for cell in named}
     tried = [c for c in _tried(state) if not named or c.cell.signature in signatures]
     for (cause, again), cells in _by_cause(tried, state).items():
@@ -129,7 +137,7 @@ def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[
             yield f"{number}: {cause}: again, {how}"
         else:
             yield f"{number}: {cause}: not by themselves; {_remedy(grid, cause)}"
-            yield from (f"  {c.cell.name}: {c.why}" for c in cells)
+            yield from (f"  {line}" for line in reason_lines(cells, with_state=False))
 
 
 def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool], list[CellState]]:

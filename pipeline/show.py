@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.command import MissingInput, one_line
+from pipeline.ended import modified
 from pipeline.grid import Grid
-from pipeline.state import STATES, CellState, Survey
+from pipeline.reasons import by_reason
+from pipeline.state import STATES, CellState, Progress, Survey
 
 if TYPE_CHECKING:  # planning, which status need not load
     from pipeline.forecast import Forecast
@@ -36,6 +38,9 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     for note in grid.notes:
         print(f"note: {one_line(note)}")
     print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
+    if state.not_started:
+        command = one_line(f"python -m pipeline.submit grid {grid.words}")
+        print(f"{state.not_started} jobs wait, but no process starts them; `{command}` does")
     if tight := sum(c.state == "failed" and not state.fits(c.cell) for c in state.cells):
         print(f"{tight} cells {TOO_LARGE}")
 
@@ -54,9 +59,42 @@ def unasked_line(why: str) -> str:
 def stage_lines(state: Survey) -> Iterator[str]:
     """`reduce: waiting (Dependency)`: the stages beside training that wait or run."""
     named = [("pre-training", job) for job in state.pretraining.values()]
-    for name, job in (*named, *state.stages.items()):
+    named += [(stage, job) for job, stage in state.stages.items()]
+    for name, job in named:
         known = state.jobs[job]
-        yield f"{name}: {known.state}{f' ({known.why})' if known.why else ''}, job {job}"
+        far = state.training_backbones.get(job)
+        parts = [f"{known.state}{f' ({known.why})' if known.why else ''}"]
+        yield f"{name}: {', '.join([*parts, *(_progress(far) if far else ()), f'job {job}'])}"
+
+
+def failure_lines(grid: Grid, state: Survey) -> Iterator[str]:
+    """Yield a line for each stage, and each pre-training, that failed."""
+    for failure in state.failed:
+        command = f"python -m pipeline.logs {failure.kind} {grid.words}"
+        yield f"{failure}, job {failure.job}; see `{command}`"
+
+
+def outdated_lines(grid: Grid, state: Survey) -> Iterator[str]:
+    """Yield a line if results.h5 lacks the counts of cells that finished later, and one if the page
+    shows older results. There is none while a job that makes them anew waits or runs."""
+    results, page = modified(grid.run.results), modified(grid.run.page)
+    command, coming = "python -m pipeline.submit", set(state.stages.values())
+    newer = sum(modified(path) > results for path in state.counts.values()) if results else 0
+    if newer and "reduce" not in coming:
+        yield (
+            f"results.h5 is older than the counts of {newer} cells; `{command} reduce {grid.words}`"
+            " brings it up to date"
+        )
+    if page and page < results and "report" not in coming:
+        yield f"the page is older than results.h5; `{command} report {grid.words}` draws it anew"
+
+
+def _progress(far: Progress) -> Iterator[str]:
+    """`step 12 of 40`, `1.50 steps/s`, `0:00:18 left`, as far as each is known."""
+    yield f"step {far.step} of {far.total}" if far.total else f"step {far.step}"
+    if far.rate:
+        yield f"{far.rate:.2f} steps/s"
+        yield f"{time_left(far)} left"
 
 
 def counts_line(state: Survey) -> str:
@@ -133,18 +171,28 @@ def cells_lines(cells: Sequence[CellState]) -> Iterator[str]:
         yield one_line("  ".join([cell.cell.name, *filter(None, _words(cell))]))
 
 
-def cells_table(cells: Sequence[CellState]) -> Table:
-    """One row a cell: state, step, rate, time left, and why."""
+def cells_table(cells: Sequence[CellState], whole: bool = False) -> Table:
+    """One row a cell: state, step, rate, time left, and why. Unless `whole`, cells that failed for
+    one reason share a row."""
     table = Table()
     table.add_column("cell", overflow="fold")  # its name is what other commands take
     for heading in ("state", "step", "steps/s", "time left"):
         table.add_column(heading, no_wrap=True)
     table.add_column("why", overflow="fold")
-    for cell in cells:
+    for cell, others in _rows(cells, whole):
         state, *numbers, why = _words(cell)
         coloured = Text(state, style=_COLOURS.get(state, ""))
-        table.add_row(literal(cell.cell.name), coloured, *numbers, literal(why))
+        name = f"{cell.cell.name} and {others} more" if others else cell.cell.name
+        table.add_row(literal(name), coloured, *numbers, literal(why))
     return table
+
+
+def _rows(cells: Sequence[CellState], whole: bool) -> list[tuple[CellState, int]]:
+    """Return the cells that have a row, each with the number of others that share it."""
+    shared = [] if whole else [c for c in cells if c.why and c.state in ("failed", "missing")]
+    others = {id(group[0]): len(group) - 1 for group in by_reason(shared)}
+    hidden = {id(cell) for cell in shared} - others.keys()
+    return [(cell, others.get(id(cell), 0)) for cell in cells if id(cell) not in hidden]
 
 
 def _words(cell: CellState) -> tuple[str, str, str, str, str]:
@@ -157,9 +205,9 @@ def _words(cell: CellState) -> tuple[str, str, str, str, str]:
     )
 
 
-def time_left(cell: CellState) -> str:
+def time_left(far: CellState | Progress) -> str:
     """`1:02:03` at the present rate, where there is one."""
-    if not cell.rate:
+    if not far.rate:
         return ""
-    seconds = int((cell.total - cell.step) / cell.rate)
+    seconds = int((far.total - far.step) / far.rate)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

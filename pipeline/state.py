@@ -13,9 +13,19 @@ from hpc import checkpoint
 from hpc.atomic import Damaged, read_json
 from hpc.endings import Ending
 from hpc.queue import Queue
-from hpc.tickets import JobState
+from hpc.tickets import NO_RUNNER, JobState
 from jobs.cell import Cell, RunPaths
-from pipeline.ended import answerable, cells_at_most, endings, granted, untrained
+from pipeline.ended import (
+    Failure,
+    answerable,
+    blocker,
+    cells_at_most,
+    endings,
+    failures,
+    granted,
+    last_of_each,
+    untrained,
+)
 from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid
 from pipeline.records import (
@@ -42,6 +52,10 @@ GONE, UNKNOWN = JobState("gone"), JobState("unknown")
 _INTERRUPTIONS = ("node failure", "preemption", "time limit", "killed")
 _FAILURES = ("error", "out of memory")
 NOT_FINITE = "not finite"
+# the state of cells whose job was never started, by how the job ended that it needed; else "failed"
+_NEVER_STARTED: Mapping[str, State] = {
+    **dict.fromkeys(_INTERRUPTIONS, "interrupted"), "cancelled": "missing"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,15 @@ class CellState:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a job is: `step` of `total` steps (0: not known yet), at `rate` steps per second."""
+
+    step: int
+    total: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class Survey:
     """All that planning and status need to know of a run."""
 
@@ -70,7 +93,10 @@ class Survey:
     steps: Mapping[str, int]  # newest checkpoint by cell signature
     pretraining: Mapping[str, str]  # backbone key -> the job that trains it now
     active_jobs: tuple[str, ...]  # of tasks
-    stages: Mapping[str, str]  # prep, reduce, report -> the job that waits or runs
+    stages: Mapping[str, str]  # jobs of prep, reduce and report that wait or run -> the stage
+    counts: Mapping[str, Path]  # the counts file of each done cell by signature
+    failed: tuple[Failure, ...]  # stages and pre-trainings whose last job failed
+    training_backbones: Mapping[str, Progress]  # how far the jobs in `pretraining` are
     jobs: Mapping[str, JobState]  # of all that the queue was asked about
     problems: tuple[str, ...]  # lines about damaged files
     at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
@@ -87,6 +113,11 @@ class Survey:
         needs, ran out of memory with what jobs get now."""
         backbone = cell.protocol.weights == "pretrain" and self.at_most.get(cell.backbone_key) == 0
         return not backbone and self.at_most.get(cell.signature) != 0
+
+    @property
+    def not_started(self) -> int:
+        """How many jobs wait in a local queue that has no runner."""
+        return sum(job.why == NO_RUNNER for job in self.jobs.values())
 
     def count(self, state: State) -> int:
         """How many cells are in `state`."""
@@ -108,11 +139,11 @@ def survey(
     recorded = list(submissions(grid.run))
     sent = recall(recorded, queue)
     open_tasks = [t for t in sent if _is_open(t, done, grid.run)]
-    # of each the last
-    stages = {t.kind: t.job for t in sent if t.job and t.kind not in (BUNDLE, PRETRAIN, CANCEL)}
+    by_job = {t.job: t for t in sent if t.job and t.kind != CANCEL}
+    stages = {job: t for job, t in by_job.items() if t.kind not in (BUNDLE, PRETRAIN)}
     arrays = noted_arrays(grid.run.submitted)
-    asked = {job for task in open_tasks for job in _jobs_of(task, arrays)}
-    jobs = queue.look(asked.union(stages.values(), also) - {""})
+    asked = {job for task in open_tasks for job in (*_jobs_of(task, arrays), *task.needs)}
+    jobs = queue.look(asked.union(stages, also) - {""})
     open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     known = {t: _known(t, jobs, beats[t.task], queue) for t in open_tasks}
@@ -123,10 +154,14 @@ def survey(
     latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
     waited_for = untrained(grid.run, sent)
     tasks = {c.signature: answerable(c, latest.get(c.signature), waited_for) for c in grid.cells}
-    gone = {t.job for t in [*latest.values(), *tasks.values()] if t and t not in active}
+    last = last_of_each(grid, stages.values(), waited_for)
+    gone = {t.job for t in [*latest.values(), *tasks.values(), *last] if t and t not in active}
+    gone |= {job for task in open_tasks for job in task.needs}
+    jobs |= {job: _known(task, jobs, {}, queue) for job, task in stages.items()}
     jobs |= {t.job: known[t] for t in open_tasks if t.job}
     ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
-    failures = {path.stem: path for path in json_files(grid.run.failures)}
+    blocked = {job: failure for job in gone if (failure := blocker(job, by_job, jobs, ended))}
+    not_finite = {path.stem: path for path in json_files(grid.run.failures)}
     states = []
     for cell in grid.cells:
         if cell.signature in done:
@@ -135,11 +170,14 @@ def survey(
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
         task, asked_of = latest.get(cell.signature), tasks[cell.signature]
         beat = beats[task.task] if task else {}
-        told = [ended[t.job] for t in (asked_of, task) if t and t.job in ended]
-        ending = told[0] if told else Ending("unknown")
-        failed = failures.get(cell.signature)
+        told = next((t for t in (asked_of, task) if t and t.job in ended), None)
+        ending = ended[told.job] if told else Ending("unknown")
+        blocking = blocked.get(told.job) if told else None
+        if told and told is not task and not blocking and ending.cause != "unknown":
+            blocking = Failure(told.kind, told.job, ending)
+        failed = not_finite.get(cell.signature)
         job = known.get(task, GONE) if task else GONE
-        states.append(_unfinished(state, failed, task, job, task in active, beat, ending))
+        states.append(_unfinished(state, failed, task, job, task in active, beat, ending, blocking))
     return Survey(
         cells=tuple(states),
         steps=steps,
@@ -149,9 +187,16 @@ def survey(
         },
         active_jobs=tuple(sorted({task.job for task in active if task.job})),
         stages={
-            kind: j
-            for kind, j in stages.items()
+            j: t.kind
+            for j, t in stages.items()
             if jobs.get(j, GONE).state in ("waiting", "running")
+        },
+        counts={c.signature: done[c.signature].path for c in grid.cells if c.signature in done},
+        failed=failures(grid, last, jobs, ended, queue),
+        training_backbones={
+            t.job: _progress(beats[t.task])
+            for t in active
+            if t.kind == PRETRAIN and beats[t.task] and known[t].state == "running"
         },
         jobs=jobs,
         problems=tuple(problems),
@@ -159,6 +204,10 @@ def survey(
         recalled=tuple(now for was, now in zip(recorded, sent, strict=True) if is_lost(was)),
         unreachable=queue.unreachable,
     )
+
+
+def _progress(beat: Mapping[str, Any]) -> Progress:
+    return Progress(beat.get("step", 0), beat.get("total", 0), beat.get("steps_per_second", 0.0))
 
 
 def _known(
@@ -244,6 +293,7 @@ def _unfinished(
     active: bool,
     beat: Mapping[str, Any],
     ending: Ending,
+    blocking: Failure | None,
 ) -> CellState:
     if failure:
         state = replace(state, job=task.job if task else "")
@@ -253,6 +303,8 @@ def _unfinished(
     step = max(state.step, beat.get("step", 0))
     known = replace(state, step=step, total=beat.get("total", 0), job=task.job)
     if active:
+        if job.why == NO_RUNNER:
+            return replace(known, state="interrupted" if step else "missing", why=job.why)
         if job.state == "waiting":
             return replace(known, state="waiting", why=job.why)
         if job.state == "unknown" and _heart_stopped(beat):
@@ -267,6 +319,13 @@ def _unfinished(
     known = replace(
         known, step=state.step, cause=ending.cause if task.job or task.kind == CANCEL else ""
     )
+    if blocking and task.kind != CANCEL:
+        cause = blocking.ending.cause
+        return replace(
+            known, state=_NEVER_STARTED.get(cause, "failed"), why=str(blocking), cause=cause
+        )
+    if ending.cause == "dependency failed":
+        return replace(known, state="failed", why="a job that it needs failed")
     if ending.cause in ("error", "out of memory"):
         return replace(known, state="failed", why=ending.line or ending.cause)
     began = beat or ending.cause in _INTERRUPTIONS

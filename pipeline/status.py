@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 
 from data_prep.manifest import Manifest
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.queue import open_queue
 from pipeline.grid import Grid, find_config, read_grid
+from pipeline.reasons import reason_lines
 from pipeline.show import (
     MOST_ROWS,
     cells_lines,
@@ -20,6 +22,8 @@ from pipeline.show import (
     cells_table,
     console,
     describe_survey,
+    failure_lines,
+    outdated_lines,
     stage_lines,
 )
 from pipeline.state import STATES, survey
@@ -36,13 +40,16 @@ def main(argv: Sequence[str]) -> int:
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=True))
     shown = [cell for cell in state.cells if arguments.state in (None, cell.state)]
     if len(shown) <= MOST_ROWS:
-        console().print(cells_table(shown))
+        console().print(cells_table(shown, whole=arguments.state is not None))
     elif arguments.state:
         print("\n".join(cells_lines(shown)))
     else:
         console().print(cells_overview(shown))
         print(f"more than {MOST_ROWS} cells: --state STATE names those in a state")
-    for line in stage_lines(state):
+        for line in reason_lines(cell for cell in shown if cell.state == "failed"):
+            print(one_line(line))
+    lines = (stage_lines(state), failure_lines(grid, state), outdated_lines(grid, state))
+    for line in chain(*lines):
         print(one_line(line))
     describe_survey(grid, state)
     for warning in _data_warnings(grid):

@@ -10,8 +10,9 @@ $LOSSGRID_CONFIG, or ./lossgrid.toml.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from hpc.command import MissingInput, UserError, argument_parser, one_line, run,
 from hpc.config import user_path
 from hpc.locks import take_lock
 from hpc.private import private_folder, require_private, restrict_umask
-from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
 from jobs.counts_file import set_aside_altered
 from jobs.task import Task, write_task
+from pipeline import stage_jobs
 from pipeline.checks import check_inputs, check_room, check_sources
 from pipeline.choice import Choice, to_do, unsent
 from pipeline.ended import granted
@@ -55,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
     parser.add_argument("--script", metavar="DIR", help="write scripts to submit by hand instead")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
+    parser.add_argument(
+        "--allow-fewer", action="store_true", help="let reduce and report replace more cells"
+    )
     parser.add_argument("--profile", action="store_true", help="measure the parts of the jobs")
     parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
@@ -84,10 +88,11 @@ def main(argv: Sequence[str]) -> int:
     if scripts:
         write_scripts(grid, queue, stages, scripts)
         return 0
-    jobs = submit(grid, queue, stages)
+    options = ("--allow-fewer",) if arguments.allow_fewer else ()
+    jobs = submit(grid, queue, stages, options=options)
     if not arguments.wait:
         return 0
-    again = partial(submit, grid, queue, choose=unsent, cancelled=cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run), options=options)
     return wait_for(grid, queue, jobs, stages, again)
 
 
@@ -120,34 +125,113 @@ def submit(
     queue: Queue,
     stages: Sequence[str],
     choose: Choice = to_do,
-    cancelled: int | None = None,
+    around: AbstractContextManager[None] | None = None,
+    options: Sequence[str] = (),
 ) -> dict[str, list[str]]:
-    """Submit `stages`, each after the one before. Returns the job ids by stage. Where the queue has
-    no room for more, the stages that are not there, and perhaps some of a grid's tasks, are held
-    back. Refuses if the grid was cancelled since it had been `cancelled` so many times."""
+    """Submit `stages`, each after the one before.
+
+    Args:
+        choose: Returns the cells to train, of those that the run directory tells of.
+        around: Is entered when all checks have passed, around what is sent.
+        options: What reduce and report are called with beside the grid file.
+
+    Returns:
+        The job ids by stage. Where the queue has no room for more, the last stages, and perhaps
+        some of the grid's tasks, are deferred.
+    """
     check(grid, stages)  # a refused submission leaves no run directory
-    with submission(grid) as config:
-        if cancelled is not None and cancellations(grid.run) != cancelled:
-            raise UserError("the grid was cancelled meanwhile; what was held back is not sent")
-        record = Submission(grid.run)
-        jobs: dict[str, list[str]] = {}
-        after: list[str] = []
-        for stage in stages:
-            if stage == "grid":
-                jobs[stage], all_sent = submit_grid(grid, queue, after, record, choose)
-                after = [*jobs[stage], *after]
-                if not all_sent:
-                    break
-                continue
-            if queue.room() == 0:
+    with one_submission(grid):
+        if "grid" in stages:
+            _set_aside(grid)
+        work = _decide(grid, queue, stages, choose)
+        if "grid" in stages:
+            describe_survey(grid, work.state)
+        with around or nullcontext():
+            jobs = _act(grid, queue, work, options)
+    if deferred := [stage for stage in work.stages if stage not in jobs]:
+        print(f"held back: {', '.join(deferred)}: {_HELD}")
+    return jobs
+
+
+def submit_deferred(
+    grid: Grid,
+    queue: Queue,
+    cancelled: int,
+    stages: Sequence[str],
+    options: Sequence[str] = (),
+) -> dict[str, list[str]]:
+    """Submit what was deferred of `stages`, for a caller that asks again and again. Without room in
+    the queue nothing is read but the records, and nothing is written or printed. Refuses if the
+    grid was cancelled since it had been `cancelled` so many times."""
+    _refuse_cancelled(grid, cancelled)
+    if queue.room() == 0:
+        return {}
+    check(grid, stages)
+    with one_submission(grid):
+        _refuse_cancelled(grid, cancelled)
+        return _act(grid, queue, _decide(grid, queue, stages, unsent), options)
+
+
+def _refuse_cancelled(grid: Grid, before: int) -> None:
+    if cancellations(grid.run) != before:
+        raise UserError("the grid was cancelled meanwhile; what was held back is not sent")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a submission is to do: `stages` in order, and `plan` for the grid. superseded: the
+    waiting jobs of stages that are cancelled first, by `pipeline.stage_jobs`."""
+
+    state: Survey
+    plan: Plan
+    stages: tuple[str, ...]
+    superseded: Mapping[str, str]
+
+
+def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> _Work:
+    """Look at the run directory and the queue, and check what is to be sent. Changes nothing."""
+    of_grid = "grid" in stages
+    state = survey(grid, queue, accounting=of_grid)
+    plan = plan_of(grid, state, choose=choose) if of_grid else Plan((), ())
+    check_room(grid, [cell for task in plan.bundles for cell in task.cells])
+    gone = stage_jobs.superseded(state, stages, bool(plan.bundles)) if of_grid else {}
+    return _Work(state, plan, stage_jobs.with_moved(stages, gone.values()), gone)
+
+
+def _act(
+    grid: Grid, queue: Queue, work: _Work, options: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Send what was decided. Returns the job ids by stage."""
+    state = work.state
+    unchanged = _config_is(grid)
+    config = _keep_config(grid)
+    settle(grid.run, state.recalled)
+    if work.superseded:  # first: a free runner would start them
+        queue.cancel(work.superseded)
+        names = ", ".join(dict.fromkeys(work.superseded.values()))
+        print(f"moved behind the cells of this submission: {names}")
+    record = Submission(grid.run)
+    record.limits(granted(grid.cluster), state.at_most)
+    jobs: dict[str, list[str]] = {}
+    packing, before = stage_jobs.packing(state), stage_jobs.reducing(state)
+    for stage in work.stages:
+        if stage == "prep" and (reused := stage_jobs.prep_to_reuse(state, unchanged)):
+            jobs[stage] = reused
+        elif stage == "grid":
+            jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
+            if not all_sent:
                 break
-            call = ModuleCall(_STAGE_PROGRAMS[stage], (str(config),))
-            wanted, token = _resources(grid, queue, stage), record.sending([stage])
-            jobs[stage] = queue.submit([call], wanted, stage, after, token)
-            record.sent([stage], jobs[stage])
-            after = jobs[stage]
-    if held := [stage for stage in stages if stage not in jobs]:
-        print(f"held back: {', '.join(held)}: {_HELD}")
+        elif queue.room() == 0:
+            break
+        else:
+            first = {"prep": packing, "reduce": before, "report": []}[stage]
+            needs = jobs.get("reduce", []) if stage == "report" else []
+            given = [str(config), *(options if stage != "prep" else ())]
+            jobs[stage] = _send_stage(grid, queue, stage, given, record, first, needs)
+        packing = packing if stage != "prep" else list(dict.fromkeys([*packing, *jobs[stage]]))
+        before = [*jobs[stage], *before]
+    if state.active_jobs or state.stages:
+        queue.ensure_runner()  # nobody may have started these since the machine did
     return jobs
 
 
@@ -158,39 +242,51 @@ _STAGE_PROGRAMS = {
 }
 
 
-def _resources(grid: Grid, queue: Queue, stage: str) -> Resources:
+def _send_stage(
+    grid: Grid,
+    queue: Queue,
+    stage: str,
+    arguments: Sequence[str],
+    record: Submission,
+    after: Sequence[str],
+    needs: Sequence[str],
+) -> list[str]:
     by_mpi = stage == "reduce" and queue.starts_mpi
-    return grid.cluster.reducing() if by_mpi else grid.cluster.single()
+    wanted = grid.cluster.reducing() if by_mpi else grid.cluster.single()
+    call = ModuleCall(_STAGE_PROGRAMS[stage], tuple(arguments))
+    token = record.sending([stage], needs)
+    jobs = queue.submit([call], wanted, stage, after, token, needs)
+    record.sent([stage], jobs)
+    return jobs
 
 
-def submit_grid(
-    grid: Grid, queue: Queue, after: Sequence[str], record: Submission, choose: Choice = to_do
+def _send_grid(
+    grid: Grid, queue: Queue, work: _Work, record: Submission, packing: Sequence[str]
 ) -> tuple[list[str], bool]:
-    """Submit the tasks that are missing, as many as the queue has room for. Returns the ids of all
-    jobs that work on the grid now, old and new, and whether all tasks were sent."""
-    _set_aside(grid)
-    state = survey(grid, queue, accounting=True)
-    settle(grid.run, state.recalled)
-    plan = plan_of(grid, state, choose=choose)
-    record.limits(granted(grid.cluster), state.at_most)
-    check_room(grid, [cell for task in plan.bundles for cell in task.cells])
-    describe_survey(grid, state)
+    """Submit the tasks that are missing, as many as the queue has room for; they need the jobs
+    `packing`. Returns the ids of all jobs that work on the grid now, old and new, and whether all
+    tasks were sent."""
+    state, plan = work.state, work.plan
     if not plan.bundles:
         return list(state.active_jobs), True
-    now, held = split(plan, queue.room())
-    record.plan([*now.pretrain, *now.bundles], [*held.pretrain, *held.bundles], _HELD)
+    now, later = split(plan, queue.room())
+    noted = {cell.signature for cell in state.held}
+    newly_held = [t for t in later.bundles if not noted.issuperset(c.signature for c in t.cells)]
+    if now.bundles or now.pretrain or newly_held:
+        held = [*later.pretrain, *newly_held] if newly_held else []
+        record.plan([*now.pretrain, *now.bundles], held, _HELD)
     backbones = dict(state.pretraining)
-    jobs = _send(grid, queue, now.pretrain, after, record)
+    jobs = _send(grid, queue, now.pretrain, packing, record)
     for task, job in zip(now.pretrain, jobs, strict=True):
         backbones[task.cells[0].backbone_key] = job
-    for needs, tasks in _by_backbone(now, backbones).items():
-        jobs += _send(grid, queue, tasks, [*after, *needs], record)
+    for backbone, tasks in _by_backbone(now, backbones).items():
+        jobs += _send(grid, queue, tasks, [*packing, *backbone], record)
     num_cells = sum(len(task.cells) for task in now.bundles)
     more = f", and {len(now.pretrain)} to pre-train their backbones" if now.pretrain else ""
     print(f"submitted {len(now.bundles)} jobs for {num_cells} cells{more}")
-    if held.bundles:
-        print(f"held back: {len(held.bundles)} jobs: {_HELD}")
-    return [*state.active_jobs, *jobs], not held.bundles
+    if later.bundles:
+        print(f"held back: {len(later.bundles)} jobs: {_HELD}")
+    return [*state.active_jobs, *jobs], not later.bundles
 
 
 _HELD = "you may have no more jobs in the queue; run it again when there is room"
@@ -202,13 +298,14 @@ def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path)
     for line in sbatch.warnings(grid.cluster):
         warn(line)
     check_folder(folder, grid)  # a refusal leaves no run directory
-    with submission(grid):
-        for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs
-            private_folder(place, grid.cluster.group)
+    with one_submission(grid):
         plan = _plan_of_scripts(grid, queue) if "grid" in stages else Plan((), ())
         wanted = parts(stages, plan.pretrain, plan.bundles, queue.max_array_size())
         if not wanted:
             return print("nothing is left to submit, so no script was written")
+        _keep_config(grid)
+        for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs
+            private_folder(place, grid.cluster.group)
         token, tasks = new_token(), [*plan.pretrain, *plan.bundles]
         for task in tasks:
             write_task(task)
@@ -262,24 +359,24 @@ def _by_backbone(plan: Plan, backbones: dict[str, str]) -> dict[tuple[str, ...],
 
 
 def _send(
-    grid: Grid, queue: Queue, tasks: Sequence[Task], after: Sequence[str], record: Submission
+    grid: Grid, queue: Queue, tasks: Sequence[Task], needs: Sequence[str], record: Submission
 ) -> list[str]:
     if not tasks:
         return []
     calls = [ModuleCall(_PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
     names, title = [task.name for task in tasks], f"{grid.name}-{tasks[0].kind}"
-    token = record.sending(names)
-    jobs = queue.submit(calls, grid.cluster.training(), title, after, token)
+    token = record.sending(names, needs)
+    jobs = queue.submit(calls, grid.cluster.training(), title, (), token, needs)
     record.sent(names, jobs)
     return jobs
 
 
 @contextmanager
-def submission(grid: Grid) -> Iterator[Path]:
-    """What writes into the run directory of a grid to submit it. Yields the copy of its file."""
+def one_submission(grid: Grid) -> Iterator[None]:
+    """Hold the run directory of a grid for one submission."""
     restrict_umask(grid.cluster.group)
     with one_at_a_time(grid.run.root, grid.cluster.group):
-        yield _keep_config(grid)
+        yield
 
 
 @contextmanager
@@ -299,9 +396,21 @@ def one_at_a_time(root: Path, group: str = "") -> Iterator[None]:
 def _keep_config(grid: Grid) -> Path:
     """A copy of the grid file in the run directory: jobs that start later see what was
     submitted."""
-    path = grid.run.root / "grid.toml"
+    path = _kept_config(grid)
     write_bytes(path, grid.path.read_bytes())
     return path.absolute()
+
+
+def _kept_config(grid: Grid) -> Path:
+    return grid.run.root / "grid.toml"
+
+
+def _config_is(grid: Grid) -> bool:
+    """Return whether the submission before this one was of the same grid file."""
+    try:
+        return _kept_config(grid).read_bytes() == grid.path.read_bytes()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hpc.endings import names_error
 from hpc.queue import Queue
 from hpc.slurm import QueueUnreachable
 from pipeline.grid import Grid
+from pipeline.reasons import reason_lines
 from pipeline.show import counts_line, time_left
 from pipeline.state import CellState, Survey, survey
 
@@ -38,8 +39,9 @@ def wait_for(
     """Wait until all `jobs` of `stages` have ended; what the queue had no room for goes to `submit`
     whenever a job has ended. Prints the report's table and page if there is one. Returns 0 if
     everything asked for is there, 1 if cells are missing, 2 if a stage was refused."""
+    progress = _Progress(grid)
     try:
-        while _watch(grid, queue, jobs, stages) and submit:
+        while _watch(grid, queue, jobs, stages, progress) and submit:
             held = [stage for stage in stages if stage == "grid" or stage not in jobs]
             jobs = {**jobs, **patiently(partial(submit, held))}
     except KeyboardInterrupt:
@@ -74,14 +76,36 @@ def patiently(ask: Callable[[], T]) -> T:
             time.sleep(_CLUSTER_POLL_SECONDS)
 
 
-def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
+class _Progress:
+    """Shows how far a grid is: in place on a terminal, else by a line from time to time."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._console = Console(file=sys.stdout)
+        self._shown_at, self._shown = 0.0, ""
+
+    def status(self) -> Status:
+        """Return the line that stands on a terminal."""
+        return Status("waiting", console=self._console)
+
+    def show(self, state: Survey, status: Status) -> None:
+        """Show how far the grid is now."""
+        line = _progress_line(self._grid, state)
+        status.update(Text(line))  # a plain string would be read as markup
+        due = time.monotonic() - self._shown_at > _LINE_SECONDS
+        if not self._console.is_terminal and due and line != self._shown:
+            print(line, flush=True)
+            self._shown_at, self._shown = time.monotonic(), line
+
+
+def _watch(
+    grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str], progress: _Progress
+) -> bool:
     """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
     ids = {job for of_stage in jobs.values() for job in of_stage}
     missing = any(stage not in jobs for stage in stages)
-    console = Console(file=sys.stdout)
-    shown_at, shown = 0.0, ""
     seen: set[str] = set()  # alive when we looked before
-    with Status("waiting", console=console) as status:
+    with progress.status() as status:
         while True:
             state = patiently(partial(survey, grid, queue, ids))
             alive = {job for job in ids if state.jobs[job].state != "gone"}
@@ -93,12 +117,7 @@ def _watch(grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str]) -> bool:
                 return True
             seen = alive
             queue.ensure_runner()
-            line = _progress_line(grid, state)
-            status.update(Text(line))  # a plain string would be read as markup
-            due = time.monotonic() - shown_at > _LINE_SECONDS
-            if not console.is_terminal and due and line != shown:
-                print(line, flush=True)
-                shown_at, shown = time.monotonic(), line
+            progress.show(state, status)
             time.sleep(queue.poll_seconds)
 
 
@@ -107,6 +126,9 @@ def _progress_line(grid: Grid, state: Survey) -> str:
     text = f"{one_line(grid.name)}: {counts_line(state)}"
     if state.pretraining:
         text += "; pre-training"
+        far = [p for p in state.training_backbones.values() if p.total]
+        if far:
+            text += f", {min(p.step / p.total for p in far):.0%}"
     if running:
         slowest = min(running, key=_done_share)
         text += f"; {_done_share(slowest):.0%} of the slowest job"
@@ -130,6 +152,6 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def _unfinished(grid: Grid, queue: Queue) -> list[str]:
-    """A line for each cell that is not done."""
+    """Return a line for each reason why cells are not done."""
     cells = patiently(partial(survey, grid, queue)).cells
-    return [f"{c.cell.name}: {c.state} {c.why}".rstrip() for c in cells if c.state != "done"]
+    return list(reason_lines(cell for cell in cells if cell.state != "done"))

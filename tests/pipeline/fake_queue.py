@@ -29,6 +29,7 @@ class FakeQueue:
         self.tokens: dict[str, dict[int, str]] = {}
         self.asked_for: list[list[str]] = []  # the tokens of each question
         self.questions = 0
+        self.runner_calls = 0
         self.why: dict[str, str] = {}
         self.max_jobs: int | None = None
         self.cancelled: list[list[str]] = []  # the jobs of each call
@@ -85,7 +86,7 @@ class FakeQueue:
         return [path] if (path := self.log(job_id)).exists() else []
 
     def ensure_runner(self) -> None:
-        raise NotImplementedError
+        self.runner_calls += 1
 
     def let_runner_leave(self, seconds: float) -> None:
         """It has none."""

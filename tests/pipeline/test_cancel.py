@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from hpc.command import UserError
 from pipeline import cancel as command
 from pipeline import status, wait
 from pipeline.cancel import cancel
-from pipeline.choice import unsent
 from pipeline.grid import Grid
 from pipeline.records import cancellations
 from pipeline.state import survey
-from pipeline.submit import submit
+from pipeline.submit import submit, submit_deferred
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import beat, cells_of, save, words
@@ -121,9 +122,7 @@ def test_what_was_held_back_is_not_sent_by_who_still_waits(grid, queue, monkeypa
     assert lines[1] == "no longer held back: 1 jobs"
     assert not survey(grid, queue).held
 
-    def again(stages):
-        return submit(grid, queue, stages, unsent, seen)
-
+    again = partial(submit_deferred, grid, queue, seen)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="the grid was cancelled meanwhile"):
         wait.wait_for(grid, queue, jobs, ("grid", "reduce"), again)
@@ -140,7 +139,7 @@ def test_a_held_cell_that_was_cancelled_is_left_out_by_who_still_waits(grid, que
     seed1 = [cell for cell in cells if cell.seed == 1]
     assert cancel(grid, queue, seed1[:1])[0] == "cancelled 0 jobs"
     queue.max_jobs = 5
-    submit(grid, queue, ["grid"], unsent, cancellations(grid.run))
+    submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
     assert {cell.seed for cell in cells_of(queue, "job1")} == {0}
     assert list(queue.jobs) == ["job1"]
 

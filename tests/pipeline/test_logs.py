@@ -9,7 +9,7 @@ from hpc.command import UserError
 from pipeline import logs
 from pipeline.grid import Grid
 from pipeline.records import Submission
-from pipeline.submit import submit_grid
+from pipeline.submit import submit
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import small_grid
 
@@ -30,8 +30,8 @@ class ManyRanks(FakeQueue):
 
 
 @pytest.fixture
-def grid(tmp_path) -> Grid:
-    return small_grid(tmp_path)
+def grid(tmp_path, streets) -> Grid:
+    return small_grid(tmp_path, (f"{tmp_path}/streets", str(streets)))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def queue(tmp_path, grid, monkeypatch) -> FakeQueue:
     """A queue in which job1 and job2 train a seed each."""
     queue = ManyRanks(tmp_path)
     monkeypatch.setattr(logs, "open_queue", lambda *_, **__: queue)
-    submit_grid(grid, queue, [], Submission(grid.run))
+    submit(grid, queue, ["grid"])
     return queue
 
 
@@ -135,7 +135,7 @@ def test_a_stage_has_logs_too(queue, write, shown, grid):
 def test_while_a_new_job_waits_the_one_before_is_shown(queue, write, shown, grid):
     write("job1", 0, *BUG)
     queue.jobs["job1"] = "gone"
-    submit_grid(grid, queue, [], Submission(grid.run))
+    submit(grid, queue, ["grid"])
     lines = shown(FIRST)
     assert lines[0] == f"{FIRST}: job job3 has written nothing yet; this is the one before"
     assert lines[1].startswith(f"{FIRST}: job job1, 1 ranks, ")

@@ -78,7 +78,7 @@ def test_a_pre_training_is_found_too_and_bundles_wait_for_it(tmp_path, streets, 
     die(grid, queue)
     assert list(queue.jobs) == ["job1"], "it died between the pre-training and the bundles"
     assert submit(grid, queue, ["grid"])["grid"] == ["job1", "job2", "job3"]
-    assert queue.after["job2"] == queue.after["job3"] == ["job1"]
+    assert queue.needs["job2"] == queue.needs["job3"] == ["job1"]
 
 
 def test_what_the_queue_does_not_know_was_not_sent_or_is_forgotten(grid, queue):
@@ -115,4 +115,4 @@ def test_a_lost_stage_has_logs(grid, queue):
     with pytest.raises(KeyboardInterrupt):
         submit(grid, queue, ["reduce"])
     assert logs.jobs_of(grid, queue, "reduce") == ("reduce", ["job1"])
-    assert survey(grid, queue).stages == {"reduce": "job1"}
+    assert survey(grid, queue).stages == {"job1": "reduce"}

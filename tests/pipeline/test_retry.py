@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -171,10 +172,11 @@ def test_a_users_mistake_is_told_and_not_repeated(grid, queue, retried):
     end(queue, "job1", "error: data/x is damaged; mend it")
     lines = retried(grid)
     assert lines[0].startswith("4 cells: error: not by themselves; mend it, then `python -m ")
-    assert lines[1:5] == [
-        f"  {cell.name}: error: data/x is damaged; mend it" for cell in cells_of(queue, "job1")
+    first = cells_of(queue, "job1")[0]
+    assert lines[1:] == [
+        f"  4 cells: error: data/x is damaged; mend it; for example {first.name}",
+        "nothing to submit again",
     ]
-    assert lines[5:] == ["nothing to submit again"]
     assert len(queue.jobs) == 2
 
 
@@ -199,6 +201,31 @@ def test_a_loss_that_was_not_finite_is_tried_again_by_name_alone(grid, queue, re
     end(queue, "job3")
     retried(grid, "--cell", first.name)
     assert len(list(grid.run.failures.iterdir())) == 2
+
+
+def test_a_refused_retry_leaves_the_record_of_a_failure(grid, queue, retried, monkeypatch):
+    """Whatever refuses it, before the queue is asked and after."""
+    submit(grid, queue, ["grid"])
+    first, *others = cells_of(queue, "job1")
+    diverge(grid, first)
+    finish(grid, others, "task1")
+    end(queue, "job1")
+    before = sorted(path.name for path in grid.run.root.rglob("*"))
+    usage = shutil.disk_usage(grid.run.root)._replace(free=0)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(UserError, match="make room"):
+            retried(grid, "--cell", first.name)
+    assert sorted(path.name for path in grid.run.root.rglob("*")) == before
+
+    def refuse(*_):
+        raise UserError("sbatch refused the job: no such partition")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(queue, "submit", refuse)
+        with pytest.raises(UserError, match="no such partition"):
+            retried(grid, "--cell", first.name)
+    assert [path.name for path in grid.run.failures.iterdir()] == [f"{first.signature}.json"]
 
 
 def test_named_cells_alone_are_tried_again_whatever_they_ended_with(grid, queue, retried):
@@ -269,7 +296,7 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
         end(queue, job, "error: the pre-trained backbone x is missing; run grid again")
     assert retried(grid)[0] == "8 cells: node failure: again"
     assert queue.calls["job4"].module == "jobs.pretrain"
-    assert queue.after["job5"] == ["job4"]
+    assert queue.needs["job5"] == ["job4"]
     end(queue, "job4", OUT_OF_MEMORY)
     for job in ("job5", "job6"):
         end(queue, job, "error: the pre-trained backbone x is missing; run grid again")

@@ -4,17 +4,22 @@ and goes with a later submission."""
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 
 from data_prep.pack import pack
+from hpc.atomic import read_json
 from hpc.tickets import JobState
+from pipeline import submit as command
 from pipeline import wait
 from pipeline.grid import Grid
+from pipeline.records import cancellations
 from pipeline.state import STATES, survey
 from pipeline.submit import plan_of, submit
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
+from tests.pipeline.stories import cells_of
 
 SEEDS = ("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4]")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -79,7 +84,7 @@ def test_a_bundle_does_not_go_before_its_backbone(tmp_path, streets, queue):
     assert submit(grid, queue, ["grid"]) == {"grid": ["job1", "job2"]}
     modules = [call.module for call in queue.calls.values()]
     assert modules == ["jobs.pretrain", "jobs.train"]
-    assert queue.after["job2"] == ["job1"]
+    assert queue.needs["job2"] == ["job1"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
@@ -112,6 +117,59 @@ def test_waiting_sends_the_rest_as_jobs_end(grid, queue, monkeypatch, limit):
     assert max(most) == limit
 
 
+def test_a_poll_that_sends_nothing_writes_and_prints_nothing(grid, queue, monkeypatch, capsys):
+    """The user's other jobs fill the queue. Counts are not read again either."""
+    queue.max_jobs = 1
+    jobs = submit(grid, queue, ["grid"])
+    finish(grid, cells_of(queue, "job1"), "task1")
+    queue.jobs |= {"job1": "gone", "other": "running"}
+    capsys.readouterr()
+    files, printed = [], []
+
+    def sleep(seconds):
+        files.append({p: p.stat().st_mtime_ns for p in grid.run.root.rglob("*") if p.is_file()})
+        printed.append(capsys.readouterr().out)
+        if len(files) == 5:
+            queue.max_jobs = None
+
+    def refuse(folder):
+        raise AssertionError("counts were verified again")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(command, "set_aside_altered", refuse)
+    again = partial(command.submit_deferred, grid, queue, cancellations(grid.run))
+    monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
+    assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
+    assert all(found == files[0] for found in files[:5])
+    assert printed[:5] == [""] * 5
+
+
+def look_until_trained(grid: Grid, queue: FakeQueue):
+    """The queue's `look`, after which every job of ours has ended well."""
+
+    def look(ids):
+        for job in [job for job in ids if queue.jobs.get(job) == "waiting"]:
+            finish(grid, cells_of(queue, job), f"task{job}")
+            queue.jobs[job] = "gone"
+        return {job: JobState(queue.jobs.get(job, "gone")) for job in ids}
+
+    return look
+
+
+def test_what_is_deferred_is_noted_once(grid, queue):
+    """A record of thousands of deferred jobs is large, and jobs may end at every poll."""
+    queue.max_jobs = 1
+    submit(grid, queue, ["grid"])
+    (first,) = grid.run.submitted.iterdir()
+    finish(grid, cells_of(queue, "job1"), "task1")
+    queue.jobs["job1"] = "gone"
+    command.submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
+    (second,) = set(grid.run.submitted.iterdir()) - {first}
+    assert len(read_json(second)["tasks"]) == 1
+    assert words(grid, queue) == {"done": 4, "waiting": 16}
+    assert len(survey(grid, queue).held) == 12
+
+
 def test_pre_trainings_are_one_array(tmp_path, streets, queue, monkeypatch):
     """One call of sbatch for all of them, and one for the bundles that wait for each."""
     other = '\n[dataset.more]\nsource = "synthetic"\nshards = "{}/more"\ntrain = 6\nval = 3\n'
@@ -127,4 +185,4 @@ def test_pre_trainings_are_one_array(tmp_path, streets, queue, monkeypatch):
     )
     submit(grid, queue, ["grid"])
     assert sent == [2, 2, 2]
-    assert {queue.after[job][0] for job in queue.jobs if queue.after[job]} == {"job1", "job2"}
+    assert {queue.needs[job][0] for job in queue.jobs if queue.needs[job]} == {"job1", "job2"}

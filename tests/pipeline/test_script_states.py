@@ -144,7 +144,7 @@ def test_pre_training_by_a_script_is_waited_for(tmp_path, packed, cluster, capsy
     assert not (tmp_path / "more").exists()
     jobs = submit(grid, cluster, ["grid"])["grid"]
     assert {cluster.calls[job].module for job in jobs if job != "7_0"} == {"jobs.train"}
-    assert all(cluster.after[job] == ["7_0"] for job in jobs if job != "7_0")
+    assert all(cluster.needs[job] == ["7_0"] for job in jobs if job != "7_0")
 
 
 def test_a_record_whose_scripts_were_never_written_is_no_submission(grid, cluster, monkeypatch):

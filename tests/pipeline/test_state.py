@@ -331,7 +331,7 @@ def pretrained(tmp_path, packed) -> Grid:
 def test_cells_wait_for_the_backbone_they_share(pretrained, queue):
     submit(pretrained, queue, ["grid"])
     assert queue.calls["job1"].module == "jobs.pretrain"
-    assert queue.after == {"job1": [], "job2": ["job1"], "job3": ["job1"]}
+    assert queue.needs == {"job1": [], "job2": ["job1"], "job3": ["job1"]}
     found = survey(pretrained, queue)
     assert dict(found.pretraining) == {pretrained.cells[0].backbone_key: "job1"}
     assert found.count("waiting") == 8
@@ -342,7 +342,7 @@ def test_a_backbone_that_is_being_trained_is_not_trained_twice(pretrained, queue
     queue.jobs |= {"job1": "running", "job2": "gone"}
     submit(pretrained, queue, ["grid"])
     assert queue.calls["job4"].module == "jobs.train"
-    assert queue.after["job4"] == ["job1"]
+    assert queue.needs["job4"] == ["job1"]
     assert "job5" not in queue.jobs
 
 
@@ -351,7 +351,7 @@ def test_a_backbone_that_is_trained_is_used(pretrained, queue):
     write_json(path.with_suffix(".json"), {"sha256": "0"})
     submit(pretrained, queue, ["grid"])
     assert [call.module for call in queue.calls.values()] == ["jobs.train"] * 2
-    assert queue.after == {"job1": [], "job2": []}
+    assert queue.needs == {"job1": [], "job2": []}
 
 
 def test_a_pre_training_that_was_lost_is_submitted_again(pretrained, queue):
@@ -359,7 +359,7 @@ def test_a_pre_training_that_was_lost_is_submitted_again(pretrained, queue):
     queue.jobs |= dict.fromkeys(["job1", "job2", "job3"], "gone")
     submit(pretrained, queue, ["grid"])
     assert queue.calls["job4"].module == "jobs.pretrain"
-    assert queue.after["job5"] == queue.after["job6"] == ["job4"]
+    assert queue.needs["job5"] == queue.needs["job6"] == ["job4"]
 
 
 def test_all_stages_follow_one_another(grid, queue):
@@ -372,9 +372,9 @@ def test_all_stages_follow_one_another(grid, queue):
         "report": ["pipeline.report"],
     }
     (prep,), training, (reducing,), (report,) = jobs.values()
-    assert [queue.after[job] for job in training] == [[prep], [prep]]
+    assert [queue.needs[job] for job in training] == [[prep], [prep]]
     assert set(training) <= set(queue.after[reducing])
-    assert queue.after[report] == [reducing]
+    assert queue.needs[report] == [reducing]
     kept = grid.run.root / "grid.toml"
     assert queue.calls[reducing].arguments == (str(kept),)
     assert kept.read_bytes() == grid.path.read_bytes()

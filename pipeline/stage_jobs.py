@@ -1,0 +1,54 @@
+"""Decide what happens to the jobs of prep, reduce and report that earlier submissions left in the
+queue. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pipeline.state import Survey
+
+PREP, REDUCE, REPORT = "prep", "reduce", "report"
+
+
+def packing(state: Survey) -> list[str]:
+    """Return the jobs that pack data sets now or are going to."""
+    return _of(state, PREP, "waiting", "running")
+
+
+def prep_to_reuse(state: Survey, unchanged: bool) -> list[str]:
+    """Return the prep job that serves this submission as well, if there is one. A running job does
+    so only if the grid file is `unchanged` since it was submitted."""
+    return _of(state, PREP, "waiting", *(["running"] if unchanged else []))[-1:]
+
+
+def reducing(state: Survey) -> list[str]:
+    """Return the jobs that reduce now."""
+    return _of(state, REDUCE, "running")
+
+
+def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[str, str]:
+    """Return the waiting jobs of reduce and report that must not run: this submission sends the
+    same stage, or `new_cells`, and the job would run before these are trained. Job -> stage."""
+    return {
+        job: stage
+        for job, stage in state.stages.items()
+        if stage in (REDUCE, REPORT)
+        and state.jobs[job].state == "waiting"
+        and (new_cells or stage in stages)
+    }
+
+
+def with_moved(stages: Sequence[str], moved: Iterable[str]) -> tuple[str, ...]:
+    """Return `stages` and the stages of superseded jobs, which run behind the new cells. A page of
+    new cells needs their results too."""
+    wanted = {*stages, *moved}
+    if REPORT in moved:
+        wanted.add(REDUCE)
+    return (*stages, *(stage for stage in (REDUCE, REPORT) if stage in wanted - {*stages}))
+
+
+def _of(state: Survey, stage: str, *states: str) -> list[str]:
+    return [
+        job for job, name in state.stages.items()
+        if name == stage and state.jobs[job].state in states
+    ]  # fmt: skip
