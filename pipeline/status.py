@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"more than {MOST_ROWS} cells: --state STATE names those in a state")
         for line in reason_lines(cell for cell in shown if cell.state == "failed"):
             print(one_line(line))
+    for warning in _data_warnings(grid):
+        print(f"warning: {one_line(warning)}")
     lines = (stage_lines(state), failure_lines(grid, state), outdated_lines(grid, state))
     for line in chain(*lines):
         print(one_line(line))
     describe_survey(grid, state)
-    for warning in _data_warnings(grid):
-        print(f"warning: {one_line(warning)}")
     return 0
 
 

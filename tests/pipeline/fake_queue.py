@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpc.call import ModuleCall
 from hpc.profile import Resources
+from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE
 from hpc.tickets import JobState
 
 
@@ -84,6 +85,9 @@ class FakeQueue:
 
     def log_files(self, job_id: str) -> list[Path]:
         return [path] if (path := self.log(job_id)).exists() else []
+
+    def max_array_size(self) -> int:
+        return DEFAULT_MAX_ARRAY_SIZE
 
     def ensure_runner(self) -> None:
         self.runner_calls += 1
