@@ -117,12 +117,16 @@ def read_palette_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] |
                 f"{path} is no label map: it must have one channel of 8 bits, not mode "
                 f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
             )
-        colours = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
-        return np.array(_as_stored(image)), colours if image.mode == "P" else None
+        stored = _as_stored(image)  # before anything else that loads it
+        colours = np.array(stored.getpalette() or [], np.uint8).reshape(-1, 3)
+        return np.array(stored), colours if stored.mode == "P" else None
 
 
 def map_labels(
-    values: NDArray[np.uint8], label_of: Mapping[int, int], path: Path
+    values: NDArray[np.uint8],
+    label_of: Mapping[int, int],
+    path: Path,
+    remedy: str = "restore the original label map",
 ) -> NDArray[np.uint8]:
     """Return `values`, [H, W], with each value replaced by its class index or VOID in `label_of`.
 
@@ -135,8 +139,7 @@ def map_labels(
         void = _ranges(value for value, label in label_of.items() if label == VOID)
         raise BadFile(
             f"{path} holds the label value {strange[0]}, but classes are {classes} and "
-            f"{f'void is {void}' if void else 'no void'}; correct the label map, or the settings "
-            "of the data set"
+            f"{f'void is {void}' if void else 'no void'}; {remedy}"
         )
     if all(label_of[value] == value for value in present):
         return values

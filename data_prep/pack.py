@@ -22,7 +22,6 @@ from data_prep.packing import Packed, already_packed, pack_shard
 from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
 from data_prep.processes import in_processes, sensible_processes, with_progress
 from data_prep.settings import DatasetSettings, read_datasets
-from data_prep.shards import leaked_images
 from hpc.atomic import TEMPORARY_PREFIX
 from hpc.command import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
@@ -187,10 +186,9 @@ def _conclude(
     settings = source.settings
     manifest = Manifest(
         Path(settings.shards), name, source.classes, splits, source.stamp, settings.identity(),
-        origin=settings.origin(),
+        origin=settings.origin(), leaked=_leaked(packed),
     )  # fmt: skip
     manifest.require_classes(settings)
-    manifest = replace(manifest, leaked=leaked_images(manifest))
     before = _held(settings)
     if before and before.source_stamp != source.stamp:
         # another grid may have packed here meanwhile
@@ -201,6 +199,14 @@ def _conclude(
     manifest.save()
     _remove_stale(manifest)
     return manifest
+
+
+def _leaked(packed: Sequence[Packed]) -> tuple[str, ...]:
+    """Return the ids of the validation images whose content a training image has, under any id."""
+    trained = {content for p in packed if p.split == "train" for content in p.contents}
+    validated = ((p.summary.ids, p.contents) for p in packed if p.split == "val" and p.summary)
+    pairs = chain.from_iterable(zip(*both, strict=True) for both in validated)
+    return tuple(one for one, content in pairs if content in trained)
 
 
 def _refuse(name: str, bad: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ class Packed:
     number: int
     summary: ShardSummary | None
     bad: tuple[str, ...]  # one message a sample that cannot be packed
+    contents: tuple[str, ...]  # of each packed image a hash of its bytes or pixels
 
 
 def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
@@ -35,11 +37,12 @@ def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
             return None
         kept = record["summary"]
         summary = ShardSummary.from_record(kept) if kept else None
+        contents = tuple(record["contents"])
         if summary and (plan.folder / summary.file).stat().st_size != summary.bytes:
             return None
     except (OSError, Damaged, KeyError, TypeError):
         return None
-    return Packed(plan.split, plan.number, summary, tuple(record["left_out"]))
+    return Packed(plan.split, plan.number, summary, tuple(record["left_out"]), contents)
 
 
 def pack_shard(plan: ShardPlan, skip_bad: bool) -> Packed:
@@ -48,14 +51,16 @@ def pack_shard(plan: ShardPlan, skip_bad: bool) -> Packed:
     samples, bad = plan.samples, dict[str, str]()
     while samples:
         try:
-            summary = _write(samples, plan)
+            summary, contents = _write(samples, plan)
             break
         except _BadSamples as found:
             bad |= found.reasons
             samples = tuple(p for p in samples if p.sample.id not in bad)
             if not skip_bad:
-                return Packed(plan.split, plan.number, None, tuple(bad.values()))
-    packed = Packed(plan.split, plan.number, summary if samples else None, tuple(bad.values()))
+                return Packed(plan.split, plan.number, None, tuple(bad.values()), ())
+    else:
+        summary, contents = None, ()
+    packed = Packed(plan.split, plan.number, summary, tuple(bad.values()), contents)
     _write_record(plan, packed)
     return packed
 
@@ -66,9 +71,12 @@ class _BadSamples(Exception):
         self.reasons = reasons
 
 
-def _write(samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
+def _write(
+    samples: Sequence[PlannedSample], plan: ShardPlan
+) -> tuple[ShardSummary, tuple[str, ...]]:
     num_classes = len(source_module(plan.settings.source).classes(plan.settings))
     counts = np.zeros(256, np.int64)
+    contents: list[str] = []
     reasons: dict[str, str] = {}
     file = ""
     with new_file(plan.folder / f"{plan.stem}.h5", final=lambda: plan.folder / file) as temporary:
@@ -81,12 +89,13 @@ def _write(samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
                     continue
                 if not reasons:  # once one is bad the rest is only checked
                     writer.add(pixels, label)
+                    contents.append(_content(planned, pixels))
                     counts += np.bincount(label.reshape(-1), minlength=256)
             if reasons:
                 raise _BadSamples(reasons)
         sha256 = file_sha256(temporary)
         file = shard_name(plan.stem, sha256)
-        return ShardSummary(
+        summary = ShardSummary(
             file=file,
             bytes=temporary.stat().st_size,
             sha256=sha256,
@@ -97,6 +106,7 @@ def _write(samples: Sequence[PlannedSample], plan: ShardPlan) -> ShardSummary:
             class_pixels=tuple(int(n) for n in counts[:num_classes]),
             void_pixels=int(counts[VOID]),
         )
+        return summary, tuple(contents)
 
 
 def read_sample(
@@ -119,11 +129,18 @@ def read_sample(
     return pixels, label
 
 
+def _content(planned: PlannedSample, pixels: NDArray[np.uint8]) -> str:
+    digest = blake2b(pixels.data, digest_size=16)
+    digest.update(f"{planned.entry.height} {planned.entry.width}".encode())
+    return digest.hexdigest()
+
+
 def _write_record(plan: ShardPlan, packed: Packed) -> None:
     record = {
         "stamp": plan.stamp,
         "summary": asdict(packed.summary) if packed.summary else None,
         "left_out": list(packed.bad),
+        "contents": list(packed.contents),
     }
     write_json(plan.record_path, record)
 

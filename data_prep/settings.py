@@ -68,10 +68,9 @@ class FolderSettings(DatasetSettings):
     source: Literal["folder"]
     root: str
     classes: tuple[str, ...] = ()  # in the order of their indices
-    labels: dict[str, str] = Field(
-        default_factory=dict
-    )  # value in a label map -> name of its class
-    void: LabelValue | tuple[LabelValue, ...] = VOID  # values of pixels that loss and scores ignore
+    # value in a label map -> name of its class
+    labels: dict[str, str] = Field(default_factory=dict)
+    void: LabelValue | tuple[LabelValue, ...] = VOID  # values that loss and scores ignore
     train_images: str = "train"
     train_labels: str = "trainannot"
     val_images: str = "val"

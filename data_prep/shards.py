@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from data_prep.images import BadFile, decode_rgb
 from data_prep.layout import BAND_ROWS, Entry, Layout, frame_sha256, read_entry
-from data_prep.manifest import SPLITS, Manifest, ShardSummary, check_length, remedy
+from data_prep.manifest import Manifest, ShardSummary, check_length, remedy
 from hpc.atomic import Damaged
 from hpc.checksum import crc32
 
@@ -74,11 +73,6 @@ class ShardFile:
         what = f"label map {entry.id!r}"
         data = self._labels.read(self._descriptor, k, rows or (0, entry.height), what)
         return data.reshape(-1, entry.width)
-
-    def content(self, k: int) -> tuple[object, ...]:
-        """What tells image `k` from others, without reading it: codec, size, CRCs."""
-        entry = self.entries[k]
-        return entry.codec, entry.height, entry.width, entry.pixels_size, *self._pixels.crcs(k)
 
     def _read_index(self, summary: ShardSummary) -> None:
         with h5py.File(self._path, "r", locking=False) as file:
@@ -169,11 +163,6 @@ class _Arena:
         self._begins = [begin + int(offset) for offset in offsets]
         self._first_crc = list(accumulate((one.num_bands for one in layouts), initial=0))
 
-    def crcs(self, k: int) -> list[int]:
-        """The CRCs of the bands of sample `k`."""
-        first = self._first_crc[k]
-        return self._crcs[first : first + self._layouts[k].num_bands]
-
     def read(self, descriptor: int, k: int, rows: tuple[int, int], what: str) -> Bytes:
         """The bytes of the rows [first, stop) of sample `k`; whole bands are read and checked."""
         layout = self._layouts[k]
@@ -230,18 +219,3 @@ def _read_into(descriptor: int, piece: memoryview, offset: int) -> int:
             break
         done += got
     return done
-
-
-def leaked_images(manifest: Manifest) -> tuple[str, ...]:
-    """Return the ids of the validation images that are training images too, under any id. Images
-    are compared as they are packed: a JPEG by its bytes, others by their pixels."""
-    train, val = (list(_contents(manifest, split)) for split in SPLITS)
-    seen = {content for _, content in train}
-    return tuple(one for one, content in val if content in seen)
-
-
-def _contents(manifest: Manifest, split: str) -> Iterator[tuple[str, tuple[object, ...]]]:
-    for summary in manifest.splits[split].shards:
-        shard = ShardFile(manifest.folder / summary.file, summary)
-        for k, entry in enumerate(shard.entries):
-            yield entry.id, shard.content(k)

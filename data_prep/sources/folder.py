@@ -55,7 +55,8 @@ def samples(settings: FolderSettings, split: str) -> list[Sample]:
 def read_label(settings: FolderSettings, sample: Sample) -> NDArray[np.uint8]:
     """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
     values = read_index_map(sample.label)
-    return map_labels(values, settings.label_of_value(), sample.label)
+    remedy = "correct the label map, or the settings classes, labels and void of the data set"
+    return map_labels(values, settings.label_of_value(), sample.label, remedy)
 
 
 def _by_stem(folder: Path, advice: str = "") -> dict[str, Path]:

@@ -129,7 +129,7 @@ def test_values_become_classes(masks, table, values, classes, expected):
 def test_a_value_that_is_neither_listed_nor_void_is_refused(masks, table, value, expected):
     known = [int(key) for key in table["labels"]]
     message = refusal(masks((*known, value), **table))
-    assert f"trainannot/train.png holds the label value {value}, but {expected}; corr" in message
+    assert f"trainannot/train.png holds the label value {value}, but {expected}; correct" in message
 
 
 @pytest.mark.parametrize(
