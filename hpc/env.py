@@ -57,7 +57,7 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
                        node=node, job_id=_slurm_job(environ), master=master, agent_store=agent,
                        on_one_node=environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"],
                        start_id=environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # fmt: skip
-    if environ.get("SUBMITIT_EXECUTOR") == "local":
+    if environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ:
         job = environ["SUBMITIT_LOCAL_JOB_ID"]
         names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
         return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id="",

@@ -28,7 +28,7 @@ _OTHER_CLUSTERS = "clusters"
 _GUARD = (
     "setup_failed() {  # STATUS LINE",
     '    local line; line=$(sed -n "$2p" <<<"${BASH_EXECUTION_STRING:-$(<"$0")}")',
-    "    [[ ${FUNCNAME[1]-} == source || $line == *eval\\ * ]] && return",
+    '    [[ ${FUNCNAME[1]-} == source || " $line" == *[[:space:]]eval\\ * ]] && return',
     '    echo "error: a setup line of the cluster profile failed (exit status $1): $line" >&2',
     f"    exit {USER_ERROR_EXIT_CODE}",
     "}",

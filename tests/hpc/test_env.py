@@ -117,6 +117,7 @@ def test_torchrun_says_where_rank_0_is_and_whether_its_agent_serves_there():
         ({**STEP, **TORCHRUN}, "torchrun"),  # srun starts torchrun, which starts the ranks
         ({**BATCH, **TORCHRUN}, "torchrun"),
         ({**STEP, **LOCAL}, "submitit-local"),  # the local queue was started in an allocation
+        ({**STEP, "SUBMITIT_EXECUTOR": "local"}, "slurm"),  # without a job it is left over
         ({**BATCH, **OPENMPI}, "mpi"),
         ({**BATCH, **MPICH}, "mpi"),
     ],

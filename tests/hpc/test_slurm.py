@@ -488,6 +488,7 @@ SETUPS = [
     (("true", "module load nope  # 'x'", "touch after"), 127, "module load nope  # 'x'"),
     (("if true; then", "  (exit 3)", "fi"), 3, "  (exit 3)"),
     (("set -e", "false"), 1, "false"),
+    (("test -e medieval x",), 2, "test -e medieval x"),
     (("function load() { return 4; }", "load x"), 4, "load x"),
     ((". ./sourced", ". ./missing"), 1, ". ./missing"),
 ]
