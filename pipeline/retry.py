@@ -138,6 +138,8 @@ def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[
         else:
             yield f"{number}: {cause}: not by themselves; {_remedy(grid, cause)}"
             yield from (f"  {line}" for line in reason_lines(cells, with_state=False))
+    if not named and (unknown := state.count("unknown")):
+        yield f"{unknown} cells: unknown; ask again where the queue answers"
 
 
 def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool], list[CellState]]:
