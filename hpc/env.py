@@ -87,10 +87,10 @@ def alone() -> RankEnv:
 
 
 def _has_torchrun(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, or a launcher that sets its variables, started this process. Variables of a
-    world smaller than the step of Slurm that we are in are left over from another one."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_PORT"} <= environ.keys():
-        return "TORCHELASTIC_RUN_ID" in environ
+    """Whether torchrun, or a launcher that sets its variables, started this process. Some of them,
+    or a world smaller than the step of Slurm that we are in, are left over from another one."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        return False
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environ else "1"
     return int(environ["WORLD_SIZE"]) >= int(tasks)
 

@@ -91,6 +91,13 @@ def test_a_world_smaller_than_the_step_is_left_over(torchelastic):
     assert place(left) == ("torchrun", 0, 1, 0)  # no other launcher is there
 
 
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_some_of_torchruns_variables_are_left_over(missing):
+    left = {name: value for name, value in TORCHRUN.items() if name != missing}
+    assert place(left) == ("single", 0, 1, 0)
+    assert place({**STEP, **left}) == ("slurm", 3, 4, 1)
+
+
 def test_a_command_of_the_login_node_is_alone(monkeypatch):
     for name, value in {**TORCHRUN, **STEP}.items():
         monkeypatch.setenv(name, value)
