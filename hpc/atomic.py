@@ -135,7 +135,9 @@ def remove_file(path: str | Path) -> None:
 
 
 def rename_file(path: str | Path, new: str | Path) -> None:
-    """Give a file another name, replacing what has it."""
+    """Give a file or folder another name, replacing a file that has it; its new folder is made
+    where there is none."""
+    _make_parent(Path(new))
     try:
         Path(path).rename(new)
     except OSError as error:

@@ -193,13 +193,18 @@ def _place(path: Path) -> dict[str, Any]:
     return {"folder": path.parent.name, "step": int(match[1]), "generation": int(match[2])}
 
 
-def newest_steps(folder: Path) -> dict[str, int]:
-    """The newest step that each entry of a folder was saved at."""
-    steps: dict[str, int] = {}
+def newest(folder: Path) -> dict[str, Checkpoint]:
+    """The newest checkpoint of each entry of a folder."""
+    found: dict[str, Checkpoint] = {}
     for checkpoint in find(folder)[0]:
         for entry in checkpoint.checksums:
-            steps.setdefault(entry, checkpoint.step)
-    return steps
+            found.setdefault(entry, checkpoint)
+    return found
+
+
+def newest_steps(folder: Path) -> dict[str, int]:
+    """The newest step that each entry of a folder was saved at."""
+    return {entry: checkpoint.step for entry, checkpoint in newest(folder).items()}
 
 
 def load_latest(

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from data_prep.weights import OF_ONE_MODEL
 from hpc.atomic import canonical, canonical_table, text_sha256
 from hpc.config import Settings
-from jobs.losses.names import LossSpec
+from jobs.losses.names import LossSpec, parse_loss
 from jobs.models.names import MODELS
 from jobs.protocol import Protocol
 
@@ -122,6 +122,19 @@ def bundles(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return grouped
 
 
+def pretraining_cell(cell: Cell) -> Cell:
+    """The cell that trains the backbone of `cell`: the protocol's own augmentation and optimiser,
+    with the epochs, batch, rate and seed of [protocol.pretrain]."""
+    pretrain = cell.protocol.pretrain
+    changes = pretrain.model_dump(exclude={"seed"})
+    changes["threads"] = pretrain.threads or cell.protocol.threads
+    protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
+    backbone = MODELS[cell.model].backbone
+    model = next(name for name in MODELS if MODELS[name].backbone == backbone)
+    update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
+    return cell.model_copy(update=update)
+
+
 class RunPaths:
     """Every path of a run directory. The one place that knows their names."""
 
@@ -138,6 +151,7 @@ class RunPaths:
         self.results = self.root / "results.h5"
         self.report = self.root / "report"
         self.page = self.report / "index.html"
+        self.stale = self.root / "stale"
         self.rendezvous = self.root / "rendezvous"
 
     def task(self, name: str) -> Path:

@@ -21,14 +21,12 @@ from hpc.env import read_env
 from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import load_backbone
-from jobs.cell import Cell
+from jobs.cell import Cell, pretraining_cell
 from jobs.compiled_network import require_compiler
-from jobs.losses.names import parse_loss
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
 from jobs.models.layout import in_order
-from jobs.models.names import MODELS
 from jobs.on_gpu import require_gpu
 from jobs.records import require_data
 from jobs.run import Run
@@ -36,19 +34,6 @@ from jobs.task import Task, read_task
 from jobs.torch_settings import configure_torch
 from jobs.train import count, leave, make_trainees, train
 from jobs.trainee import Trainee
-
-
-def pretraining_cell(cell: Cell) -> Cell:
-    """The cell that trains the backbone of `cell`: the protocol's own augmentation and optimiser,
-    with the epochs, batch, rate and seed of [protocol.pretrain]."""
-    pretrain = cell.protocol.pretrain
-    changes = pretrain.model_dump(exclude={"seed"})
-    changes["threads"] = pretrain.threads or cell.protocol.threads
-    protocol = cell.protocol.model_copy(update={**changes, "weights": "none", "train": "all"})
-    backbone = MODELS[cell.model].backbone
-    model = next(name for name in MODELS if MODELS[name].backbone == backbone)
-    update = {"model": model, "loss": parse_loss("CE"), "seed": pretrain.seed, "protocol": protocol}
-    return cell.model_copy(update=update)
 
 
 def main(argv: Sequence[str]) -> int:

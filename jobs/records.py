@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from data_prep.manifest import Manifest
+from hpc.atomic import read_json
 from hpc.command import UserError
 from jobs.cell import Cell
 from jobs.task import Task
@@ -22,6 +23,8 @@ def require_data(task: Task, manifest: Manifest, group: Group) -> None:
     try:
         cell = task.cells[0]
         manifest.require_settings(cell.data, task.origin, task.data, cell.dataset)
+        if task.kind == "bundle" and cell.protocol.weights == "pretrain":
+            _require_same_backbone(task, manifest)
     except UserError as error:
         problem = str(error)
     if group.broadcast(manifest.fingerprint) != manifest.fingerprint:
@@ -29,6 +32,20 @@ def require_data(task: Task, manifest: Manifest, group: Group) -> None:
     rank = group.max(group.rank + 1 if problem else 0)
     if rank:
         raise UserError(group.broadcast(problem, source=rank - 1))
+
+
+def _require_same_backbone(task: Task, manifest: Manifest) -> None:
+    """Raise `UserError` if the backbone that was trained for the cells saw other data."""
+    path = task.paths.backbone(task.cells[0].backbone_key)
+    try:
+        trained_on = read_json(path.with_suffix(".json")).get("manifest", manifest.fingerprint)
+    except FileNotFoundError:  # loading it says so
+        return
+    if trained_on != manifest.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data than {task.data} holds now; restore the data set, "
+            "or submit grid with --retrain stale"
+        )
 
 
 def cell_record(cell: Cell, backbone: str) -> dict[str, str]:

@@ -135,9 +135,12 @@ class Run:
         for what, sha256 in self.inputs.items():
             if recorded.get(what) != sha256:
                 folder = self.task.paths.checkpoints(self.bundle_key)
+                anew = (
+                    "submit grid with --retrain stale" if what == "data set" else f"delete {folder}"
+                )
                 raise UserError(
                     f"the {what} changed under half-trained cells of {self.task.name}; restore it, "
-                    f"or delete {folder} to train them anew"
+                    f"or {anew} to train them anew"
                 )
 
     def begin(self, step: int) -> None:
@@ -199,7 +202,8 @@ class Run:
 
     def give_up(self, trainee: Trainee, step: int) -> None:
         """Record on rank 0 why a cell stopped for good. Its neighbours go on."""
-        record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure}
+        record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure,
+                  "inputs": dict(self.inputs)}  # fmt: skip
         path = self.task.paths.failure(trainee.cell.signature)
         write_json(path, record, self.generation.check)
         self.say(f"warning: {trainee.cell.name} stops: {trainee.failure}")

@@ -23,6 +23,12 @@ def to_do(state: Survey) -> list[Cell]:
     ]
 
 
+def with_stale(state: Survey) -> list[Cell]:
+    """As `to_do`, and the cells that were made from other data, to be trained anew."""
+    stale = [cell.cell for cell in state.cells if cell.state == "stale"]
+    return to_do(state) + [cell for cell in stale if state.fits(cell)]
+
+
 def unsent(state: Survey) -> list[Cell]:
     """Those that were not sent yet: what `--wait` sends when there is room. What was sent and has
     failed would fail again, and again."""

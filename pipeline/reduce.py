@@ -27,6 +27,7 @@ from pipeline.counts_share import files_of, read_shares
 from pipeline.finished import finished_cells, many_records
 from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, ResultsFile, num_cells, refuse_fewer
+from pipeline.stale import other_data
 
 # What a counts file's index must say of all its cells.
 _RECORDED = {"manifest", "provenance", "source"}
@@ -52,7 +53,10 @@ def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
     `UserError` if the results that are there have more cells, unless `allow_fewer`."""
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
-    chosen, problems = found
+    chosen, problems, stale = found
+    why = _said_of(grid, stale)
+    if why and ranks.rank == 0:
+        problems.append(why)
     indices = files_of(chosen)
     cells = _cells_by_dataset(grid)
     file, read = ResultsFile(grid.name) if ranks.rank == 0 else None, set[str]()
@@ -68,15 +72,17 @@ def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
     lines = ranks.gather(problems)
     if file is not None and lines is not None:
         if not allow_fewer:
-            refuse_fewer(grid.run.results, num_cells(grid.run.results), len(read))
+            refuse_fewer(grid.run.results, num_cells(grid.run.results), len(read), why)
         sources = [index.record["source"] for index in indices]
-        _write(grid, file, read, sorted(set(chain.from_iterable(lines))), sources)
+        left = {cell.signature for cell in stale}
+        _write(grid, file, read, left, sorted(set(chain.from_iterable(lines))), sources)
 
 
-def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell of this grid by signature, and what was wrong with
-    others. Raises `UserError` for files that were counted on other data, or with a backbone that
-    differs from that of the cells they are compared with."""
+def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
+    """The counts file of each finished cell of this grid by signature, what was wrong with others,
+    and the cells that are left out since they were made from other data. Raises `UserError` for
+    files that were counted with a backbone that differs from that of the cells they are compared
+    with."""
     done, problems = finished_cells(grid.run)
     chosen = {}
     for cell in grid.cells:
@@ -85,16 +91,24 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str]]:
                 chosen[cell.signature] = index
             else:
                 problems.append(f"{index.path} is of another version; delete it, run grid again")
-    manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
-    for cell in grid.cells:
-        index, manifest = chosen.get(cell.signature), manifests[cell.dataset]
-        if index and index.record["manifest"] != manifest.fingerprint:
-            raise UserError(
-                f"{index.path} was counted on other data than {manifest.folder} holds now; "
-                "restore the data set, or delete that file and run grid again"
-            )
+    now = {n: Manifest.load(settings.shards).fingerprint for n, settings in grid.datasets.items()}
+    stale = [c for c in grid.cells if c.signature in chosen
+             and other_data(chosen[c.signature], now[c.dataset])]  # fmt: skip
+    for cell in stale:
+        del chosen[cell.signature]
     _refuse_other_backbones(grid, chosen)
-    return chosen, problems
+    return chosen, problems, stale
+
+
+def _said_of(grid: Grid, stale: Sequence[Cell]) -> str:
+    """One line for all cells that were made from other data; "" if there are none."""
+    if not stale:
+        return ""
+    return (
+        f"{len(stale)} cells are left out, {stale[0].name} first: they were made from other data "
+        f"than their data sets hold now; `python -m pipeline.submit grid {grid.words} --retrain "
+        "stale` trains them anew"
+    )
 
 
 def _is_complete(index: CountsIndex) -> bool:
@@ -182,10 +196,11 @@ def _write(
     grid: Grid,
     file: ResultsFile,
     have: set[str],
+    left_out: set[str],
     problems: list[str],
     sources: Sequence[Mapping[str, str]],
 ) -> None:
-    missing = [cell.name for cell in grid.cells if cell.signature not in have]
+    missing = [c.name for c in grid.cells if c.signature not in have | left_out]
     record = {
         "missing": missing,
         "notes": [*_backbone_notes(grid), *_data_notes(grid), *problems],

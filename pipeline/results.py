@@ -123,14 +123,14 @@ def num_cells(path: str | Path) -> int:
         return 0
 
 
-def refuse_fewer(path: str | Path, had: int, have: int) -> None:
+def refuse_fewer(path: str | Path, had: int, have: int, why: str = "") -> None:
     """Refuse to replace a file made of `had` finished cells by one of `have`, if these are fewer.
-    Raises `UserError`."""
+    Raises `UserError`, whose message ends with `why`, where that is known."""
     if have < had:
         raise UserError(
             f"{path} has {had} finished cells, but would now have {have}, so it was left as it is; "
             "undo the change of the grid file, train what is missing, or replace it with "
-            "--allow-fewer"
+            f"--allow-fewer{why and f' ({why})'}"
         )
 
 

@@ -112,6 +112,8 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
     name = cell.cell.name
     if cell.state == "done":
         raise UserError(f"{name} is done; there is nothing to try again")
+    if cell.state == "stale":
+        raise UserError(f"{name} is stale ({cell.why}); submit grid with --retrain stale")
     if cell.job in state.active_jobs or cell.state in ("running", "unknown"):
         what = "is running" if cell.state == "running" else "is waiting"
         if cell.state == "unknown":

@@ -25,8 +25,15 @@ TOO_LARGE = (
     "do not fit into memory, even one in a job: give jobs more of it, or more nodes, in [cluster], "
     "or lower batch_size or crop"
 )
+_OTHER = "other data than their data sets hold now, and are left out"
 MOST_ROWS = 1000  # of a table in the terminal
-_COLOURS = {"done": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "interrupted": "yellow",
+    "failed": "red",
+    "stale": "yellow",
+}
 
 
 def describe_survey(grid: Grid, state: Survey) -> None:
@@ -41,6 +48,9 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     if state.not_started:
         command = one_line(f"python -m pipeline.submit grid {grid.words}")
         print(f"{state.not_started} jobs wait, but no process starts them; `{command}` does")
+    if stale := state.count("stale"):
+        again = f"`python -m pipeline.submit grid {grid.words} --retrain stale`"
+        print(one_line(f"{stale} cells were made from {_OTHER}; {again} trains them anew"))
     if tight := sum(c.state == "failed" and not state.fits(c.cell) for c in state.cells):
         print(f"{tight} cells {TOO_LARGE}")
 

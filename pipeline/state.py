@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hpc import checkpoint
 from hpc.atomic import Damaged, read_json
+from hpc.checkpoint import Checkpoint
 from hpc.endings import Ending
 from hpc.queue import Queue
 from hpc.tickets import NO_RUNNER, JobState
@@ -39,10 +40,13 @@ from pipeline.records import (
     submissions,
 )
 from pipeline.script_jobs import candidates, job_of, noted_arrays
+from pipeline.stale import WHY, Stale, find_stale
 
-State = Literal["done", "failed", "running", "waiting", "interrupted", "missing", "unknown"]
+State = Literal[
+    "done", "failed", "running", "waiting", "interrupted", "missing", "stale", "unknown"
+]
 STATES: tuple[State, ...] = (
-    "done", "running", "waiting", "interrupted", "failed", "missing", "unknown",
+    "done", "running", "waiting", "interrupted", "failed", "missing", "stale", "unknown",
 )  # fmt: skip
 
 # A job that the queue has forgotten but whose heart beat this recently is still ending.
@@ -64,6 +68,7 @@ class CellState:
     known yet), steps a second, and why, where there is something to say. job: the last that was
     sent for it; a waiting cell without one is held back, for the next submission. cause: how that
     job has ended, as in `hpc.endings`, or "not finite", where the cell is not done; else "". A cell
+    is `stale` if it was made from other data than its data set holds now, see `pipeline.stale`. It
     is `unknown` if it was sent, has no fresh heartbeat, and the queue cannot be asked."""
 
     cell: Cell
@@ -101,6 +106,7 @@ class Survey:
     problems: tuple[str, ...]  # lines about damaged files
     at_most: Mapping[str, int]  # cells a job may have, by signature, see `pipeline.ended`
     recalled: tuple[Submitted, ...]  # tasks whose record does not tell the job, as the queue does
+    stale: Stale  # what is to be set aside before cells are trained anew
     unreachable: str = ""  # why the queue, opened `read_only`, could not be asked
 
     @property
@@ -148,7 +154,11 @@ def survey(
     beats = {task.task: _heartbeat(grid.run, task.task) for task in open_tasks}
     known = {t: _known(t, jobs, beats[t.task], queue) for t in open_tasks}
     active = {t for t in open_tasks if _may_work(t, known[t], beats[t.task], queue)}
-    steps = _steps_saved(grid, done)
+    saved = _checkpoints(grid, done)
+    not_finite = {path.stem: path for path in json_files(grid.run.failures)}
+    stale = find_stale(grid, done, saved, not_finite)
+    # a checkpoint of other data is no progress
+    steps = {cell: c.step for cell, c in saved.items() if cell not in stale.files}
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
     latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
@@ -161,11 +171,12 @@ def survey(
     jobs |= {t.job: known[t] for t in open_tasks if t.job}
     ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
     blocked = {job: failure for job in gone if (failure := blocker(job, by_job, jobs, ended))}
-    not_finite = {path.stem: path for path in json_files(grid.run.failures)}
     states = []
     for cell in grid.cells:
+        is_stale = cell.signature in stale.files
         if cell.signature in done:
-            states.append(CellState(cell, "done", step=steps.get(cell.signature, 0)))
+            finished = CellState(cell, "done", step=steps.get(cell.signature, 0))
+            states.append(CellState(cell, "stale", why=WHY) if is_stale else finished)
             continue
         state = CellState(cell, "missing", step=steps.get(cell.signature, 0))
         task, asked_of = latest.get(cell.signature), tasks[cell.signature]
@@ -177,7 +188,10 @@ def survey(
             blocking = Failure(told.kind, told.job, ending)
         failed = not_finite.get(cell.signature)
         job = known.get(task, GONE) if task else GONE
-        states.append(_unfinished(state, failed, task, job, task in active, beat, ending, blocking))
+        state = _unfinished(state, failed, task, job, task in active, beat, ending, blocking)
+        if is_stale and not (task and task in active):
+            state = CellState(cell, "stale", why=WHY)
+        states.append(state)
     return Survey(
         cells=tuple(states),
         steps=steps,
@@ -202,6 +216,7 @@ def survey(
         problems=tuple(problems),
         at_most=cells_at_most(sent, ended, granted(grid.cluster)),
         recalled=tuple(now for was, now in zip(recorded, sent, strict=True) if is_lost(was)),
+        stale=stale,
         unreachable=queue.unreachable,
     )
 
@@ -231,12 +246,12 @@ def _may_work(task: Submitted, job: JobState, beat: Mapping[str, Any], queue: Qu
     return not (_gone_is_certain(task, queue) or _heart_stopped(beat))
 
 
-def _steps_saved(grid: Grid, done: Collection[str]) -> dict[str, int]:
-    """The step of the newest checkpoint of each cell by signature, in bundles that are not done."""
-    steps: dict[str, int] = {}
+def _checkpoints(grid: Grid, done: Collection[str]) -> dict[str, Checkpoint]:
+    """The newest checkpoint of each cell by signature, in bundles that are not done."""
+    found: dict[str, Checkpoint] = {}
     for key in {cell.bundle_key for cell in grid.cells if cell.signature not in done}:
-        steps |= checkpoint.newest_steps(grid.run.checkpoints(key))
-    return steps
+        found |= checkpoint.newest(grid.run.checkpoints(key))
+    return found
 
 
 def _jobs_of(task: Submitted, arrays: Mapping[str, list[str]]) -> list[str]:

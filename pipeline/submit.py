@@ -29,7 +29,7 @@ from jobs.counts_file import set_aside_altered
 from jobs.task import Task, write_task
 from pipeline import stage_jobs
 from pipeline.checks import check_inputs, check_room, check_sources
-from pipeline.choice import Choice, to_do, unsent
+from pipeline.choice import Choice, to_do, unsent, with_stale
 from pipeline.ended import granted
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid, find_config, profiled, read_grid
@@ -39,6 +39,7 @@ from pipeline.script_folder import check_folder, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_missing, describe_plan, describe_survey
 from pipeline.source import source_of_code
+from pipeline.stale import set_aside
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
 
@@ -61,17 +62,23 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--profile", action="store_true", help="measure the parts of the jobs")
     parser.add_argument(
+        "--retrain", choices=["stale"], help="grid: train cells anew that were made from other data"
+    )
+    parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
     )
     arguments = parser.parse_args(argv)
     if arguments.step_seconds is not None and not 0 < arguments.step_seconds < 1e6:
         parser.error("--step-seconds must be a number of seconds above 0")
+    if arguments.retrain and arguments.stage != "grid":
+        parser.error("--retrain goes with the stage grid: which cells are stale shows after prep")
     if arguments.script is not None and arguments.wait:
         parser.error("--wait: scripts start no jobs that one could wait for")
     scripts = None if arguments.script is None else user_path(arguments.script, "--script")
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     if arguments.profile:
         grid = profiled(grid)
+    choose = with_stale if arguments.retrain else to_do
     reads = arguments.dry_run or scripts is not None
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=reads)
     stages = stages_of(arguments.stage, grid)
@@ -79,17 +86,17 @@ def main(argv: Sequence[str]) -> int:
         queue.check()
         state = survey(grid, queue, accounting=True, verify=True)
         forecast = Forecast(grid, arguments.step_seconds)
-        describe_plan(grid, state, plan_of(grid, state, forecast), stages, forecast)
+        describe_plan(grid, state, plan_of(grid, state, forecast, choose), stages, forecast)
         # after the plan: it can be looked at before its data are there
         describe_missing(check(grid, stages, missing_is_fine=True))
         if scripts:
             check_folder(scripts, grid)
         return 0
     if scripts:
-        write_scripts(grid, queue, stages, scripts)
+        write_scripts(grid, queue, stages, scripts, choose)
         return 0
     options = ("--allow-fewer",) if arguments.allow_fewer else ()
-    jobs = submit(grid, queue, stages, options=options)
+    jobs = submit(grid, queue, stages, choose, options=options)
     if not arguments.wait:
         return 0
     again = partial(submit_deferred, grid, queue, cancellations(grid.run), options=options)
@@ -269,6 +276,7 @@ def _send_grid(
     state, plan = work.state, work.plan
     if not plan.bundles:
         return list(state.active_jobs), True
+    _set_stale_aside(grid, state, plan)
     now, later = split(plan, queue.room())
     noted = {cell.signature for cell in state.held}
     newly_held = [t for t in later.bundles if not noted.issuperset(c.signature for c in t.cells)]
@@ -292,14 +300,16 @@ def _send_grid(
 _HELD = "you may have no more jobs in the queue; run it again when there is room"
 
 
-def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path) -> None:
+def write_scripts(
+    grid: Grid, queue: Queue, stages: Sequence[str], folder: Path, choose: Choice = to_do
+) -> None:
     """As `submit`, but into batch scripts in `folder`, which a person sends."""
     check(grid, stages)
     for line in sbatch.warnings(grid.cluster):
         warn(line)
     check_folder(folder, grid)  # a refusal leaves no run directory
     with one_submission(grid):
-        plan = _plan_of_scripts(grid, queue) if "grid" in stages else Plan((), ())
+        plan = _plan_of_scripts(grid, queue, choose) if "grid" in stages else Plan((), ())
         wanted = parts(stages, plan.pretrain, plan.bundles, queue.max_array_size())
         if not wanted:
             return print("nothing is left to submit, so no script was written")
@@ -316,16 +326,17 @@ def write_scripts(grid: Grid, queue: Queue, stages: Sequence[str], folder: Path)
     return print(f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} sends all")
 
 
-def _plan_of_scripts(grid: Grid, queue: Queue) -> Plan:
+def _plan_of_scripts(grid: Grid, queue: Queue, choose: Choice) -> Plan:
     _set_aside(grid)
     state = survey(grid, queue)
     describe_survey(grid, state)
-    plan = plan_of(grid, state)
+    plan = plan_of(grid, state, choose=choose)
     ready = without_waiting(plan, state.pretraining)
     check_room(grid, [cell for task in ready.bundles for cell in task.cells])
     if left_out := len(plan.bundles) - len(ready.bundles):
         jobs = ", ".join(sorted(set(state.pretraining.values())))
         print(f"{left_out} jobs are left out until {jobs} has trained their backbone")
+    _set_stale_aside(grid, state, ready)
     return ready
 
 
@@ -335,6 +346,19 @@ def _set_aside(grid: Grid) -> None:
         print(f"warning: {one_line(line)}")
 
 
+def _set_stale_aside(grid: Grid, state: Survey, plan: Plan) -> None:
+    """Move away what the cells of the plan, and their backbones, left that was made from other
+    data; only a choice with stale cells has any."""
+    files: list[Path] = []
+    for task in plan.bundles:
+        found = [path for c in task.cells for path in state.stale.files.get(c.signature, ())]
+        # the task of the same cells that is done may have the same name, and its last heartbeat
+        files += [*found, grid.run.progress_of(task.name)] if found else []
+    set_aside(grid.run, files)
+    if files:
+        print(f"what was made from other data lies in {one_line(str(grid.run.stale))} now")
+
+
 def plan_of(
     grid: Grid, state: Survey, forecast: Forecast | None = None, choose: Choice = to_do
 ) -> Plan:
@@ -342,7 +366,7 @@ def plan_of(
     wanted = choose(state)
     needed = {cell.backbone_key for cell in wanted if cell.protocol.weights == "pretrain"}
     ready = {key for key in needed if grid.run.backbone(key).with_suffix(".json").exists()}
-    backbones = {*ready, *state.pretraining}
+    backbones = {*(ready - state.stale.backbones), *state.pretraining}
     fits = (forecast or Forecast(grid)).fits
     return make_plan(grid, wanted, state.steps, backbones, source_of_code(), fits, state.at_most)
 

@@ -225,10 +225,9 @@ def test_a_data_set_that_changed_under_a_half_trained_cell(tmp_path, outcome, un
     shard.unlink()
     assert job.pack().fingerprint != manifest.fingerprint
     code, said = outcome(job)
-    folder = job.task.paths.checkpoints(job.cell.bundle_key)
     assert code == 2 and said.splitlines()[-1] == (
-        f"error: the data set changed under half-trained cells of task; restore it, or delete "
-        f"{folder} to train them anew"
+        "error: the data set changed under half-trained cells of task; restore it, or submit "
+        "grid with --retrain stale to train them anew"
     )
     assert job.checkpoints == kept
 
