@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc.call import ModuleCall
+from hpc.endings import NEVER_SATISFIED
 from hpc.profile import ClusterProfile, Resources, read_profile
 from hpc.slurm import SlurmQueue
 from pipeline.scripts import Part, Site, render
@@ -71,6 +72,18 @@ def test_one_call_is_a_plain_job_and_several_are_an_array(cluster, folder):
     assert "ArrayTaskId" not in cluster.job(single)
     assert cluster.job(f"{array}_1")["ArrayTaskId"] == "1"
     assert all(len(seen_by(folder, job)) == 1 for job in (single, *several))
+
+
+def test_a_job_does_not_start_if_one_that_it_needs_was_cancelled(cluster, folder):
+    queue, one = queue_of(folder), [probe(folder)]
+    needed = queue_of(folder, extra={"hold": True}).submit(one * 2, Resources(), "needed")
+    jobs = [queue.submit(one, Resources(), "then", needs=[job])[0] for job in needed]
+    (last,) = queue.submit(one, Resources(), "last", after=jobs)
+    cluster.answer("scontrol", "release", needed[0])
+    queue.cancel(needed[1:])
+    cluster.wait_until_gone(last)
+    assert [job.why for job in queue.look(jobs).values()] == ["COMPLETED", NEVER_SATISFIED]
+    assert [len(seen_by(folder, job)) for job in (*jobs, last)] == [1, 0, 1]
 
 
 def test_the_ranks_of_two_nodes_get_their_cpus(cluster, folder):
