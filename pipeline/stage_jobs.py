@@ -27,8 +27,10 @@ def reducing(state: Survey) -> list[str]:
 
 
 def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[str, str]:
-    """Return the waiting jobs of reduce and report that must not run: this submission sends the
-    same stage, or `new_cells`, and the job would run before these are trained. Job -> stage."""
+    """Return the waiting jobs of reduce and report that must not run, since this submission trains
+    the grid and sends the same stage, or `new_cells` behind the job. Job -> stage."""
+    if "grid" not in stages:
+        return {}
     return {
         job: stage
         for job, stage in state.stages.items()

@@ -86,7 +86,10 @@ def main(argv: Sequence[str]) -> int:
         queue.check()
         state = survey(grid, queue, accounting=True, verify=True)
         forecast = Forecast(grid, arguments.step_seconds)
-        describe_plan(grid, state, plan_of(grid, state, forecast, choose), stages, forecast)
+        plan = plan_of(grid, state, forecast, choose)
+        moved = stage_jobs.superseded(state, stages, bool(plan.bundles))
+        all_stages = stage_jobs.with_moved(stages, moved.values())
+        describe_plan(grid, state, plan, all_stages, forecast)
         # after the plan: it can be looked at before its data are there
         describe_missing(check(grid, stages, missing_is_fine=True))
         if scripts:
@@ -201,7 +204,7 @@ def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> 
     state = survey(grid, queue, accounting=of_grid)
     plan = plan_of(grid, state, choose=choose) if of_grid else Plan((), ())
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
-    gone = stage_jobs.superseded(state, stages, bool(plan.bundles)) if of_grid else {}
+    gone = stage_jobs.superseded(state, stages, bool(plan.bundles))
     return _Work(state, plan, stage_jobs.with_moved(stages, gone.values()), gone)
 
 

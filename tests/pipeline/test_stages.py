@@ -9,6 +9,7 @@ import pytest
 
 from hpc.tickets import NO_RUNNER
 from pipeline import status
+from pipeline import submit as command
 from pipeline.grid import Grid
 from pipeline.state import survey
 from pipeline.submit import submit
@@ -34,7 +35,8 @@ def pretrained(tmp_path, streets) -> Grid:
 @pytest.fixture
 def queue(tmp_path, monkeypatch) -> FakeQueue:
     queue = FakeQueue(tmp_path)
-    monkeypatch.setattr(status, "open_queue", lambda *_, **__: queue)
+    for module in (command, status):
+        monkeypatch.setattr(module, "open_queue", lambda *_, **__: queue)
     return queue
 
 
@@ -50,10 +52,12 @@ def shown(capsys):
     return lines
 
 
-def test_stages_that_still_wait_move_behind_the_cells_that_are_submitted_again(grid, queue):
+def test_stages_that_still_wait_move_behind_the_cells_that_are_submitted_again(grid, queue, capsys):
     submit(grid, queue, ALL)
     queue.jobs["job1"] = "gone"
     end(queue, "job2", NODE_FAILURE)
+    assert command.main(["grid", str(grid.path), "--dry-run"]) == 0
+    assert "stages: grid, reduce, report\n" in capsys.readouterr().out
     jobs = submit(grid, queue, ["grid"])
     assert queue.cancelled == [["job4", "job5"]]
     assert jobs == {"grid": ["job3", "job6"], "reduce": ["job7"], "report": ["job8"]}
