@@ -205,7 +205,7 @@ def survey(
             for j, t in stages.items()
             if jobs.get(j, GONE).state in ("waiting", "running")
         },
-        counts={c.signature: done[c.signature].path for c in grid.cells if c.signature in done},
+        counts={s.cell.signature: done[s.cell.signature].path for s in states if s.state == "done"},
         failed=failures(grid, last, jobs, ended, queue),
         training_backbones={
             t.job: _progress(beats[t.task])
