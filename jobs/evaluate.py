@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.settings import VOID
 from data_prep.shards import SplitReader
 from hpc.groups import Group
 from jobs.batches import EvaluationImages
@@ -75,7 +76,7 @@ def count(logits: Tensor, target: Tensor, protocol: Protocol) -> Counts:
 
         return count_on_gpu(logits, target, protocol.bins)
     scores = upsample(logits[None].float(), (target.shape[0], target.shape[1]))[0]
-    return count_image(scores, target.to(logits.device), protocol.bins)
+    return count_image(scores, target.to(logits.device), protocol.bins, VOID)
 
 
 def _sum_over_ranks(counts: Counts, group: Group) -> Counts:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.settings import VOID
 from jobs.fused_kernel import Bytes, Ints, Reals, count_rows
-from jobs.metrics.accumulate import VOID
 from jobs.metrics.counts import Counts
 from jobs.vectors import LANES
 

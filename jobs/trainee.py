@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from data_prep.settings import VOID
 from hpc.command import UserError
 from hpc.exchange import Exchange
 from hpc.groups import COMMUNICATION, Group
@@ -102,7 +103,7 @@ class Trainee:
             logits = logits if self._half is None else logits.float()
             loss = combined_loss(  # nobody else keeps the logits of all pixels
                 upsample(logits, _size(target)),
-                target, cell.loss, position, self._class_weights, self._group.sum,
+                target, cell.loss, position, self._class_weights, VOID, self._group.sum,
             )  # fmt: skip
             value = float(self._group.sum(loss))
         if not math.isfinite(value):

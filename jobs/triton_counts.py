@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from data_prep.settings import VOID
 from jobs.fused_counts import axis, check, check_finite, check_labels, of_whole_image
 from jobs.fused_kernel import EXP_TERMS
 from jobs.metrics.accumulate import LARGEST_NLL
@@ -35,7 +36,7 @@ def _real(value: float) -> Any:
     return tl.constexpr(float(np.float32(value)))
 
 
-_VOID = tl.constexpr(255)
+_VOID = tl.constexpr(VOID)
 _ONE, _NLL_ONE = tl.constexpr(2.0**24), tl.constexpr(2.0**16)  # the fixed points of `Counts`
 _LARGEST_NLL = tl.constexpr(LARGEST_NLL)
 # A score in fixed point, a pixel and a hit are added as one int64, so that one sum does for three.

@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import cache
 from itertools import combinations
 
+from data_prep.weights import PRE_FINE
 from jobs.models.names import MODELS
-from pipeline.evidence import PRE_FINE, Evidence, Kind
+from pipeline.evidence import Evidence, Kind
 from pipeline.paper import paper_evidence
 from pipeline.tables import LABELS, PAPER_SCORES, markdown_escaped
 from pipeline.verdicts import (

@@ -12,7 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from pipeline.evidence import PRE_FINE, Evidence
+from data_prep.weights import PRE_FINE
+from pipeline.evidence import Evidence
 
 COMPARED = ("s_rec", "rec", "cal", "acc")
 REFERENCE = "CE"

@@ -12,8 +12,6 @@ from jobs.losses.names import LossSpec
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import Row
 
-PRE_FINE = "pre-fine"  # CE from other weights: no loss of its own
-
 Key = tuple[str, str, str]  # data set, model, loss
 Scores = Mapping[str, float]
 

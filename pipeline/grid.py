@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from data_prep.settings import DatasetSettings, parse_dataset
+from data_prep.weights import PRE_FINE
 from hpc.atomic import fingerprint
 from hpc.command import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
@@ -27,7 +28,7 @@ from jobs.losses.names import LossSpec
 from jobs.models.names import MODELS, STRIDE
 from jobs.protocol import Fraction, Protocol
 from pipeline.grid_losses import resolve_losses, with_ramps
-from pipeline.prefine import PRE_FINE, absences, protocol_of
+from pipeline.prefine import absences, protocol_of
 
 DEFAULT_CONFIG = Path("lossgrid.toml")
 CONFIGS = Path("configs")

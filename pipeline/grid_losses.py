@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from data_prep.weights import PRE_FINE
 from hpc.command import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, shown
 from jobs.losses.names import (
@@ -20,7 +21,7 @@ from jobs.losses.names import (
     with_ramp,
 )
 from jobs.protocol import Protocol
-from pipeline.prefine import PRE_FINE, grid_loss
+from pipeline.prefine import grid_loss
 
 Weight = Annotated[float, Field(ge=0.0)]
 

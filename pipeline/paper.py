@@ -11,10 +11,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from data_prep.weights import PRE_FINE
 from jobs.losses.names import parse_loss
 from jobs.metrics.scores import Summary
 from jobs.protocol import Protocol
-from pipeline.evidence import PRE_FINE, Evidence, Key, Kind, kind_of_record, kind_of_spec
+from pipeline.evidence import Evidence, Key, Kind, kind_of_record, kind_of_spec
 from pipeline.results import DatasetResults, Results
 from pipeline.tables import PAPER_SCORES, Row
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pipeline.evidence import PRE_FINE, Key
+from data_prep.weights import PRE_FINE
+from pipeline.evidence import Key
 from pipeline.paper import Difference
 from pipeline.tables import LABELS, PAPER_SCORES, Row, latex_escaped, markdown_escaped
 

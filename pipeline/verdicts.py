@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
+from data_prep.weights import PRE_FINE
 from pipeline.compare import Paired, paired, summary
-from pipeline.evidence import PRE_FINE, Evidence, Kind, Scores
+from pipeline.evidence import Evidence, Kind, Scores
 from pipeline.tables import LABELS
 
 # Half a unit of the last digit of the paper's table: what is less would not show there.

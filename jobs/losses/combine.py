@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.losses.functional import LOSSES, VOID, GlobalSum, alone
+from jobs.losses.functional import LOSSES, GlobalSum, alone
 from jobs.losses.names import LossSpec
 from jobs.losses.schedule import term_weights
 
@@ -29,23 +29,26 @@ def combined_loss(
     loss: LossSpec,
     position: float,
     weights: Tensor,
+    void: int,
     global_sum: GlobalSum = alone,
 ) -> Tensor:
     """This rank's part of `loss` at the fraction `position` of training.
 
     logits: float [B, C, H, W] of any precision; half precision is computed in float32.
-    target: int64 [B, H, W], `VOID` where a pixel counts nowhere.
+    target: int64 [B, H, W], `void` where a pixel counts nowhere.
     weights: the class weights, [C], used by the terms that are weighted.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     # an infinite logit of a void pixel would give the softmax a gradient of nan there
-    logits = logits.masked_fill((target == VOID).unsqueeze(1), 0.0)
+    labelled = target != void
+    logits = logits.masked_fill(~labelled.unsqueeze(1), 0.0)
     log_probs = torch.log_softmax(logits, dim=1)
     value = log_probs.new_zeros(())
     for term, share in zip(loss.terms, term_weights(loss.schedule, position), strict=True):
         if share != 0:  # a term that counts nothing costs nothing
             of_term = weights if term.weighted else None
-            part = LOSSES[term.kind](log_probs, target, of_term, global_sum, *term.parameters)
+            of_loss = LOSSES[term.kind]
+            part = of_loss(log_probs, target, labelled, of_term, global_sum, *term.parameters)
             value = value + share * part
     return value

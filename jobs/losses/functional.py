@@ -1,9 +1,10 @@
 """The loss functions, on log-probabilities of the whole batch or of one rank's share of it.
 
 Every function takes `log_probs`, float [B, C, H, W], the log-softmax of the logits, and `target`,
-int64 [B, H, W] with classes 0 to C - 1 and `VOID` where a pixel counts nowhere. It returns this
-rank's part of the loss: sums and normalisers are those of the global batch, so the parts of all
-ranks add up to the value that one rank computes on the whole batch, and so do their gradients.
+int64 [B, H, W] with classes 0 to C - 1 where the mask `labelled`, bool [B, H, W], is true. Other
+pixels are void: they count nowhere, and hold a number that is no class. It returns this rank's part
+of the loss: sums and normalisers are those of the global batch, so the parts of all ranks add up to
+the value that one rank computes on the whole batch, and so do their gradients.
 `global_sum` adds a tensor over all ranks; it is the identity where there is one.
 
 A batch without a labelled pixel has a finite value and a zero gradient. Formulas: the paper's
@@ -21,7 +22,6 @@ from jobs.losses.names import defaults
 from jobs.losses.pooling import SHARE, P, pooling_weights
 from jobs.losses.powers import sum_of_powers
 
-VOID = 255
 DICE_SMOOTHING = 1.0
 DICE_EPSILON = 1e-5
 (FOCAL_GAMMA,) = defaults("FL")
@@ -38,30 +38,33 @@ def alone(value: Tensor) -> Tensor:
 def cross_entropy(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
 ) -> Tensor:
     """sum -w_c log p / sum w_c over labelled pixels: torch's `CrossEntropyLoss(weight=...)`."""
-    log_p, weight = _true_class(log_probs, target, class_weights)
+    log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _weighted_mean(-log_p, weight, global_sum)
 
 
 def focal(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
     gamma: float = FOCAL_GAMMA,
 ) -> Tensor:
     """sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels (Lin et al. 2017, without
     alpha)."""
-    log_p, weight = _true_class(log_probs, target, class_weights)
+    log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _weighted_mean(_focal_of_pixels(log_p, gamma), weight, global_sum)
 
 
 def pooled_cross_entropy(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
     p: float = P,
@@ -69,13 +72,14 @@ def pooled_cross_entropy(
 ) -> Tensor:
     """The cross entropy of pixels, max-pooled over all labelled pixels of the global batch; `p` and
     `share` are those of `pooling_weights`."""
-    log_p, weight = _true_class(log_probs, target, class_weights)
-    return _pooled_mean(-log_p, weight, target != VOID, global_sum, p, share)
+    log_p, weight = _true_class(log_probs, target, labelled, class_weights)
+    return _pooled_mean(-log_p, weight, labelled, global_sum, p, share)
 
 
 def pooled_focal(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
     gamma: float = FOCAL_GAMMA,
@@ -84,15 +88,14 @@ def pooled_focal(
 ) -> Tensor:
     """The focal loss of pixels, max-pooled over all labelled pixels of the global batch; `p` and
     `share` are those of `pooling_weights`."""
-    log_p, weight = _true_class(log_probs, target, class_weights)
-    return _pooled_mean(
-        _focal_of_pixels(log_p, gamma), weight, target != VOID, global_sum, p, share
-    )
+    log_p, weight = _true_class(log_probs, target, labelled, class_weights)
+    return _pooled_mean(_focal_of_pixels(log_p, gamma), weight, labelled, global_sum, p, share)
 
 
 def dice(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
 ) -> Tensor:
@@ -100,8 +103,8 @@ def dice(
     labelled pixels, then the mean over the images of the batch. A perfect prediction lands
     slightly below 0, an image without a labelled pixel near -1.
     """
-    log_p, weight = _true_class(log_probs, target, class_weights)
-    squares = sum_of_powers(log_probs, (target != VOID).unsqueeze(1), 2)  # [B, C]
+    log_p, weight = _true_class(log_probs, target, labelled, class_weights)
+    squares = sum_of_powers(log_probs, labelled.unsqueeze(1), 2)  # [B, C]
     if class_weights is not None:
         squares = squares * class_weights.to(squares)
     overlap = (weight * log_p.exp()).sum(dim=(1, 2))
@@ -113,6 +116,7 @@ def dice(
 def tversky(
     log_probs: Tensor,
     target: Tensor,
+    labelled: Tensor,
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
     alpha: float = TVERSKY[0],
@@ -123,7 +127,7 @@ def tversky(
     over classes, then the mean over the images of the batch (Salehi et al. 2017). Class by class,
     since over all classes together FP and FN are the same number.
     """
-    labelled = (target != VOID).unsqueeze(1)
+    labelled = labelled.unsqueeze(1)
     classes = torch.arange(log_probs.shape[1], device=target.device)[:, None, None]
     truth = target.unsqueeze(1) == classes  # false for void
     hits = sum_of_powers(log_probs, truth, 1)  # [B, C]
@@ -139,8 +143,8 @@ def tversky(
     return _mean_over_images(per_image, global_sum)
 
 
-# What every loss above looks like: (log_probs, target, class_weights [C] or None for equal ones,
-# global_sum, and its own parameters, if it has any).
+# What every loss above looks like: (log_probs, target, labelled, class_weights, global_sum, and its
+# own parameters, if it has any). class_weights: [C], or None for equal ones.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "CE": cross_entropy,
     "CEMP": pooled_cross_entropy,
@@ -152,10 +156,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def _true_class(
-    log_probs: Tensor, target: Tensor, class_weights: Tensor | None
+    log_probs: Tensor, target: Tensor, labelled: Tensor, class_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """log p of the true class and its weight, both [B, H, W]; both 0 where the pixel is void."""
-    labelled = target != VOID
     index = torch.where(labelled, target, 0)
     log_p = log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
     # where, not a product: what a void pixel holds must not reach the value, be it infinite

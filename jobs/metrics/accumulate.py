@@ -8,14 +8,13 @@ from torch import Tensor
 
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT, Counts, Int64
 
-VOID = 255
 # -log p in float32 can be infinite. 2^16 nats is beyond every real one, and 2^31 such pixels still
 # fit into int64.
 LARGEST_NLL = 2.0**16
 
 
 @torch.no_grad()
-def count_image(logits: Tensor, target: Tensor, bins: int, void: int = VOID) -> Counts:
+def count_image(logits: Tensor, target: Tensor, bins: int, void: int) -> Counts:
     """Counts of one image from its `logits` [C, H, W], taken as float32, and its label map
     `target` [H, W] of integers below C or `void`.
 

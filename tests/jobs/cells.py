@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from data_prep.settings import VOID
 from jobs.batches import Batch, share
 from jobs.cell import Cell
 from jobs.losses.names import parse_loss
@@ -12,7 +13,6 @@ from jobs.protocol import Protocol
 
 MODEL = "fcn_mobilenet_v3_large"
 CLASS_WEIGHTS = np.array([0.3, 1.7, 1.0])
-VOID = 255
 
 
 def a_cell(loss="WCE", model=MODEL, seed=0, **protocol):

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-VOID = 255
+from data_prep.settings import VOID
+
 SMOOTHING, EPSILON = 1.0, 1e-5
 
 

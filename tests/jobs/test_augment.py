@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms.functional import resize as resize_in_torchvision
 
+from data_prep.settings import VOID
 from jobs.augment import (
     Draw,
     augment,
@@ -19,7 +20,6 @@ from jobs.augment import (
 )
 from jobs.protocol import Protocol
 
-VOID = 255
 SIZE = (40, 56)
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
 

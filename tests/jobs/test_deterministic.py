@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
+from data_prep.settings import VOID
 from jobs.losses import pooling
 from jobs.losses.combine import combined_loss
 from jobs.losses.names import parse_loss
@@ -94,7 +95,7 @@ def test_every_loss_can_be_trained(deterministic, monkeypatch, name):
     logits, target = a_batch()
     weights = torch.tensor([0.5, 1.5, 0.8, 1.2], dtype=torch.float64)
     with Asked() as asked:
-        loss = combined_loss(logits.requires_grad_(), target, parse_loss(name), 0.5, weights)
+        loss = combined_loss(logits.requires_grad_(), target, parse_loss(name), 0.5, weights, VOID)
         loss.backward()
     assert "_log_softmax_backward_data" in asked.names
     assert asked.names & REFUSED == set()
@@ -103,7 +104,7 @@ def test_every_loss_can_be_trained(deterministic, monkeypatch, name):
 def test_an_image_can_be_counted(deterministic):
     logits, target = a_batch(images=1)
     with Asked() as asked:
-        counts = count_image(logits[0], target[0], bins=10)
+        counts = count_image(logits[0], target[0], 10, VOID)
     assert counts.pixels > 0
     assert asked.names & REFUSED == set()
 

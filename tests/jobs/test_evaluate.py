@@ -12,7 +12,7 @@ import torch
 
 from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from data_prep.settings import parse_dataset
+from data_prep.settings import VOID, parse_dataset
 from data_prep.shards import SplitReader
 from hpc.atomic import fingerprint
 from jobs.evaluate import evaluate
@@ -87,7 +87,7 @@ def by_hand(packed):
         with torch.no_grad():
             for cell, logits in enumerate(forward(image, len(packed.classes))):
                 scores = upsample(logits, tuple(label.shape))[0]
-                counts[cell].append(count_image(scores, label, PROTOCOL.bins))
+                counts[cell].append(count_image(scores, label, PROTOCOL.bins, VOID))
     torch.set_num_threads(threads)
     return counts, images
 

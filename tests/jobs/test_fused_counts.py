@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.settings import VOID
 from jobs.evaluate import count
 from jobs.fused_counts import count_upsampled
 from jobs.metrics.accumulate import LARGEST_NLL, count_image
@@ -21,7 +22,6 @@ from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
 from jobs.models.build import upsample
 from jobs.protocol import Protocol
 
-VOID = 255
 LOGIT_ULPS = 4
 # PyTorch's softmax takes an exp that may be off by 20
 SCORE_ULPS = {"fused": 4, "reference": 24}
@@ -256,4 +256,4 @@ def test_what_the_plain_way_refuses_is_refused():
             count_upsampled(*wrong)
         with pytest.raises(ValueError):
             count_image(upsample(wrong[0][None], tuple(target.shape))[0]
-                        if wrong[0].ndim == 3 else wrong[0], *wrong[1:])  # fmt: skip
+                        if wrong[0].ndim == 3 else wrong[0], *wrong[1:], VOID)  # fmt: skip

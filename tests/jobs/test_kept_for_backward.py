@@ -27,7 +27,7 @@ CLASSES = 48  # so many that a map of pixels is small beside the scores of all c
 
 def value_of(name, logits, target):
     weights = torch.linspace(0.5, 1.5, logits.shape[1], dtype=torch.float64)
-    return combined_loss(logits, target, parse_loss(name), 0.6, weights)
+    return combined_loss(logits, target, parse_loss(name), 0.6, weights, VOID)
 
 
 def kept_bytes(work):
@@ -75,7 +75,7 @@ def test_the_logits_themselves_are_gone_once_their_scores_are_there(monkeypatch)
         return large
 
     monkeypatch.setitem(combine.LOSSES, "CE", watched)
-    combined_loss(made(), target, parse_loss("CE"), 0.0, torch.ones(4))
+    combined_loss(made(), target, parse_loss("CE"), 0.0, torch.ones(4), VOID)
     assert seen["gone"]
 
 

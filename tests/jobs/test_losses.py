@@ -25,7 +25,7 @@ WEIGHTS = (0.4, 2.5, 0.3, 0.8)  # of four classes
 
 def loss_of(name, logits, target, position=0.0, weights=WEIGHTS, **ranks):
     logits, weights = torch.as_tensor(logits), torch.tensor(weights, dtype=torch.float64)
-    return combined_loss(logits, target, parse_loss(name), position, weights, **ranks)
+    return combined_loss(logits, target, parse_loss(name), position, weights, VOID, **ranks)
 
 
 def gradient_of(name, logits, target, position=0.0, **options):
@@ -286,7 +286,7 @@ def test_an_impossible_class_at_a_void_pixel_is_nothing_to_a_loss_function(kind)
     found = []
     for scores in (log_probs, other):
         scores = scores.requires_grad_()
-        value = LOSSES[kind](scores, target, torch.tensor(WEIGHTS), lambda x: x)
+        value = LOSSES[kind](scores, target, target != VOID, torch.tensor(WEIGHTS), lambda x: x)
         found.append((value, *torch.autograd.grad(value, scores)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
@@ -294,8 +294,8 @@ def test_an_impossible_class_at_a_void_pixel_is_nothing_to_a_loss_function(kind)
 
 def test_the_focal_loss_of_a_nearly_certain_pixel_keeps_its_digits():
     """1 - p from log p = -1e-4 has three digits in single precision if p is computed first."""
-    log_probs = torch.full((1, 1, 1, 1), -1e-4)
-    value = LOSSES["FL"](log_probs, torch.zeros(1, 1, 1).long(), None, lambda x: x)
+    log_probs, target = torch.full((1, 1, 1, 1), -1e-4), torch.zeros(1, 1, 1).long()
+    value = LOSSES["FL"](log_probs, target, target == 0, None, lambda x: x)
     assert float(value) == pytest.approx(np.expm1(-1e-4) ** 2 * 1e-4, rel=1e-6, abs=0)
 
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, log_loss
 
+from data_prep.settings import VOID
 from jobs.metrics.accumulate import LARGEST_NLL, count_image
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT, Counts
-
-VOID = 255
 
 
 def an_image(seed, num_classes=5, size=(13, 17), void=0.1):
@@ -35,7 +34,7 @@ def test_three_pixels_counted_by_hand():
     #          pixel 3: void
     scores = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1, 0, 0], [0.3, 0.3, 0.4]])
     target = torch.tensor([[0, 2, 0, VOID]], dtype=torch.uint8)
-    counts = count_image(scores.log().clamp(min=-1e4).T[:, None, :], target, bins=4)
+    counts = count_image(scores.log().clamp(min=-1e4).T[:, None, :], target, bins=4, void=VOID)
 
     assert counts.confusion.tolist() == [[2, 0, 0], [0, 0, 0], [0, 1, 0]]
     half, quarter, one = FIXED_POINT // 2, FIXED_POINT // 4, FIXED_POINT
@@ -57,13 +56,13 @@ def test_confusion_agrees_with_scikit_learn():
     logits, target = an_image(0)
     scores, labels = labelled(logits, target)
     expected = confusion_matrix(labels, scores.argmax(1), labels=range(5))
-    np.testing.assert_array_equal(count_image(logits, target, 10).confusion, expected)
+    np.testing.assert_array_equal(count_image(logits, target, 10, VOID).confusion, expected)
 
 
 def test_brier_and_nll_agree_with_float64():
     logits, target = an_image(1)
     scores, labels = labelled(logits, target)
-    counts = count_image(logits, target, 10)
+    counts = count_image(logits, target, 10, VOID)
     n = len(labels)
     brier = ((scores - np.eye(5)[labels]) ** 2).sum()
     assert int(counts.brier) / FIXED_POINT == pytest.approx(brier, abs=n / FIXED_POINT)
@@ -74,7 +73,7 @@ def test_brier_and_nll_agree_with_float64():
 @pytest.mark.parametrize("bins", [1, 7, 10])
 def test_bins_agree_with_a_loop_over_pixels(bins):
     logits, target = an_image(2, num_classes=3)
-    counts = count_image(logits, target, bins)
+    counts = count_image(logits, target, bins, VOID)
     expected, top1 = np.zeros((3, bins, 3), np.int64), np.zeros((bins, 3), np.int64)
     p = logits.softmax(0).numpy().transpose(1, 2, 0)[target.numpy() != VOID]
     for scores, label in zip(p, target.numpy()[target.numpy() != VOID], strict=True):
@@ -89,7 +88,7 @@ def test_bins_agree_with_a_loop_over_pixels(bins):
 
 
 def test_any_split_of_the_images_gives_the_same_sums():
-    images = [count_image(*an_image(seed), bins=10) for seed in range(8)]
+    images = [count_image(*an_image(seed), bins=10, void=VOID) for seed in range(8)]
     whole = sum(images, Counts.zeros(5, 10))
     for _ in range(5):
         random.Random(3).shuffle(images)
@@ -101,9 +100,9 @@ def test_any_split_of_the_images_gives_the_same_sums():
 
 def test_one_image_cut_in_two_counts_the_same():
     logits, target = an_image(4)
-    left = count_image(logits[:, :, :6], target[:, :6], 10)
-    right = count_image(logits[:, :, 6:], target[:, 6:], 10)
-    whole = count_image(logits, target, 10).as_arrays()
+    left = count_image(logits[:, :, :6], target[:, :6], 10, VOID)
+    right = count_image(logits[:, :, 6:], target[:, 6:], 10, VOID)
+    whole = count_image(logits, target, 10, VOID).as_arrays()
     for name, array in (left + right).as_arrays().items():
         if name != "images":
             np.testing.assert_array_equal(array, whole[name])
@@ -113,18 +112,18 @@ def test_where_classes_tie_the_lowest_is_the_prediction():
     logits = torch.zeros(4, 1, 3)
     logits[0, 0, 1] = -1.0
     target = torch.tensor([[3, 3, 3]])
-    assert count_image(logits, target, 10).confusion[3].tolist() == [2, 1, 0, 0]
+    assert count_image(logits, target, 10, VOID).confusion[3].tolist() == [2, 1, 0, 0]
 
 
 def test_a_pixel_of_hopeless_score_has_a_large_but_finite_nll():
     logits = torch.tensor([0.0, -3e38])[:, None, None]
-    counts = count_image(logits, torch.tensor([[1]]), 10)
+    counts = count_image(logits, torch.tensor([[1]]), 10, VOID)
     assert counts.nll == LARGEST_NLL * NLL_FIXED_POINT
 
 
 def test_an_image_without_labels_counts_as_an_image():
     logits, target = an_image(5, void=2.0)
-    counts = count_image(logits, target, 10)
+    counts = count_image(logits, target, 10, VOID)
     assert (counts.pixels, counts.void, counts.images) == (0, target.numel(), 1)
     assert not counts.confusion.any()
 
@@ -132,33 +131,33 @@ def test_an_image_without_labels_counts_as_an_image():
 def test_half_precision_logits_are_counted_in_float32():
     logits, target = an_image(6)
     low = logits.half()
-    assert count_image(low, target, 10).equals(count_image(low.float(), target, 10))
+    assert count_image(low, target, 10, VOID).equals(count_image(low.float(), target, 10, VOID))
 
 
 def test_a_label_that_is_no_class_is_refused():
     logits, target = an_image(7)
     target[0, 0] = 5
     with pytest.raises(ValueError, match="label 5 is neither one of 5 classes nor void"):
-        count_image(logits, target, 10)
+        count_image(logits, target, 10, VOID)
 
 
 def test_logits_that_are_not_numbers_are_refused():
     logits, target = an_image(8, void=0)
     logits[2, 3, 4] = float("nan")
     with pytest.raises(ValueError, match="nan or infinity"):
-        count_image(logits, target, 10)
+        count_image(logits, target, 10, VOID)
 
 
 def test_shapes_that_do_not_fit_are_refused():
     logits, target = an_image(9)
     with pytest.raises(ValueError, match=r"\[C, H, W\]"):
-        count_image(logits, target.T, 10)
+        count_image(logits, target.T, 10, VOID)
     with pytest.raises(ValueError, match="cannot be added"):
         Counts.zeros(3, 10) + Counts.zeros(3, 5)
 
 
 def test_counts_survive_the_way_through_arrays():
-    counts = count_image(*an_image(10), bins=10)
+    counts = count_image(*an_image(10), bins=10, void=VOID)
     assert Counts.from_arrays(counts.as_arrays()).equals(counts)
     assert not counts.equals(counts + counts)
 

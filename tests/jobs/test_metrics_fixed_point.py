@@ -15,11 +15,11 @@ import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
+from data_prep.settings import VOID
 from jobs.metrics.accumulate import count_image
 from jobs.metrics.scores import brier, classwise_error, nll, scores, top1_error
 
 STEP, NLL_STEP, FLOAT32, FLOAT64 = 2.0**-24, 2.0**-16, 2.0**-24, 1e-12
-VOID = 255
 # few pixels, whose rounding does not average out, and many; classes; bins
 SIZES = [(1, 3, 10), (1, 21, 10), (2, 21, 15), (7, 5, 1), (200, 19, 100), (20_000, 5, 10)]
 CASES = [(*size, seed) for size in SIZES for seed in range(8 if size[0] < 100 else 1)]
@@ -64,7 +64,7 @@ def by_a_loop(score, hit, bins):
 @pytest.mark.parametrize("error", [calibration_error, by_a_loop])
 def test_calibration_errors(pixels, error):
     logits, target, bins = pixels
-    counts = count_image(logits, target, bins)
+    counts = count_image(logits, target, bins, VOID)
     p, labels = labelled(logits, target)
     in_float32 = p.astype(np.float32) * np.float32(bins)
     assert (in_float32.astype(int) == (p * bins).astype(int)).all()  # else not the same bins
@@ -79,7 +79,7 @@ def test_brier_score(pixels):
     logits, target, bins = pixels
     p, labels = labelled(logits, target)
     each = [brier_score_loss(labels == c, p[:, c], pos_label=True) for c in range(p.shape[1])]
-    found = brier(count_image(logits, target, bins))
+    found = brier(count_image(logits, target, bins, VOID))
     assert abs(found - sum(each)) <= STEP / 2 + FLOAT64
     assert abs(found - ((p - np.eye(p.shape[1])[labels]) ** 2).sum(1).mean()) <= STEP / 2 + FLOAT64
 
@@ -99,12 +99,12 @@ def test_negative_log_likelihood(pixels):
     expected = log_loss(labels, exact, labels=range(len(logits)))
     bound = NLL_STEP / 2 + nll_bound(logits) + FLOAT64
     assert bound < 1.5e-5
-    assert abs(nll(count_image(logits, target, bins)) - expected) <= bound
+    assert abs(nll(count_image(logits, target, bins, VOID)) - expected) <= bound
 
 
 def test_they_are_the_scores_of_a_results_table(pixels):
     logits, target, bins = pixels
-    counts = count_image(logits, target, bins)
+    counts = count_image(logits, target, bins, VOID)
     found = scores(counts)
     expected = (top1_error(counts), classwise_error(counts), brier(counts), nll(counts))
     assert tuple(found[name] for name in ("ece", "cece", "brier", "nll")) == expected

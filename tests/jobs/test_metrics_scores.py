@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, recall_score
 
+from data_prep.settings import VOID
 from jobs.metrics.accumulate import count_image
 from jobs.metrics.counts import FIXED_POINT, Counts
 from jobs.metrics.scores import (
@@ -36,7 +37,7 @@ def with_confusion(confusion):
 def scored(p, labels, bins=10):
     """Counts of pixels with scores `p` [n, C]."""
     logits = torch.from_numpy(np.log(p)).float().T[:, None, :]
-    return count_image(logits, torch.from_numpy(labels)[None], bins)
+    return count_image(logits, torch.from_numpy(labels)[None], bins, VOID)
 
 
 def random_pixels(seed, n=4000, num_classes=4):

@@ -160,7 +160,7 @@ def by_torch(case):
         set_dropout_position(network, cell.seed, cell.model, step, range(IMAGES))
         weights = torch.from_numpy(CLASS_WEIGHTS)
         logits = upsample(network(inputs), SIZE)
-        loss = combined_loss(logits, target, cell.loss, step / TOTAL, weights)
+        loss = combined_loss(logits, target, cell.loss, step / TOTAL, weights, VOID)
         before = copied(parameters)
         optimizer.param_groups[0]["lr"] = learning_rate(protocol, step, TOTAL)
         optimizer.zero_grad()

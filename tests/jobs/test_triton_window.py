@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.settings import VOID
 from data_prep.shards import SplitReader
 from jobs.batches import TrainingBatches, UnresizedBatch
 from jobs.crop_window import Span
@@ -19,8 +20,6 @@ from tests.jobs import interpreted
 from tests.jobs.small_runs import assert_all_same, grid_of, results, task_of
 from tests.jobs.test_crop_window import SEEDS, picture, pillows, spans
 from tests.jobs.translated import as_on
-
-VOID = 255
 
 
 @pytest.fixture(scope="module")

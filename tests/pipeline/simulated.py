@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from data_prep.settings import VOID
 from hpc.atomic import fingerprint
 from jobs.losses.names import parse_loss
 from jobs.metrics.accumulate import count_image
@@ -17,7 +18,7 @@ CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence
 SHARES = [0.17, 0.24, 0.01, 0.3, 0.06, 0.11, 0.012, 0.015, 0.06, 0.007, 0.003]
 
 
-def label_map(generator, shares, size=(60, 80), void=255):
+def label_map(generator, shares, size=(60, 80), void=VOID):
     """Blobs of labels in the proportions `shares`, with a seam of void between blobs."""
     centres = generator.random((60, 2)) * size
     labels = generator.choice(len(shares), 60, p=np.array(shares) / np.sum(shares))
@@ -52,7 +53,7 @@ def cell_counts(seed, skill, sharpness, prior, images=4, bins=10):
     total = Counts.zeros(len(SHARES), bins)
     for target in validation(images):
         total += count_image(
-            logits_for(generator, target, SHARES, skill, sharpness, prior), target, bins
+            logits_for(generator, target, SHARES, skill, sharpness, prior), target, bins, VOID
         )
     return total
 
