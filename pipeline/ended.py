@@ -15,6 +15,7 @@ from hpc.tickets import JobState
 from jobs.cell import Cell, RunPaths
 from pipeline.grid import Grid
 from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submitted
+from pipeline.stages import PREP, REDUCE, REPORT
 
 _SUCCEEDED = ("succeeded", "COMPLETED")  # the last words of the queues
 _NO_FAILURE = ("unknown", "cancelled", "dependency failed")
@@ -144,9 +145,9 @@ def failures(
 def _made_since(grid: Grid, kind: str, logs: Sequence[Path]) -> bool:
     """Return whether what a stage makes is newer than the logs of its failed job."""
     products = {
-        "prep": [Path(settings.shards) / MANIFEST for settings in grid.datasets.values()],
-        "reduce": [grid.run.results],
-        "report": [grid.run.page],
+        PREP: [Path(settings.shards) / MANIFEST for settings in grid.datasets.values()],
+        REDUCE: [grid.run.results],
+        REPORT: [grid.run.page],
     }.get(kind, [])
     made, said = [modified(path) for path in products], [modified(path) for path in logs]
     return bool(made and said) and min(made) > 0 and max(made) > max(said)

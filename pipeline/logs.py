@@ -20,8 +20,9 @@ from pipeline.names import one_named
 from pipeline.records import CANCEL, PRETRAIN
 from pipeline.script_jobs import sent_tasks
 from pipeline.show import unasked_line
+from pipeline.stages import PREP, REDUCE, REPORT
 
-STAGES = ("prep", PRETRAIN, "reduce", "report")
+_KINDS = (PREP, PRETRAIN, REDUCE, REPORT)
 _LINES = 20
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def jobs_of(grid: Grid, queue: Queue, name: str) -> tuple[str, list[str]]:
     """What `name` means, and the jobs that were sent for it, the last first. Raises `UserError`
     where it means nothing, or nothing was sent."""
-    meant = one_named(grid, name, STAGES)
+    meant = one_named(grid, name, _KINDS)
     sent = [task for task in sent_tasks(grid.run, queue) if task.job and task.kind != CANCEL]
     if isinstance(meant, str):
         known, title = [task for task in sent if task.kind == meant], meant

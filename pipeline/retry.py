@@ -23,6 +23,7 @@ from pipeline.names import cells_named
 from pipeline.reasons import reason_lines
 from pipeline.records import cancellations
 from pipeline.show import TOO_LARGE, describe_missing, unasked_line
+from pipeline.stages import GRID
 from pipeline.state import NOT_FINITE, CellState, Survey, survey
 from pipeline.submit import check, plan_of, submit, submit_deferred
 from pipeline.wait import wait_for
@@ -52,16 +53,16 @@ def main(argv: Sequence[str]) -> int:
     for line in describe(grid, state, named):
         print(one_line(line))
     if dry_run or not chosen:
-        describe_missing(check(grid, ["grid"], missing_is_fine=dry_run))
+        describe_missing(check(grid, [GRID], missing_is_fine=dry_run))
         num_jobs = len(plan_of(grid, state, choose=lambda _: chosen).bundles)
         print(f"would submit {num_jobs} jobs" if chosen else "nothing to submit again")
         return 0
     again_named = partial(choose, named=named)
-    jobs = submit(grid, queue, ["grid"], again_named, forgiven(grid.run, named))
+    jobs = submit(grid, queue, [GRID], again_named, forgiven(grid.run, named))
     if not arguments.wait:
         return 0
     again = partial(submit_deferred, grid, queue, cancellations(grid.run))
-    return wait_for(grid, queue, jobs, ("grid",), again)
+    return wait_for(grid, queue, jobs, (GRID,), again)
 
 
 def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:

@@ -17,19 +17,16 @@ from hpc.clean_env import batch_lines, submitting_lines
 from hpc.command import one_line
 from hpc.profile import ClusterProfile, Resources
 from jobs.task import Task
+from pipeline.records import BUNDLE, PRETRAIN
+from pipeline.stages import GRID, PROGRAMS, REDUCE
 
 MARK = "# Written by lossgrid"
 SUBMIT = "submit.sh"
 # Slurm refuses scripts of more than 4 MB, whatever arrays the site allows
 MOST_TASKS = 10_000
 
-_PROGRAMS = {
-    "prep": "data_prep.pack",
-    "pretrain": "jobs.pretrain",
-    "train": "jobs.train",
-    "reduce": "pipeline.reduce",
-    "report": "pipeline.report",
-}
+_TRAIN = "train"  # the script of bundles
+_PROGRAMS = {**PROGRAMS, _TRAIN: PROGRAMS[BUNDLE]}
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ def parts(
     all tasks of an array need the same backbone."""
     found = []
     for stage in stages:
-        if stage == "grid":
-            trainers = _arrays("pretrain", [(None, task) for task in pretrain], size)
+        if stage == GRID:
+            trainers = _arrays(PRETRAIN, [(None, task) for task in pretrain], size)
             keys = {task.name: task.cells[0].backbone_key for task in pretrain}
             trained_by = {
                 keys[name]: (part.name, element)
@@ -72,7 +69,7 @@ def parts(
                 for element, (name, _) in enumerate(part.tasks)
             }
             needed = [(trained_by.get(_backbone(task)), task) for task in bundles]
-            found += trainers + _arrays("train", needed, size)
+            found += trainers + _arrays(_TRAIN, needed, size)
         else:
             found.append(Part(stage, stage))
     return found
@@ -106,7 +103,7 @@ def _arrays(
 
 def _remark(task: Task) -> str:
     first = task.cells[0]
-    if task.kind == "pretrain":
+    if task.kind == PRETRAIN:
         return f"the backbone of {one_line(first.dataset)}"
     cells = "1 cell" if len(task.cells) == 1 else f"{len(task.cells)} cells"
     return f"{cells} of {one_line(first.dataset)}, seed {first.seed}"
@@ -168,7 +165,7 @@ def _options(site: Site, part: Part, log: str) -> dict[str, Any]:
 def _resources(profile: ClusterProfile, part: Part) -> Resources:
     if part.tasks:
         return profile.training()
-    return profile.reducing() if part.stage == "reduce" else profile.single()
+    return profile.reducing() if part.stage == REDUCE else profile.single()
 
 
 def _srun(site: Site, part: Part, log: str) -> list[str]:
@@ -236,14 +233,14 @@ def _dependency(
 ) -> tuple[str, list[str]]:
     """Return the kind of a script's dependency, and its jobs in the words of the shell: the element
     that trains its backbone, or else all scripts of the stage before."""
-    kind = "afterany" if part.stage == "reduce" else "afterok"
+    kind = "afterany" if part.stage == REDUCE else "afterok"
     if part.needs:
         name, element = part.needs
         return kind, [f"${{{variables[name]}}}_{element}"]
     stages = list(dict.fromkeys(other.stage for other in scripts))
     earlier = stages[: stages.index(part.stage)]
-    if part.stage == "train":  # its backbones are trained already
-        earlier = [stage for stage in earlier if stage != "pretrain"]
+    if part.stage == _TRAIN:  # its backbones are trained already
+        earlier = [stage for stage in earlier if stage != PRETRAIN]
     before = earlier[-1:]
     return kind, [f"${variables[other.name]}" for other in scripts if other.stage in before]
 

@@ -15,6 +15,7 @@ from hpc.command import MissingInput, one_line
 from pipeline.ended import modified
 from pipeline.grid import Grid
 from pipeline.reasons import by_reason
+from pipeline.stages import GRID, REDUCE, REPORT
 from pipeline.state import STATES, CellState, Progress, Survey
 
 if TYPE_CHECKING:  # planning, which status need not load
@@ -90,12 +91,12 @@ def outdated_lines(grid: Grid, state: Survey) -> Iterator[str]:
     results, page = modified(grid.run.results), modified(grid.run.page)
     command, coming = "python -m pipeline.submit", set(state.stages.values())
     newer = sum(modified(path) > results for path in state.counts.values()) if results else 0
-    if newer and "reduce" not in coming:
+    if newer and REDUCE not in coming:
         yield (
             f"results.h5 is older than the counts of {newer} cells; `{command} reduce {grid.words}`"
             " brings it up to date"
         )
-    if page and page < results and "report" not in coming:
+    if page and page < results and REPORT not in coming:
         yield f"the page is older than results.h5; `{command} report {grid.words}` draws it anew"
 
 
@@ -119,7 +120,7 @@ def describe_plan(
     """What a submission would do, and cost; nothing is written."""
     describe_survey(grid, state)
     print(f"stages: {', '.join(stages)}")
-    if "grid" not in stages:
+    if GRID not in stages:
         return
     table = Table("data set", "models", "losses", "seed", "cells", "from step")
     table.add_column("job", overflow="fold")

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pipeline.stages import GRID, PREP, REDUCE, REPORT
 from pipeline.state import Survey
-
-PREP, REDUCE, REPORT = "prep", "reduce", "report"
 
 
 def packing(state: Survey) -> list[str]:
@@ -29,7 +28,7 @@ def reducing(state: Survey) -> list[str]:
 def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[str, str]:
     """Return the waiting jobs of reduce and report that must not run, since this submission trains
     the grid and sends the same stage, or `new_cells` behind the job. Job -> stage."""
-    if "grid" not in stages:
+    if GRID not in stages:
         return {}
     return {
         job: stage

@@ -39,19 +39,19 @@ from pipeline.script_folder import check_folder, write_folder, write_record
 from pipeline.scripts import SUBMIT, Site, parts, render
 from pipeline.show import describe_missing, describe_plan, describe_survey
 from pipeline.source import source_of_code
+from pipeline.stages import GRID, PREP, PROGRAMS, REDUCE, REPORT, STAGES
 from pipeline.stale import set_aside
 from pipeline.state import Survey, survey
 from pipeline.wait import wait_for
 
-STAGES = ("prep", "grid", "reduce", "report", "all")
+_ALL = "all"
 _REMEDY = "set run_dir to a folder of yours"
-_PROGRAMS = {"bundle": "jobs.train", "pretrain": "jobs.pretrain"}
 
 
 def main(argv: Sequence[str]) -> int:
     """Submit one stage, or all, of a grid file."""
     parser = argument_parser("python -m pipeline.submit", __doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, _ALL))
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.step_seconds is not None and not 0 < arguments.step_seconds < 1e6:
         parser.error("--step-seconds must be a number of seconds above 0")
-    if arguments.retrain and arguments.stage != "grid":
+    if arguments.retrain and arguments.stage != GRID:
         parser.error("--retrain goes with the stage grid: which cells are stale shows after prep")
     if arguments.script is not None and arguments.wait:
         parser.error("--wait: scripts start no jobs that one could wait for")
@@ -109,12 +109,12 @@ def main(argv: Sequence[str]) -> int:
 def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
     """The stages that a command means: `all` is every one, and `grid` packs first what is not
     packed yet."""
-    if stage == "all":
-        return STAGES[:-1]
+    if stage == _ALL:
+        return STAGES
     unpacked = [n for n, d in grid.datasets.items() if not (Path(d.shards) / MANIFEST).exists()]
-    if stage == "grid" and unpacked:
+    if stage == GRID and unpacked:
         print(f"not packed yet, so that comes first: {', '.join(map(one_line, unpacked))}")
-        return ("prep", "grid")
+        return (PREP, GRID)
     return (stage,)
 
 
@@ -122,9 +122,9 @@ def check(grid: Grid, stages: Sequence[str], missing_is_fine: bool = False) -> l
     """Refuse what cannot work before anything is queued. Raises `UserError`. Files that are not
     there yet are returned if `missing_is_fine`."""
     require_private(grid.run.root, grid.cluster.group, _REMEDY)
-    missing = check_sources(grid) if "prep" in stages else []
-    if "grid" in stages:
-        missing += check_inputs(grid, packed="prep" not in stages)
+    missing = check_sources(grid) if PREP in stages else []
+    if GRID in stages:
+        missing += check_inputs(grid, packed=PREP not in stages)
     if missing and not missing_is_fine:
         raise missing[0]
     return missing
@@ -151,10 +151,10 @@ def submit(
     """
     check(grid, stages)  # a refused submission leaves no run directory
     with one_submission(grid):
-        if "grid" in stages:
+        if GRID in stages:
             _set_aside(grid)
         work = _decide(grid, queue, stages, choose)
-        if "grid" in stages:
+        if GRID in stages:
             describe_survey(grid, work.state)
         with around or nullcontext():
             jobs = _act(grid, queue, work, options)
@@ -200,7 +200,7 @@ class _Work:
 
 def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> _Work:
     """Look at the run directory and the queue, and check what is to be sent. Changes nothing."""
-    of_grid = "grid" in stages
+    of_grid = GRID in stages
     state = survey(grid, queue, accounting=of_grid)
     plan = plan_of(grid, state, choose=choose) if of_grid else Plan((), ())
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
@@ -225,31 +225,24 @@ def _act(
     jobs: dict[str, list[str]] = {}
     packing, before = stage_jobs.packing(state), stage_jobs.reducing(state)
     for stage in work.stages:
-        if stage == "prep" and (reused := stage_jobs.prep_to_reuse(state, unchanged)):
+        if stage == PREP and (reused := stage_jobs.prep_to_reuse(state, unchanged)):
             jobs[stage] = reused
-        elif stage == "grid":
+        elif stage == GRID:
             jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
             if not all_sent:
                 break
         elif queue.room() == 0:
             break
         else:
-            first = {"prep": packing, "reduce": before, "report": []}[stage]
-            needs = jobs.get("reduce", []) if stage == "report" else []
-            given = [str(config), *(options if stage != "prep" else ())]
+            first = {PREP: packing, REDUCE: before, REPORT: []}[stage]
+            needs = jobs.get(REDUCE, []) if stage == REPORT else []
+            given = [str(config), *(options if stage != PREP else ())]
             jobs[stage] = _send_stage(grid, queue, stage, given, record, first, needs)
-        packing = packing if stage != "prep" else list(dict.fromkeys([*packing, *jobs[stage]]))
+        packing = packing if stage != PREP else list(dict.fromkeys([*packing, *jobs[stage]]))
         before = [*jobs[stage], *before]
     if state.active_jobs or state.stages:
         queue.ensure_runner()  # nobody may have started these since the machine did
     return jobs
-
-
-_STAGE_PROGRAMS = {
-    "prep": "data_prep.pack",
-    "reduce": "pipeline.reduce",
-    "report": "pipeline.report",
-}
 
 
 def _send_stage(
@@ -261,9 +254,9 @@ def _send_stage(
     after: Sequence[str],
     needs: Sequence[str],
 ) -> list[str]:
-    by_mpi = stage == "reduce" and queue.starts_mpi
+    by_mpi = stage == REDUCE and queue.starts_mpi
     wanted = grid.cluster.reducing() if by_mpi else grid.cluster.single()
-    call = ModuleCall(_STAGE_PROGRAMS[stage], tuple(arguments))
+    call = ModuleCall(PROGRAMS[stage], tuple(arguments))
     token = record.sending([stage], needs)
     jobs = queue.submit([call], wanted, stage, after, token, needs)
     record.sent([stage], jobs)
@@ -312,7 +305,7 @@ def write_scripts(
         warn(line)
     check_folder(folder, grid)  # a refusal leaves no run directory
     with one_submission(grid):
-        plan = _plan_of_scripts(grid, queue, choose) if "grid" in stages else Plan((), ())
+        plan = _plan_of_scripts(grid, queue, choose) if GRID in stages else Plan((), ())
         wanted = parts(stages, plan.pretrain, plan.bundles, queue.max_array_size())
         if not wanted:
             return print("nothing is left to submit, so no script was written")
@@ -390,7 +383,7 @@ def _send(
 ) -> list[str]:
     if not tasks:
         return []
-    calls = [ModuleCall(_PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
+    calls = [ModuleCall(PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
     names, title = [task.name for task in tasks], f"{grid.name}-{tasks[0].kind}"
     token = record.sending(names, needs)
     jobs = queue.submit(calls, grid.cluster.training(), title, (), token, needs)

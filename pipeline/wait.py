@@ -20,6 +20,7 @@ from hpc.slurm import QueueUnreachable
 from pipeline.grid import Grid
 from pipeline.reasons import reason_lines
 from pipeline.show import counts_line, time_left
+from pipeline.stages import GRID, REPORT
 from pipeline.state import CellState, Survey, survey
 
 _CLUSTER_POLL_SECONDS = 15.0
@@ -42,7 +43,7 @@ def wait_for(
     progress = _Progress(grid)
     try:
         while _watch(grid, queue, jobs, stages, progress) and submit:
-            held = [stage for stage in stages if stage == "grid" or stage not in jobs]
+            held = [stage for stage in stages if stage == GRID or stage not in jobs]
             jobs = {**jobs, **patiently(partial(submit, held))}
     except KeyboardInterrupt:
         words = one_line(grid.words)
@@ -51,11 +52,11 @@ def wait_for(
     if error := _stage_error(queue, jobs):
         print(one_line(error), file=sys.stderr)
         return USER_ERROR_EXIT_CODE
-    unfinished = _unfinished(grid, queue) if "grid" in stages else []
+    unfinished = _unfinished(grid, queue) if GRID in stages else []
     for line in unfinished:
         print(one_line(line), file=sys.stderr)
     page = grid.run.report / "index.html"
-    if "report" in stages and page.exists():
+    if REPORT in stages and page.exists():
         from pipeline.printed import print_report  # reads HDF5, so not for planning
 
         print_report(grid.run.results, page)
@@ -144,7 +145,7 @@ def _done_share(cell: CellState) -> float:
 def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
     """The error line of the first stage whose job failed; the later ones only fail after it."""
     for stage, ids in jobs.items():
-        for job in ids if stage != "grid" else ():
+        for job in ids if stage != GRID else ():
             error = last_error(queue.log_files(job))
             if error and names_error(error):
                 return f"{stage}: {error}"

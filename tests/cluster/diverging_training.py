@@ -36,5 +36,5 @@ if __name__ == "__main__":
     from hpc.command import run
     from pipeline import submit
 
-    submit._PROGRAMS["bundle"] = "tests.cluster.diverging_training"
+    submit.PROGRAMS["bundle"] = "tests.cluster.diverging_training"
     run(submit.main)

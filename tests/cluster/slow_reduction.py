@@ -68,5 +68,5 @@ if __name__ == "__main__":
     from hpc.command import run
     from pipeline import submit
 
-    submit._STAGE_PROGRAMS["reduce"] = "tests.cluster.slow_reduction"
+    submit.PROGRAMS["reduce"] = "tests.cluster.slow_reduction"
     run(submit.main)

@@ -85,5 +85,5 @@ if __name__ == "__main__":
     from hpc.command import run
     from pipeline import retry, submit
 
-    submit._PROGRAMS["bundle"] = "tests.cluster.slow_training"
+    submit.PROGRAMS["bundle"] = "tests.cluster.slow_training"
     run(lambda argv: retry.main(argv[1:]) if argv[0] == "retry" else submit.main(argv))
