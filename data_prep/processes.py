@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -41,9 +42,12 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int)
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _die_with_parent) as pool:
-        waiting = [pool.submit(function, item) for item in items]
+    with _start_of(processes):
+        pool = ProcessPoolExecutor(processes, context, _die_with_parent)
+    with pool:
         try:
+            with _start_of(processes):
+                waiting = [pool.submit(function, item) for item in items]
             for done in as_completed(waiting):
                 yield done.result()
         except BrokenProcessPool as error:
@@ -52,6 +56,17 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int)
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _start_of(processes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no locks in /dev/shm, or no more processes
+        raise UserError(
+            f"cannot start {processes} packing processes: {error.strerror}; make /dev/shm writable "
+            "and allow more processes, or pack with --processes 1"
+        ) from error
 
 
 def with_progress(items: Iterator[R], total: int, title: str) -> Iterator[R]:

@@ -20,6 +20,7 @@ from data_prep.pack import pack
 from data_prep.shards import SplitReader
 from data_prep.verify import verify
 from hpc.command import UserError
+from tests.tiny_disk import may_mount
 
 
 def _shards(folder: Path) -> dict[str, str]:
@@ -58,6 +59,15 @@ def test_a_bad_file_stops_all_ranks_with_one_line(many_rooms, command, mpiexec):
     assert "room3.png cannot be read as an image" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (many_rooms.shards / "manifest.json").exists()
+
+
+@pytest.mark.skipif(not may_mount(), reason="this user may not mount")
+def test_where_processes_cannot_share_locks_one_line_says_so(many_rooms, command):
+    sick = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"', "sh")
+    done = command("data_prep.pack", many_rooms.config(), "--processes", 2, launcher=sick)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *_, error = done.stderr.splitlines()
+    assert error.startswith("error: cannot start 2 packing processes: Read-only file system; make")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
