@@ -209,18 +209,19 @@ def test_a_process_that_does_not_deliver_is_one_line_and_is_ended(
     act, message = CASES[case]
     monkeypatch.setattr(loaders, "_PATIENCE", 1.0)
     monkeypatch.setattr(loaders, "_POLL", 0.1 if case == "stopped" else 60.0)
+    others = children()  # of tests before this one
     items = loaders._loaded(Item2(act), range(10), workers, in_slots=True)
     assert [int(next(items)), int(next(items))] == [0, 1]
-    mine = children()
+    mine = children() - others
     with pytest.raises(UserError, match=f"loader process [0-9]+.* {message}$"):
         next(items)
     assert len(mine) == workers and not any(map(lives, mine))
     assert ("ZeroDivisionError: by zero" in capfd.readouterr().err) == (case == "failed")
 
 
-def children():
+def children() -> set[Path]:
     listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    return [Path(f"/proc/{child}") for child in listed.split()]
+    return {Path(f"/proc/{child}") for child in listed.split()}
 
 
 def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
@@ -231,9 +232,9 @@ def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         return real()
 
-    real = os.fork
+    real, others = os.fork, children()
     monkeypatch.setattr(os, "fork", fork)
     items = loaders._loaded(Item2(fail), range(10), 2, in_slots=True)
     with pytest.raises(UserError, match="cannot start 2 loader processes: Resource temporarily un"):
         next(items)
-    assert not children()
+    assert not children() - others
