@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import MutableMapping
+from pathlib import Path
 
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where `getpass` looks before the accounts
 _NO_HOME = "/nonexistent"  # what Debian gives accounts without one; nobody can make files there
@@ -16,6 +17,15 @@ def user_name(number: int) -> str:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
+
+
+def expanded(text: str | Path) -> Path:
+    """Return a path in which `~` and `~NAME` are homes. It stays as it is if there is no such user,
+    as in a shell."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def stand_in(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hpc.account import expanded
+
 Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
 
 # Of Open MPI; of MPICH and Intel MPI.
@@ -108,11 +110,11 @@ def _slurm_job(environ: Mapping[str, str]) -> str:
 
 def torch_home(environ: Mapping[str, str] = os.environ) -> Path:
     """Where torch keeps downloaded weights, by torch's own rule."""
-    cache = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(environ.get("TORCH_HOME") or Path(cache) / "torch").expanduser()
+    cache = environ.get("XDG_CACHE_HOME") or expanded("~/.cache")
+    return expanded(environ.get("TORCH_HOME") or Path(cache) / "torch")
 
 
 def default_config(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The grid file that `$LOSSGRID_CONFIG` names, if it is set."""
     name = environ.get("LOSSGRID_CONFIG")
-    return Path(name).expanduser() if name else None
+    return expanded(name) if name else None

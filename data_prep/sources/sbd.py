@@ -15,6 +15,7 @@ from data_prep.settings import SbdSettings
 from data_prep.sources import voc
 from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
 from data_prep.sources.sample import Sample
+from hpc.account import expanded
 from hpc.command import UserError
 from hpc.config import did_you_mean
 
@@ -65,7 +66,7 @@ def voc_val_ids(settings: SbdSettings) -> list[str]:
 
 def _listed_ids(settings: SbdSettings, name: str) -> list[str]:
     if name.endswith(".txt"):
-        return read_list(Path(name).expanduser().absolute(), "check its name in the data set")
+        return read_list(expanded(name).absolute(), "check its name in the data set")
     home = _home(settings)
     lists = {file[:-4] for file in names_in(home, _REMEDY) if file.endswith(".txt")}
     if name in lists:

@@ -14,6 +14,7 @@ from data_prep.manifest import SPLITS
 from data_prep.settings import VOID, VocSettings
 from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
 from data_prep.sources.sample import Sample
+from hpc.account import expanded
 from hpc.command import UserError
 from hpc.config import did_you_mean
 
@@ -43,7 +44,7 @@ def samples(settings: VocSettings, split: str) -> list[Sample]:
     """What the list of `split` names, sorted by id. Raises `UserError` as `prepare` does."""
     chosen = {"train": settings.train, "val": settings.val}[split]
     if chosen.endswith(".txt"):
-        path = Path(chosen).expanduser().absolute()
+        path = expanded(chosen).absolute()
         return listed(settings.root, read_list(path, "check its name in the data set"), str(path))
     return official(settings.root, chosen)
 

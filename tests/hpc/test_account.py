@@ -1,5 +1,6 @@
 """A user without an account and without a home, as in a container."""
 
+import pwd
 import subprocess
 import sys
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.account import stand_in, user_name
+from hpc.account import expanded, stand_in, user_name
 
 NOBODY = 54321
 AS_NOBODY = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}", "env", "-i")
@@ -37,6 +38,11 @@ def test_who_has_a_name_and_a_home_keeps_them():
     environ = {"LOGNAME": "me", "HOME": "/home/me"}
     stand_in(environ)
     assert environ == {"LOGNAME": "me", "HOME": "/home/me"}
+
+
+def test_a_home_of_nobody_stays_as_it_is_written():
+    assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert expanded("~root") == Path(pwd.getpwnam("root").pw_dir)
 
 
 def test_the_name_of_a_user_without_an_account_is_the_number():
