@@ -119,12 +119,14 @@ def _failure(path: Path | None, present: str) -> list[Path]:
 
 def _backbone(run: RunPaths, cell: Cell, present: str) -> list[Path]:
     """The files of the backbone that `weights = "pretrain"` trains for a cell, if they were made
-    from other data; where it is not trained yet, the checkpoints of its training."""
+    from other data; where it is not trained yet, the checkpoints or the failure of its training."""
     path = run.backbone(cell.backbone_key)
     try:
         record = read_json(path.with_suffix(".json"))
     except FileNotFoundError:
-        return _checkpoints(run, pretraining_cell(cell), present)
+        trained = pretraining_cell(cell)
+        failure = _failure(run.failure(trained.signature), present)
+        return [*_checkpoints(run, trained, present), *failure]
     except Damaged:  # the jobs that need it say so
         return []
     other = record.get("manifest", present) != present

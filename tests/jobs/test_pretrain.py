@@ -1,4 +1,5 @@
-"""Pre-training that has failed says why, however often it is submitted."""
+"""Pre-training that has failed says why, however often it is submitted; and cells are trained on
+the data that their backbone saw."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from hpc.command import UserError
 from hpc.preempt import StopRequest
 from jobs.pretrain import pretrain_backbone, pretraining_cell
 from jobs.task import Task
+from jobs.train import train_bundle
 from tests.jobs.cells import a_cell
 
 
@@ -23,4 +25,18 @@ def test_a_pre_training_that_diverged_is_not_started_again_in_silence(tmp_path, 
     assert str(refused.value) == (
         "pre-training stopped before: the loss was nan at step 2 of 6; lower learning_rate in "
         f"[protocol.pretrain], or delete {failure} to try it again"
+    )
+
+
+def test_cells_are_not_trained_on_a_backbone_that_saw_other_data(tmp_path, streets, alone):
+    cell = a_cell(weights="pretrain").model_copy(update={"data": streets.identity})
+    settings = {"kind": "bundle", "name": "task", "data": str(streets.folder)}
+    task = Task(**settings, run=str(tmp_path), cells=(cell,))
+    backbone = task.paths.backbone(cell.backbone_key)
+    write_json(backbone.with_suffix(".json"), {"manifest": "that of other data"})
+    with pytest.raises(UserError) as refused:
+        train_bundle(task, alone, StopRequest())
+    assert str(refused.value) == (
+        f"{backbone} was trained on other data than {streets.folder} holds now; restore the data "
+        "set, or submit grid with --retrain stale"
     )
