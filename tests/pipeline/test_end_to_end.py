@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -164,33 +163,6 @@ def test_a_trained_cell_labels_photographs(finished, tmp_path):
         assert labels.shape == confidence.shape == (48, 64)
         assert labels.max() < 8
         assert confidence.min() >= 255 // 8  # the highest of 8 scores is at least 1 / 8
-
-
-@pytest.mark.slow
-def test_corrected_images_are_trained_on_when_the_user_says_so(finished, tmp_path):
-    undisturbed, _ = finished
-    grid = read_grid(config := write_grid(tmp_path, "run"))
-    for folder in ("counts", "heads", "backbones", "report"):
-        shutil.copytree(undisturbed.run.root / folder, grid.run.root / folder)
-    shutil.copy(undisturbed.run.results, grid.run.results)
-    shutil.copytree(undisturbed.datasets["streets"].shards, tmp_path / "data")
-    before = grid.run.results.read_bytes()
-    Image.new("L", (64, 48)).save(tmp_path / "data/source/trainannot/train_000000.png")
-
-    packed = command("pipeline.submit", "all", config, "--wait", cwd=tmp_path)
-    assert packed.returncode == 2
-    line = packed.stderr.splitlines()[-1]
-    assert "has 8 finished cells, but would now have 0" in line
-    assert "(8 cells are left out, " in line and " --retrain stale` trains them anew)" in line
-    assert grid.run.results.read_bytes() == before
-
-    again = command("pipeline.submit", "grid", config, "--retrain", "stale", "--wait", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr + again.stdout
-    assert command("pipeline.reduce", config, cwd=tmp_path).stdout.endswith("8 of 8 cells\n")
-    one, other = counts(undisturbed)[1], counts(grid)[1]
-    assert (one["pixels"] == other["pixels"]).all()
-    assert (one["class_bins"] != other["class_bins"]).any(axis=(1, 2, 3)).all()  # of every cell
-    assert {path.name for path in grid.run.stale.iterdir()} == {"counts", "backbones"}
 
 
 def training_processes(folder):

@@ -4,6 +4,7 @@ trains anew without the user's word."""
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,44 @@ def test_what_is_set_aside_twice_is_kept_twice(grid, queue):
         submit.submit(grid, queue, ["grid"], with_stale)
     names = {path.name for path in (grid.run.stale / "counts").iterdir()}
     assert names == {f"all-g1.{end}" for end in ("h5", "json", "h5.2", "json.2")}
+
+
+def work(queue: FakeQueue) -> None:
+    """Do what the jobs in the queue are to do, in order."""
+    for job, call in queue.calls.items():
+        if queue.jobs[job] == "waiting":
+            queue.jobs[job] = "gone"
+            assert not import_module(call.module).main(list(call.arguments))
+
+
+@pytest.mark.slow
+def test_from_end_to_end(tmp_path, shards, queue):
+    """Images are corrected after a whole run: `all` leaves the results, the user says so, and all
+    is made anew, backbones too."""
+    one_model = (', "deeplabv3_mobilenet_v3_large"]', "]")
+    grid = small_grid(tmp_path, PRETRAIN, ("seeds = [0, 1]", "seeds = [0]"), one_model)
+    stages = ("prep", "grid", "reduce")
+    submit.submit(grid, queue, stages)
+    work(queue)
+    before, results = read_results(grid.run.results), grid.run.results.read_bytes()
+    Image.new("L", (40, 32)).save(label_map(grid))
+
+    submit.submit(grid, queue, stages)
+    with pytest.raises(
+        UserError, match=r"has 2 finished cells, but would now have 0,.* \(2 cells "
+    ):
+        work(queue)
+    assert grid.run.results.read_bytes() == results
+    assert words(grid, queue) == {"stale": 2}
+
+    submit.submit(grid, queue, ["grid"], with_stale)
+    work(queue)
+    assert words(grid, queue) == {"done": 2}
+    assert reduce.main([str(grid.path)]) == 0
+    after = read_results(grid.run.results)
+    bins = [results.datasets[0].counts["class_bins"] for results in (before, after)]
+    assert (bins[0] != bins[1]).any(axis=(1, 2, 3)).all()  # of every cell
+    assert {path.name for path in grid.run.stale.iterdir()} == {"backbones", "counts", "progress"}
 
 
 def test_retraining_goes_with_the_stage_that_trains(grid, capsys):
