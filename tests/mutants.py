@@ -16,7 +16,7 @@ SOURCES = ("hpc", "data_prep", "jobs", "pipeline")
 COPIED = (*SOURCES, "benchmarks", "configs", "tests", "lossgrid.toml", "pyproject.toml")
 # the fast tests of each module, in whose process it runs
 TESTS = {
-    "hpc/checkpoint.py": "hpc/test_checkpoint jobs/test_damaged_checkpoints",
+    "hpc/checkpoint.py": "hpc/test_checkpoint",
     "hpc/generation.py": "hpc/test_generation",
     "jobs/counts_file.py": "jobs/test_counts_file pipeline/test_damaged_counts",
     "jobs/losses/combine.py": "jobs/test_losses jobs/test_schedule",

@@ -98,7 +98,7 @@ def test_class_weights_worked_out_by_hand():
     assert class_weights([1, 0, 2]).tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["WCE", "WFL"])
+@pytest.mark.parametrize("name", ["WCE", "WFL", "WCEMP", "WFLMP"])
 def test_a_weighted_mean_depends_on_ratios_of_the_weights_alone(four_pixels, name):
     value, small = (loss_of(name, *four_pixels, weights=(2 * s, 0, s)) for s in (1, 1e-3))
     torch.testing.assert_close(small, value, rtol=1e-12, atol=0)
