@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.manifest import read_fingerprint
 from hpc import checkpoint
@@ -38,14 +39,14 @@ def find_stale(
     grid: Grid,
     done: Mapping[str, CountsIndex],
     saved: Mapping[str, Checkpoint],
-    failures: Mapping[str, Path],
+    failures: Mapping[str, Mapping[str, Any]],
 ) -> Stale:
     """Compare the fingerprints that a run's files record with those of the data sets.
 
     Args:
         done: the counts of each finished cell, by signature.
         saved: the newest checkpoint of each cell that is not done, by signature.
-        failures: the record of each cell whose loss was not finite, by signature.
+        failures: what the record of each cell says whose loss was not finite, by signature.
     """
     now = fingerprints(grid)
     files: dict[str, tuple[Path, ...]] = {}
@@ -61,9 +62,10 @@ def find_stale(
             found = _counts(done[name], present)
             if not found:
                 continue
-        elif _is_other(saved.get(name), present):
+        elif name in saved and _is_of_other(saved[name].record, present):
             found = _checkpoints(grid.run, cell, present)
-        found += _failure(failures.get(name), present)
+        if name in failures and _is_of_other(failures[name], present):
+            found.append(grid.run.failure(name))
         if cell.protocol.weights == "pretrain":
             found += backbones[cell.backbone_key]
         if found:
@@ -78,6 +80,14 @@ def fingerprints(grid: Grid) -> dict[str, str]:
         with suppress(UserError):  # submissions say what is wrong with it
             found[name] = read_fingerprint(settings.shards)
     return found
+
+
+def failure_record(path: Path) -> dict[str, Any]:
+    """What the record of a failure says; nothing if there is none or it is damaged."""
+    try:
+        return read_json(path)
+    except (Damaged, FileNotFoundError):
+        return {}
 
 
 def set_aside(run: RunPaths, files: Iterable[Path]) -> None:
@@ -99,22 +109,16 @@ def _counts(index: CountsIndex, present: str) -> list[Path]:
     return [index.path.with_suffix(".json"), index.path] if other_data(index, present) else []
 
 
-def _is_other(saved: Checkpoint | None, present: str) -> bool:
-    return saved is not None and saved.record.get("inputs", {}).get("data set", present) != present
+def _is_of_other(record: Mapping[str, Any], present: str) -> bool:
+    """Whether the record of a checkpoint or a failure names other data as its input."""
+    return bool(record.get("inputs", {}).get("data set", present) != present)
 
 
 def _checkpoints(run: RunPaths, cell: Cell, present: str) -> list[Path]:
     """The checkpoints of a cell that were made from other data."""
     found = checkpoint.find(run.checkpoints(cell.bundle_key))[0]
-    return [c.path for c in found if cell.signature in c.checksums and _is_other(c, present)]
-
-
-def _failure(path: Path | None, present: str) -> list[Path]:
-    if path is not None:
-        with suppress(Damaged, FileNotFoundError, AttributeError):
-            if read_json(path).get("inputs", {}).get("data set", present) != present:
-                return [path]
-    return []
+    ours = [c for c in found if cell.signature in c.checksums]
+    return [c.path for c in ours if _is_of_other(c.record, present)]
 
 
 def _backbone(run: RunPaths, cell: Cell, present: str) -> list[Path]:
@@ -125,8 +129,9 @@ def _backbone(run: RunPaths, cell: Cell, present: str) -> list[Path]:
         record = read_json(path.with_suffix(".json"))
     except FileNotFoundError:
         trained = pretraining_cell(cell)
-        failure = _failure(run.failure(trained.signature), present)
-        return [*_checkpoints(run, trained, present), *failure]
+        failure = run.failure(trained.signature)
+        other = _is_of_other(failure_record(failure), present)
+        return [*_checkpoints(run, trained, present), *([failure] if other else [])]
     except Damaged:  # the jobs that need it say so
         return []
     other = record.get("manifest", present) != present

@@ -40,7 +40,7 @@ from pipeline.records import (
     submissions,
 )
 from pipeline.script_jobs import candidates, job_of, noted_arrays
-from pipeline.stale import WHY, Stale, find_stale
+from pipeline.stale import WHY, Stale, failure_record, find_stale
 
 State = Literal[
     "done", "failed", "running", "waiting", "interrupted", "missing", "stale", "unknown"
@@ -155,7 +155,12 @@ def survey(
     known = {t: _known(t, jobs, beats[t.task], queue) for t in open_tasks}
     active = {t for t in open_tasks if _may_work(t, known[t], beats[t.task], queue)}
     saved = _checkpoints(grid, done)
-    not_finite = {path.stem: path for path in json_files(grid.run.failures)}
+    signatures = {cell.signature for cell in grid.cells} - done.keys()
+    not_finite = {
+        path.stem: failure_record(path)
+        for path in json_files(grid.run.failures)
+        if path.stem in signatures
+    }
     stale = find_stale(grid, done, saved, not_finite)
     # a checkpoint of other data is no progress
     steps = {cell: c.step for cell, c in saved.items() if cell not in stale.files}
@@ -186,7 +191,8 @@ def survey(
         blocking = blocked.get(told.job) if told else None
         if told and told is not task and not blocking and ending.cause != "unknown":
             blocking = Failure(told.kind, told.job, ending)
-        failed = not_finite.get(cell.signature)
+        record = not_finite.get(cell.signature)
+        failed = "" if record is None else _reason(grid.run.failure(cell.signature), record)
         job = known.get(task, GONE) if task else GONE
         state = _unfinished(state, failed, task, job, task in active, beat, ending, blocking)
         if is_stale and not (task and task in active):
@@ -284,13 +290,10 @@ def _heartbeat(run: RunPaths, task: str) -> dict[str, Any]:
         return {}
 
 
-def _reason(failure: Path) -> str:
-    """Why a cell stopped for good, and how to try it again."""
-    try:
-        reason = read_json(failure)["reason"]
-    except (Damaged, FileNotFoundError, KeyError):
-        reason = "its record is damaged"
-    return f"{reason}; change its settings, or delete {failure} to try again"
+def _reason(path: Path, record: Mapping[str, Any]) -> str:
+    """Why a cell stopped for good, by its record at `path`, and how to try it again."""
+    reason = record.get("reason", "its record is damaged")
+    return f"{reason}; change its settings, or delete {path} to try again"
 
 
 def _heart_stopped(beat: Mapping[str, Any]) -> bool:
@@ -302,7 +305,7 @@ def _heart_stopped(beat: Mapping[str, Any]) -> bool:
 
 def _unfinished(
     state: CellState,
-    failure: Path | None,
+    failure: str,
     task: Submitted | None,
     job: JobState,
     active: bool,
@@ -312,7 +315,7 @@ def _unfinished(
 ) -> CellState:
     if failure:
         state = replace(state, job=task.job if task else "")
-        return replace(state, state="failed", why=_reason(failure), cause=NOT_FINITE)
+        return replace(state, state="failed", why=failure, cause=NOT_FINITE)
     if task is None:
         return state
     step = max(state.step, beat.get("step", 0))
