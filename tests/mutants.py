@@ -31,7 +31,8 @@ TESTS = {
     "pipeline/choice.py": "pipeline/test_state pipeline/test_retry pipeline/test_wait",
     "pipeline/ended.py": "pipeline/test_state pipeline/test_retry",
     "pipeline/plan.py": (
-        "pipeline/test_grid pipeline/test_room pipeline/test_retry pipeline/test_forecast"
+        "pipeline/test_grid pipeline/test_room pipeline/test_state pipeline/test_retry "
+        "pipeline/test_forecast"
     ),
     "pipeline/records.py": "pipeline/test_state pipeline/test_lost_submissions",
     "pipeline/state.py": "pipeline/test_state pipeline/test_script_states",

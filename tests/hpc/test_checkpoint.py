@@ -99,6 +99,14 @@ def test_a_job_goes_on_from_the_newest_step(run):
     assert checkpoint.newest_steps(run.folder) == {"a": 100, "b": 100}
 
 
+def test_a_step_that_all_ranks_can_read_is_gone_on_from_itself(run):
+    for step in (10, 20):
+        run.save(step, run.start("a"), "a")
+    found = {newest: checkpoint.load_latest(run.folder, ["a"], newest=newest)[0]
+             for newest in (20, 19, 10, 9)}  # fmt: skip
+    assert found == {20: 20, 19: 10, 10: 10, 9: 0}
+
+
 def test_the_record_comes_back(run):
     provenance = [{"world_size": 2, "torch": "2.10.0"}]
     run.save(5, run.start("a"), "a", provenance=provenance)
@@ -221,6 +229,16 @@ def test_a_start_that_is_cut_off_while_it_saves_publishes_nothing(run, monkeypat
     with pytest.raises(Superseded):
         run.save(10, mine, "a")
     assert run.folders == []
+
+
+def test_a_start_that_was_cut_off_replaces_no_file_of_tensors(run, tmp_path):
+    stale, path = run.start("a"), tmp_path / "head.pt"
+    checkpoint.write_tensors(path, state_of("a", 1), stale.check)
+    before = path.read_bytes()
+    run.start("a")
+    with pytest.raises(Superseded):
+        checkpoint.write_tensors(path, state_of("a", 2), stale.check)
+    assert path.read_bytes() == before
 
 
 def test_a_start_that_was_cut_off_does_not_even_tidy_up(run):
