@@ -106,7 +106,7 @@ PROTOCOLS = [
     {"backbone_batchnorm": "train", "weights": "pre-fine", "model": DEEPLAB},
     {"backbone_batchnorm": "train", "weights": "pretrain", "model": DEEPLAB},
     {"backbone_batchnorm": "train", "weights": "own"},
-    {"backbone_batchnorm": "train", "precision": "bf16", "eval_size": 30},
+    {"backbone_batchnorm": "train", "precision": "bf16", "eval_size": 30, "long_side": "truncate"},
     {"backbone_batchnorm": "train", "batchnorm_momentum": 1.0, "counting": "fused"},
     {"train": "all"},
     {"train": "all", "backbone_batchnorm": "train", "weights": "imagenet"},
