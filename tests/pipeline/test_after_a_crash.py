@@ -48,7 +48,9 @@ def kill_all(tickets: Tickets) -> None:
     for lock in tickets.folder.glob("local-*.lock"):
         for pid in processes(lock):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda lock=lock: not processes(lock))
+        # a dying process keeps its lock longer than other users than root see what it has open
+        with lock.open() as file:
+            wait_until(lambda file=file: take_lock(file))
 
 
 def command_line(process: Path) -> bytes:
