@@ -28,8 +28,8 @@ TESTS = {
     "jobs/metrics/accumulate.py": "jobs/test_metrics_counts jobs/test_metrics_fixed_point",
     "jobs/metrics/counts.py": "jobs/test_metrics_counts",
     "jobs/metrics/scores.py": "jobs/test_metrics_scores",
-    "pipeline/choice.py": "pipeline/test_state pipeline/test_retry pipeline/test_wait",
-    "pipeline/ended.py": "pipeline/test_state pipeline/test_retry",
+    "pipeline/choice.py": "pipeline/test_other_data pipeline/test_retry pipeline/test_state",
+    "pipeline/ended.py": "pipeline/test_retry pipeline/test_stages pipeline/test_state",
     "pipeline/plan.py": (
         "pipeline/test_grid pipeline/test_room pipeline/test_state pipeline/test_retry "
         "pipeline/test_forecast"
