@@ -43,33 +43,34 @@ def main(argv: Sequence[str]) -> int:
     task = read_task(parser.parse_args(argv).task, "pretrain")
     configure_torch(pretraining_cell(task.cells[0]).protocol)
     with stop_request() as stop, process_group(read_env(), task.paths.rendezvous) as group:
-        pretrain_backbone(task, group, stop)
-    return 0
+        return 0 if pretrain_backbone(task, group, stop) else 1
 
 
-def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> None:
+def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
     """Train the network of the task's one cell and publish its backbone, or save and return.
-    Nothing happens if that is done already."""
+    Nothing happens if that is done already. Return False if jobs that need the backbone must not
+    start: it was stopped, and Slurm does not start it again."""
     (consumer,) = task.cells
     backbone = task.paths.backbone(consumer.backbone_key)
     if group.broadcast(backbone.exists() and backbone.with_suffix(".json").exists()):
         if group.is_main:
             line = f"{task.name}: the backbone is trained already; there is nothing to do"
             print(line, file=sys.stderr, flush=True)
-        return
+        return True
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
     require_gpu(consumer.protocol, group.device)
     require_compiler(trained.cells[0].protocol, group.device, group.world_size)
     with nearby(task.data, task.node_local) as manifest:
         require_data(task, manifest, group)
-        pretrain_on(manifest, trained, consumer, group, stop)
+        return pretrain_on(manifest, trained, consumer, group, stop)
 
 
 def pretrain_on(
     manifest: Manifest, trained: Task, consumer: Cell, group: Group, stop: StopRequest
-) -> None:
-    """Train the one cell of `trained`, whose backbone is that of `consumer`."""
+) -> bool:
+    """Train the one cell of `trained`, whose backbone is that of `consumer`. Returns as
+    `pretrain_backbone` does."""
     start = load_backbone(trained.cells[0], trained.paths, group)
     job = Run(trained, group, stop, {"data set": manifest.fingerprint})
     _, trainees = make_trainees(trained, manifest, start, group)
@@ -80,10 +81,11 @@ def pretrain_on(
         raise UserError(f"pre-training stopped: {trainees[0].failure}; lower its learning_rate")
     counts = count(job, trainees, None, manifest, total) if step == total else None
     if counts is None:
-        return leave(job, step, total)
+        requeued = leave(job, step, total)
+        return requeued or not group.is_main
     job.on_main(lambda: publish_backbone(job, trainees[0], consumer, manifest, counts[0]))
     job.finish("done", total, total)
-    return None
+    return True
 
 
 def _refuse_failed(trained: Task) -> None:

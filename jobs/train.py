@@ -81,14 +81,12 @@ def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) ->
     step, total = job.resume(trainees, frozen), 0
 
     step, total = train(job, trainees, frozen, SplitReader(manifest, "train"), step)
-    if step < total:
-        return leave(job, step, total)
-    counts = count(job, trainees, frozen, manifest, total)
+    counts = count(job, trainees, frozen, manifest, total) if step == total else None
     if counts is None:
-        return leave(job, step, total)
+        leave(job, step, total)
+        return
     job.on_main(lambda: publish(job, trainees, counts, manifest, backbone))
     job.finish("done", total, total)
-    return None
 
 
 def unfinished(task: Task, group: Group) -> Task:
@@ -254,8 +252,9 @@ def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBa
     checkpoint.write_tensors(path, content, job.generation.check)
 
 
-def leave(job: Run, step: int, total: int) -> None:
-    """After a stop: all is saved; hand the job back to Slurm."""
+def leave(job: Run, step: int, total: int) -> bool:
+    """Hand a job that was stopped, and has saved all, back to Slurm. Return True on rank 0 if Slurm
+    starts it again; False on other ranks."""
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
     job.say(f"stopped by {name} after step {step} of {total}; run grid again to resume")
@@ -264,9 +263,10 @@ def leave(job: Run, step: int, total: int) -> None:
     # that was cancelled is refused
     if job.group.is_main and env.job_id:
         try:
-            slurm.requeue(env.job_id)
+            return slurm.requeue(env.job_id)
         except UserError as error:  # in an interactive allocation, for one
             job.say(f"warning: not requeued: {error}")
+    return False
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ the data that their backbone saw."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from hpc.atomic import write_json
@@ -26,6 +28,19 @@ def test_a_pre_training_that_diverged_is_not_started_again_in_silence(tmp_path, 
         "pre-training stopped before: the loss was nan at step 2 of 6; lower learning_rate in "
         f"[protocol.pretrain], or delete {failure} to try it again"
     )
+
+
+def test_a_pre_training_that_was_stopped_does_not_count_as_a_success(tmp_path, streets, alone):
+    small = {"resize": (40, 56), "crop": (32, 32), "eval_size": 0, "threads": 1, "workers": 0}
+    cell = a_cell(weights="pretrain", **small, pretrain={"epochs": 1, "batch_size": 4})
+    cell = cell.model_copy(update={"data": streets.identity})
+    settings = {"kind": "pretrain", "name": "pretrain-0123", "data": str(streets.folder)}
+    task = Task(**settings, run=str(tmp_path), cells=(cell,))
+    stopped = StopRequest()
+    stopped.signal = signal.SIGTERM
+    assert not pretrain_backbone(task, alone, stopped)  # so no cell starts without its backbone
+    assert pretrain_backbone(task, alone, StopRequest())
+    assert task.paths.backbone(cell.backbone_key).exists()
 
 
 def test_cells_are_not_trained_on_a_backbone_that_saw_other_data(tmp_path, streets, alone):
