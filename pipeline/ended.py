@@ -124,6 +124,14 @@ def last_of_each(
     return [*by_kind.values(), *(task for key, task in trainers.items() if key in keys)]
 
 
+def not_successful(job: JobState, logs: Sequence[Path]) -> str:
+    """Return why a job that is gone did not do its work: the line or the cause. "" if it did, or if
+    neither the queue nor the logs tell."""
+    found = ending(job.why, logs)
+    unknown = job.why in _SUCCEEDED or found.cause == "unknown"
+    return "" if unknown else found.line or found.cause
+
+
 def failures(
     grid: Grid,
     last: Sequence[Submitted],

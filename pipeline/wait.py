@@ -17,6 +17,7 @@ from hpc.command import USER_ERROR_EXIT_CODE, one_line
 from hpc.endings import names_error
 from hpc.queue import Queue
 from hpc.slurm import QueueUnreachable
+from pipeline.ended import not_successful
 from pipeline.grid import Grid
 from pipeline.reasons import reason_lines
 from pipeline.show import counts_line, time_left
@@ -39,7 +40,7 @@ def wait_for(
 ) -> int:
     """Wait until all `jobs` of `stages` have ended; what the queue had no room for goes to `submit`
     whenever a job has ended. Prints the report's table and page if there is one. Returns 0 if
-    everything asked for is there, 1 if cells are missing, 2 if a stage was refused."""
+    everything asked for is there, 1 if cells are missing, 2 if a stage failed."""
     progress = _Progress(grid)
     try:
         while _watch(grid, queue, jobs, stages, progress) and submit:
@@ -55,12 +56,16 @@ def wait_for(
     unfinished = _unfinished(grid, queue) if GRID in stages else []
     for line in unfinished:
         print(one_line(line), file=sys.stderr)
+    if stopped := _stopped_stage(queue, jobs):
+        print(one_line(stopped), file=sys.stderr)
     page = grid.run.report / "index.html"
-    if REPORT in stages and page.exists():
+    if REPORT in stages and page.exists() and not stopped:
         from pipeline.printed import print_report  # reads HDF5, so not for planning
 
         print_report(grid.run.results, page)
-    return 1 if unfinished else 0
+    if unfinished:
+        return 1
+    return USER_ERROR_EXIT_CODE if stopped else 0
 
 
 def patiently(ask: Callable[[], T]) -> T:
@@ -150,6 +155,14 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
             if error and names_error(error):
                 return f"{stage}: {error}"
     return None
+
+
+def _stopped_stage(queue: Queue, jobs: Jobs) -> str | None:
+    """Why the first stage did not succeed that says no error, as one that was killed."""
+    stages = [(stage, job) for stage, ids in jobs.items() if stage != GRID for job in ids]
+    known = patiently(partial(queue.look, [job for _, job in stages])) if stages else {}
+    found = ((stage, not_successful(known[job], queue.log_files(job))) for stage, job in stages)
+    return next((f"{stage}: {why}" for stage, why in found if why), None)
 
 
 def _unfinished(grid: Grid, queue: Queue) -> list[str]:

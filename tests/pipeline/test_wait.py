@@ -7,6 +7,7 @@ from pipeline import wait
 from pipeline.wait import wait_for
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
+from tests.pipeline.stories import end
 
 JOBS = {"prep": ["job1"], "reduce": ["job2"], "report": ["job3"]}
 
@@ -25,6 +26,25 @@ def test_the_first_stage_that_failed_is_named_and_no_older_table_is_shown(tmp_pa
     said = capsys.readouterr()
     assert said.err == f"prep: {ending}\n"
     assert "page:" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("OUT_OF_MEMORY", "out of memory"), ("TIMEOUT", "time limit"), ("CANCELLED", "cancelled"),
+     ("failed", "killed"), ("dependency failed", "dependency failed")],
+)  # fmt: skip
+def test_a_stage_that_ended_without_an_error_line_did_not_succeed(tmp_path, capsys, word, said):
+    grid, queue = small_grid(tmp_path), FakeQueue(tmp_path)
+    end(queue, "job1", "streets: 4 of 8 cells", word=word)
+    assert wait_for(grid, queue, {"reduce": ["job1"]}, ("reduce",)) == 2
+    assert capsys.readouterr().err == f"reduce: {said}\n"
+
+
+@pytest.mark.parametrize("word", ["COMPLETED", "succeeded", ""])
+def test_a_stage_that_succeeded_gives_exit_code_0(tmp_path, word):
+    grid, queue = small_grid(tmp_path), FakeQueue(tmp_path)
+    end(queue, "job1", "streets: 8 of 8 cells", word=word)
+    assert wait_for(grid, queue, {"reduce": ["job1"]}, ("reduce",)) == 0
 
 
 def test_cells_that_did_not_finish_are_named(tmp_path, capsys):
