@@ -3,9 +3,9 @@ queue. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
-from pipeline.stages import GRID, PREP, REDUCE, REPORT
+from pipeline.stages import GRID, PREP, REDUCE, REPORT, STAGES
 from pipeline.state import Survey
 
 
@@ -25,6 +25,11 @@ def reducing(state: Survey) -> list[str]:
     return _of(state, REDUCE, "running")
 
 
+def results_to_come(state: Survey, superseded: Container[str]) -> list[str]:
+    """Return the jobs that reduce now or are going to, but for those that are cancelled."""
+    return [job for job in _of(state, REDUCE, "waiting", "running") if job not in superseded]
+
+
 def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[str, str]:
     """Return the waiting jobs of reduce and report that must not run, since this submission trains
     the grid and sends the same stage, or `new_cells` behind the job. Job -> stage."""
@@ -40,12 +45,11 @@ def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[st
 
 
 def with_moved(stages: Sequence[str], moved: Iterable[str]) -> tuple[str, ...]:
-    """Return `stages` and the stages of superseded jobs, which run behind the new cells. A page of
-    new cells needs their results too."""
-    wanted = {*stages, *moved}
-    if REPORT in moved:
-        wanted.add(REDUCE)
-    return (*stages, *(stage for stage in (REDUCE, REPORT) if stage in wanted - {*stages}))
+    """Return `stages` and the stages of superseded jobs, which run behind the new cells, in order.
+    A page of new cells needs their results too."""
+    moving = {*moved}
+    wanted = {*stages, *moving, *([REDUCE] if REPORT in moving else [])}
+    return tuple(stage for stage in STAGES if stage in wanted)
 
 
 def _of(state: Survey, stage: str, *states: str) -> list[str]:

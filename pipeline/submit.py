@@ -224,6 +224,8 @@ def _act(
     record.limits(granted(grid.cluster), state.at_most)
     jobs: dict[str, list[str]] = {}
     packing, before = stage_jobs.packing(state), stage_jobs.reducing(state)
+    # a report that was deferred is of the reduction that was not
+    coming = stage_jobs.results_to_come(state, work.superseded) if GRID in work.stages else []
     for stage in work.stages:
         if stage == PREP and (reused := stage_jobs.prep_to_reuse(state, unchanged)):
             jobs[stage] = reused
@@ -235,7 +237,7 @@ def _act(
             break
         else:
             first = {PREP: packing, REDUCE: before, REPORT: []}[stage]
-            needs = jobs.get(REDUCE, []) if stage == REPORT else []
+            needs = jobs.get(REDUCE, coming) if stage == REPORT else []
             given = [str(config), *(options if stage != PREP else ())]
             jobs[stage] = _send_stage(grid, queue, stage, given, record, first, needs)
         packing = packing if stage != PREP else list(dict.fromkeys([*packing, *jobs[stage]]))

@@ -76,6 +76,29 @@ def test_what_comes_after_training_is_held_back_too(grid, queue, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("held back: report: ")
 
 
+def test_a_report_that_was_deferred_needs_the_reduction_that_was_not(grid, queue):
+    queue.max_jobs = 7  # one prep, five bundles, reduce
+    submit(grid, queue, ALL)
+    queue.jobs["job1"] = "gone"  # prep
+    sent = command.submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    assert queue.calls["job7"].module == "pipeline.reduce"
+    assert sent["report"] == ["job8"]
+    assert queue.needs["job8"] == ["job7"]
+
+
+def test_a_report_that_was_deferred_needs_the_reduction_that_moves(grid, queue):
+    """Behind cells that turn out to be missing, such as those of a damaged file of counts."""
+    counts = finish(grid, [cell for cell in grid.cells if cell.seed == 0], "task0")
+    queue.max_jobs = 5  # four bundles, reduce
+    submit(grid, queue, ["grid", "reduce", "report"])
+    counts.unlink()
+    queue.max_jobs = None
+    sent = command.submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    assert queue.cancelled == [["job5"]]
+    assert queue.after[sent["reduce"][0]] == ["job1", "job2", "job3", "job4", "job6"]
+    assert queue.needs[sent["report"][0]] == sent["reduce"]
+
+
 def test_a_bundle_does_not_go_before_its_backbone(tmp_path, streets, queue):
     grid = small_grid(tmp_path, SEEDS, PRETRAIN, (f"{tmp_path}/streets", str(streets)))
     queue.max_jobs = 0
