@@ -176,10 +176,12 @@ def submit_deferred(
     _refuse_cancelled(grid, cancelled)
     if queue.room() == 0:
         return {}
-    check(grid, stages)
     with one_submission(grid):
         _refuse_cancelled(grid, cancelled)
-        return _act(grid, queue, _decide(grid, queue, stages, unsent), options)
+        work = _decide(grid, queue, stages, unsent)
+        # other jobs may end while data sets are still being packed, which the cells wait for
+        check(grid, [*([PREP] if stage_jobs.packing(work.state) else []), *stages])
+        return _act(grid, queue, work, options)
 
 
 def _refuse_cancelled(grid: Grid, before: int) -> None:

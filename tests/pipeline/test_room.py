@@ -23,6 +23,14 @@ from tests.pipeline.stories import cells_of
 
 SEEDS = ("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4]")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
+OTHER = """
+[dataset.more]
+source = "synthetic"
+shards = "{}/more"
+train = 6
+val = 3
+size = [32, 40]
+"""
 ALL = ("prep", "grid", "reduce", "report")
 
 
@@ -193,13 +201,26 @@ def test_what_is_deferred_is_noted_once(grid, queue):
     assert len(survey(grid, queue).held) == 12
 
 
+def test_a_job_that_ends_while_another_data_set_is_packed_makes_room(tmp_path, grid, queue):
+    submit(grid, queue, ["grid"])
+    both = small_grid(
+        tmp_path, SEEDS, (f"{tmp_path}/streets", grid.datasets["streets"].shards),
+        more=OTHER.format(tmp_path),
+    )  # fmt: skip
+    queue.max_jobs = 6
+    assert submit(both, queue, ["prep", "grid"])["prep"] == ["job6"]
+    queue.jobs |= {"job1": "gone", "job6": "running"}
+    finish(grid, cells_of(queue, "job1"), "task1")
+    command.submit_deferred(both, queue, cancellations(both.run), ["grid"])
+    assert {cell.dataset for cell in cells_of(queue, "job7")} == {"more"}
+    assert queue.needs["job7"] == ["job6"]
+
+
 def test_pre_trainings_are_one_array(tmp_path, streets, queue, monkeypatch):
     """One call of sbatch for all of them, and one for the bundles that wait for each."""
-    other = '\n[dataset.more]\nsource = "synthetic"\nshards = "{}/more"\ntrain = 6\nval = 3\n'
     grid = small_grid(
-        tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(streets)),
-        more=other.format(tmp_path) + "size = [32, 40]\n",
-    )  # fmt: skip
+        tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(streets)), more=OTHER.format(tmp_path)
+    )
     pack("more", grid.datasets["more"], processes=1)
     sent = []
     one = queue.submit
