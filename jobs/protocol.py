@@ -133,8 +133,11 @@ class Protocol(Settings):
         if self.weights not in WEIGHTS:
             # wherever the file lies; its hash is recorded with all that is made from it
             fields["weights"] = f"file {Path(self.weights).name}"
-        if not self.compile:  # as before there was such a choice
+        # cells that were trained before these settings existed keep their identity
+        if not self.compile:
             del fields["compile"]
+        if self.long_side == "round":
+            del fields["long_side"]
         del fields["pretrain"]["threads"]
         if self.weights != "pretrain":
             del fields["pretrain"]
