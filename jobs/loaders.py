@@ -167,7 +167,8 @@ class _Filler(Generic[T]):
         except UserError as error:
             return error
         except Exception as error:
-            traceback.print_exc()
+            with suppress(OSError):  # a full disk
+                traceback.print_exc()
             what = f"{type(error).__name__}: {error}"
             return UserError(
                 f"loader process {os.getpid()} failed at item {index} ({what}); see the "
@@ -276,8 +277,10 @@ def _in_the_child(ends: Sequence[Connection], work: Callable[[], None]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stderr.flush()
+        finally:  # even if the log's disk is full: beyond here is the code of the rank
+            os._exit(code)
 
 
 def _pinned(items: Iterator[T], number: int) -> Generator[T]:

@@ -224,6 +224,31 @@ def children() -> set[Path]:
     return {Path(f"/proc/{child}") for child in listed.split()}
 
 
+FAILS_WITH_A_FULL_LOG = """
+import sys
+from hpc.command import UserError
+from jobs import loaders
+from tests.jobs.test_loaders import Item2, fail
+sys.stderr = open("/dev/full", "w", buffering=1)
+try:
+    list(loaders._loaded(Item2(fail), range(10), 1, in_slots=True))
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_process_that_cannot_write_its_log_ends_and_does_not_go_on_as_a_rank():
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS_WITH_A_FULL_LOG],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    (line,) = done.stdout.splitlines()
+    assert "failed at item 2 (ZeroDivisionError: by zero)" in line
+
+
 def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
     forks = iter([1, 0])
 
