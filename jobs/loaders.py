@@ -230,15 +230,20 @@ class _Process:
         """End the process, whatever it does."""
         self._connection.close()
         if self._exit_code is None:
-            os.kill(self._pid, signal.SIGKILL)  # until it is waited for, nobody else has its id
+            with suppress(ProcessLookupError):  # see `_wait`
+                os.kill(self._pid, signal.SIGKILL)  # until it is waited for, nobody else has its id
             self._wait()
 
     def _wait(self) -> int | None:
         """Return the exit code of a process that is ending, a signal's as a negative number; None
-        if it has not ended after `_LAST_MOMENTS`, as where a file system holds it."""
+        if it has not ended after `_LAST_MOMENTS`, as where a file system holds it, or the code is
+        lost, as where this process was started with SIGCHLD ignored."""
         deadline = time.monotonic() + _LAST_MOMENTS
         while self._exit_code is None and time.monotonic() < deadline:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:
+                break
             if pid:
                 self._exit_code = os.waitstatus_to_exitcode(status)
             else:

@@ -249,6 +249,22 @@ def test_a_process_that_cannot_write_its_log_ends_and_does_not_go_on_as_a_rank()
     assert "failed at item 2 (ZeroDivisionError: by zero)" in line
 
 
+@pytest.mark.parametrize("case", [None, "killed"])
+def test_a_rank_that_was_started_with_sigchld_ignored(case):
+    """The kernel then waits for its children, and their exit codes are lost."""
+    act = CASES[case][0] if case else lambda: None
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        items = loaders._loaded(Item2(act), range(10), 2, in_slots=True)
+        if case:
+            with pytest.raises(UserError, match=r"loader process [0-9]+ ended with exit code None"):
+                list(items)
+        else:
+            assert [int(item) for item in items] == list(range(10))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
     forks = iter([1, 0])
 
