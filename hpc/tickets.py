@@ -147,14 +147,17 @@ class Tickets:
         return JobState(state, "" if outcome == "unknown" else outcome)
 
     def outcome(self, job_id: str) -> str:
-        """Return how a job has ended: an `Outcome`; "unknown" if there is no such job; "" if that
-        is not recorded yet. A job that was cancelled counts as cancelled even if it ended well."""
+        """Return how a job has ended: an `Outcome`; "unknown" if there is no such job or its record
+        is damaged; "" if that is not recorded yet. A job that was cancelled counts as cancelled
+        even if it ended well."""
         if self.path(job_id, "cancelled").exists():
             return "cancelled"
         try:
             return read_json(self.path(job_id, "ended"))["outcome"]
-        except (Damaged, FileNotFoundError, KeyError):
+        except FileNotFoundError:
             return "" if self.path(job_id, "json").exists() else "unknown"
+        except (Damaged, KeyError):  # it has ended; whoever waits for it must not wait for ever
+            return "unknown"
 
 
 @contextmanager

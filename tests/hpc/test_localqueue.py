@@ -190,6 +190,18 @@ def test_a_job_waits_for_those_before_it_even_if_they_fail(place):
     assert lines(place / "then") == ["x"]
 
 
+def test_a_job_starts_if_the_record_of_one_that_it_needs_is_damaged(place):
+    """What it needs is in files, which it checks itself."""
+    queue = open_local(place)
+    (job,) = queue.submit([call("note", place / "first", "x")], ONE, "first")
+    assert outcome(queue, job) == "succeeded"
+    wait_for(lambda: not runners(place))
+    queue.tickets.path(job, "ended").write_text("")
+    assert queue.look([job])[job] == ("gone", "")
+    (then,) = queue.submit([call("note", place / "then", "x")], ONE, "then", needs=[job])
+    assert outcome(queue, then) == "succeeded"
+
+
 def test_a_job_does_not_start_if_one_that_it_needs_failed(place):
     queue = open_local(place, local_jobs=4)
     needed = queue.submit([call("hold", place / "good"), call("hold", place / "bad")], ONE, "two")
