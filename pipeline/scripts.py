@@ -18,7 +18,7 @@ from hpc.command import one_line
 from hpc.profile import ClusterProfile, Resources
 from jobs.task import Task
 from pipeline.records import BUNDLE, PRETRAIN
-from pipeline.stages import GRID, PROGRAMS, REDUCE
+from pipeline.stages import GRID, PROGRAMS, REDUCE, REPORT
 
 MARK = "# Written by lossgrid"
 SUBMIT = "submit.sh"
@@ -32,13 +32,15 @@ _PROGRAMS = {**PROGRAMS, _TRAIN: PROGRAMS[BUNDLE]}
 @dataclass(frozen=True)
 class Site:
     """Where scripts run: the cluster, the working directory, the run directory (absolute), and the
-    name of the grid. `token` is that of the record that lists their tasks."""
+    name of the grid. `token` is that of the record that lists their tasks. options: what reduce and
+    report are called with beside the grid file."""
 
     profile: ClusterProfile
     folder: Path
     run: Path
     grid: str
     token: str
+    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,11 @@ def _resources(profile: ClusterProfile, part: Part) -> Resources:
 def _srun(site: Site, part: Part, log: str) -> list[str]:
     words = shlex.join(["srun", *sbatch.srun_options(site.profile, _resources(site.profile, part))])
     what = "tasks/$task.json" if part.tasks else "grid.toml"
+    more = "".join(f" {option}" for option in site.options if part.stage in (REDUCE, REPORT))
     return [
         f"{words} \\",
         f'    --output="$run/logs/{log}.out" --error="$run/logs/{log}.err" \\',
-        f'    {site.profile.python_command()} -m {_PROGRAMS[part.stage]} "$run/{what}"',
+        f'    {site.profile.python_command()} -m {_PROGRAMS[part.stage]} "$run/{what}"{more}',
     ]
 
 

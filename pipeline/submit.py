@@ -95,10 +95,10 @@ def main(argv: Sequence[str]) -> int:
         if scripts:
             check_folder(scripts, grid)
         return 0
-    if scripts:
-        write_scripts(grid, queue, stages, scripts, choose)
-        return 0
     options = ("--allow-fewer",) if arguments.allow_fewer else ()
+    if scripts:
+        write_scripts(grid, queue, stages, scripts, choose, options)
+        return 0
     jobs = submit(grid, queue, stages, choose, options=options)
     if not arguments.wait:
         return 0
@@ -301,7 +301,12 @@ _HELD = "you may have no more jobs in the queue; run it again when there is room
 
 
 def write_scripts(
-    grid: Grid, queue: Queue, stages: Sequence[str], folder: Path, choose: Choice = to_do
+    grid: Grid,
+    queue: Queue,
+    stages: Sequence[str],
+    folder: Path,
+    choose: Choice = to_do,
+    options: Sequence[str] = (),
 ) -> None:
     """As `submit`, but into batch scripts in `folder`, which a person sends."""
     check(grid, stages)
@@ -320,7 +325,8 @@ def write_scripts(
         for task in tasks:
             write_task(task)
         write_record(grid, token, wanted, tasks)
-        site = Site(grid.cluster, Path.cwd(), grid.run.root.absolute(), grid.name, token)
+        run = grid.run.root.absolute()
+        site = Site(grid.cluster, Path.cwd(), run, grid.name, token, options)
         write_folder(folder, render(site, wanted))
     send = one_line(shlex.quote(str(folder / SUBMIT)))
     return print(f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} sends all")

@@ -135,6 +135,17 @@ def test_training_needs_no_backbone_but_its_own(tmp_path):
     )
 
 
+def test_reduce_and_report_may_replace_more_cells_only_if_asked(tmp_path, streets):
+    changes = (f"{tmp_path}/streets", str(streets)), ('kind = "local"', 'kind = "slurm"')
+    words, folder = [str(grid_file(tmp_path, *changes))], tmp_path / "scripts"
+    for more in ([], ["--allow-fewer"]):
+        command.main(["all", *words, "--script", str(folder), *more])
+        last = {path.stem: path.read_text().split()[-1] for path in folder.glob("*.sbatch")}
+        end = more[0] if more else '"$run/grid.toml"'
+        assert (last["reduce"], last["report"]) == (end, end)
+        assert (last["prep"], last["train"]) == ('"$run/grid.toml"', '"$run/tasks/$task.json"')
+
+
 def test_a_group_that_shares_the_run_may_write_its_files():
     lines = script(where(ClusterProfile(group="us")), train_part()).splitlines()
     assert "umask u=rwx,g=rwx,o=" in lines
