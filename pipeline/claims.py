@@ -212,6 +212,8 @@ def _no_trend(evidence: Evidence) -> Claim:
 def _either_way(pairs: Sequence[tuple[Block, Sequence[tuple[str, str]]]], score: str) -> Part:
     signs = [sign for block, of in pairs for sign in ahead(block, of, score)]
     naive, alternating = signs.count(1), signs.count(-1)
+    if len(signs) < 2:
+        return Part(None, f"{LABELS[score]} is defined for {len(signs)} of the pairs, fewer than 2")
     return Part(
         len(signs) not in (naive, alternating),
         f"{LABELS[score]} higher with the naive schedule in {naive}, with the alternating one in "

@@ -222,9 +222,10 @@ def varies_more(block: Block, dice: Sequence[str], others: Sequence[str]) -> Par
 
 
 def ahead(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> list[int]:
-    """Return for each pair 1 where the first loss has the higher mean score, -1 where the second
-    has, and 0 where they differ by `MARGIN` at most or not both are defined."""
-    means = [block.difference(*names, score).mean for names in pairs]
+    """Return 1 for each pair in which the first loss has the higher mean score, -1 if the second
+    has, and 0 if they differ by `MARGIN` at most. A pair without a seed that defines both scores is
+    left out."""
+    means = [pair.mean for names in pairs if (pair := block.difference(*names, score)).n]
     return [(mean > MARGIN) - (mean < -MARGIN) for mean in means]
 
 

@@ -188,6 +188,20 @@ def test_a_schedule_that_is_the_better_one_in_every_pair_of_a_data_set_is_a_tren
     assert verdicts(grid(all_but_one))["no_trend"].verdict == "holds"
 
 
+def test_pairs_without_a_seed_in_common_are_no_evidence_against_a_trend():
+    of_schedule = [loss for loss in SCHEDULES if "A" in loss]
+    rise = {("voc", model, loss, "cal"): 0.2 for model in (FCN, DEEPLAB) for loss in of_schedule}
+    unlike = {k: {s + 10 * (k[2] in of_schedule): of for s, of in v.items()}
+              for k, v in grid(rise).scores.items()}  # fmt: skip
+    found = verdicts(replace(grid(), scores=unlike))["no_trend"]
+    assert {f.dataset: f.holds for f in found.findings} == {"voc": None, "cityscapes": None}
+    for key in [("voc", FCN, "DLNCE"), ("voc", DEEPLAB, "DLNCE")]:
+        unlike[key] = grid(rise).scores[key]
+        unlike[*key[:2], "DLACE"] = grid(rise).scores[*key[:2], "DLACE"]
+    found = verdicts(replace(grid(), scores=unlike))["no_trend"]
+    assert {f.dataset: f.holds for f in found.findings} == {"voc": False, "cityscapes": None}
+
+
 def test_a_static_mixture_with_weighted_ce_must_raise_recall_as_a_schedule_does():
     fall = {("voc", FCN, "DLWCE", "rec"): -0.2}
     (finding,) = [f for f in verdicts(grid(fall))["recall_for_accuracy"].findings if not f.holds]
