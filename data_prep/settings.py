@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from hpc.account import expanded
 from hpc.atomic import fingerprint
 from hpc.command import UserError
 from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
@@ -51,7 +52,7 @@ class DatasetSettings(Settings):
         in this program does not make older shards another data set's."""
         found = self.model_dump(mode="json", exclude={"shards", "skip_bad"}, exclude_defaults=True)
         lists = {key: found[key] for key in ("train", "val") if _is_file(found.get(key))}
-        return {**found, **{key: str(Path(p).expanduser().absolute()) for key, p in lists.items()}}
+        return {**found, **{key: str(expanded(p).absolute()) for key, p in lists.items()}}
 
 
 class FolderSettings(DatasetSettings):

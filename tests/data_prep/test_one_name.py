@@ -120,3 +120,10 @@ def test_a_path_is_the_same_however_it_is_written(tmp_path, monkeypatch):
         if monkeypatch.chdir(place) is None
     }
     assert len(written) == 1
+
+
+def test_a_list_in_the_home_of_nobody_is_refused_when_it_is_read():
+    """A table is parsed by every command, also by those that read no list."""
+    table = {"source": "voc", "root": "/voc", "train": "~nobody-at-all/list.txt"}
+    settings = parse_dataset("voc", table, "grid.toml")
+    assert settings.origin()["train"].endswith("/~nobody-at-all/list.txt")
