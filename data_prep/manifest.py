@@ -263,8 +263,8 @@ def shard_stem(file: str) -> str:
 
 
 def _content(shard: ShardSummary) -> dict[str, Any]:
-    """What the fingerprint says of a shard. The hash in the name is left out: it adds nothing, and
-    older shards have none."""
+    """Return a shard's part of the fingerprint. The hash in the name is left out: it adds nothing,
+    and older shards have none."""
     return {**asdict(shard), "file": f"{shard_stem(shard.file)}.h5"}
 
 

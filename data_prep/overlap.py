@@ -49,9 +49,9 @@ PicturesByName = Mapping[str, Pictures]
 
 
 def overlap_warnings(datasets: Datasets, pictures: PicturesByName) -> list[str]:
-    """What to know of data sets whose `pictures` are given, one line each: pictures in both lists
-    of one, and training pictures of VOC or SBD on which another of the two validates, or VOC itself
-    where an SBD's `voc_root` still holds its list."""
+    """Return one line for each overlap of data sets whose `pictures` are given: pictures in both
+    lists of one, and training pictures of VOC or SBD on which another of the two validates, or VOC
+    itself where an SBD's `voc_root` still holds its list."""
     return [
         *_within(datasets, pictures), *_between(datasets, pictures), *_with_voc(datasets, pictures)
     ]  # fmt: skip

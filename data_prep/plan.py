@@ -49,7 +49,7 @@ class ShardPlan:
 
     @property
     def stem(self) -> str:
-        """What the names of the shard and of its record begin with."""
+        """The beginning of the names of the shard and of its record."""
         return f"{self.split}-{self.number:05d}"
 
     @property

@@ -3,6 +3,8 @@
 Items lie in slots: shared memory that is made once, before the processes that fill it are forked.
 A process then says only that it has filled a slot, through an unnamed socket. So loading needs
 neither room in /dev/shm nor a socket in TMPDIR, and the kernel makes no new pages for each item.
+Batches that a GPU resizes have no fixed size and lie in no slot. torch passes them in shared memory
+of their own, through a socket in TMPDIR.
 
 Every way in which a process can fail to deliver is a `UserError` in the rank: an error in the
 process, its death, and no item for `_PATIENCE`.
@@ -138,7 +140,7 @@ class _Slots(Generic[T]):
 
 
 class _Filler(Generic[T]):
-    """What a loader process does."""
+    """The work of a loader process."""
 
     def __init__(
         self, source: SlotSource[T], indices: range, workers: int, slots: _Slots[T] | None

@@ -143,8 +143,8 @@ def tversky(
     return _mean_over_images(per_image, global_sum)
 
 
-# What every loss above looks like: (log_probs, target, labelled, class_weights, global_sum, and its
-# own parameters, if it has any). class_weights: [C], or None for equal ones.
+# Every loss above takes (log_probs, target, labelled, class_weights, global_sum, and its own
+# parameters, if it has any). class_weights: [C], or None for equal ones.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "CE": cross_entropy,
     "CEMP": pooled_cross_entropy,

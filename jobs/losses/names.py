@@ -56,7 +56,7 @@ _POOLING = (Parameter("p", 1.3, 1.05, 100.0), Parameter("share", 0.1, 1e-6, 1.0)
 # Weights of false positives and of false negatives: a missed pixel costs more than a false alarm.
 _TVERSKY = (Parameter("alpha", 0.3, 0.0, 1e6), Parameter("beta", 0.7, 0.0, 1e6))
 
-# What may stand in brackets behind a kind, in this order.
+# The numbers that may stand in brackets behind a kind, in this order.
 PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     "CEMP": _POOLING,
     "FL": (_FOCUS,),
