@@ -92,6 +92,11 @@ class Submission:
             self._tasks[CANCEL] = Submitted(CANCEL, CANCEL)
         self.write()
 
+    def defer(self, stages: Iterable[str], why: str) -> None:
+        """Note stages that are not sent, or not yet, see `deferred_stages`."""
+        self._tasks |= {stage: Submitted(stage, stage, held=why) for stage in stages}
+        self.write()
+
     def sending(self, names: Sequence[str], needs: Sequence[str] = ()) -> str:
         """Note that tasks, which need some jobs to succeed, are about to be sent together; a name
         that was not planned is a stage's. Returns the token to send them with."""
@@ -99,7 +104,7 @@ class Submission:
         token = f"{self._path.stem}-{len(earlier)}"
         for element, name in enumerate(names):
             self._tasks[name] = replace(
-                self._known(name), token=token, element=element, needs=tuple(needs)
+                self._known(name), token=token, element=element, needs=tuple(needs), held=""
             )
         self.write()
         return token
@@ -154,6 +159,18 @@ def _tasks_of(path: Path) -> list[Submitted]:
     # damaged, or no such record: what it submitted is found by its files
     except (Damaged, FileNotFoundError, KeyError, TypeError):
         return []
+
+
+def deferred_stages(sent: Iterable[Submitted]) -> tuple[str, ...]:
+    """Return the stages that the last submission which had them did not send; none of those before
+    the whole grid was cancelled. sent: what all records hold, oldest first."""
+    deferred: dict[str, bool] = {}
+    for task in sent:
+        if task.task == CANCEL:
+            deferred.clear()
+        elif task.kind not in (BUNDLE, PRETRAIN, CANCEL):
+            deferred[task.kind] = bool(task.held)
+    return tuple(stage for stage, waits in deferred.items() if waits)
 
 
 def is_lost(task: Submitted) -> bool:

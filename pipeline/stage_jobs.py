@@ -3,7 +3,7 @@ queue. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Sequence
 
 from pipeline.stages import GRID, PREP, REDUCE, REPORT, STAGES
 from pipeline.state import Survey
@@ -44,11 +44,12 @@ def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[st
     }
 
 
-def with_moved(stages: Sequence[str], moved: Iterable[str]) -> tuple[str, ...]:
-    """Return `stages` and the stages of superseded jobs, which run behind the new cells, in order.
-    A page of new cells needs their results too."""
-    moving = {*moved}
-    wanted = {*stages, *moving, *([REDUCE] if REPORT in moving else [])}
+def to_send(state: Survey, stages: Sequence[str], moved: Collection[str]) -> tuple[str, ...]:
+    """Return in order `stages` and, behind the cells of a grid, the stages of superseded jobs,
+    `moved`, and those that an earlier submission deferred. A page of new cells needs their results
+    too."""
+    wanted = {*stages, *moved, *([REDUCE] if REPORT in moved else [])}
+    wanted |= {*state.deferred} if GRID in stages else set()
     return tuple(stage for stage in STAGES if stage in wanted)
 
 

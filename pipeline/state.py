@@ -34,6 +34,7 @@ from pipeline.records import (
     CANCEL,
     PRETRAIN,
     Submitted,
+    deferred_stages,
     is_lost,
     json_files,
     recall,
@@ -100,6 +101,7 @@ class Survey:
     active_jobs: tuple[str, ...]  # of tasks
     stages: Mapping[str, str]  # jobs of prep, reduce and report that wait or run -> the stage
     counts: Mapping[str, Path]  # the counts file of each done cell by signature
+    deferred: tuple[str, ...]  # reduce and report, where the next submission of cells sends them
     failed: tuple[Failure, ...]  # stages and pre-trainings whose last job failed
     training_backbones: Mapping[str, Progress]  # how far the jobs in `pretraining` are
     jobs: Mapping[str, JobState]  # of all that the queue was asked about
@@ -212,6 +214,7 @@ def survey(
             if jobs.get(j, GONE).state in ("waiting", "running")
         },
         counts={s.cell.signature: done[s.cell.signature].path for s in states if s.state == "done"},
+        deferred=deferred_stages(sent),
         failed=failures(grid, last, jobs, ended, queue),
         training_backbones={
             t.job: _progress(beats[t.task])

@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         forecast = Forecast(grid, arguments.step_seconds)
         plan = plan_of(grid, state, forecast, choose)
         moved = stage_jobs.superseded(state, stages, bool(plan.bundles))
-        all_stages = stage_jobs.with_moved(stages, moved.values())
+        all_stages = stage_jobs.to_send(state, stages, moved.values())
         describe_plan(grid, state, plan, all_stages, forecast)
         # after the plan: it can be looked at before its data are there
         describe_missing(check(grid, stages, missing_is_fine=True))
@@ -207,7 +207,7 @@ def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> 
     plan = plan_of(grid, state, choose=choose) if of_grid else Plan((), ())
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     gone = stage_jobs.superseded(state, stages, bool(plan.bundles))
-    return _Work(state, plan, stage_jobs.with_moved(stages, gone.values()), gone)
+    return _Work(state, plan, stage_jobs.to_send(state, stages, gone.values()), gone)
 
 
 def _act(
@@ -218,11 +218,12 @@ def _act(
     unchanged = _config_is(grid)
     config = _keep_config(grid)
     settle(grid.run, state.recalled)
+    record = Submission(grid.run)
     if work.superseded:  # first: a free runner would start them
+        record.defer(work.superseded.values(), _HELD)
         queue.cancel(work.superseded)
         names = ", ".join(dict.fromkeys(work.superseded.values()))
         print(f"moved behind the cells of this submission: {names}")
-    record = Submission(grid.run)
     record.limits(granted(grid.cluster), state.at_most)
     jobs: dict[str, list[str]] = {}
     packing, before = stage_jobs.packing(state), stage_jobs.reducing(state)
@@ -244,6 +245,9 @@ def _act(
             jobs[stage] = _send_stage(grid, queue, stage, given, record, first, needs)
         packing = packing if stage != PREP else list(dict.fromkeys([*packing, *jobs[stage]]))
         before = [*jobs[stage], *before]
+    noted = {PREP, GRID, *state.deferred, *work.superseded.values()}
+    if later := [stage for stage in work.stages if stage not in jobs and stage not in noted]:
+        record.defer(later, _HELD)
     if state.active_jobs or state.stages:
         queue.ensure_runner()  # nobody may have started these since the machine did
     return jobs

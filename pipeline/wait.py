@@ -115,7 +115,7 @@ def _watch(
         while True:
             state = patiently(partial(survey, grid, queue, ids))
             alive = {job for job in ids if state.jobs[job].state != "gone"}
-            held = missing or bool(state.held)
+            held = missing or bool(state.held) or (GRID in stages and bool(state.deferred))
             if not alive and not held:
                 return False
             if held and (not alive or seen - alive):

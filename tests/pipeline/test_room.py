@@ -10,9 +10,11 @@ import pytest
 
 from data_prep.pack import pack
 from hpc.atomic import read_json
+from hpc.command import UserError
 from hpc.tickets import JobState
 from pipeline import submit as command
 from pipeline import wait
+from pipeline.cancel import cancel
 from pipeline.grid import Grid
 from pipeline.records import cancellations
 from pipeline.state import STATES, survey
@@ -82,6 +84,54 @@ def test_what_comes_after_training_is_held_back_too(grid, queue, capsys):
     assert [len(jobs[stage]) for stage in ("prep", "grid", "reduce")] == [1, 5, 1]
     assert "report" not in jobs
     assert capsys.readouterr().out.splitlines()[-1].startswith("held back: report: ")
+
+
+def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, queue, monkeypatch):
+    submit(grid, queue, ALL)
+    queue.jobs |= dict.fromkeys(["job1", *(f"job{number}" for number in range(2, 7))], "gone")
+    queue.max_jobs = 2
+    jobs = submit(grid, queue, ["grid"])
+    assert queue.cancelled == [["job7", "job8"]]
+    assert "reduce" not in jobs
+    assert survey(grid, queue).deferred == ("reduce", "report")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
+    again = partial(command.submit_deferred, grid, queue, cancellations(grid.run))
+    assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
+    sent = [call.module for call in queue.calls.values()][8:]
+    assert sent == [*["jobs.train"] * 5, "pipeline.reduce", "pipeline.report"]
+    assert survey(grid, queue).deferred == ()
+
+
+def test_stages_that_were_deferred_go_with_the_next_grid_but_not_after_cancel(grid, queue):
+    queue.max_jobs = 5
+    submit(grid, queue, ["grid", "reduce", "report"])
+    assert len(queue.jobs) == 5
+    queue.max_jobs = None
+    jobs = submit(grid, queue, ["grid"])
+    assert (jobs["reduce"], jobs["report"]) == (["job6"], ["job7"])
+    assert submit(grid, queue, ["grid"]).keys() == {"grid"}
+    queue.max_jobs = 5
+    queue.cancel(["job6", "job7"])
+    submit(grid, queue, ["reduce"])
+    assert survey(grid, queue).deferred == ("reduce",)
+    cancel(grid, queue)
+    assert survey(grid, queue).deferred == ()
+
+
+def test_stages_that_move_are_not_lost_if_the_queue_refuses_the_cells(grid, queue, monkeypatch):
+    submit(grid, queue, ["grid", "reduce"])
+    queue.jobs["job1"] = "gone"
+    take = queue.submit
+
+    def refuse(*arguments):
+        raise UserError("sbatch refused the job")
+
+    monkeypatch.setattr(queue, "submit", refuse)
+    with pytest.raises(UserError, match="refused"):
+        submit(grid, queue, ["grid"])
+    monkeypatch.setattr(queue, "submit", take)
+    assert "reduce" in submit(grid, queue, ["grid"])
 
 
 def test_a_report_that_was_deferred_needs_the_reduction_that_was_not(grid, queue):
@@ -180,7 +230,8 @@ def look_until_trained(grid: Grid, queue: FakeQueue):
 
     def look(ids):
         for job in [job for job in ids if queue.jobs.get(job) == "waiting"]:
-            finish(grid, cells_of(queue, job), f"task{job}")
+            if queue.calls[job].module == "jobs.train":
+                finish(grid, cells_of(queue, job), f"task{job}")
             queue.jobs[job] = "gone"
         return {job: JobState(queue.jobs.get(job, "gone")) for job in ids}
 
