@@ -16,7 +16,7 @@ from pipeline.ended import modified
 from pipeline.grid import Grid
 from pipeline.reasons import by_reason
 from pipeline.stages import GRID, REDUCE, REPORT
-from pipeline.state import STATES, CellState, Progress, Survey
+from pipeline.state import STATES, UNKNOWN, CellState, Progress, Survey
 
 if TYPE_CHECKING:  # planning, which status need not load
     from pipeline.forecast import Forecast
@@ -72,10 +72,11 @@ def stage_lines(state: Survey) -> Iterator[str]:
     named = [("pre-training", job) for job in state.pretraining.values()]
     named += [(stage, job) for job, stage in state.stages.items()]
     for name, job in named:
-        known = state.jobs[job]
+        known = state.jobs.get(job, UNKNOWN)  # "" of a task whose job only the queue knows
         far = state.training_backbones.get(job)
         parts = [f"{known.state}{f' ({known.why})' if known.why else ''}"]
-        yield f"{name}: {', '.join([*parts, *(_progress(far) if far else ()), f'job {job}'])}"
+        parts += [*(_progress(far) if far else ()), *([f"job {job}"] if job else [])]
+        yield f"{name}: {', '.join(parts)}"
 
 
 def failure_lines(grid: Grid, state: Survey) -> Iterator[str]:

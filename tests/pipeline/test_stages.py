@@ -136,6 +136,21 @@ def test_a_running_pre_training_shows_how_far_it_is(pretrained, queue, shown):
     assert line in shown(pretrained)
 
 
+def test_a_pre_training_whose_job_only_the_queue_knows_may_wait_or_run(
+    pretrained, queue, shown, monkeypatch
+):
+    """The submission died before it noted the job, and the queue cannot be asked."""
+    monkeypatch.setattr(queue, "submit", die)
+    with pytest.raises(KeyboardInterrupt):
+        submit(pretrained, queue, ["grid"])
+    queue.unreachable = "there is no sbatch on PATH"
+    assert "pre-training: unknown" in shown(pretrained)
+
+
+def die(*arguments) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_failed_reduce_is_named_until_results_are_newer(grid, queue, shown):
     submit(grid, queue, ["reduce", "report"])
     end(queue, "job1", "error: no counts", word="FAILED")
