@@ -38,11 +38,12 @@ def _collected(missing: list[MissingInput]) -> Iterator[None]:
         missing.append(error)
 
 
-def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
+def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingInput]:
     """Return a `MissingInput` for each data set and weights file that the grid needs and that is
     not there. Raises `UserError` if a batch does not fit a training set or the ranks, or a data set
     is not as it should be. `packed` False: packing comes first, so look at the source. Where
-    nothing is refused or missing, standard error gets the warnings about what is packed."""
+    nothing is refused or missing, standard error gets the warnings about what is packed, but not if
+    `quiet`."""
     missing: list[MissingInput] = []
     warnings: list[str] = []
     pictures = {}
@@ -70,8 +71,9 @@ def check_inputs(grid: Grid, packed: bool) -> list[MissingInput]:
         if weights not in WITHOUT_FILE:
             with _collected(missing):
                 require_weights(weights, model)
-    warnings += overlap_warnings(grid.datasets, pictures)
-    for warning in () if missing else warnings:
+    if missing or quiet:
+        return missing
+    for warning in [*warnings, *overlap_warnings(grid.datasets, pictures)]:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
     return missing
 

@@ -118,13 +118,15 @@ def stages_of(stage: str, grid: Grid) -> tuple[str, ...]:
     return (stage,)
 
 
-def check(grid: Grid, stages: Sequence[str], missing_is_fine: bool = False) -> list[MissingInput]:
+def check(
+    grid: Grid, stages: Sequence[str], missing_is_fine: bool = False, quiet: bool = False
+) -> list[MissingInput]:
     """Refuse what cannot work before anything is queued. Raises `UserError`. Files that are not
-    there yet are returned if `missing_is_fine`."""
+    there yet are returned if `missing_is_fine`. `quiet`: without warnings about the data sets."""
     require_private(grid.run.root, grid.cluster.group, _REMEDY)
     missing = check_sources(grid) if PREP in stages else []
     if GRID in stages:
-        missing += check_inputs(grid, packed=PREP not in stages)
+        missing += check_inputs(grid, PREP not in stages, quiet)
     if missing and not missing_is_fine:
         raise missing[0]
     return missing
@@ -180,7 +182,8 @@ def submit_deferred(
         _refuse_cancelled(grid, cancelled)
         work = _decide(grid, queue, stages, unsent)
         # other jobs may end while data sets are still being packed, which the cells wait for
-        check(grid, [*([PREP] if stage_jobs.packing(work.state) else []), *stages])
+        packing = [PREP] if stage_jobs.packing(work.state) else []
+        check(grid, [*packing, *stages], quiet=True)  # `status` warns
         return _act(grid, queue, work, options)
 
 

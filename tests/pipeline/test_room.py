@@ -238,14 +238,16 @@ def look_until_trained(grid: Grid, queue: FakeQueue):
     return look
 
 
-def test_what_is_deferred_is_noted_once(grid, queue):
+def test_what_is_deferred_is_noted_once(grid, queue, capsys):
     """A record of thousands of deferred jobs is large, and jobs may end at every poll."""
     queue.max_jobs = 1
     submit(grid, queue, ["grid"])
     (first,) = grid.run.submitted.iterdir()
     finish(grid, cells_of(queue, "job1"), "task1")
     queue.jobs["job1"] = "gone"
+    capsys.readouterr()
     command.submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
+    assert capsys.readouterr().err == ""  # the data set was warned about before
     (second,) = set(grid.run.submitted.iterdir()) - {first}
     assert len(read_json(second)["tasks"]) == 1
     assert words(grid, queue) == {"done": 4, "waiting": 16}
