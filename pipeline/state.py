@@ -169,7 +169,7 @@ def survey(
     # those that work come last: a person may have started an older script than the last written
     by_work = sorted(open_tasks, key=lambda task: task in active)
     latest = {c: task for task in by_work for c in task.cells if task.kind != PRETRAIN}
-    waited_for = untrained(grid.run, sent)
+    waited_for = untrained(grid.run, open_tasks)  # with the jobs that scripts became
     tasks = {c.signature: answerable(c, latest.get(c.signature), waited_for) for c in grid.cells}
     last = last_of_each(grid, stages.values(), waited_for)
     gone = {t.job for t in [*latest.values(), *tasks.values(), *last] if t and t not in active}

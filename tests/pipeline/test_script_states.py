@@ -147,6 +147,21 @@ def test_pre_training_by_a_script_is_waited_for(tmp_path, packed, cluster, capsy
     assert all(cluster.needs[job] == ["7_0"] for job in jobs if job != "7_0")
 
 
+def test_pre_training_by_a_script_that_failed_is_why_its_cells_are_not_done(
+    tmp_path, packed, cluster
+):
+    grid = small_grid(tmp_path, (f"{tmp_path}/streets", str(packed)), PRETRAIN)
+    write(grid, cluster)
+    note(grid, 7, "pretrain")
+    note(grid, 8)
+    (tmp_path / "7_0.err").write_text("error: the loss was nan\n")
+    cluster.why = {"7_0": "FAILED", "8_0": "CANCELLED", "8_1": "CANCELLED"}
+    found = survey(grid, cluster)
+    said = "pre-training failed: error: the loss was nan"
+    assert {(cell.state, cell.why) for cell in found.cells} == {("failed", said)}
+    assert [str(failure) for failure in found.failed] == [said]
+
+
 def test_a_record_whose_scripts_were_never_written_is_no_submission(grid, cluster, monkeypatch):
     def crash(*_) -> None:
         raise KeyboardInterrupt
