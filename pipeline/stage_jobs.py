@@ -14,10 +14,10 @@ def packing(state: Survey) -> list[str]:
     return _of(state, PREP, "waiting", "running")
 
 
-def prep_to_reuse(state: Survey, unchanged: bool) -> list[str]:
-    """Return the prep job that serves this submission as well, if there is one. A running job does
-    so only if the grid file is `unchanged` since it was submitted."""
-    return _of(state, PREP, "waiting", *(["running"] if unchanged else []))[-1:]
+def prep_to_reuse(state: Survey) -> list[str]:
+    """Return the prep job that serves this submission as well, if there is one: it waits. A running
+    job may have read the images before the user corrected them."""
+    return _of(state, PREP, "waiting")[-1:]
 
 
 def reducing(state: Survey) -> list[str]:

@@ -218,7 +218,6 @@ def _act(
 ) -> dict[str, list[str]]:
     """Send what was decided. Returns the job ids by stage."""
     state = work.state
-    unchanged = _config_is(grid)
     config = _keep_config(grid)
     settle(grid.run, state.recalled)
     record = Submission(grid.run)
@@ -233,8 +232,9 @@ def _act(
     # a report that was deferred is of the reduction that was not
     coming = stage_jobs.results_to_come(state, work.superseded) if GRID in work.stages else []
     for stage in work.stages:
-        if stage == PREP and (reused := stage_jobs.prep_to_reuse(state, unchanged)):
+        if stage == PREP and (reused := stage_jobs.prep_to_reuse(state)):
             jobs[stage] = reused
+            print(f"prep waits already, as job {reused[0]}; it packs for this submission too")
         elif stage == GRID:
             jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
             if not all_sent:
@@ -440,14 +440,6 @@ def _keep_config(grid: Grid) -> Path:
 
 def _kept_config(grid: Grid) -> Path:
     return grid.run.root / "grid.toml"
-
-
-def _config_is(grid: Grid) -> bool:
-    """Return whether the submission before this one was of the same grid file."""
-    try:
-        return _kept_config(grid).read_bytes() == grid.path.read_bytes()
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":

@@ -90,10 +90,17 @@ def test_a_running_reduce_ends_before_the_next_one_starts(grid, queue):
     assert queue.after[jobs["reduce"][0]] == ["job6", "job7", "job4"]
 
 
-def test_a_running_prep_of_another_grid_file_is_not_relied_on(grid, queue, tmp_path, streets):
+def test_a_waiting_prep_serves_the_next_submission_too(grid, queue, capsys):
+    submit(grid, queue, ALL)
+    assert submit(grid, queue, ["prep"]) == {"prep": ["job1"]}
+    assert "prep waits already, as job job1" in capsys.readouterr().out
+
+
+def test_a_running_prep_is_not_relied_on_since_it_may_have_read_images_before_their_correction(
+    grid, queue, tmp_path, streets
+):
     submit(grid, queue, ALL)
     queue.jobs["job1"] = "running"
-    assert submit(grid, queue, ["prep"]) == {"prep": ["job1"]}
     changes = (f"{tmp_path}/streets", str(streets)), ("seeds = [0, 1]", "seeds = [0, 1, 2]")
     jobs = submit(small_grid(tmp_path, *changes), queue, ["prep", "grid"])
     assert queue.after[jobs["prep"][0]] == ["job1"]
