@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST, remedy
+from data_prep.overlap import Pictures
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.atomic import file_sha256
 from hpc.checkup import Check, Finding, NotAsked, findings, shown_bytes
@@ -138,6 +139,7 @@ def _data_set(grid: Grid, name: str) -> str:
     """Lengths of all shards, and the content of as many as can be read in a moment."""
     settings = grid.datasets[name]
     if not (Path(settings.shards) / MANIFEST).exists():
+        Pictures.of_source(settings)  # raises what packing would refuse
         raise NotAsked("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
     manifest = packed_as_asked(name, settings)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]

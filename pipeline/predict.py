@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the maps")
     parser.add_argument("--config", help="the grid file that the cell belongs to")
     arguments = parser.parse_args(argv)
+    _refuse_overwriting(arguments.images, arguments.out)
     head, paths = find_head(arguments.cell, arguments.config)
-    _refuse_equal_stems(arguments.images)
     with process_group(alone(), paths.rendezvous) as group:
         predictor = Predictor(head, paths, group)
         for path in arguments.images:
@@ -77,12 +77,25 @@ def _signature(grid: Grid, cell: str) -> str:
     raise UserError(f"{grid.path} has {len(matches) or 'no'} cells {cell!r}; {hint}")
 
 
-def _refuse_equal_stems(images: Sequence[Path]) -> None:
-    stem, times = Counter(path.stem for path in images).most_common(1)[0]
+def _refuse_overwriting(images: Sequence[Path], folder: Path) -> None:
+    """Raise `UserError` if a map would replace an image, or the map of another image."""
+    maps = [path for image in images for path in _map_paths(folder, image.stem)]
+    path, times = Counter(maps).most_common(1)[0]
     if times > 1:
         raise UserError(
-            f"{times} images are called {stem!r}; their maps would overwrite each other"
+            f"{times} maps would be called {path.name}, and overwrite each other; rename an image, "
+            "or label the images one by one into other folders"
         )
+    given = {image.resolve() for image in images}
+    if replaced := [path for path in maps if path.resolve() in given]:
+        raise UserError(
+            f"a map would replace the image {replaced[0]}; name another folder in --out"
+        )
+
+
+def _map_paths(folder: Path, stem: str) -> tuple[Path, Path]:
+    """Return where the label map and the confidence of an image go."""
+    return folder / f"{stem}.png", folder / f"{stem}-confidence.png"
 
 
 def write_maps(prediction: Prediction, folder: Path, stem: str, num_classes: int) -> None:
@@ -91,8 +104,9 @@ def write_maps(prediction: Prediction, folder: Path, stem: str, num_classes: int
     labels = Image.fromarray(prediction.labels)
     labels.putpalette(palette(num_classes))
     confidence = np.round(prediction.confidence * 255).astype(np.uint8)
-    for name, image in ((stem, labels), (f"{stem}-confidence", Image.fromarray(confidence))):
-        with new_file(folder / f"{name}.png") as temporary:
+    images = labels, Image.fromarray(confidence)
+    for path, image in zip(_map_paths(folder, stem), images, strict=True):
+        with new_file(path) as temporary:
             image.save(temporary, format="PNG")
 
 

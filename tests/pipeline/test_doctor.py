@@ -114,6 +114,14 @@ def test_a_data_set_that_is_not_packed_yet_is_no_failure(examine, shards):
     ]
 
 
+def test_a_data_set_whose_images_are_not_there_is_a_failure(examine, tmp_path):
+    drawn = (
+        f'source = "synthetic"\nshards = "{tmp_path}/streets"\ntrain = 6\nval = 3\nsize = [32, 40]'
+    )
+    own = f'source = "folder"\nroot = "{tmp_path}/nowhere"\nclasses = ["road", "car"]'
+    assert f"{tmp_path}/nowhere" in only_failure(examine((drawn, own)))
+
+
 def test_one_that_was_packed_with_other_settings_is(examine):
     line = only_failure(examine(("train = 6", "train = 7")))
     assert "was packed with other settings than [dataset.streets] has now (train = 6 th" in line
