@@ -35,9 +35,9 @@ def test_training_can_be_imported():
 
 
 def test_who_has_a_name_and_a_home_keeps_them():
-    environ = {"LOGNAME": "me", "HOME": "/home/me"}
+    environ = {"LOGNAME": "me", "HOME": "/people/me"}
     stand_in(environ)
-    assert environ == {"LOGNAME": "me", "HOME": "/home/me"}
+    assert environ == {"LOGNAME": "me", "HOME": "/people/me"}
 
 
 def test_a_home_of_nobody_stays_as_it_is_written():
