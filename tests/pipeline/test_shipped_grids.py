@@ -1,5 +1,5 @@
 """Each grid file of `configs/` runs from raw files to its whole table: only paths, sizes, numbers
-of images, seeds and epochs are changed."""
+of images, seeds and epochs are changed, and no process beside the job's reads its images."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def run_small(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Grid:
     """Run `configs/NAME.toml` by `submit all`, smaller, in `folder`."""
     table = smaller(tomllib.loads((CONFIGS / f"{name}.toml").read_text()))
     table["run_dir"] = str(folder / "run")
+    table["protocol"]["workers"] = 0  # a fork of this process copies the gigabytes of its heads
     for dataset, settings in table["dataset"].items():
         settings["shards"] = str(folder / "shards" / dataset)
         if "root" in settings:
