@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, cast
 from hpc.atomic import (
     Check,
     Damaged,
-    file_sha256,
     fsync,
     new_file,
     new_folder,
@@ -58,7 +57,7 @@ class Checkpoint:
 
         path = self.path / f"{entry}.pt"
         try:
-            if not _is_as_written(path, self.checksums[entry]):
+            if _checksum(file_crc32(path)) != self.checksums[entry]:
                 raise Damaged(f"{path} is damaged (its checksum does not fit)")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Damaged:
@@ -123,13 +122,6 @@ def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dic
 
 def _checksum(crc32: int) -> str:
     return f"crc32:{crc32:08x}"
-
-
-def _is_as_written(path: Path, checksum: str) -> bool:
-    """Whether a file's content has this checksum, which older programs gave as SHA-256."""
-    if re.fullmatch("[0-9a-f]{64}", checksum):
-        return file_sha256(path) == checksum
-    return _checksum(file_crc32(path)) == checksum
 
 
 @contextmanager

@@ -3,7 +3,6 @@ is done when an index names it and the file it points to verifies."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class CountsIndex:
 
     path: Path
     sha256: str
-    crc32: int | None  # forty times as fast as `sha256`; older indices have none
+    crc32: int  # forty times as fast as `sha256`
     size: int
     columns: Mapping[str, Sequence[Any]]
     record: Mapping[str, Any]
@@ -74,7 +73,7 @@ class CountsIndex:
             data = memoryview(self._bytes(buffer) if self.is_whole() else b"")
         except OSError as error:
             raise Damaged(f"{self.path} cannot be read: {error.strerror}") from error
-        if not self._fits(data):
+        if crc32(data) != self.crc32:
             raise Damaged(
                 f"{self.path} is damaged (its checksum does not fit); delete it and run grid again"
             )
@@ -85,11 +84,6 @@ class CountsIndex:
             return self.path.read_bytes()
         with self.path.open("rb") as file:
             return memoryview(buffer)[: file.readinto(buffer)]
-
-    def _fits(self, data: memoryview) -> bool:
-        if self.crc32 is None:
-            return hashlib.sha256(data).hexdigest() == self.sha256
-        return crc32(data) == self.crc32
 
 
 def write_counts(
@@ -106,8 +100,9 @@ def write_counts(
             file.create_dataset(name, data=array, track_times=False)
         places = {name: _place(stored) for name, stored in file.items()}
     write_bytes(path, whole.getvalue(), check)
+    columns = {key: [cell[key] for cell in cells] for key in cells[0]}
     index = {"sha256": file_sha256(path), "crc32": crc32(whole.getbuffer()),
-             "bytes": path.stat().st_size, "cells": _columns(cells), "arrays": places}  # fmt: skip
+             "bytes": path.stat().st_size, "cells": columns, "arrays": places}  # fmt: skip
     write_json(path.with_suffix(".json"), {**index, "record": dict(record)}, check)
 
 
@@ -119,11 +114,11 @@ def read_index(path: Path) -> CountsIndex:
         found = CountsIndex(
             path=path.with_suffix(".h5"),
             sha256=index["sha256"],
-            crc32=index.get("crc32"),
+            crc32=index["crc32"],
             size=index["bytes"],
-            columns=_columns(index["cells"]),
+            columns=_checked_columns(index["cells"]),
             record=dict(index["record"]),
-            arrays=dict(index.get("arrays", {})),  # older ones have none
+            arrays=dict(index["arrays"]),
         )
     except (LookupError, TypeError, ValueError) as error:
         raise _damaged(path, "is not an index of counts") from error
@@ -132,16 +127,12 @@ def read_index(path: Path) -> CountsIndex:
     return found
 
 
-def _columns(cells: Any) -> dict[str, list[Any]]:
-    """Those of an index, or of records, as older ones have them. Raises `ValueError` for others,
-    or as anything else does that is not used as it should be."""
-    if not isinstance(cells, Mapping):
-        return {key: [cell[key] for cell in cells] for key in ("signature", *cells[0])}
-    if {(type(column), len(column)) for column in cells.values()} != {
-        (list, len(cells["signature"]))
-    }:
+def _checked_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return `columns`. Raises `ValueError` if they are not lists of one length."""
+    expected = (list, len(columns["signature"]))
+    if any((type(column), len(column)) != expected for column in columns.values()):
         raise ValueError("not lists of one length")
-    return dict(cells)
+    return columns
 
 
 def set_aside_altered(folder: Path) -> list[str]:
@@ -182,8 +173,6 @@ def read_counts(index: CountsIndex, buffer: bytearray | None = None) -> dict[str
     import numpy as np
 
     data = index.read(buffer)
-    if not index.arrays:
-        return read_by_hdf5(index)
     try:
         return {
             name: np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)
@@ -191,18 +180,6 @@ def read_counts(index: CountsIndex, buffer: bytearray | None = None) -> dict[str
         }
     except (TypeError, ValueError) as error:
         raise _damaged(index.path, "is not as its index says") from error
-
-
-def read_by_hdf5(index: CountsIndex) -> dict[str, Any]:
-    """As `read_counts`, but slower, and without its checksum: as any tool does."""
-    import h5py
-
-    try:
-        with h5py.File(index.path, "r", locking=False) as file:
-            return {name: file[name][...] for name in file}
-    # of another program's HDF5, or of none
-    except (OSError, RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise _damaged(index.path, "is not a file of counts") from error
 
 
 def _place(stored: Any) -> tuple[int, str, list[int]]:
