@@ -20,7 +20,6 @@ from hpc.groups import Group, process_group
 from jobs.backbone import freeze
 from jobs.batches import Batch
 from jobs.cell import Cell
-from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.losses.names import parse_loss
 from jobs.models.build import Backbone, Features, build_backbone, normalise
 from jobs.models.layout import place
@@ -51,7 +50,6 @@ class Job:
         self.target = self.batch.target.long()
         self.backbone = place(settled(model.partition("_")[2], self.batch.images), group.device)
         freeze(self.backbone, self._cell("CE"))
-        self._frozen = training_form(self.backbone, protocol)
 
     def cells(self, losses: Sequence[str]) -> list[Trainee]:
         """New trainees, one a loss."""
@@ -59,15 +57,14 @@ class Job:
 
     def pass_backbone(self) -> Features:
         """What all cells of a bundle share."""
-        return features(self._frozen, self.batch.images, self._cell("CE"), self.group)
+        return features(self.backbone, self.batch.images, self._cell("CE"), self.group)
 
     def step(self, trainees: Sequence[Trainee]) -> None:
         """The next step of a bundle of `trainees`, in the middle of their schedules: each draws its
         dropout anew. Raises `RuntimeError` if a loss is not finite."""
         self._taken += 1
-        with while_compiling(self.protocol):
-            inputs = self.pass_backbone()
-            step_in_turn(trainees, inputs, self.batch, self.target, self._taken, 2 * self._taken)
+        inputs = self.pass_backbone()
+        step_in_turn(trainees, inputs, self.batch, self.target, self._taken, 2 * self._taken)
         for trainee in trainees:
             if trainee.failure:
                 raise RuntimeError(f"{trainee.cell.name} stopped: {trainee.failure}")
@@ -90,14 +87,12 @@ def settled(name: str, images: Tensor) -> Backbone:
 
 @contextmanager
 def ready(protocol: Protocol) -> Iterator[Group]:
-    """A process group of one rank, with torch set as a job of `protocol` sets it.
+    """Start a process group of one rank, with torch set as a job of `protocol` sets it.
 
-    Raises `UserError` where torch has no kernels for the GPU, or what compiles networks is
-    missing."""
+    Raises `UserError` if torch has no kernels for the GPU."""
     configure_torch(protocol)
     env = RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
     with TemporaryDirectory() as folder, process_group(env, Path(folder)) as group:
-        require_compiler(protocol, group.device)
         yield group
 
 

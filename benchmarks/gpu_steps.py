@@ -38,7 +38,6 @@ from benchmarks.measure import (
     waited,
 )
 from hpc.groups import Group
-from jobs.compiled_network import require_compiler
 from jobs.models import layout
 from jobs.protocol import Protocol
 from jobs.trainee import Trainee, half_precision
@@ -52,11 +51,10 @@ AS_PUBLISHED, ALONE = "the published way, float32", "frozen, one cell a run"
 
 
 def measure() -> Iterator[Found]:
-    """All models in all precisions, then the settings: those that compile nothing first."""
+    """Measure all models in all precisions, then the settings."""
     if not torch.cuda.is_available():
         yield Absent("a training step on a GPU", AS_PUBLISHED, NO_GPU)
         return
-    # torch compiles with as many threads as a protocol has
     fixed = {"weights": "none", "batch_size": 12, "threads": os.cpu_count() or 1}
     protocols = [
         Protocol.model_validate({**fixed, "precision": p}) for p in in_own_process(_precisions)
@@ -148,9 +146,7 @@ def of_settings(
     with ready(protocol) as group:
         ways = {"": _steps(model, group, protocol, size)}
         for name in names:
-            update, within = SETTINGS[name]
-            changed = protocol.model_copy(update=update)
-            ways[name] = _steps(model, group, changed, size, within)
+            ways[name] = _steps(model, group, protocol, size, SETTINGS[name])
         names_and_seconds = in_turns(ways, ROUNDS)
         ways.clear()  # trainees must go before their process group does
     seconds = {name: tuple(s / size for s in each) for name, each in names_and_seconds.items()}
@@ -163,7 +159,6 @@ def _steps(
 ) -> Work:
     """The step of a bundle that was built, and is run, within a block."""
     with within():
-        require_compiler(protocol, group.device)
         job = Job(model, group, protocol)
         trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(size)])
 
@@ -187,10 +182,9 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-SETTINGS: dict[str, tuple[dict[str, object], Block]] = {
-    "channels apart (NCHW)": ({}, _channels_apart),
-    "deterministic algorithms": ({}, _deterministic),
-    "compile = true": ({"compile": True}, nullcontext),
+SETTINGS: dict[str, Block] = {
+    "channels apart (NCHW)": _channels_apart,
+    "deterministic algorithms": _deterministic,
 }
 
 
@@ -205,6 +199,6 @@ def _or_why(
     """What `work` finds in a process of its own; or, if it fails, why."""
     try:
         return in_own_process(work, model, protocol, *arguments)
-    except Exception as error:  # torch, its compilers and the driver raise what they like
+    except Exception as error:  # torch and the driver raise what they like
         what = f"{work.__name__} {' '.join(map(str, arguments))}, {model}, {protocol.precision}"
         return [Absent(what, AS_PUBLISHED, in_short(error))]

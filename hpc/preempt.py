@@ -50,18 +50,6 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def stop_signals_kept_from_children() -> Iterator[None]:
-    """Stop signals do not reach the programs that this thread, or a thread it begins, starts inside
-    the block: signals for every process of a job would end them, and the job with an error. This
-    process notes a signal as ever, after the block at the latest."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def leave_signals_to_the_rank(_worker: int = 0) -> None:
     """For loader processes. Slurm and terminals signal every process of a job; a loader that died
     of it would take the rank with it, before it has saved. Loaders end when their rank does."""

@@ -22,7 +22,6 @@ from hpc.groups import Group, process_group
 from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import load_backbone
 from jobs.cell import Cell, pretraining_cell
-from jobs.compiled_network import require_compiler
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
@@ -60,7 +59,6 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
     require_gpu(consumer.protocol, group.device)
-    require_compiler(trained.cells[0].protocol, group.device, group.world_size)
     with nearby(task.data, task.node_local) as manifest:
         require_data(task, manifest, group)
         return pretrain_on(manifest, trained, consumer, group, stop)

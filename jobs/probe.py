@@ -49,8 +49,6 @@ def main(argv: Sequence[str]) -> int:
     look_around(plan, arguments.plan.parent, env, facts)
     if plan["on_gpu"]:
         facts.note("on_gpu", lambda: _on_gpu(env, plan["on_gpu"]))
-    if plan["compile"]:
-        facts.note("compiles", lambda: _compiles(env))
     joined = facts.note("device", lambda: _device(env)) and facts.note(
         "met", lambda: _meet(env, arguments.plan.parent / "rendezvous")
     )
@@ -107,15 +105,6 @@ def _on_gpu(env: RankEnv, settings: dict[str, str]) -> bool:
     from jobs.on_gpu import require_gpu
 
     require_gpu(Protocol.model_validate(settings), own_device(env))
-    return True
-
-
-def _compiles(env: RankEnv) -> bool:
-    """True if torch.compile works on this rank's device."""
-    from hpc.groups import own_device
-    from jobs.compiled_network import require_compiler
-
-    require_compiler(Protocol(compile=True), own_device(env))
     return True
 
 

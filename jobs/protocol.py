@@ -69,8 +69,6 @@ class Protocol(Settings):
     # mixed is fp16 with a gradient scaler, on a GPU; bf16 needs none, and a GPU newer than V100
     precision: Literal["fp32", "mixed", "bf16"] = "fp32"
 
-    compile: bool = False  # networks in training, by torch.compile; losses and evaluation are not
-
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
     bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
@@ -112,30 +110,13 @@ class Protocol(Settings):
             )
         return steps
 
-    def require_even_shares(self, ranks: int) -> None:
-        """Raise `UserError` if networks are compiled, and `ranks` would not have as many images of
-        a batch each: they would compile other code, whose collectives may stand in another order,
-        and wait for each other for ever."""
-        sizes = {"protocol": self.batch_size}
-        if self.weights == "pretrain":
-            sizes["protocol.pretrain"] = self.pretrain.batch_size
-        for table, size in sizes.items():
-            if self.compile and size % ranks:
-                raise UserError(
-                    f"compile = true needs equal shares of a batch, and batch_size = {size} in "
-                    f"[{table}] is no multiple of a job's {ranks} ranks; choose one that is, other "
-                    "nodes or tasks_per_node in [cluster], or compile = false"
-                )
-
     def result_changing(self) -> dict[str, Any]:
         """The settings that decide what a cell becomes, as plain values for a fingerprint."""
         fields = self.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
         if self.weights not in WEIGHTS:
             # wherever the file lies; its hash is recorded with all that is made from it
             fields["weights"] = f"file {Path(self.weights).name}"
-        # cells that were trained before these settings existed keep their identity
-        if not self.compile:
-            del fields["compile"]
+        # cells that were trained before this setting existed keep their identity
         if self.long_side == "round":
             del fields["long_side"]
         del fields["pretrain"]["threads"]

@@ -28,7 +28,6 @@ from hpc.preempt import StopRequest, stop_request
 from jobs.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
 from jobs.batches import TrainingBatches, Transfer
 from jobs.cell import Cell
-from jobs.compiled_network import require_compiler, training_form, while_compiling
 from jobs.counts_file import counted_cells, write_counts
 from jobs.evaluate import evaluate, stack
 from jobs.loaders import load_steps
@@ -66,7 +65,6 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     task = unfinished(task, group)
     if task.cells:
         require_gpu(task.cells[0].protocol, group.device)
-        require_compiler(task.cells[0].protocol, group.device, group.world_size)
         with nearby(task.data, task.node_local) as manifest:
             require_data(task, manifest, group)
             train_on(manifest, task, group, stop)
@@ -131,7 +129,6 @@ def train(
     cell, group = job.task.cells[0], job.group
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
     total = cell.protocol.epochs * batches.steps_per_epoch
-    frozen = backbone if backbone is None else training_form(backbone, cell.protocol)
     transfer = Transfer(group.device)
     job.begin(start)
     if cell.protocol.profile:
@@ -145,10 +142,9 @@ def train(
             job.beat("training", step, total)
             with group.watch.part("data"):
                 batch = transfer(batch)
-            with while_compiling(cell.protocol):
-                with group.watch.part("backbone"):
-                    inputs = features(frozen, batch.images, cell, group)
-                step_in_turn(active, inputs, batch, batch.target.long(), step, total)
+            with group.watch.part("backbone"):
+                inputs = features(backbone, batch.images, cell, group)
+            step_in_turn(active, inputs, batch, batch.target.long(), step, total)
             for trainee in active:
                 if trainee.failure:
                     job.on_main(partial(job.give_up, trainee, step))

@@ -20,7 +20,6 @@ from hpc.groups import COMMUNICATION, Group
 from hpc.stopwatch import Stopwatch
 from jobs.batches import Batch
 from jobs.cell import Cell
-from jobs.compiled_network import training_form
 from jobs.losses.combine import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
@@ -56,7 +55,7 @@ class Trainee:
         # after the first step, which would let a resumed run add them in another order.
         # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
         self._parallel = DistributedDataParallel(
-            training_form(self.network, protocol),
+            self.network,
             broadcast_buffers=False,
             find_unused_parameters=True,
             gradient_as_bucket_view=True,

@@ -40,8 +40,8 @@ def _collected(missing: list[MissingInput]) -> Iterator[None]:
 
 def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingInput]:
     """Return a `MissingInput` for each data set and weights file that the grid needs and that is
-    not there. Raises `UserError` if a batch does not fit a training set or the ranks, or a data set
-    is not as it should be. `packed` False: packing comes first, so look at the source. Where
+    not there. Raises `UserError` if a batch does not fit a training set, or a data set is not as it
+    should be. `packed` False: packing comes first, so look at the source. Where
     nothing is refused or missing, standard error gets the warnings about what is packed, but not if
     `quiet`."""
     missing: list[MissingInput] = []
@@ -60,7 +60,6 @@ def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingI
         images = len(pictures[name].train)
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
-        protocol.require_even_shares(grid.cluster.nodes * grid.cluster.tasks_per_node)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
             raise UserError(
                 f"[protocol.pretrain] batch_size = {protocol.pretrain.batch_size} is larger than "

@@ -49,7 +49,7 @@ def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
         data = [str(manifest.folder.absolute()) for manifest in _packed(grid)]
         files, node_local = list(inputs(grid)), grid.cluster.node_local
         write_json(plan, {"files": files, "data": data, "node_local": node_local,
-                          "on_gpu": _left_to_gpu(grid), "compile": _compiled(grid)})  # fmt: skip
+                          "on_gpu": _left_to_gpu(grid)})  # fmt: skip
         queue = open_queue(grid.cluster, folder / "logs", folder / "queue")
         sent = _errands(grid, queue, plan)
         return {report.errand.name: report for report in run_errands(queue, sent, folder, say)}
@@ -93,8 +93,6 @@ def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
     }
     if settings := _left_to_gpu(grid):
         looks["Triton on the GPUs"] = partial(_triton, settings, report)
-    if _compiled(grid):
-        looks["compilers of the nodes"] = partial(_compilers, report)
     return [Check(what, look) for what, look in looks.items()]
 
 
@@ -138,17 +136,6 @@ def _triton(settings: Mapping[str, str], report: Report) -> str:
     """It works on the GPU of every rank."""
     ranks = node_checks.of_ranks(report, "on_gpu", "training would end so too")
     return f"{', '.join(settings)} on {len(ranks)} ranks"
-
-
-def _compiled(grid: Grid) -> bool:
-    """Whether networks of the grid are to be compiled."""
-    return any(protocol.compile for protocol in grid.protocols.values())
-
-
-def _compilers(report: Report) -> str:
-    """torch.compile works on every rank."""
-    ranks = node_checks.of_ranks(report, "compiles", "training would end so too")
-    return f"torch.compile on {len(ranks)} ranks"
 
 
 def _staged_bytes(grid: Grid) -> int:

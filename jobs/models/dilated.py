@@ -114,8 +114,7 @@ def _pieces(size: int, dilation: int) -> Iterator[_Piece]:
 
 
 def _pays(x: Tensor) -> bool:
-    """Whether this way is taken; a GPU, half and double precision keep torch's, and so does what is
-    compiled, where sums in place would be copies."""
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    """Return True if this way is taken. A GPU, half and double precision keep torch's."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 and x.shape[1:].numel() >= LARGE

@@ -17,7 +17,7 @@ class PositionalDropout(nn.Dropout):
     """`nn.Dropout` with a counter-based mask. `set_dropout_position` must be called before each
     training step."""
 
-    keys: Tensor | None = None  # int64 [B, 2], two 32-bit keys an image
+    keys: tuple[tuple[int, int], ...] | None = None  # two 32-bit keys an image
 
     def forward(self, input: Tensor) -> Tensor:
         """float [B, ...] -> the same, with elements dropped at rate p and the others scaled by
@@ -26,27 +26,19 @@ class PositionalDropout(nn.Dropout):
             return input
         assert self.keys is not None, "set_dropout_position was not called"
         assert len(self.keys) == len(input), "one position an image"
-        if torch.compiler.is_compiling():  # keys are inputs of what is compiled, as values are not
-            drop = _drawn(self.keys.to(input.device), input.shape[1:].numel(), self.p)
-        else:
-            keys = tuple(map(tuple, self.keys.tolist()))
-            drop = _shared(keys, input.shape[1:].numel(), self.p, input.device)
+        drop = _shared_mask(self.keys, input.shape[1:].numel(), self.p, input.device)
         # laid out as the input is, which `torch.where` is not
         return (input / (1 - self.p)).masked_fill_(drop.view_as(input), 0.0)
 
 
 @lru_cache(maxsize=2)  # a bundle has two kinds of head with dropout, one layer each
-def _shared(
+def _shared_mask(
     keys: tuple[tuple[int, int], ...], count: int, rate: float, device: torch.device
 ) -> Tensor:
-    """As `_drawn`. The mask is the same in all heads of a kind, whatever their loss, so it is drawn
-    once for them, and nobody may write to it."""
-    return _drawn(torch.tensor(keys, dtype=torch.int64).reshape(-1, 2).to(device), count, rate)
-
-
-def _drawn(keys: Tensor, count: int, rate: float) -> Tensor:
-    """bool [B, count], true where an element drops."""
-    return random_bits(keys, count) < int(rate * 2**32)
+    """Return bool [B, count], true where an element drops. Heads of one kind have the same mask,
+    whatever their loss. It is drawn once for all of them, so callers must not write to it."""
+    rows = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2).to(device)
+    return random_bits(rows, count) < int(rate * 2**32)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
@@ -80,8 +72,7 @@ def set_dropout_position(
     random numbers."""
     layers = [child for child in module.modules() if isinstance(child, PositionalDropout)]
     for number, layer in enumerate(layers):
-        keys = [_key(f"{seed}/{model}/{step}/{position}/{number}") for position in positions]
-        layer.keys = torch.tensor(keys, dtype=torch.int64).reshape(len(keys), 2)
+        layer.keys = tuple(_key(f"{seed}/{model}/{step}/{place}/{number}") for place in positions)
 
 
 def _key(text: str) -> tuple[int, int]:

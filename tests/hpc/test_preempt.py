@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hpc.preempt import STOP_SIGNALS, stop_request, stop_signals_kept_from_children
+from hpc.preempt import STOP_SIGNALS, stop_request
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -154,22 +153,3 @@ def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_alive(with_worker
     assert with_worker.ask() == f"{number.name} True"
     os.kill(int(with_worker.first), number)  # nor is it hit alone
     assert with_worker.ask() == f"{number.name} True"
-
-
-def test_a_program_that_is_started_in_between_does_not_hear_of_it():
-    """A compiler, which Slurm would end with the signal, and the job with it."""
-    with stop_request() as stop:
-        with stop_signals_kept_from_children():
-            program = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-            for number in STOP_SIGNALS:
-                program.send_signal(number)
-            os.kill(os.getpid(), signal.SIGUSR2)
-        # a thread that other tests have left may take the signal, when it next runs
-        deadline = time.monotonic() + 10
-        while stop.signal is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert stop.signal is signal.SIGUSR2
-        program.communicate(timeout=10)  # its input ends, and so does it
-        assert program.returncode == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint(STOP_SIGNALS)

@@ -36,7 +36,6 @@ CHANGES_THE_RESULT = {
     "backbone_batchnorm": "train",
     "batchnorm_momentum": 0.2,
     "precision": "mixed",
-    "compile": True,
     "naive_ramp": (0.3, 0.8),
     "alternating_ramp": (0.5, 0.8),
     "bins": 11,
@@ -80,14 +79,6 @@ def test_a_setting_that_changes_the_result_makes_another_cell(setting):
     changed = paper_cell(**{setting: CHANGES_THE_RESULT[setting]})
     assert changed.signature != paper_cell().signature
     assert changed.bundle_key != paper_cell().bundle_key
-
-
-def test_what_is_not_compiled_is_the_same_cell_as_before_one_could_choose():
-    for cell in (paper_cell(compile=False), pretrained_cell()):
-        assert "compile" not in cell.protocol.result_changing()
-    assert (
-        pretrained_cell().backbone_key != paper_cell(weights="pretrain", compile=True).backbone_key
-    )
 
 
 def test_cells_trained_before_the_long_side_was_a_setting_keep_their_identity():

@@ -78,7 +78,7 @@ def test_heads_of_a_kind_share_the_mask_of_a_step(monkeypatch):
     monkeypatch.setattr(
         dropout, "random_bits", lambda keys, count: drawn.append(keys) or honest(keys, count)
     )
-    dropout._shared.cache_clear()
+    dropout._shared_mask.cache_clear()
     heads = {model: [nn.Dropout(0.5) for _ in range(3)] for model in ("fcn", "deeplabv3")}
     for step in (1, 2):
         found = {model: [] for model in heads}

@@ -125,19 +125,6 @@ def test_shards_that_were_packed_with_other_settings_are_not_trained_on(tmp_path
         check_inputs(changed, packed=True)
 
 
-def test_compiled_networks_take_batches_that_the_ranks_share_equally(tmp_path, refusal):
-    path = grid_file(
-        tmp_path,
-        ("batch_size = 2", "batch_size = 3\ncompile = true"),
-        ('kind = "local"', 'kind = "local"\ntasks_per_node = 2'),
-    )
-    assert refusal(submit.main, "grid", path) == (
-        "compile = true needs equal shares of a batch, and batch_size = 3 in [protocol] is no "
-        "multiple of a job's 2 ranks; choose one that is, other nodes or tasks_per_node in "
-        "[cluster], or compile = false"
-    )
-
-
 def test_a_dry_run_refuses_what_a_submission_would(tmp_path, refusal):
     config = grid_file(tmp_path, ("batch_size = 2", "batch_size = 9999"))
     assert "batch_size = 9999" in refusal(submit.main, "all", config, "--dry-run")

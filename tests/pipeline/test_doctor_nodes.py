@@ -25,7 +25,6 @@ from hpc.profile import Resources
 from jobs import probe
 from pipeline.doctor_nodes import checks_of, inputs
 from pipeline.grid import Grid, read_grid
-from tests.jobs.compilers import no_compiler
 from tests.pipeline.doctor_lines import flip
 from tests.pipeline.fake_site import profile_file
 from tests.pipeline.grids import grid_file
@@ -75,11 +74,10 @@ def told(
     files: list[str],
     data: str | None,
     on_gpu: dict[str, str] | None = None,
-    compile: bool = False,
 ) -> dict[str, Any]:
     plan = folder / "plan.json"
     write_json(plan, {"files": files, "data": [data] if data else [], "node_local": str(folder),
-                      "on_gpu": on_gpu or {}, "compile": compile})  # fmt: skip
+                      "on_gpu": on_gpu or {}})  # fmt: skip
     ended = threading.Event()
 
     def answer() -> None:
@@ -307,33 +305,6 @@ def test_a_grid_that_needs_triton_asks_the_nodes_for_it(examine, grid, monkeypat
 
     line = only_failure(examine(unable, on=wanting))
     assert line.startswith('Triton on the GPUs: rank 2 on n2: counting = "triton" needs a GPU, but')
-
-
-def test_a_grid_that_compiles_asks_the_nodes_for_compilers(examine, grid, monkeypatch, tmp_path):
-    """As training does; of a grid that does not compile nobody asks."""
-    assert not [line for line in examine() if "compile" in line]
-    protocols = {name: protocol.model_copy(update={"compile": True})
-                 for name, protocol in grid.protocols.items()}  # fmt: skip
-    wanting = replace(grid, protocols=protocols)
-
-    def able(ranks: Ranks) -> None:
-        for rank in ranks:
-            rank["compiles"] = True
-
-    line = "pass  compilers of the nodes (torch.compile on 4 ranks)"
-    assert line in examine(able, on=wanting)
-    with no_compiler(monkeypatch, tmp_path / "compiled"):
-        facts = told(tmp_path, [], None, compile=True)
-
-    def unable(ranks: Ranks) -> None:
-        able(ranks)
-        ranks[2]["errors"] = facts["errors"]
-        del ranks[2]["compiles"]
-
-    line = only_failure(examine(unable, on=wanting))
-    assert line.startswith(
-        "compilers of the nodes: rank 2 on n2: compile = true does not work here"
-    )
 
 
 def test_ranks_read_every_byte_of_the_shards(examine, grid, streets, tmp_path):
