@@ -1,5 +1,4 @@
-"""What benchmarks on a GPU have in common: which chip it is, what it cannot go below, memory, and
-the clock of its kernels."""
+"""Measure the chip and the memory of a GPU, and run benchmarks in processes of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Work, best_seconds, matrix_rate, waited
 from hpc.command import one_line
@@ -17,7 +15,6 @@ from hpc.command import one_line
 T = TypeVar("T")
 
 NO_GPU = "there is no GPU here"
-_CALLS = 20  # of a kernel that is timed
 
 
 def chip() -> dict[str, Any]:
@@ -45,33 +42,11 @@ def copy_bandwidth(size: int = 2**30) -> float:
     return 2 * size / best_seconds(waited(lambda: target.copy_(source), target.device))
 
 
-def transfer_bandwidth(size: int = 2**28) -> float:
-    """Bytes a second from pinned memory to the GPU: best of five."""
-    source = torch.ones(size, dtype=torch.uint8).pin_memory()
-    target = torch.empty(size, dtype=torch.uint8, device="cuda")
-    copy = waited(lambda: target.copy_(source, non_blocking=True), target.device)
-    return size / best_seconds(copy)
-
-
 def peak_gb(work: Work, device: torch.device) -> float:
     """Memory that tensors take of a GPU at most while `work` runs, with what it held before."""
     torch.cuda.reset_peak_memory_stats(device)
     waited(work, device)()
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-
-
-def kernel_seconds(work: Work, names: set[str]) -> float:
-    """Seconds that kernels of these names take on the GPU itself in a call of `work`: means of 20
-    calls."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        for _ in range(_CALLS):
-            work()
-        torch.cuda.synchronize()
-    kernels = [one for one in found.key_averages() if one.key in names]
-    if not kernels:
-        raise RuntimeError(f"none of {names} ran on the GPU")
-    return sum(float(one.device_time_total) for one in kernels) * 1e-6 / _CALLS
 
 
 def in_own_process(work: Callable[..., T], *arguments: object) -> T:

@@ -26,7 +26,6 @@ BENCHMARKS = (
     "reducing",
     "saving",
     "gpu_steps",
-    "gpu_kernels",
 )
 
 

@@ -97,23 +97,6 @@ def augmented_sample(
     return image, label
 
 
-class Unresized(NamedTuple):
-    """What of a sample its `window` depends on: image uint8 [H, W, 3] and label [H, W]."""
-
-    window: Window
-    image: Bytes
-    label: Bytes
-
-
-def unresized_sample(reader: SplitReader, i: int, protocol: Protocol, draw: Draw) -> Unresized:
-    """What `augmented_sample` makes its sample of."""
-    height, width = reader.size(i)
-    window = draw_view(height, width, protocol, draw).window(height, width)
-    columns = slice(*window.columns.needed)
-    image, label = reader.image(i, window.source_rows), reader.label(i, window.source_rows)
-    return Unresized(window, image[:, columns], label[:, columns])
-
-
 def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple[Bytes, Bytes]:
     """One training sample of the crop's size: `draw_view`'s view of the image. Where the crop
     reaches beyond the image, pixels are 0 and labels void. The plain way, through Pillow, which

@@ -3,26 +3,15 @@ many loader processes prepare it, and however many ranks share it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 
-from data_prep.settings import VOID
 from data_prep.shards import Bytes, SplitReader
-from jobs.augment import (
-    Draw,
-    Unresized,
-    augmented_sample,
-    evaluation_view,
-    resized,
-    unresized_sample,
-)
+from jobs.augment import Draw, augmented_sample, evaluation_view, resized
 from jobs.protocol import Protocol
 
 # The order of an epoch is drawn under a sample number that no sample has.
@@ -48,76 +37,6 @@ class Batch:
         return replace(self, images=images, target=target)
 
 
-class Layout(NamedTuple):
-    """Lengths of what a sample has in an `UnresizedBatch`: of its `source` in rows and columns, of
-    its window, and of the `taps` of either axis."""
-
-    source: tuple[int, int]
-    window: tuple[int, int]
-    taps: tuple[int, int]
-    rows_first: bool
-
-    def of_pixels(self) -> list[int]:
-        """Bytes of image and label."""
-        pixels = self.source[0] * self.source[1]
-        return [3 * pixels, pixels]
-
-    def of_tables(self) -> list[int]:
-        """Numbers in first pixels, weights and nearest pixels of rows, then of columns."""
-        return [n for size, taps in zip(self.window, self.taps, strict=True)
-                for n in (size, size * taps, size)]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class UnresizedBatch:
-    """A batch whose images become the `crop`'s size on the GPU: the `pixels` uint8 and `tables`
-    int32 of all samples, one after the other as their `layouts` say."""
-
-    pixels: Tensor
-    tables: Tensor
-    layouts: tuple[Layout, ...]
-    crop: tuple[int, int]
-    positions: range
-
-    @classmethod
-    def of(cls, samples: Sequence[Unresized], crop: tuple[int, int], positions: range) -> Self:
-        """The batch of these samples."""
-        pixels, tables, layouts = [], [], []
-        for window, image, label in samples:
-            pixels += [image, label]
-            rows, columns = (axis.counted_from(axis.needed[0])
-                             for axis in (window.rows, window.columns))  # fmt: skip
-            tables += [*rows, *columns]
-            taps = rows.weights.shape[1], columns.weights.shape[1]
-            layouts.append(Layout(label.shape, window.shape, taps, bool(window.rows_first)))
-        flat = _flat(pixels, np.uint8), _flat(tables, np.int32)
-        return cls(*flat, tuple(layouts), crop, positions)
-
-    def pin_memory(self) -> UnresizedBatch:
-        """As a `Batch`'s."""
-        return replace(self, pixels=self.pixels.pin_memory(), tables=self.tables.pin_memory())
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch itself, resized on `device`."""
-        from jobs import triton_window as gpu  # Triton is only where it is wanted
-
-        pixels, tables = (t.to(device, non_blocking=True) for t in (self.pixels, self.tables))
-        images = pixels.new_zeros(len(self.layouts), 3, *self.crop)
-        target = pixels.new_full((len(self.layouts), *self.crop), VOID)
-        parts = iter(pixels.split([n for layout in self.layouts for n in layout.of_pixels()]))
-        numbers = iter(tables.split([n for layout in self.layouts for n in layout.of_tables()]))
-        for layout, image, labels in zip(self.layouts, images, target, strict=True):
-            (height, width), (rows, columns) = layout.source, layout.window
-            source, label = next(parts).view(height, width, 3), next(parts).view(height, width)
-            down, across = (
-                gpu.AxisOnGpu(next(numbers), next(numbers).view(length, taps), next(numbers))
-                for length, taps in zip(layout.window, layout.taps, strict=True)
-            )
-            gpu.resize_image(source, down, across, layout.rows_first, image)
-            labels[:rows, :columns] = gpu.pick(label, down, across)
-        return Batch(images, target, self.positions)
-
-
 class Transfer:
     """Brings batches to `device`: to a GPU on a stream of their own, beside what it still computes
     of the step before."""
@@ -126,7 +45,7 @@ class Transfer:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, batch: Batch | UnresizedBatch) -> Batch:
+    def __call__(self, batch: Batch) -> Batch:
         """The batch on the device, for the stream that is current."""
         if self._stream is None:
             return batch.to(self._device)
@@ -137,14 +56,6 @@ class Transfer:
         for tensor in (moved.images, moved.target):  # which are the other stream's until then
             tensor.record_stream(current)
         return moved
-
-
-def _flat(arrays: Sequence[np.ndarray], dtype: DTypeLike) -> Tensor:
-    flat, start = np.empty(sum(array.size for array in arrays), dtype), 0
-    for array in arrays:  # each is copied once, though it may be a part of rows
-        flat[start : start + array.size].reshape(array.shape)[:] = array
-        start += array.size
-    return torch.from_numpy(flat)
 
 
 class TrainingBatches:
@@ -166,15 +77,7 @@ class TrainingBatches:
         height, width = self._protocol.crop
         return 4 * len(self.positions) * height * width
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether a GPU makes them, of batches that each have a size of their own."""
-        return self._protocol.augment_on == "gpu"
-
-    def __getitem__(self, step: int) -> Batch | UnresizedBatch:
-        if self.on_gpu:
-            found = [self._unresized(epoch, sample) for epoch, sample in self._samples(step)]
-            return UnresizedBatch.of(found, self._protocol.crop, self.positions)
+    def __getitem__(self, step: int) -> Batch:
         batch = self.view(step, np.empty(self.num_bytes, np.uint8))
         self.write(step, batch)
         return batch
@@ -185,9 +88,8 @@ class TrainingBatches:
         images, target = torch.from_numpy(memory).split([self.num_bytes * n // 4 for n in (3, 1)])
         return Batch(images.view(number, 3, *crop), target.view(number, *crop), self.positions)
 
-    def write(self, step: int, into: Batch | UnresizedBatch) -> None:
+    def write(self, step: int, into: Batch) -> None:
         """Make `into`, whatever it held, the batch of a step."""
-        assert isinstance(into, Batch)
         pairs = zip(into.images.numpy(), into.target.numpy(), strict=True)
         for arrays, (epoch, sample) in zip(pairs, self._samples(step), strict=True):
             draw = Draw(self._seed, epoch, sample)
@@ -201,10 +103,6 @@ class TrainingBatches:
             self._epoch, self._order = epoch, drawn
         first = within * self._protocol.batch_size
         return [(epoch, int(self._order[first + position])) for position in self.positions]
-
-    def _unresized(self, epoch: int, sample: int) -> Unresized:
-        key = Draw(self._seed, epoch, sample)
-        return unresized_sample(self._reader, sample, self._protocol, key)
 
 
 class EvaluationImages:

@@ -71,10 +71,6 @@ def count(logits: Tensor, target: Tensor, protocol: Protocol) -> Counts:
     `counting` says. Raises `ValueError` for what cannot be counted."""
     if protocol.counting == "fused":
         return count_upsampled(logits, target, protocol.bins, protocol.threads)
-    if protocol.counting == "triton":
-        from jobs.triton_counts import count_on_gpu  # Triton is only where it is wanted
-
-        return count_on_gpu(logits, target, protocol.bins)
     scores = upsample(logits[None].float(), (target.shape[0], target.shape[1]))[0]
     return count_image(scores, target.to(logits.device), protocol.bins, VOID)
 

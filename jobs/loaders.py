@@ -3,8 +3,6 @@
 Items lie in slots: shared memory that is made once, before the processes that fill it are forked.
 A process then says only that it has filled a slot, through an unnamed socket. So loading needs
 neither room in /dev/shm nor a socket in TMPDIR, and the kernel makes no new pages for each item.
-Batches that a GPU resizes have no fixed size and lie in no slot. torch passes them in shared memory
-of their own, through a socket in TMPDIR.
 
 Every way in which a process can fail to deliver is a `UserError` in the rank: an error in the
 process, its death, and no item for `_PATIENCE`.
@@ -33,7 +31,7 @@ from data_prep.shards import Bytes
 from hpc.command import UserError
 from hpc.groups import TIMEOUT
 from hpc.preempt import leave_signals_to_the_rank
-from jobs.batches import Batch, EvaluationImages, TrainingBatches, UnresizedBatch
+from jobs.batches import Batch, EvaluationImages, TrainingBatches
 
 _PREFETCH = 4  # items that a process may be ahead
 _IN_USE = 2  # items that the taker may look at: the last, and the one before
@@ -45,17 +43,12 @@ _LAST_MOMENTS = 5.0  # seconds that a killed process may take to end
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 has the name
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 
-class Source(Protocol[T_co]):
-    """Items by number, each made from nothing but its number."""
+class Source(Protocol[T]):
+    """Items by number, each made from its number alone, in new memory or in given memory."""
 
-    def __getitem__(self, index: int, /) -> T_co: ...
-
-
-class SlotSource(Source[T], Protocol[T]):
-    """A source whose items are made in memory that is given."""
+    def __getitem__(self, index: int, /) -> T: ...
 
     @property
     def num_bytes(self) -> int:
@@ -68,12 +61,10 @@ class SlotSource(Source[T], Protocol[T]):
         """Make `into`, whatever it held, the item of `index`."""
 
 
-def load_steps(
-    batches: TrainingBatches, start: int, stop: int, workers: int
-) -> Generator[Batch | UnresizedBatch]:
+def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch]:
     """Yield the batches of steps `start` to `stop` - 1, in order, prepared ahead by `workers`
     processes. A batch stays as it is until the next but one is asked for. Raises `UserError`."""
-    return _loaded(batches, range(start, stop), workers, in_slots=not batches.on_gpu)
+    return _loaded(batches, range(start, stop), workers)
 
 
 def load_images(
@@ -81,14 +72,12 @@ def load_images(
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Yield the evaluation images of `indices`, in order, as `load_steps` yields batches. Raises
     `UserError`."""
-    return _loaded(images, indices, workers, in_slots=True)
+    return _loaded(images, indices, workers)
 
 
-def _loaded(source: SlotSource[T], indices: range, workers: int, in_slots: bool) -> Generator[T]:
+def _loaded(source: Source[T], indices: range, workers: int) -> Generator[T]:
     workers = min(workers, len(indices))
-    items = (
-        _from_processes(source, indices, workers, in_slots) if workers else _here(source, indices)
-    )
+    items = _from_processes(source, indices, workers) if workers else _here(source, indices)
     with closing(items):
         yield from _pinned(items, len(indices)) if torch.cuda.is_available() else items
 
@@ -98,11 +87,9 @@ def _here(source: Source[T], indices: range) -> Generator[T]:
         yield source[index]
 
 
-def _from_processes(
-    source: SlotSource[T], indices: range, workers: int, in_slots: bool
-) -> Generator[T]:
+def _from_processes(source: Source[T], indices: range, workers: int) -> Generator[T]:
     try:
-        slots = _Slots(source, indices, workers * _PREFETCH + _IN_USE) if in_slots else None
+        slots = _Slots(source, indices, workers * _PREFETCH + _IN_USE)
         processes = _start(_Filler(source, indices, workers, slots))
     except OSError as error:
         raise UserError(
@@ -112,10 +99,10 @@ def _from_processes(
     try:
         for position, index in enumerate(indices):
             process = processes[position % workers]
-            item = process.take(index)
+            process.wait_for(index)
             if position + workers * _PREFETCH < len(indices):
                 process.let_go_on()
-            yield slots.view(position) if slots else cast(T, item)
+            yield slots.view(position)
     finally:
         for process in processes:
             process.end()
@@ -125,7 +112,7 @@ class _Slots(Generic[T]):
     """Memory for `number` items that this process and those it forks share. Each item is written
     where the item `number` positions before it was."""
 
-    def __init__(self, source: SlotSource[T], indices: Sequence[int], number: int) -> None:
+    def __init__(self, source: Source[T], indices: Sequence[int], number: int) -> None:
         self._source, self._indices = source, indices
         size = source.num_bytes  # 0 on a rank that has no image of a batch
         # pages that no item reaches are never made, nor set aside
@@ -142,9 +129,7 @@ class _Slots(Generic[T]):
 class _Filler(Generic[T]):
     """The work of a loader process."""
 
-    def __init__(
-        self, source: SlotSource[T], indices: range, workers: int, slots: _Slots[T] | None
-    ) -> None:
+    def __init__(self, source: Source[T], indices: range, workers: int, slots: _Slots[T]) -> None:
         self._source, self._indices, self.workers, self._slots = source, indices, workers, slots
         self._rank = os.getpid()
 
@@ -156,14 +141,12 @@ class _Filler(Generic[T]):
             if count >= _PREFETCH:
                 self._wait_for_the_rank(connection)
             connection.send(self._answer(position))
-        self._wait_for_the_rank(connection)  # it may fetch a batch from here that has no slot
+        self._wait_for_the_rank(connection)  # until then this process's id is no other's
 
-    def _answer(self, position: int) -> T | UserError | None:
-        """The item, or None for one that is in its slot, or what kept it from being made."""
+    def _answer(self, position: int) -> UserError | None:
+        """Fill the slot of an item. Return the error that prevents it, or None."""
         index = self._indices[position]
         try:
-            if self._slots is None:
-                return self._source[index]
             self._source.write(index, self._slots.view(position))
             return None
         except UserError as error:
@@ -192,24 +175,24 @@ class _Process:
         self._pid, self._connection = pid, connection
         self._exit_code: int | None = None
 
-    def take(self, index: int) -> object:
-        """Return what the process has sent next, which is for the item `index`. Raises
+    def wait_for(self, index: int) -> None:
+        """Block until the slot of the item `index`, the process's next one, is filled. Raises
         `UserError`."""
         # in short waits: one that is interrupted by a suspended job counts once
         for _ in range(max(1, round(_PATIENCE / _POLL))):
             if self._connection.poll(min(_POLL, _PATIENCE)):
-                found = self._receive()
-                if isinstance(found, UserError):
-                    raise found
-                return found
+                if error := self._receive():
+                    raise error
+                return
         raise UserError(
             f"timed out waiting for loader process {self._pid}: item {index} did not come within "
             f"{_PATIENCE:.0f} s; check the file system that holds the shards, then run grid again"
         )
 
-    def _receive(self) -> object:
+    def _receive(self) -> UserError | None:
         try:
-            return self._connection.recv()  # from a fork of this process, and from nobody else
+            # from a fork of this process, and from nobody else
+            return cast(UserError | None, self._connection.recv())
         except (EOFError, OSError):  # it is gone
             raise UserError(self._cause_of_death()) from None
 

@@ -26,7 +26,6 @@ from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
 from jobs.models.layout import in_order
-from jobs.on_gpu import require_gpu
 from jobs.records import require_data
 from jobs.run import Run
 from jobs.task import Task, read_task
@@ -58,7 +57,6 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
         return True
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
-    require_gpu(consumer.protocol, group.device)
     with nearby(task.data, task.node_local) as manifest:
         require_data(task, manifest, group)
         return pretrain_on(manifest, trained, consumer, group, stop)

@@ -26,7 +26,6 @@ from hpc.node_facts import (
     sizes,
     versions,
 )
-from jobs.protocol import Protocol
 
 PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit", "isal")
 SOURCES = tuple(
@@ -47,8 +46,6 @@ def main(argv: Sequence[str]) -> int:
         return 0 if facts.note("world", _mpi_world) else 1
     plan = read_json(arguments.plan)
     look_around(plan, arguments.plan.parent, env, facts)
-    if plan["on_gpu"]:
-        facts.note("on_gpu", lambda: _on_gpu(env, plan["on_gpu"]))
     joined = facts.note("device", lambda: _device(env)) and facts.note(
         "met", lambda: _meet(env, arguments.plan.parent / "rendezvous")
     )
@@ -97,15 +94,6 @@ def _device(env: RankEnv) -> dict[str, Any]:
         "visible": torch.cuda.device_count(),
         "kernels": torch.cuda.get_arch_list(),
     }
-
-
-def _on_gpu(env: RankEnv, settings: dict[str, str]) -> bool:
-    """True if what these settings leave to a GPU works on this rank's."""
-    from hpc.groups import own_device
-    from jobs.on_gpu import require_gpu
-
-    require_gpu(Protocol.model_validate(settings), own_device(env))
-    return True
 
 
 def _meet(env: RankEnv, rendezvous: Path) -> dict[str, float]:

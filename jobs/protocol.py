@@ -23,12 +23,7 @@ WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change how fast or how safely a cell is trained, not what it becomes.
-RUNTIME_FIELDS = frozenset(
-    {"threads", "workers", "augment_on", "deterministic", "checkpoint_minutes", "profile"}
-)
-
-# Settings that need a GPU, and what they say then.
-ON_GPU = {"counting": "triton", "augment_on": "gpu"}
+RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
 
 
 class Pretrain(Settings):
@@ -72,14 +67,12 @@ class Protocol(Settings):
     naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
     bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
-    # fused: one pass on the processor, whatever the device; triton: the same on a GPU; reference:
-    # plain PyTorch on the device
-    counting: Literal["fused", "triton", "reference"] = "fused"
+    # fused: one pass on the CPU, whatever the device; reference: plain PyTorch on the device
+    counting: Literal["fused", "reference"] = "fused"
     pretrain: Pretrain = Pretrain()
 
     threads: Threads = 2  # CPU threads a rank
     workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
-    augment_on: Literal["cpu", "gpu"] = "cpu"  # gpu: loaders only read; bytes are the same
     deterministic: bool = False  # deterministic algorithms on a GPU
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
     profile: bool = False  # measure how long each part takes, see jobs/profile.py

@@ -35,7 +35,6 @@ from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
 from jobs.models.layout import in_order
-from jobs.on_gpu import require_gpu
 from jobs.profile import report
 from jobs.records import cell_record, job_record, require_data
 from jobs.run import Action, Run
@@ -64,7 +63,6 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     Those that are done already are left out."""
     task = unfinished(task, group)
     if task.cells:
-        require_gpu(task.cells[0].protocol, group.device)
         with nearby(task.data, task.node_local) as manifest:
             require_data(task, manifest, group)
             train_on(manifest, task, group, stop)

@@ -22,7 +22,6 @@ from hpc.profile import Resources
 from hpc.queue import Queue, open_queue
 from jobs.cell import Cell, bundles
 from jobs.probe import PACKAGES, SOURCES
-from jobs.protocol import ON_GPU
 from pipeline.estimate import checkpoint_bytes
 from pipeline.forecast import Forecast
 from pipeline.grid import Grid
@@ -48,8 +47,7 @@ def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
         plan = folder / "plan.json"
         data = [str(manifest.folder.absolute()) for manifest in _packed(grid)]
         files, node_local = list(inputs(grid)), grid.cluster.node_local
-        write_json(plan, {"files": files, "data": data, "node_local": node_local,
-                          "on_gpu": _left_to_gpu(grid)})  # fmt: skip
+        write_json(plan, {"files": files, "data": data, "node_local": node_local})
         queue = open_queue(grid.cluster, folder / "logs", folder / "queue")
         sent = _errands(grid, queue, plan)
         return {report.errand.name: report for report in run_errands(queue, sent, folder, say)}
@@ -91,8 +89,6 @@ def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
         "time to save": partial(_time_to_save, grid, report),
         "MPI of reduce": partial(_mpi, grid, reports.get("reduce")),
     }
-    if settings := _left_to_gpu(grid):
-        looks["Triton on the GPUs"] = partial(_triton, settings, report)
     return [Check(what, look) for what, look in looks.items()]
 
 
@@ -123,19 +119,6 @@ def content(report: Report, packed: Sequence[Manifest]) -> str:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise UserError(f"{lines[0]}{more}")
     return f"every byte of {', '.join(manifest.name for manifest in packed)} is as packed"
-
-
-def _left_to_gpu(grid: Grid) -> dict[str, str]:
-    """The settings of the grid's protocols that need a GPU."""
-    protocols = grid.protocols.values()
-    return {key: value for key, value in ON_GPU.items()
-            if any(getattr(protocol, key) == value for protocol in protocols)}  # fmt: skip
-
-
-def _triton(settings: Mapping[str, str], report: Report) -> str:
-    """It works on the GPU of every rank."""
-    ranks = node_checks.of_ranks(report, "on_gpu", "training would end so too")
-    return f"{', '.join(settings)} on {len(ranks)} ranks"
 
 
 def _staged_bytes(grid: Grid) -> int:

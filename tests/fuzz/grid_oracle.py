@@ -122,11 +122,10 @@ PROTOCOL = {
     "naive_ramp": rising(number(0, 1, above=True), equal=False),
     "alternating_ramp": rising(number(0, 1, above=True), equal=False),
     "bins": whole(1, 100),
-    "counting": one_of("fused", "triton", "reference"),
+    "counting": one_of("fused", "reference"),
     "pretrain": table(PRETRAIN),
     "threads": whole(1, 1024),
     "workers": whole(0, 64),
-    "augment_on": one_of("cpu", "gpu"),
     "deterministic": truth,
     "checkpoint_minutes": number(0),
 }

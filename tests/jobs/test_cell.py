@@ -44,7 +44,6 @@ CHANGES_THE_RESULT = {
 CHANGES_THE_SPEED = {
     "threads": 3,
     "workers": 0,
-    "augment_on": "gpu",
     "deterministic": True,
     "checkpoint_minutes": 1.0,
     "profile": True,

@@ -4,27 +4,19 @@ who gets hold of one for an hour must not lose it to a mistake in the program.""
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bundle_job, full_size, gpu_kernels, gpu_steps
+from benchmarks import bundle_job, full_size, gpu_steps
 from benchmarks.measure import Absent
 from jobs import trainee
 from jobs.models.build import build_backbone
 from jobs.protocol import Protocol
-from tests.jobs import interpreted
 
 MODEL = "deeplabv3_mobilenet_v3_large"
 SMALL = Protocol(weights="none", batch_size=2, crop=(48, 48), precision="bf16", threads=1)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def process():
-    with interpreted.interpreter() as process:
-        yield process
 
 
 @pytest.fixture(autouse=True)
@@ -100,35 +92,6 @@ def test_a_setting_is_measured_beside_what_it_is(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_kernels_are_compared_with_their_references_and_timed(process):
-    image = process.submit(gpu_kernels.of_counting, CPU, (3, 4), (9, 13)).result()
-    assert [one.against for one in image] == [
-        "plain PyTorch there", "our kernel on the processor",
-    ]  # fmt: skip
-    protocol = Protocol(batch_size=2, resize=(20, 30), crop=(24, 24))
-    (crops,) = process.submit(gpu_kernels.of_crops, CPU, protocol, (32, 40)).result()
-    assert crops.what == "crops of 2 pictures of 40 x 32, on a GPU"
-
-
-def test_a_variant_of_a_kernel_that_is_wrong_or_fails_gives_no_number():
-    kernel = SimpleNamespace(OPTIONS={"num_warps": 8}, BLOCK=512)
-
-    def work() -> tuple[int, int]:
-        return kernel.BLOCK, kernel.OPTIONS["num_warps"]
-
-    def is_right(found: tuple[int, int]) -> bool:
-        if found == (256, 4):
-            raise ValueError("no room for registers\nat line 1")
-        return found == (512, 8)
-
-    measured = [
-        gpu_kernels.variant(kernel, warps, {"BLOCK": block}, work, is_right, "none")
-        for block, warps in ((128, 2), (256, 4))
-    ]
-    assert measured == ["differs from its reference", "ValueError: no room for registers"]
-    assert work() == (512, 8)
-
-
 def test_whole_jobs_are_profiled_and_a_cell_has_the_same_bits_in_each(capfd):
     options = "--crop 32 --picture 40 48 --cells 1 2 --steps 1 --workers 0 --threads 1"
     settings = ["--set", "resize=[32, 40]", "--set", "eval_size=40", "--set", "precision=bf16"]
@@ -170,8 +133,7 @@ def test_what_cannot_be_measured_is_refused(capsys, options, refusal):
     assert refusal in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [gpu_steps, gpu_kernels])
-def test_without_a_gpu_it_is_said(monkeypatch, module):
+def test_without_a_gpu_it_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (nothing,) = module.measure()
+    (nothing,) = gpu_steps.measure()
     assert isinstance(nothing, Absent) and nothing.why == "there is no GPU here"

@@ -210,7 +210,7 @@ def test_a_process_that_does_not_deliver_is_one_line_and_is_ended(
     monkeypatch.setattr(loaders, "_PATIENCE", 1.0)
     monkeypatch.setattr(loaders, "_POLL", 0.1 if case == "stopped" else 60.0)
     others = children()  # of tests before this one
-    items = loaders._loaded(Item2(act), range(10), workers, in_slots=True)
+    items = loaders._loaded(Item2(act), range(10), workers)
     assert [int(next(items)), int(next(items))] == [0, 1]
     mine = children() - others
     with pytest.raises(UserError, match=f"loader process [0-9]+.* {message}$"):
@@ -231,7 +231,7 @@ from jobs import loaders
 from tests.jobs.test_loaders import Item2, fail
 sys.stderr = open("/dev/full", "w", buffering=1)
 try:
-    list(loaders._loaded(Item2(fail), range(10), 1, in_slots=True))
+    list(loaders._loaded(Item2(fail), range(10), 1))
 except UserError as error:
     print(error, flush=True)
 """
@@ -255,7 +255,7 @@ def test_a_rank_that_was_started_with_sigchld_ignored(case):
     act = CASES[case][0] if case else lambda: None
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        items = loaders._loaded(Item2(act), range(10), 2, in_slots=True)
+        items = loaders._loaded(Item2(act), range(10), 2)
         if case:
             with pytest.raises(UserError, match=r"loader process [0-9]+ ended with exit code None"):
                 list(items)
@@ -275,7 +275,7 @@ def test_processes_that_cannot_be_started_are_one_line(monkeypatch):
 
     real, others = os.fork, children()
     monkeypatch.setattr(os, "fork", fork)
-    items = loaders._loaded(Item2(fail), range(10), 2, in_slots=True)
+    items = loaders._loaded(Item2(fail), range(10), 2)
     with pytest.raises(UserError, match="cannot start 2 loader processes: Resource temporarily un"):
         next(items)
     assert not children() - others

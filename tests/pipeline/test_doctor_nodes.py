@@ -69,15 +69,9 @@ def one_rank(grid, tmp_path_factory) -> dict[str, Any]:
     return told(tmp_path_factory.mktemp("probe"), list(inputs(grid)), shards)
 
 
-def told(
-    folder: Path,
-    files: list[str],
-    data: str | None,
-    on_gpu: dict[str, str] | None = None,
-) -> dict[str, Any]:
+def told(folder: Path, files: list[str], data: str | None) -> dict[str, Any]:
     plan = folder / "plan.json"
-    write_json(plan, {"files": files, "data": [data] if data else [], "node_local": str(folder),
-                      "on_gpu": on_gpu or {}})  # fmt: skip
+    write_json(plan, {"files": files, "data": [data] if data else [], "node_local": str(folder)})
     ended = threading.Event()
 
     def answer() -> None:
@@ -281,30 +275,6 @@ def test_a_torch_that_does_not_load_is_told_where_no_gpu_is_asked_for_too(examin
     failed = [line for line in lines if line.startswith("FAIL")]
     assert failed[0].startswith("FAIL  GPUs as torch sees them: rank 0 on n1: ImportError: libgomp")
     assert failed[1].startswith("FAIL  network between the ranks: rank 0 on n1 ended before it cou")
-
-
-def test_a_grid_that_needs_triton_asks_the_nodes_for_it(examine, grid, monkeypatch, tmp_path):
-    """As training does; of a grid that does not need it nobody asks."""
-    assert not [line for line in examine() if "Triton" in line]
-    protocols = {name: protocol.model_copy(update={"counting": "triton"})
-                 for name, protocol in grid.protocols.items()}  # fmt: skip
-    wanting = replace(grid, protocols=protocols)
-
-    def able(ranks: Ranks) -> None:
-        for rank in ranks:
-            rank["on_gpu"] = True
-
-    assert "pass  Triton on the GPUs (counting on 4 ranks)" in examine(able, on=wanting)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    facts = told(tmp_path, [], None, {"counting": "triton"})
-
-    def unable(ranks: Ranks) -> None:
-        able(ranks)
-        ranks[2]["errors"] = facts["errors"]
-        del ranks[2]["on_gpu"]
-
-    line = only_failure(examine(unable, on=wanting))
-    assert line.startswith('Triton on the GPUs: rank 2 on n2: counting = "triton" needs a GPU, but')
 
 
 def test_ranks_read_every_byte_of_the_shards(examine, grid, streets, tmp_path):
