@@ -98,17 +98,14 @@ class ShardFile:
 
 
 class SplitReader:
-    """The samples of one split by number, over all its shards, sorted by id. Opens a shard when
-    it is first needed, in each process for itself; pickles to its manifest and split."""
+    """The samples of one split by number, over all its shards, sorted by id. Each process opens a
+    shard for itself when it first needs it."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
-        self._manifest, self._split = manifest, split
+        self._folder = manifest.folder
         self._shards = manifest.splits[split].shards
         self._starts = list(accumulate((s.images for s in self._shards), initial=0))
         self._open: dict[int, ShardFile] = {}
-
-    def __reduce__(self) -> tuple[type[SplitReader], tuple[Manifest, str]]:
-        return SplitReader, (self._manifest, self._split)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -144,7 +141,7 @@ class SplitReader:
     def _file(self, shard: int) -> ShardFile:
         if shard not in self._open:
             summary = self._shards[shard]
-            self._open[shard] = ShardFile(self._manifest.folder / summary.file, summary)
+            self._open[shard] = ShardFile(self._folder / summary.file, summary)
         return self._open[shard]
 
 

@@ -194,11 +194,6 @@ def newest(folder: Path) -> dict[str, Checkpoint]:
     return found
 
 
-def newest_steps(folder: Path) -> dict[str, int]:
-    """The newest step that each entry of a folder was saved at."""
-    return {entry: checkpoint.step for entry, checkpoint in newest(folder).items()}
-
-
 def load_latest(
     folder: Path,
     entries: Iterable[str],

@@ -63,7 +63,6 @@ HEAD_ACTIVATIONS: dict[Head, dict[Channels, float]] = {
 # Pixels a position of the logits
 STRIDE = {"resnet50": 8, "resnet101": 8, "mobilenet_v3_large": 16, "resnet50_pyramid": 2}
 
-BACKBONES = tuple(FEATURES)
 # Of the models on a backbone, the first is the plainest.
 MODELS: dict[str, Architecture] = {
     **{

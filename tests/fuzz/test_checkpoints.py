@@ -227,8 +227,8 @@ def test_a_job_goes_on_from_what_was_saved_whatever_happened(number, wanted, fin
         if is_flawed(path, wanted, whole / "ours", accidents.forged):
             assert any(str(path) in problem for problem in problems), (path, problems)
 
-    for entry, newest in checkpoint.newest_steps(folder).items():
-        assert (newest, entry) in {(at, e) for at, _, entries in SAVED for e in entries}
+    for entry, found in checkpoint.newest(folder).items():
+        assert (found.step, entry) in {(at, e) for at, _, entries in SAVED for e in entries}
     strays = {path: content for path, content in files_below(folder).items()
               if not NAME.fullmatch(path.relative_to(folder).parts[0])}  # fmt: skip
     everybody = Generation(root / "generations/ours", 7, frozenset("abc"))

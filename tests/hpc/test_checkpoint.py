@@ -85,9 +85,13 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
+def newest_steps(folder: Path) -> dict[str, int]:
+    return {entry: found.step for entry, found in checkpoint.newest(folder).items()}
+
+
 def test_where_nothing_was_saved_one_starts_at_step_0(run):
     assert run.resume("a", "b") == (0, [])
-    assert checkpoint.newest_steps(run.folder) == {}
+    assert newest_steps(run.folder) == {}
 
 
 def test_a_job_goes_on_from_the_newest_step(run):
@@ -96,7 +100,7 @@ def test_a_job_goes_on_from_the_newest_step(run):
         run.save(step, mine, "a", "b")
     assert run.resume("a", "b") == (100, [])
     assert run.resume("b") == (100, [])
-    assert checkpoint.newest_steps(run.folder) == {"a": 100, "b": 100}
+    assert newest_steps(run.folder) == {"a": 100, "b": 100}
 
 
 def test_a_step_that_all_ranks_can_read_is_gone_on_from_itself(run):
@@ -188,7 +192,7 @@ def test_units_at_different_steps_go_on_from_the_last_they_share(run):
     run.save(20, alone, "a")
     assert run.resume("a", "b") == (10, [])
     assert run.resume("a") == (20, [])
-    assert checkpoint.newest_steps(run.folder) == {"a": 20, "b": 10}
+    assert newest_steps(run.folder) == {"a": 20, "b": 10}
 
 
 def test_a_unit_that_was_never_saved_starts_over_alone(run):
@@ -505,14 +509,14 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_gives_one_line(tmp_path):
 def test_planning_reads_steps_without_torch(run):
     run.save(10, run.start("a"), "a")
     code = (
-        "import sys; from pathlib import Path; from hpc.checkpoint import newest_steps\n"
-        "print(newest_steps(Path(sys.argv[1])), 'torch' in sys.modules)"
+        "import sys; from pathlib import Path; from hpc.checkpoint import newest\n"
+        "print(newest(Path(sys.argv[1]))['a'].step, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(run.folder)],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout == "{'a': 10} False\n"
+    assert done.stdout == "10 False\n"
 
 
 def test_a_folder_that_cannot_be_written_is_a_users_mistake(run):

@@ -19,7 +19,6 @@ from jobs.models.dropout import PositionalDropout, set_dropout_position
 from jobs.models.names import (
     BACKBONE_MACS,
     BACKBONE_PARAMETERS,
-    BACKBONES,
     FEATURES,
     HEAD_MACS,
     HEAD_PARAMETERS,
@@ -92,7 +91,7 @@ def test_logits_are_those_of_torchvision(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in BACKBONES if not name.endswith("pyramid")])
+@pytest.mark.parametrize("name", [name for name in FEATURES if not name.endswith("pyramid")])
 def test_features_have_the_channels_of_the_table(name):
     backbone = without_values(lambda: Backbone(name)).eval()
     features = backbone(torch.zeros(1, 3, 32, 64, device="meta"))
@@ -101,7 +100,7 @@ def test_features_have_the_channels_of_the_table(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", FEATURES)
 def test_features_have_the_stride_of_the_table(name):
     backbone = without_values(lambda: Backbone(name)).eval()
     for side, positions in ((STRIDE[name], 1), (STRIDE[name] + 1, 2), (3 * STRIDE[name], 3)):
@@ -136,7 +135,7 @@ def test_the_table_of_head_sizes_holds(model, num_classes):
     assert HEAD_PARAMETERS[head][FEATURES[backbone]] == pytest.approx(built, rel=0.02)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", FEATURES)
 def test_the_table_of_backbone_sizes_holds(name):
     built = num_parameters(without_values(lambda: Backbone(name)))
     assert BACKBONE_PARAMETERS[name] == pytest.approx(built, rel=0.02)
@@ -169,7 +168,7 @@ def test_the_tables_of_operations_hold(model):
 
 
 def test_the_table_of_models_is_both_heads_of_the_paper_on_every_backbone_and_a_unet():
-    *paper, pyramid = BACKBONES
+    *paper, pyramid = FEATURES
     pairs = {f"{head}_{name}": (head, name) for head in ("fcn", "deeplabv3") for name in paper}
     assert {**pairs, "unet_resnet50": ("unet", pyramid)} == MODELS
 
