@@ -156,7 +156,11 @@ def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
     grid = grid_of(folder, data, num_bundles)
     with jobs(folder / "logs") as start:
         for key, cells in bundles(grid.cells).items():
-            task = Task(kind="bundle", name=key, run=str(grid.run.root), data=data, cells=cells)
+            (settings,) = grid.datasets.values()
+            task = Task(
+                kind="bundle", name=key, run=str(grid.run.root), data=data,
+                origin=settings.origin(), cells=cells,
+            )  # fmt: skip
             codes = start(write_task(task), WORLD_SIZE).end(seconds=PATIENCE)
             assert codes == [0] * WORLD_SIZE, f"the undisturbed training of {key} failed"
     return results(grid.run)

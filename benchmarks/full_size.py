@@ -158,9 +158,11 @@ def _job(
     grid = _grid(folder, steps, options)
     cells = tuple(cell for cell in grid.cells if cell.model == model)[:number]
     run, record = tempfile.mkdtemp(dir=folder), folder / "record.json"
+    settings = grid.datasets["streets"]
     task = Task(
-        kind="bundle", name="job", run=run, data=grid.datasets["streets"].shards, cells=cells
-    )
+        kind="bundle", name="job", run=run, data=settings.shards, origin=settings.origin(),
+        cells=cells,
+    )  # fmt: skip
     command = [sys.executable]
     if options.ranks > 1:
         ranks = f"--nproc-per-node={options.ranks}"

@@ -4,9 +4,7 @@ Free of torch, h5py and mpi4py: planning reads it on the login node."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from hpc.atomic import Damaged, fingerprint, read_json, write_json
 from hpc.command import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = "lossgrid shards 3"
+FORMAT = "lossgrid shards 4"
 SPLITS = ("train", "val")
 ROOTS = frozenset({"root", "voc_root"})  # settings that only say where the files lie
 _SHOWN = 3  # class names in a message
@@ -92,14 +90,13 @@ class Manifest:
     classes: tuple[str, ...]
     splits: dict[str, SplitSummary]
     source_stamp: str = ""  # names, sizes and times of the source files and the settings
-    identity: str = ""  # of the settings it was packed with, see `DatasetSettings.identity`
     leaked: tuple[str, ...] = ()  # ids of validation images that are training images too
     origin: Mapping[str, Any] = field(default_factory=dict)  # see `DatasetSettings.origin`
     kept: tuple[str, ...] = ()  # shards of earlier contents, which running jobs may still open
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        shards = {split: [_content(s) for s in half.shards] for split, half in self.splits.items()}
+        shards = {split: list(map(asdict, half.shards)) for split, half in self.splits.items()}
         content = {"format": FORMAT, "classes": list(self.classes), "splits": shards}
         object.__setattr__(self, "fingerprint", fingerprint(content))
 
@@ -107,22 +104,7 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         """The manifest of a packed data set. Raises `UserError` if there is none or it is of
         another version of this program, `Damaged` if it is not as it was written."""
-        folder = Path(folder)
-        try:
-            record = read_json(folder / MANIFEST)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} holds no packed data set (no {MANIFEST}); "
-                "run `python -m data_prep.pack CONFIG`"
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot read {folder / MANIFEST}: {error.strerror}") from error
-        if record.get("format") != FORMAT:
-            raise UserError(
-                f"{folder} was packed by another version ({record.get('format')!r}, not "
-                f"{FORMAT!r}); delete the folder and run `python -m data_prep.pack` again"
-            )
-        return _from_record(folder, record)
+        return _from_record(Path(folder), _read(Path(folder)))
 
     def save(self) -> None:
         """Write the manifest into its folder in one step."""
@@ -131,7 +113,6 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "source_stamp": self.source_stamp,
-            "identity": self.identity,
             "leaked": list(self.leaked),
             "fingerprint": self.fingerprint,
             "origin": dict(self.origin),
@@ -146,11 +127,9 @@ class Manifest:
         """The names of all shards."""
         return {shard.file for half in self.splits.values() for shard in half.shards}
 
-    def differences(self, identity: str, origin: Mapping[str, Any]) -> dict[str, str]:
+    def differences(self, origin: Mapping[str, Any]) -> dict[str, str]:
         """Return how the settings that the data set was packed with differ from others, which
-        `identity` and `origin` give: a phrase by setting, empty if they do not differ."""
-        if not self.origin or not origin:  # from an older program, which did not record them
-            return {} if self.identity == identity else {"": "it does not say which"}
+        `origin` gives: a phrase by setting, empty if they do not differ."""
         keys = {key for key in {*self.origin, *origin} if self.origin.get(key) != origin.get(key)}
         return {
             key: f"{key} = {_shown(self.origin, key)} there, {_shown(origin, key)} here"
@@ -158,17 +137,12 @@ class Manifest:
         }
 
     def require_settings(
-        self,
-        identity: str,
-        origin: Mapping[str, Any],
-        folder: str | Path,
-        name: str,
-        moved: str = "",
+        self, origin: Mapping[str, Any], folder: str | Path, name: str, moved: str = ""
     ) -> None:
         """Raise `UserError` if the data set in `folder` was packed with other settings than those
         of [dataset.`name`], given as for `differences`. `moved` ends the message where only the
         places of the files differ."""
-        if found := self.differences(identity, origin):
+        if found := self.differences(origin):
             moved = moved if found.keys() <= ROOTS else ""
             raise UserError(
                 f"{folder} was packed with other settings than [dataset.{name}] has now "
@@ -219,10 +193,7 @@ class Manifest:
 def read_fingerprint(folder: str | Path) -> str:
     """The fingerprint of the packed data set in `folder`, quicker than by all of its manifest.
     Raises as `Manifest.load`."""
-    with suppress(UserError, OSError):
-        if isinstance(recorded := read_json(Path(folder) / MANIFEST).get("fingerprint"), str):
-            return recorded
-    return Manifest.load(folder).fingerprint
+    return str(_read(Path(folder))["fingerprint"])
 
 
 def check_length(path: Path, expected: int) -> None:
@@ -258,18 +229,30 @@ def shard_name(stem: str, sha256: str) -> str:
 
 
 def shard_stem(file: str) -> str:
-    """Return `train-00000` for a shard's file name, with or without the hash."""
-    return re.sub(r"(-[0-9a-f]{12})?\.h5$", "", file)
-
-
-def _content(shard: ShardSummary) -> dict[str, Any]:
-    """Return a shard's part of the fingerprint. The hash in the name is left out: it adds nothing,
-    and older shards have none."""
-    return {**asdict(shard), "file": f"{shard_stem(shard.file)}.h5"}
+    """Return `train-00000` for a shard's file name."""
+    return file.rpartition("-")[0]
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
     return repr(settings[key]) if key in settings else "not set"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record = read_json(folder / MANIFEST)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no packed data set (no {MANIFEST}); "
+            "run `python -m data_prep.pack CONFIG`"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder / MANIFEST}: {error.strerror}") from error
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} was packed by another version ({record.get('format')!r}, not "
+            f"{FORMAT!r}); delete the folder and run `python -m data_prep.pack` again"
+        )
+    return record
 
 
 def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
@@ -286,14 +269,7 @@ def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
         tuple(record["classes"]),
         splits,
         record["source_stamp"],
-        record["identity"],
-        tuple(record.get("leaked", _shared_ids(splits))),
-        record.get("origin", {}),
-        tuple(record.get("kept", ())),
+        tuple(record["leaked"]),
+        record["origin"],
+        tuple(record["kept"]),
     )
-
-
-def _shared_ids(splits: Mapping[str, SplitSummary]) -> list[str]:
-    """The ids that both splits have: all that an older manifest tells of leaked images."""
-    train, val = ({one for s in splits[name].shards for one in s.ids} for name in SPLITS)
-    return sorted(train & val, key=str.encode)

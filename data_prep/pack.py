@@ -103,13 +103,13 @@ def _own_source(name: str, settings: DatasetSettings) -> Source:
     """Return the source's files. Raises `UserError` if the folder for the shards holds a data set
     of other settings, unless all that differs is where the same files lie."""
     held, origin = _held(settings), settings.origin()
-    different = held.differences(settings.identity(), origin) if held else {}
+    different = held.differences(origin) if held else {}
     # before `find_source`, which draws synthetic images
     if held and different.keys() - ROOTS:
-        held.require_settings(settings.identity(), origin, settings.shards, name)
+        held.require_settings(origin, settings.shards, name)
     source = find_source(settings)
     if held and held.source_stamp != source.stamp:
-        held.require_settings(settings.identity(), origin, settings.shards, name)
+        held.require_settings(origin, settings.shards, name)
     return source
 
 
@@ -131,7 +131,7 @@ def _finished(name: str, source: Source) -> Manifest | None:
         return None
     if (manifest.name, manifest.source_stamp) != (name, source.stamp):
         return None
-    if manifest.origin != source.settings.origin():  # moved, or recorded by an older program
+    if manifest.origin != source.settings.origin():  # the source moved
         manifest = replace(manifest, origin=source.settings.origin())
         with suppress(UserError):  # what is packed may well lie on a read-only disk
             manifest.save()
@@ -185,14 +185,14 @@ def _conclude(
         splits[split] = SplitSummary(shards, bad)
     settings = source.settings
     manifest = Manifest(
-        Path(settings.shards), name, source.classes, splits, source.stamp, settings.identity(),
-        origin=settings.origin(), leaked=_leaked(packed),
+        Path(settings.shards), name, source.classes, splits, source.stamp,
+        leaked=_leaked(packed), origin=settings.origin(),
     )  # fmt: skip
     manifest.require_classes(settings)
     before = _held(settings)
     if before and before.source_stamp != source.stamp:
         # another grid may have packed here meanwhile
-        before.require_settings(settings.identity(), settings.origin(), settings.shards, name)
+        before.require_settings(settings.origin(), settings.shards, name)
     if before:
         earlier = before.files.union(before.kept if _is_recent(before) else ())
         manifest = replace(manifest, kept=tuple(sorted(earlier - manifest.files)))

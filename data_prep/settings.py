@@ -36,10 +36,7 @@ class DatasetSettings(Settings):
         """Hash of the settings that change what is packed, whatever the paths."""
         # skip_bad: without bad files it changes nothing, and with some all is refused without it
         others = {"root", "voc_root", "shards", "shard_mb", "codec", "skip_bad"}
-        content = self.model_dump(mode="json", exclude=others)
-        if not content.get("labels"):  # data sets packed before this key existed stay valid
-            content.pop("labels", None)
-        return fingerprint(content)[:16]
+        return fingerprint(self.model_dump(mode="json", exclude=others))[:16]
 
     def label_values(self, label: int) -> tuple[int, ...]:
         """Return the values in label maps that the user's settings map to `label`, a class index or
@@ -48,8 +45,7 @@ class DatasetSettings(Settings):
 
     def origin(self) -> dict[str, Any]:
         """Return what a folder of shards belongs to: every setting that decides which files are
-        packed and how, with absolute paths. Defaults are left out, so that a setting that is new
-        in this program does not make older shards another data set's."""
+        packed and how, with absolute paths. Defaults are left out."""
         found = self.model_dump(mode="json", exclude={"shards", "skip_bad"}, exclude_defaults=True)
         lists = {key: found[key] for key in ("train", "val") if _is_file(found.get(key))}
         return {**found, **{key: str(expanded(p).absolute()) for key, p in lists.items()}}

@@ -56,7 +56,7 @@ class Predictor:
         trained: nn.Module = network if protocol.train == "all" else module
         try:
             trained.load_state_dict(content["weights"])
-            _load_buffers(moving_buffers(backbone.module, protocol), content.get("backbone", {}))
+            _load_buffers(moving_buffers(backbone.module, protocol), content["backbone"])
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{head} holds weights of another network; train it again") from error
         self._network = place(network, group.device).eval()
@@ -90,7 +90,7 @@ def _load_buffers(buffers: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 def _read(head: Path) -> dict[str, Any]:
     try:
         content = read_tensors(head)
-        content["classes"], content["weights"], content["backbone_sha256"]
+        content["classes"], content["weights"], content["backbone_sha256"], content["backbone"]
         return {**content, "cell": Cell.model_validate(content["cell"])}
     except Exception as error:  # torch raises many kinds for a file that is not its own
         raise UserError(

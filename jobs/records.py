@@ -22,7 +22,7 @@ def require_data(task: Task, manifest: Manifest, group: Group) -> None:
     problem = ""
     try:
         cell = task.cells[0]
-        manifest.require_settings(cell.data, task.origin, task.data, cell.dataset)
+        manifest.require_settings(task.origin, task.data, cell.dataset)
         if task.kind == "bundle" and cell.protocol.weights == "pretrain":
             _require_same_backbone(task, manifest)
     except UserError as error:
@@ -38,7 +38,7 @@ def _require_same_backbone(task: Task, manifest: Manifest) -> None:
     """Raise `UserError` if the backbone that was trained for the cells saw other data."""
     path = task.paths.backbone(task.cells[0].backbone_key)
     try:
-        trained_on = read_json(path.with_suffix(".json")).get("manifest", manifest.fingerprint)
+        trained_on = read_json(path.with_suffix(".json"))["manifest"]
     except FileNotFoundError:  # loading it says so
         return
     if trained_on != manifest.fingerprint:

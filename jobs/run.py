@@ -102,7 +102,7 @@ class Run:
             self.say("starting at step 0")
             return 0
         for record in records:
-            self._require_same_inputs(record.get("inputs", {}))
+            self._require_same_inputs(record["inputs"])
         for trainee in trainees:
             state = states[trainee.cell.signature]
             trainee.load(state)

@@ -22,8 +22,7 @@ class Task(Settings):
     name: str
     run: str  # the run directory
     data: str  # the folder of the data set's shards
-    # how these were to be packed, see `DatasetSettings.origin`; older tasks do not say
-    origin: dict[str, Any] = Field(default_factory=dict)
+    origin: dict[str, Any]  # how these were to be packed, see `DatasetSettings.origin`
     node_local: str = ""  # a folder on each node's own disk, for a copy of them
     cells: tuple[Cell, ...]
     source: dict[str, str] = Field(default_factory=dict)  # commit and diff of the planning code

@@ -91,7 +91,7 @@ def packed_as_asked(name: str, settings: DatasetSettings) -> Manifest:
     not there, a shard is missing or of another length, or it was packed with other settings."""
     manifest = Manifest.load(settings.shards)
     manifest.require_settings(
-        settings.identity(), settings.origin(), settings.shards, name,
+        settings.origin(), settings.shards, name,
         "; if the same files moved, run `python -m pipeline.submit prep` first",
     )  # fmt: skip
     manifest.check_files()

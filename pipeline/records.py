@@ -151,9 +151,7 @@ def submissions(run: RunPaths) -> Iterator[Submitted]:
 def _tasks_of(path: Path) -> list[Submitted]:
     try:
         return [
-            Submitted(
-                **{**task, "cells": tuple(task["cells"]), "needs": tuple(task.get("needs", ()))}
-            )
+            Submitted(**{**task, "cells": tuple(task["cells"]), "needs": tuple(task["needs"])})
             for task in read_json(path)["tasks"]
         ]
     # damaged, or no such record: what it submitted is found by its files

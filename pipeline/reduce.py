@@ -29,9 +29,6 @@ from pipeline.grid import Grid, find_config, read_grid
 from pipeline.results import DatasetResults, ResultsFile, num_cells, refuse_fewer
 from pipeline.stale import other_data
 
-# What a counts file's index must say of all its cells.
-_RECORDED = {"manifest", "provenance", "source"}
-
 
 def main(argv: Sequence[str]) -> int:
     """Write results.h5 and say which cells are missing."""
@@ -84,13 +81,7 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
     files that were counted with a backbone that differs from that of the cells they are compared
     with."""
     done, problems = finished_cells(grid.run)
-    chosen = {}
-    for cell in grid.cells:
-        if index := done.get(cell.signature):
-            if _is_complete(index):
-                chosen[cell.signature] = index
-            else:
-                problems.append(f"{index.path} is of another version; delete it, run grid again")
+    chosen = {c.signature: done[c.signature] for c in grid.cells if c.signature in done}
     now = {n: Manifest.load(settings.shards).fingerprint for n, settings in grid.datasets.items()}
     stale = [c for c in grid.cells if c.signature in chosen
              and other_data(chosen[c.signature], now[c.dataset])]  # fmt: skip
@@ -109,10 +100,6 @@ def _said_of(grid: Grid, stale: Sequence[Cell]) -> str:
         f"than their data sets hold now; `python -m pipeline.submit grid {grid.words} --retrain "
         "stale` trains them anew"
     )
-
-
-def _is_complete(index: CountsIndex) -> bool:
-    return index.record.keys() >= _RECORDED and "backbone" in index.columns
 
 
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:

@@ -26,7 +26,6 @@ from jobs.metrics.counts import NAMES, Counts, shapes
 
 _KIND = b"lossgrid results "
 _FORMAT = _KIND + b"2\n"
-_HDF5 = b"\x89HDF"  # what a file of format 1 begins with
 _USER_BLOCK = 512  # bytes, the least that HDF5 allows
 CELL_KEYS = ("signature", "name", "model", "loss", "seed", "notes", "backbone")
 
@@ -142,7 +141,7 @@ def _opened(path: str | Path) -> Iterator[h5py.File]:
         raise UserError(f"there are no results at {path}; run `reduce` first") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; run `reduce` again") from error
-    if whole.startswith((_KIND, _HDF5)) and not whole.startswith(_FORMAT):
+    if whole.startswith(_KIND) and not whole.startswith(_FORMAT):
         raise UserError(f"{path} is of another version of this program; run `reduce` again")
     if whole[:_USER_BLOCK] != _user_block(whole[_USER_BLOCK:]):
         raise _damaged(path)

@@ -101,7 +101,7 @@ def set_aside(run: RunPaths, files: Iterable[Path]) -> None:
 
 def other_data(index: CountsIndex, present: str) -> bool:
     """Whether counts are those of other data than the data set of this fingerprint."""
-    return bool(index.record.get("manifest", present) != present)
+    return bool(index.record["manifest"] != present)
 
 
 def _counts(index: CountsIndex, present: str) -> list[Path]:
@@ -110,7 +110,8 @@ def _counts(index: CountsIndex, present: str) -> list[Path]:
 
 
 def _is_of_other(record: Mapping[str, Any], present: str) -> bool:
-    """Whether the record of a checkpoint or a failure names other data as its input."""
+    """Return whether the record of a checkpoint or a failure names other data as its input. The
+    record of a damaged failure is empty."""
     return bool(record.get("inputs", {}).get("data set", present) != present)
 
 
@@ -134,5 +135,4 @@ def _backbone(run: RunPaths, cell: Cell, present: str) -> list[Path]:
         return [*_checkpoints(run, trained, present), *([failure] if other else [])]
     except Damaged:  # the jobs that need it say so
         return []
-    other = record.get("manifest", present) != present
-    return [path.with_suffix(".json"), path] if other else []
+    return [path.with_suffix(".json"), path] if record["manifest"] != present else []

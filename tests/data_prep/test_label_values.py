@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
 from data_prep.settings import VOID, parse_dataset
 from data_prep.shards import SplitReader
@@ -64,19 +63,11 @@ def test_a_split_with_pixels_of_one_class_is_refused(masks, split, values):
 
 
 def test_packed_data_with_one_class_are_refused_for_training(masks):
-    """As an older version packed them."""
     settings = masks((0, 1), classes=["background", "road"])
     manifest = pack("roads", settings)
     for half in manifest.splits.values():
         object.__setattr__(half.shards[0], "class_pixels", (0, 600))
-    Manifest(
-        manifest.folder,
-        "roads",
-        manifest.classes,
-        manifest.splits,
-        manifest.source_stamp,
-        manifest.identity,
-    ).save()
+    manifest.save()
     expected = "'road' (label value 1) is the only class with pixels in train of the data set"
     with pytest.raises(UserError, match=expected.replace("(", r"\(").replace(")", r"\)")):
         packed_as_asked("roads", settings)
@@ -111,10 +102,8 @@ def test_values_become_classes(masks, table, values, classes, expected):
     assert manifest.classes == tuple(classes.split())
     label = SplitReader(manifest, "train").label(0)
     np.testing.assert_array_equal(label, np.resize(np.array(expected, np.uint8), (20, 30)))
-    again = settings.model_dump(exclude={"source"})
-    assert (
-        parse_dataset("roads", {"source": "folder", **again}, "g").identity() == manifest.identity
-    )
+    again = parse_dataset("roads", settings.model_dump(), "g")
+    assert again.identity() == settings.identity()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def kinds(tmp_path_factory):
 
 def records(run: RunPaths) -> dict[str, Kind]:
     """JSON with a checksum."""
-    task = Task(kind="bundle", name="t", run=str(run.root), data="data", cells=(CELL,))
+    task = Task(kind="bundle", name="t", run=str(run.root), data="data", origin={}, cells=(CELL,))
     beat, failure = run.progress_of("t"), run.failure(CELL.signature)
     write_json(beat, {"stage": "training", "step": 3, "total": 90, "time": 1e9, "name": "grüße"})
     write_json(failure, {"cell": CELL.name, "step": 3, "reason": "the loss was nan at step 3"})
@@ -114,6 +114,7 @@ def tensors(run: RunPaths, group: Any) -> dict[str, Kind]:
         "cell": CELL.model_dump(mode="json"),
         "classes": ["road", "car"],
         "backbone_sha256": "",
+        "backbone": {},
         "weights": build_head(CELL.model, 2, 0, 0.1).state_dict(),
     }
     checkpoint.write_tensors(head, content)

@@ -42,9 +42,12 @@ def grid_of(folder: Path, data: Path, *losses: str, **protocol: object) -> Grid:
 
 def task_of(grid: Grid, cells: Iterable[Cell] = (), kind: str = "bundle") -> Path:
     """The file of a task that trains `cells`, or all of the grid."""
-    shards = grid.datasets["streets"].shards
+    settings = grid.datasets["streets"]
     chosen = tuple(cells) or grid.cells
-    task = Task(kind=kind, name=kind, run=str(grid.run.root), data=shards, cells=chosen)
+    task = Task(
+        kind=kind, name=kind, run=str(grid.run.root), data=settings.shards,
+        origin=settings.origin(), cells=chosen,
+    )  # fmt: skip
     return write_task(task)
 
 

@@ -28,8 +28,11 @@ def grid(tmp_path_factory):
 
 
 def task_of(grid, run, cells, kind="bundle"):
-    shards = grid.datasets["streets"].shards
-    return Task(kind=kind, name="task", run=str(run), data=shards, cells=tuple(cells))
+    settings = grid.datasets["streets"]
+    return Task(
+        kind=kind, name="task", run=str(run), data=settings.shards, origin=settings.origin(),
+        cells=tuple(cells),
+    )  # fmt: skip
 
 
 def trained(grid, run, cells):

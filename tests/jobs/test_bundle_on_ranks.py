@@ -39,9 +39,10 @@ def trained(folder, data, cells):
     """Head weights and counts by cell name, of one job that trains `cells` on two ranks."""
     run, ranks = folder / "run", folder / "ranks"
     ranks.mkdir()
-    identity = Manifest.load(data).identity
-    cells = tuple(cell.model_copy(update={"data": identity}) for cell in cells)
-    task = Task(kind="bundle", name="task", run=str(run), data=str(data), cells=cells)
+    origin = Manifest.load(data).origin
+    task = Task(
+        kind="bundle", name="task", run=str(run), data=str(data), origin=origin, cells=tuple(cells)
+    )
     on_ranks(2, ranks, train_task, write_task(task))
     index = read_index(task.paths.counts_of("task", 1).with_suffix(".json"))
     (provenance,) = index.record["provenance"]

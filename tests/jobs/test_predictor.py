@@ -35,6 +35,7 @@ def head(tmp_path):
             "cell": cell.model_dump(mode="json"),
             "classes": ["road", "car", "sky"],
             "backbone_sha256": "",
+            "backbone": {},
             "weights": build_head(cell.model, 3, 0, 0.1).state_dict(),
         }
         path = RunPaths(tmp_path).head(cell.signature)
@@ -148,9 +149,8 @@ def scored(tmp_path, alone, streets, monkeypatch):
                  "crop": (32, 32), "eval_size": 0, "threads": 1, "workers": 0,
                  "counting": "reference", "pretrain": {"epochs": 1, "batch_size": 4}}  # fmt: skip
         cell = a_cell("CE", model, weights=weights, **{**small, **protocol})
-        cell = cell.model_copy(update={"data": streets.identity})
-        run, data = str(tmp_path / "run"), str(streets.folder)
-        task = Task(kind="bundle", name="job", run=run, data=data, cells=(cell,))
+        data = {"data": str(streets.folder), "origin": streets.origin}
+        task = Task(kind="bundle", name="job", run=str(tmp_path / "run"), **data, cells=(cell,))
         if weights == "pretrain":
             first = task.model_copy(update={"kind": "pretrain"})
             pretrain.pretrain_backbone(first, alone, StopRequest())

@@ -191,8 +191,11 @@ def task(tmp_path, ready, monkeypatch):
     grid = with_voc(tmp_path, [MOBILE], changes)
     pack("voc", grid.datasets["voc"], processes=1)
     cell = next(cell for cell in grid.cells if cell.loss.name == "pre-fine")
-    shards = grid.datasets["voc"].shards
-    return Task(kind="bundle", name="fine", run=str(grid.run.root), data=shards, cells=(cell,))
+    settings = grid.datasets["voc"]
+    return Task(
+        kind="bundle", name="fine", run=str(grid.run.root), data=settings.shards,
+        origin=settings.origin(), cells=(cell,),
+    )  # fmt: skip
 
 
 def test_the_head_goes_on_from_the_files_classifier(task, alone):

@@ -16,9 +16,13 @@ from jobs.train import train_bundle
 from tests.jobs.cells import a_cell
 
 
+def of(streets) -> dict:
+    return {"data": str(streets.folder), "origin": streets.origin}
+
+
 def test_a_pre_training_that_diverged_is_not_started_again_in_silence(tmp_path, streets, alone):
     cell = a_cell(weights="pretrain")
-    settings = {"kind": "pretrain", "name": "pretrain-0123", "data": str(streets.folder)}
+    settings = {"kind": "pretrain", "name": "pretrain-0123", **of(streets)}
     task = Task(**settings, run=str(tmp_path), cells=(cell,))
     failure = task.paths.failure(pretraining_cell(cell).signature)
     write_json(failure, {"cell": "", "step": 2, "reason": "the loss was nan at step 2 of 6"})
@@ -33,8 +37,7 @@ def test_a_pre_training_that_diverged_is_not_started_again_in_silence(tmp_path, 
 def test_a_pre_training_that_was_stopped_does_not_count_as_a_success(tmp_path, streets, alone):
     small = {"resize": (40, 56), "crop": (32, 32), "eval_size": 0, "threads": 1, "workers": 0}
     cell = a_cell(weights="pretrain", **small, pretrain={"epochs": 1, "batch_size": 4})
-    cell = cell.model_copy(update={"data": streets.identity})
-    settings = {"kind": "pretrain", "name": "pretrain-0123", "data": str(streets.folder)}
+    settings = {"kind": "pretrain", "name": "pretrain-0123", **of(streets)}
     task = Task(**settings, run=str(tmp_path), cells=(cell,))
     stopped = StopRequest()
     stopped.signal = signal.SIGTERM
@@ -44,8 +47,8 @@ def test_a_pre_training_that_was_stopped_does_not_count_as_a_success(tmp_path, s
 
 
 def test_cells_are_not_trained_on_a_backbone_that_saw_other_data(tmp_path, streets, alone):
-    cell = a_cell(weights="pretrain").model_copy(update={"data": streets.identity})
-    settings = {"kind": "bundle", "name": "task", "data": str(streets.folder)}
+    cell = a_cell(weights="pretrain")
+    settings = {"kind": "bundle", "name": "task", **of(streets)}
     task = Task(**settings, run=str(tmp_path), cells=(cell,))
     backbone = task.paths.backbone(cell.backbone_key)
     write_json(backbone.with_suffix(".json"), {"manifest": "that of other data"})

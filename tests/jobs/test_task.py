@@ -26,7 +26,8 @@ COMPOSED = LossSpec(
 def a_task(run: Path, **changes) -> Task:
     cells = tuple(a_cell(loss, seed=3) for loss in ("CE", "DLNWCE", "WFLADL"))
     composed = cells[0].model_copy(update={"loss": COMPOSED})
-    settings = {"kind": "bundle", "name": "streets-seed3", "run": str(run), "data": "data/streets"}
+    settings = {"kind": "bundle", "name": "streets-seed3", "run": str(run),
+                "data": "data/streets", "origin": {}}  # fmt: skip
     return Task(**{**settings, "cells": (*cells, composed), **changes})
 
 

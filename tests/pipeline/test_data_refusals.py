@@ -251,7 +251,6 @@ def test_skip_bad_is_no_other_data_set(lacking):
 
 
 def test_a_manifest_without_a_labelled_pixel(tmp_path, refusal):
-    """One that an older version may have packed."""
     path = grid_file(tmp_path)
     assert packing.main([str(path)]) == 0
     manifest = Manifest.load(tmp_path / "streets")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.manifest import read_fingerprint
 from data_prep.pack import pack
 from hpc import checkpoint
 from hpc.atomic import write_json
@@ -348,7 +349,8 @@ def test_a_backbone_that_is_being_trained_is_not_trained_twice(pretrained, queue
 
 def test_a_backbone_that_is_trained_is_used(pretrained, queue):
     path = pretrained.run.backbone(pretrained.cells[0].backbone_key)
-    write_json(path.with_suffix(".json"), {"sha256": "0"})
+    packed = read_fingerprint(pretrained.datasets["streets"].shards)
+    write_json(path.with_suffix(".json"), {"sha256": "0", "manifest": packed})
     submit(pretrained, queue, ["grid"])
     assert [call.module for call in queue.calls.values()] == ["jobs.train"] * 2
     assert queue.needs == {"job1": [], "job2": []}
