@@ -23,11 +23,11 @@ from torchvision.transforms import RandomCrop, functional
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth
 from benchmarks.pictures import Pictures, on_all
 from data_prep.settings import VOID
-from hpc.allocator import keep_freed_memory
-from jobs.batches import TrainingBatches
-from jobs.crop_window import Span, Window
-from jobs.loaders import load_steps
-from jobs.protocol import Protocol
+from hpc.distributed.allocator import keep_freed_memory
+from jobs.data.batches import TrainingBatches
+from jobs.data.loader import load_steps
+from jobs.kernels.resample import Span, Window
+from jobs.spec.protocol import Protocol
 
 PROTOCOL = Protocol(batch_size=12)  # the paper's, as are all defaults
 WORKERS = 2

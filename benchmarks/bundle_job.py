@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torchvision.models import segmentation
 
 from benchmarks.measure import Work
-from hpc.env import RankEnv
-from hpc.groups import Group, process_group
-from jobs.backbone import freeze
-from jobs.batches import Batch
-from jobs.cell import Cell
-from jobs.losses.names import parse_loss
+from hpc.distributed.launcher import RankEnv
+from hpc.distributed.process_group import Group, process_group
+from jobs.data.batches import Batch
+from jobs.losses.grammar import parse_loss
 from jobs.models.build import Backbone, Features, build_backbone, normalise
-from jobs.models.layout import place
-from jobs.protocol import Protocol
-from jobs.torch_settings import configure_torch
+from jobs.models.memory_format import place
+from jobs.spec.cell import Cell
+from jobs.spec.protocol import Protocol
 from jobs.train import features
-from jobs.trainee import Trainee, autocast, step_in_turn
+from jobs.training.backbone import freeze
+from jobs.training.cell_trainer import Trainee, autocast, step_in_turn
+from jobs.training.torch_settings import configure_torch
 
 # those of the paper's table
 LOSSES = (

@@ -28,8 +28,8 @@ from benchmarks.bundle_job import LOSSES, Job, published, ready
 from benchmarks.gpu import in_own_process
 from benchmarks.measure import Comparison, Work, arithmetic, matrix_rate
 from jobs.models import dilated
-from jobs.protocol import Protocol
-from jobs.trainee import Trainee
+from jobs.spec.protocol import Protocol
+from jobs.training.cell_trainer import Trainee
 
 TARGETS = {"fcn_resnet101": (7.0, 2.5), "deeplabv3_resnet101": (5.0, 2.0)}
 BATCH, SIDE, GROWTH_SIDE = 2, 480, 160

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth, matrix_rate, time_text
 from data_prep.settings import VOID
-from jobs.fused_counts import count_upsampled
-from jobs.metrics.accumulate import count_image
+from jobs.kernels.fused_counts import count_upsampled
+from jobs.metrics.reference import count_image
 from jobs.models.build import upsample
 
 CLASSES, STRIDED, SIZE, BINS = 21, (65, 87), (520, 693), 10
@@ -142,7 +142,7 @@ import sys
 from pathlib import Path
 import torch
 from benchmarks import counting
-from jobs.fused_counts import count_upsampled
+from jobs.kernels.fused_counts import count_upsampled
 
 def held(name):
     lines = Path("/proc/self/status").read_text().splitlines()

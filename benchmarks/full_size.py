@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.large_run import LOSSES
-from hpc.atomic import read_json
-from hpc.command import UserError, run
-from jobs.task import Task, write_task
+from hpc.cli import UserError, run
+from hpc.storage.atomic import read_json
+from jobs.spec.task import Task, write_task
 
 if TYPE_CHECKING:
-    from pipeline.grid import Grid
+    from pipeline.config.grid_file import Grid
 
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
 PARTS = ("data", "backbone", "heads", "losses", "optimiser", "communication", "other")
@@ -131,7 +131,7 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
 
 def _grid(folder: Path, steps: int, options: argparse.Namespace) -> Grid:
     """The grid whose jobs take so many steps."""
-    from pipeline.grid import read_grid
+    from pipeline.config.grid_file import read_grid
 
     settings = {
         **vars(options),
@@ -184,8 +184,8 @@ def _job(
 
 def _bits(task: Task) -> dict[str, str]:
     """A digest of the weights and counts of each cell by its loss."""
-    from hpc.atomic import file_sha256, fingerprint
-    from jobs.counts_file import read_counts, read_index
+    from hpc.storage.atomic import file_sha256, fingerprint
+    from jobs.spec.counts_file import read_counts, read_index
 
     (path,) = task.paths.counts.glob("*.json")
     index = read_index(path)
@@ -221,7 +221,7 @@ def _train(task: str, record: str) -> int:
     """A rank of a job."""
     import torch
 
-    from hpc.env import read_env
+    from hpc.distributed.launcher import read_env
     from jobs import train
 
     ended = train.main([task, "--profile"])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.measure import Work, best_seconds, matrix_rate, waited
-from hpc.command import one_line
+from hpc.cli import one_line
 
 T = TypeVar("T")
 

@@ -37,10 +37,10 @@ from benchmarks.measure import (
     matrix_rate,
     waited,
 )
-from hpc.groups import Group
-from jobs.models import layout
-from jobs.protocol import Protocol
-from jobs.trainee import Trainee, half_precision
+from hpc.distributed.process_group import Group
+from jobs.models import memory_format
+from jobs.spec.protocol import Protocol
+from jobs.training.cell_trainer import Trainee, half_precision
 
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
 CELLS = (1, 8, 32)
@@ -170,7 +170,7 @@ def _steps(
 
 
 def _channels_apart() -> AbstractContextManager[object]:
-    return mock.patch.object(layout, "memory_format", lambda device: torch.contiguous_format)
+    return mock.patch.object(memory_format, "memory_format", lambda device: torch.contiguous_format)
 
 
 @contextmanager

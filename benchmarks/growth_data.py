@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.augmenting import PROTOCOL
 from benchmarks.pictures import REPOSITORY, large_streets, shard_settings
-from data_prep.manifest import Manifest
-from jobs.batches import TrainingBatches
-from jobs.loaders import load_steps
+from data_prep.shards.manifest import Manifest
+from jobs.data.batches import TrainingBatches
+from jobs.data.loader import load_steps
 
 PROCESSES = (1, 2, 3, 4)
 ROUNDS = 3

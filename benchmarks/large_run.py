@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from hpc.atomic import write_json
-from hpc.generation import claim
-from jobs.counts_file import write_counts
+from data_prep.shards.manifest import Manifest
+from hpc.storage.atomic import write_json
+from hpc.storage.fencing import claim
 from jobs.metrics.counts import FIXED_POINT, NAMES, NLL_FIXED_POINT, Counts
-from jobs.records import cell_record
-from jobs.task import Task, write_task
-from pipeline.ended import granted
-from pipeline.grid import Grid, read_grid
-from pipeline.plan import make_plan
-from pipeline.records import Submission
+from jobs.spec.counts_file import write_counts
+from jobs.spec.task import Task, write_task
+from jobs.training.records import cell_record
+from pipeline.config.grid_file import Grid, read_grid
+from pipeline.planning.plan import make_plan
+from pipeline.tracking.outcomes import granted
+from pipeline.tracking.submissions import Submission
 
 MODELS = ("fcn_resnet50", "deeplabv3_resnet50", "fcn_resnet101", "deeplabv3_resnet101")
 CLASSES = {"streets": 12, "roofs": 14, "fields": 16, "rooms": 19, "cells": 21}  # by data set

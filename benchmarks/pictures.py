@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_prep.pack import pack
 from data_prep.settings import VOID, FolderSettings
-from data_prep.shards import SplitReader
+from data_prep.shards.reader import SplitReader
 from data_prep.sources.scenes import draw_scene
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ import numpy as np
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth, in_turns
 from benchmarks.pictures import Pictures, on_all
 from benchmarks.readers import NEEDS, STREAMING_RAW, Pairs, readers, why_absent
-from data_prep import shards
-from hpc.allocator import keep_freed_memory
-from hpc.checksum import crc32
+from data_prep.shards import reader as shards
+from hpc.distributed.allocator import keep_freed_memory
+from hpc.storage.checksum import crc32
 
 TARGET, TARGET_RAW = 100.0, 2.0
 ROUNDS = 5

@@ -23,14 +23,14 @@ import numpy as np
 
 from benchmarks.large_run import CLASSES, LOSSES, MODELS, large_grid, made_up_counts, send_all
 from benchmarks.measure import Found, Work, compare, copy_bandwidth
-from data_prep.manifest import Manifest
-from hpc.mpi import World, world
-from jobs.counts_file import CountsIndex, write_counts
+from data_prep.shards.manifest import Manifest
+from hpc.distributed.mpi import World, world
 from jobs.metrics.counts import NAMES, Int64
-from jobs.records import cell_record
-from pipeline.counts_share import files_of, read_shares
-from pipeline.finished import finished_cells, many_records
-from pipeline.grid import Grid, read_grid
+from jobs.spec.counts_file import CountsIndex, write_counts
+from jobs.training.records import cell_record
+from pipeline.config.grid_file import Grid, read_grid
+from pipeline.scores.counts_share import files_of, read_shares
+from pipeline.tracking.finished import finished_cells, many_records
 
 CELLS_PER_JOB = 50
 _PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Comparison, Work, compare
-from hpc import checkpoint
-from hpc.atomic import fsync
-from hpc.generation import Generation, claim
+from hpc.storage import checkpoint
+from hpc.storage.atomic import fsync
+from hpc.storage.fencing import Generation, claim
 from jobs.models.build import build_backbone, build_head
 
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from benchmarks.large_run import CLASSES, LOSSES, MODELS, end, large_grid, send_all
 from benchmarks.measure import users_environment
-from hpc.queue import open_queue
-from pipeline.forecast import Forecast
-from pipeline.grid import read_grid
-from pipeline.state import survey
+from hpc.scheduler.auto import open_queue
+from pipeline.config.grid_file import read_grid
+from pipeline.planning.forecast import Forecast
 from pipeline.submit import plan_of
+from pipeline.tracking.survey import survey
 
 PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
 BOUNDS = {  # seconds, for 10,000 cells; of what is measured within a process, without its start

@@ -23,9 +23,9 @@ _LOCAL_JOB = """
 import tempfile
 import time
 from pathlib import Path
-from hpc.call import ModuleCall
-from hpc.profile import ClusterProfile
-from hpc.queue import open_queue
+from hpc.scheduler.job import ModuleCall
+from hpc.scheduler.cluster_profile import ClusterProfile
+from hpc.scheduler.auto import open_queue
 
 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
     profile = ClusterProfile(kind="local")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.settings import VOID
-from hpc.command import UserError
+from hpc.cli import UserError
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile

@@ -16,16 +16,23 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from data_prep.manifest import MANIFEST, ROOTS, SPLITS, Manifest, SplitSummary, shard_stem
-from data_prep.overlap import Pictures, overlap_warnings
-from data_prep.packing import Packed, already_packed, pack_shard
-from data_prep.plan import Plan, ShardPlan, Source, check_room, find_source, plan_shards
-from data_prep.processes import in_processes, sensible_processes, with_progress
+from data_prep.packing.pack_shard import Packed, already_packed, pack_shard
+from data_prep.packing.shard_plan import (
+    Plan,
+    ShardPlan,
+    Source,
+    check_room,
+    find_source,
+    plan_shards,
+)
+from data_prep.packing.split_overlap import Pictures, overlap_warnings
+from data_prep.packing.worker_pool import in_processes, sensible_processes, with_progress
 from data_prep.settings import DatasetSettings, read_datasets
-from hpc.atomic import TEMPORARY_PREFIX
-from hpc.command import UserError, argument_parser, one_line, run
+from data_prep.shards.manifest import MANIFEST, ROOTS, SPLITS, Manifest, SplitSummary, shard_stem
+from hpc.cli import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
-from hpc.mpi import World, world
+from hpc.distributed.mpi import World, world
+from hpc.storage.atomic import TEMPORARY_PREFIX
 
 _OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(-[0-9a-f]{{12}})?\.(h5|json)")
 _DEAD_AFTER = 3600.0  # seconds since anything was written to a temporary file

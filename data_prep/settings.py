@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from hpc.account import expanded
-from hpc.atomic import fingerprint
-from hpc.command import UserError
+from hpc.cli import UserError
 from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
+from hpc.storage.atomic import fingerprint
 
 LabelValue = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=32, le=32_768)]  # pixels of a drawn image

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import Manifest, ShardSummary, check_length, remedy
-from data_prep.processes import in_processes, sensible_processes, with_progress
+from data_prep.packing.worker_pool import in_processes, sensible_processes, with_progress
 from data_prep.settings import VOID
-from data_prep.shards import ShardFile
-from hpc.atomic import Damaged, file_sha256
-from hpc.command import UserError, argument_parser, one_line, run
+from data_prep.shards.manifest import Manifest, ShardSummary, check_length, remedy
+from data_prep.shards.reader import ShardFile
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.storage.atomic import Damaged, file_sha256
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from data_prep.settings import DatasetSettings, read_datasets
 from data_prep.sources import source_module
-from hpc.atomic import Damaged, file_sha256, new_file
-from hpc.command import MissingInput, UserError, argument_parser, run
+from hpc.cli import MissingInput, UserError, argument_parser, run
 from hpc.config import did_you_mean, read_toml, shown, user_path
-from hpc.env import torch_home
+from hpc.distributed.launcher import torch_home
+from hpc.storage.atomic import Damaged, file_sha256, new_file
 
 T = TypeVar("T", dict, list)
 

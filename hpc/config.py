@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from hpc.command import UserError
+from hpc.cli import UserError
 
 _LONGEST_SHOWN = 200  # characters of a wrong value
 

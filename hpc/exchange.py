@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from hpc.groups import COMMUNICATION, Group
+from hpc.distributed.process_group import COMMUNICATION, Group
 
 
 class Exchange:

@@ -11,27 +11,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.manifest import Manifest
-from data_prep.shards import SplitReader
-from data_prep.staging import nearby
-from hpc import checkpoint
-from hpc.atomic import file_sha256, read_json, write_json
-from hpc.command import UserError, argument_parser, run
-from hpc.env import read_env
-from hpc.groups import Group, process_group
-from hpc.preempt import StopRequest, stop_request
-from jobs.backbone import load_backbone
-from jobs.cell import Cell, pretraining_cell
+from data_prep.shards.local_copy import nearby
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.reader import SplitReader
+from hpc.cli import UserError, argument_parser, run
+from hpc.distributed.launcher import read_env
+from hpc.distributed.preemption import StopRequest, stop_request
+from hpc.distributed.process_group import Group, process_group
+from hpc.storage import checkpoint
+from hpc.storage.atomic import file_sha256, read_json, write_json
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
-from jobs.models.layout import in_order
-from jobs.records import require_data
-from jobs.run import Run
-from jobs.task import Task, read_task
-from jobs.torch_settings import configure_torch
+from jobs.models.memory_format import in_order
+from jobs.spec.cell import Cell, pretraining_cell
+from jobs.spec.task import Task, read_task
 from jobs.train import count, leave, make_trainees, train
-from jobs.trainee import Trainee
+from jobs.training.backbone import load_backbone
+from jobs.training.cell_trainer import Trainee
+from jobs.training.job_run import Run
+from jobs.training.records import require_data
+from jobs.training.torch_settings import configure_torch
 
 
 def main(argv: Sequence[str]) -> int:

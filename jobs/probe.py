@@ -13,11 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import Manifest
-from hpc.atomic import read_json
-from hpc.command import argument_parser, run
-from hpc.env import RankEnv, read_env
-from hpc.node_facts import (
+from data_prep.shards.manifest import Manifest
+from hpc.cli import argument_parser, run
+from hpc.diagnostics.node_facts import (
     Facts,
     bytes_per_second,
     meet_login_node,
@@ -26,6 +24,8 @@ from hpc.node_facts import (
     sizes,
     versions,
 )
+from hpc.distributed.launcher import RankEnv, read_env
+from hpc.storage.atomic import read_json
 
 PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit", "isal")
 SOURCES = tuple(
@@ -85,7 +85,7 @@ def _device(env: RankEnv) -> dict[str, Any]:
     """The GPU of this rank, or `cpu`, and how many it sees."""
     import torch
 
-    from hpc.groups import own_device
+    from hpc.distributed.process_group import own_device
 
     device = own_device(env)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -100,7 +100,7 @@ def _meet(env: RankEnv, rendezvous: Path) -> dict[str, float]:
     """The sum of all ranks' numbers from 1 on, by the group that training uses, and its seconds."""
     import torch
 
-    from hpc.groups import process_group
+    from hpc.distributed.process_group import process_group
 
     with process_group(env, rendezvous) as group:
         mine = torch.full((_NUMBERS,), env.rank + 1.0, device=group.device)
@@ -112,7 +112,7 @@ def _meet(env: RankEnv, rendezvous: Path) -> dict[str, float]:
 
 def _mpi_world() -> int:
     """How many ranks MPI sees, once they have all met."""
-    from hpc.mpi import world
+    from hpc.distributed.mpi import world
 
     ranks = world()
     together = ranks.gather(ranks.rank)

@@ -17,30 +17,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_prep.manifest import Manifest
-from data_prep.shards import SplitReader
-from data_prep.staging import nearby
-from hpc import checkpoint, slurm
-from hpc.command import UserError, argument_parser, run
-from hpc.env import read_env
-from hpc.groups import Group, process_group
-from hpc.preempt import StopRequest, stop_request
-from jobs.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
-from jobs.batches import TrainingBatches, Transfer
-from jobs.cell import Cell
-from jobs.counts_file import counted_cells, write_counts
-from jobs.evaluate import evaluate, stack
-from jobs.loaders import load_steps
+from data_prep.shards.local_copy import nearby
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.reader import SplitReader
+from hpc.cli import UserError, argument_parser, run
+from hpc.distributed.launcher import read_env
+from hpc.distributed.preemption import StopRequest, stop_request
+from hpc.distributed.process_group import Group, process_group
+from hpc.scheduler import slurm
+from hpc.storage import checkpoint
+from jobs.data.batches import TrainingBatches, Transfer
+from jobs.data.loader import load_steps
 from jobs.losses.combine import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
-from jobs.models.layout import in_order
-from jobs.profile import report
-from jobs.records import cell_record, job_record, require_data
-from jobs.run import Action, Run
-from jobs.task import Task, read_task
-from jobs.torch_settings import configure_torch
-from jobs.trainee import Trainee, autocast, half_precision, step_in_turn
+from jobs.models.memory_format import in_order
+from jobs.spec.cell import Cell
+from jobs.spec.counts_file import counted_cells, write_counts
+from jobs.spec.task import Task, read_task
+from jobs.training.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
+from jobs.training.cell_trainer import Trainee, autocast, half_precision, step_in_turn
+from jobs.training.evaluate import evaluate, stack
+from jobs.training.job_run import Action, Run
+from jobs.training.records import cell_record, job_record, require_data
+from jobs.training.timings import report
+from jobs.training.torch_settings import configure_torch
 
 
 def main(argv: Sequence[str]) -> int:

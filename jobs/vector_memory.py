@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from jobs.compiled import types
+from jobs.kernels.numba_compile import types
 from jobs.vectors import INTS, LANES, MASK, REALS, Value, Vector, call, in_all, intrinsic, llvm_type
 
 

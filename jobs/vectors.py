@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core.registry import cpu_target
 
-from jobs.compiled import types
+from jobs.kernels.numba_compile import types
 
 LANES = 16
 # for `compress`, which is one instruction there and dozens elsewhere, and for

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
 
-from hpc.command import argument_parser, one_line, run
-from hpc.queue import Queue, open_queue
-from jobs.cell import Cell
-from pipeline.grid import Grid, find_config, read_grid
-from pipeline.names import cells_named
-from pipeline.records import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted
-from pipeline.script_jobs import sent_tasks
+from hpc.cli import argument_parser, one_line, run
+from hpc.scheduler.auto import Queue, open_queue
+from jobs.spec.cell import Cell
+from pipeline.config.cell_names import cells_named
+from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.submit import one_at_a_time
+from pipeline.tracking.script_jobs import sent_tasks
+from pipeline.tracking.submissions import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted
 
 
 def main(argv: Sequence[str]) -> int:

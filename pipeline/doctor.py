@@ -15,23 +15,23 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_prep.manifest import MANIFEST, remedy
-from data_prep.overlap import Pictures
+from data_prep.packing.split_overlap import Pictures
+from data_prep.shards.manifest import MANIFEST, remedy
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
-from hpc.atomic import file_sha256
-from hpc.checkup import Check, Finding, NotAsked, findings, shown_bytes
-from hpc.command import UserError, argument_parser, one_line, run
-from hpc.locks import require_locks
-from hpc.node_facts import versions
-from hpc.private import require_private
-from hpc.queue import open_queue
-from hpc.site import Site
-from hpc.site_checks import setup_lines, site_checks
-from jobs.counts_file import counted_cells
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.diagnostics.check import Check, Finding, NotAsked, findings, shown_bytes
+from hpc.diagnostics.node_facts import versions
+from hpc.diagnostics.site_checks import setup_lines, site_checks
+from hpc.diagnostics.slurm_site import Site
+from hpc.scheduler.auto import open_queue
+from hpc.storage.atomic import file_sha256
+from hpc.storage.locks import require_locks
+from hpc.storage.permissions import require_private
 from jobs.probe import PACKAGES, SOURCES
-from pipeline.checks import check_files, check_room, existing_folder, packed_as_asked
-from pipeline.doctor_nodes import node_findings
-from pipeline.grid import Grid, find_config, read_grid
+from jobs.spec.counts_file import counted_cells
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.planning.preflight import check_files, check_room, existing_folder, packed_as_asked
+from pipeline.submission.node_probe import node_findings
 
 _QUICK_BYTES = 1 << 30  # of shards, that the login node reads: about two seconds
 

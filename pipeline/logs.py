@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hpc.call import is_launchers, last_start
-from hpc.command import UserError, argument_parser, one_line, run
-from hpc.endings import error_of, traceback_at
-from hpc.queue import Queue, open_queue
-from pipeline.grid import Grid, find_config, read_grid
-from pipeline.names import one_named
-from pipeline.records import CANCEL, PRETRAIN
-from pipeline.script_jobs import sent_tasks
-from pipeline.show import unasked_line
-from pipeline.stages import PREP, REDUCE, REPORT
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.exit_cause import error_of, traceback_at
+from hpc.scheduler.job import is_launchers, last_start
+from pipeline.config.cell_names import one_named
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.tracking.display import unasked_line
+from pipeline.tracking.script_jobs import sent_tasks
+from pipeline.tracking.stages import PREP, REDUCE, REPORT
+from pipeline.tracking.submissions import CANCEL, PRETRAIN
 
 _KINDS = (PREP, PRETRAIN, REDUCE, REPORT)
 _LINES = 20

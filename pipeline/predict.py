@@ -18,14 +18,14 @@ import numpy as np
 from PIL import Image
 
 from data_prep.images import decode_rgb, read_bytes
-from hpc.atomic import new_file
-from hpc.command import UserError, argument_parser, one_line, run
+from hpc.cli import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
-from hpc.env import alone
-from hpc.groups import process_group
-from jobs.cell import RunPaths
-from jobs.predictor import Prediction, Predictor
-from pipeline.grid import Grid, find_config, read_grid
+from hpc.distributed.launcher import alone
+from hpc.distributed.process_group import process_group
+from hpc.storage.atomic import new_file
+from jobs.spec.cell import RunPaths
+from jobs.training.predictor import Prediction, Predictor
+from pipeline.config.grid_file import Grid, find_config, read_grid
 
 
 def main(argv: Sequence[str]) -> int:

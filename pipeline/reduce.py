@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import Manifest
+from data_prep.shards.manifest import Manifest
 from data_prep.weights import weights_path
-from hpc.atomic import Damaged, file_sha256, read_json
-from hpc.command import UserError, argument_parser, one_line, run
-from hpc.mpi import World, world
-from jobs.cell import Cell
-from jobs.counts_file import CountsIndex
-from jobs.losses.names import LossSpec
-from jobs.protocol import WEIGHTS
-from pipeline.counts_share import files_of, read_shares
-from pipeline.finished import finished_cells, many_records
-from pipeline.grid import Grid, find_config, read_grid
-from pipeline.results import DatasetResults, ResultsFile, num_cells, refuse_fewer
-from pipeline.stale import other_data
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.distributed.mpi import World, world
+from hpc.storage.atomic import Damaged, file_sha256, read_json
+from jobs.losses.grammar import LossSpec
+from jobs.spec.cell import Cell
+from jobs.spec.counts_file import CountsIndex
+from jobs.spec.protocol import WEIGHTS
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.scores.counts_share import files_of, read_shares
+from pipeline.scores.results_file import DatasetResults, ResultsFile, num_cells, refuse_fewer
+from pipeline.tracking.finished import finished_cells, many_records
+from pipeline.tracking.stale import other_data
 
 
 def main(argv: Sequence[str]) -> int:

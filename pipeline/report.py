@@ -1,5 +1,5 @@
 """`python -m pipeline.report [CONFIG]`: results.h5 -> table.csv, table.md, table.tex, the files of
-`pipeline.analysis`, and one self-contained page, index.html."""
+`pipeline.paper.comparison`, and one self-contained page, index.html."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc import command
-from hpc.atomic import new_files, write_text
-from pipeline import figures, page
-from pipeline.analysis import analyse, write_files
-from pipeline.drawing import PNG_DPI
-from pipeline.figure_data import write_figure_data
-from pipeline.grid import find_config, read_grid
-from pipeline.printed import print_table
-from pipeline.results import Results, read_results, refuse_fewer
-from pipeline.selection import select
-from pipeline.tables import Row, blocks, rows, to_csv, to_latex, to_markdown
+from hpc import cli
+from hpc.storage.atomic import new_files, write_text
+from pipeline.config.grid_file import find_config, read_grid
+from pipeline.paper.comparison import analyse, write_files
+from pipeline.rendering import figures, page
+from pipeline.rendering.figure_data import write_figure_data
+from pipeline.rendering.figure_selection import select
+from pipeline.rendering.figure_style import PNG_DPI
+from pipeline.rendering.terminal import print_table
+from pipeline.scores.results_file import Results, read_results, refuse_fewer
+from pipeline.scores.score_table import Row, blocks, rows, to_csv, to_latex, to_markdown
 
 CSS_DPI = 96  # what a browser takes for an inch
 MOST_DATASETS = 12  # whose classes are drawn
@@ -38,7 +38,7 @@ class ReportPaths:
 
 def main(argv: Sequence[str]) -> None:
     """Write the report of a grid's results and print its table."""
-    parser = command.argument_parser("python -m pipeline.report", __doc__)
+    parser = cli.argument_parser("python -m pipeline.report", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
     parser.add_argument("--allow-fewer", action="store_true",
                         help="replace a report that has more finished cells")  # fmt: skip
@@ -135,4 +135,4 @@ def _data_uri(kind: str, image: bytes) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from hpc.command import UserError, argument_parser, one_line, run
-from hpc.queue import open_queue
-from jobs.cell import Cell, RunPaths
-from pipeline.grid import Grid, find_config, read_grid
-from pipeline.names import cells_named
-from pipeline.reasons import reason_lines
-from pipeline.records import cancellations
-from pipeline.show import TOO_LARGE, describe_missing, unasked_line
-from pipeline.stages import GRID
-from pipeline.state import NOT_FINITE, CellState, Survey, survey
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.scheduler.auto import open_queue
+from jobs.spec.cell import Cell, RunPaths
+from pipeline.config.cell_names import cells_named
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.submission.wait import wait_for
 from pipeline.submit import check, plan_of, submit, submit_deferred
-from pipeline.wait import wait_for
+from pipeline.tracking.display import TOO_LARGE, describe_missing, unasked_line
+from pipeline.tracking.reasons import reason_lines
+from pipeline.tracking.stages import GRID
+from pipeline.tracking.submissions import cancellations
+from pipeline.tracking.survey import NOT_FINITE, CellState, Survey, survey
 
 _AGAIN = ("node failure", "preemption", "time limit", "killed", "unknown")
 _MEMORY = "out of memory"

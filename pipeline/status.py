@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 
-from data_prep.manifest import Manifest
-from hpc.command import UserError, argument_parser, one_line, run
-from hpc.queue import open_queue
-from pipeline.grid import Grid, find_config, read_grid
-from pipeline.reasons import reason_lines
-from pipeline.show import (
+from data_prep.shards.manifest import Manifest
+from hpc.cli import UserError, argument_parser, one_line, run
+from hpc.scheduler.auto import open_queue
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.tracking.display import (
     MOST_ROWS,
     cells_lines,
     cells_overview,
@@ -26,7 +25,8 @@ from pipeline.show import (
     outdated_lines,
     stage_lines,
 )
-from pipeline.state import STATES, survey
+from pipeline.tracking.reasons import reason_lines
+from pipeline.tracking.survey import STATES, survey
 
 
 def main(argv: Sequence[str]) -> int:

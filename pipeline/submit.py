@@ -16,33 +16,33 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_prep.manifest import MANIFEST
-from hpc import sbatch
-from hpc.atomic import write_bytes
-from hpc.call import ModuleCall
-from hpc.command import MissingInput, UserError, argument_parser, one_line, run, warn
+from data_prep.shards.manifest import MANIFEST
+from hpc.cli import MissingInput, UserError, argument_parser, one_line, run, warn
 from hpc.config import user_path
-from hpc.locks import take_lock
-from hpc.private import private_folder, require_private, restrict_umask
-from hpc.queue import Queue, open_queue
-from jobs.counts_file import set_aside_altered
-from jobs.task import Task, write_task
-from pipeline import stage_jobs
-from pipeline.checks import check_inputs, check_room, check_sources
-from pipeline.choice import Choice, to_do, unsent, with_stale
-from pipeline.ended import granted
-from pipeline.forecast import Forecast
-from pipeline.grid import Grid, find_config, profiled, read_grid
-from pipeline.plan import Plan, make_plan, split, without_waiting
-from pipeline.records import Submission, cancellations, new_token, settle
-from pipeline.script_folder import check_folder, write_folder, write_record
-from pipeline.scripts import SUBMIT, Site, parts, render
-from pipeline.show import describe_missing, describe_plan, describe_survey
-from pipeline.source import source_of_code
-from pipeline.stages import GRID, PREP, PROGRAMS, REDUCE, REPORT, STAGES
-from pipeline.stale import set_aside
-from pipeline.state import Survey, survey
-from pipeline.wait import wait_for
+from hpc.scheduler import sbatch_options
+from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.job import ModuleCall
+from hpc.storage.atomic import write_bytes
+from hpc.storage.locks import take_lock
+from hpc.storage.permissions import private_folder, require_private, restrict_umask
+from jobs.spec.counts_file import set_aside_altered
+from jobs.spec.task import Task, write_task
+from pipeline.config.grid_file import Grid, find_config, profiled, read_grid
+from pipeline.planning.forecast import Forecast
+from pipeline.planning.plan import Plan, make_plan, split, without_waiting
+from pipeline.planning.preflight import check_inputs, check_room, check_sources
+from pipeline.submission import stage_jobs
+from pipeline.submission.batch_scripts import SUBMIT, Site, parts, render
+from pipeline.submission.cell_selection import Choice, to_do, unsent, with_stale
+from pipeline.submission.code_version import source_of_code
+from pipeline.submission.script_folder import check_folder, write_folder, write_record
+from pipeline.submission.wait import wait_for
+from pipeline.tracking.display import describe_missing, describe_plan, describe_survey
+from pipeline.tracking.outcomes import granted
+from pipeline.tracking.stages import GRID, PREP, PROGRAMS, REDUCE, REPORT, STAGES
+from pipeline.tracking.stale import set_aside
+from pipeline.tracking.submissions import Submission, cancellations, new_token, settle
+from pipeline.tracking.survey import Survey, survey
 
 _ALL = "all"
 _REMEDY = "set run_dir to a folder of yours"
@@ -195,7 +195,7 @@ def _refuse_cancelled(grid: Grid, before: int) -> None:
 @dataclass(frozen=True)
 class _Work:
     """What a submission is to do: `stages` in order, and `plan` for the grid. superseded: the
-    waiting jobs of stages that are cancelled first, by `pipeline.stage_jobs`."""
+    waiting jobs of stages that are cancelled first, by `pipeline.submission.stage_jobs`."""
 
     state: Survey
     plan: Plan
@@ -317,7 +317,7 @@ def write_scripts(
 ) -> None:
     """As `submit`, but into batch scripts in `folder`, which a person sends."""
     check(grid, stages)
-    for line in sbatch.warnings(grid.cluster):
+    for line in sbatch_options.warnings(grid.cluster):
         warn(line)
     check_folder(folder, grid)  # a refusal leaves no run directory
     with one_submission(grid):

@@ -16,26 +16,37 @@ SOURCES = ("hpc", "data_prep", "jobs", "pipeline")
 COPIED = (*SOURCES, "benchmarks", "configs", "tests", "lossgrid.toml", "pyproject.toml")
 # the fast tests of each module, in whose process it runs
 TESTS = {
-    "hpc/checkpoint.py": "hpc/test_checkpoint",
-    "hpc/generation.py": "hpc/test_generation",
-    "jobs/counts_file.py": "jobs/test_counts_file pipeline/test_damaged_counts",
-    "jobs/losses/combine.py": "jobs/test_losses jobs/test_schedule",
-    "jobs/losses/functional.py": "jobs/test_losses",
-    "jobs/losses/names.py": "jobs/test_loss_names jobs/test_schedule",
-    "jobs/losses/pooling.py": "jobs/test_max_pooling",
-    "jobs/losses/powers.py": "jobs/test_losses",
-    "jobs/losses/schedule.py": "jobs/test_schedule",
-    "jobs/metrics/accumulate.py": "jobs/test_metrics_counts jobs/test_metrics_fixed_point",
-    "jobs/metrics/counts.py": "jobs/test_metrics_counts",
-    "jobs/metrics/scores.py": "jobs/test_metrics_scores",
-    "pipeline/choice.py": "pipeline/test_other_data pipeline/test_retry pipeline/test_state",
-    "pipeline/ended.py": "pipeline/test_retry pipeline/test_stages pipeline/test_state",
-    "pipeline/plan.py": (
-        "pipeline/test_grid pipeline/test_room pipeline/test_state pipeline/test_retry "
-        "pipeline/test_forecast"
+    "hpc/storage/checkpoint.py": "hpc/storage/test_checkpoint",
+    "hpc/storage/fencing.py": "hpc/storage/test_fencing",
+    "jobs/spec/counts_file.py": "jobs/spec/test_counts_file pipeline/tracking/test_damaged_counts",
+    "jobs/losses/combine.py": "jobs/losses/test_losses jobs/losses/test_schedule",
+    "jobs/losses/functional.py": "jobs/losses/test_losses",
+    "jobs/losses/grammar.py": "jobs/losses/test_grammar jobs/losses/test_schedule",
+    "jobs/losses/pooling.py": "jobs/losses/test_pooling",
+    "jobs/losses/powers.py": "jobs/losses/test_losses",
+    "jobs/losses/schedule.py": "jobs/losses/test_schedule",
+    "jobs/metrics/reference.py": "jobs/metrics/test_counts jobs/metrics/test_fixed_point",
+    "jobs/metrics/counts.py": "jobs/metrics/test_counts",
+    "jobs/metrics/scores.py": "jobs/metrics/test_scores",
+    "pipeline/submission/cell_selection.py": (
+        "pipeline/tracking/test_stale pipeline/test_retry pipeline/tracking/test_survey"
     ),
-    "pipeline/records.py": "pipeline/test_state pipeline/test_lost_submissions",
-    "pipeline/state.py": "pipeline/test_state pipeline/test_script_states",
+    "pipeline/tracking/outcomes.py": (
+        "pipeline/test_retry pipeline/submission/test_stage_jobs pipeline/tracking/test_survey"
+    ),
+    "pipeline/planning/plan.py": (
+        "pipeline/config/test_grid_file "
+        "pipeline/submission/test_room "
+        "pipeline/tracking/test_survey "
+        "pipeline/test_retry "
+        "pipeline/planning/test_forecast"
+    ),
+    "pipeline/tracking/submissions.py": (
+        "pipeline/tracking/test_survey pipeline/submission/test_lost_submissions"
+    ),
+    "pipeline/tracking/survey.py": (
+        "pipeline/tracking/test_survey pipeline/tracking/test_script_jobs"
+    ),
 }
 # torch is not safe to fork once it has run, hence the server
 CONFIG = """[mutmut]

@@ -19,8 +19,8 @@ Table = dict[str, set[str]]
 
 
 def layer_table(design: str) -> Table:
-    """What each layer may import, as the table under `## Layers` says."""
-    section = design.split("## Layers", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
+    """What each layer may import, as the table under `## Layers and rooms` says."""
+    section = design.split("## Layers and rooms", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
     return {
         m[1]: {word for word in re.split(r"[, ]+", m[2]) if word} for m in ROW.finditer(section)
     }
@@ -42,7 +42,7 @@ def imported(source: str, package: str) -> Iterator[str]:
             base = ".".join(
                 [*(above if node.level else []), *([node.module] if node.module else [])]
             )
-            # `from jobs import losses` imports a package, `from jobs.cell import Cell` does not
+            # `from jobs import losses` imports a package, `from jobs.train import main` does not
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
@@ -55,15 +55,25 @@ def upward_imports(root: Path, table: Table) -> list[str]:
             own = layer_of(f"{package}.{path.stem}", table)
             assert own is not None
             for module in imported(path.read_text(encoding="utf-8"), package):
-                target = layer_of(module, table)
-                if target is not None and not may_import(own, target, table):
+                if layer_of(module, table) and not may_import(own, module, table):
                     found.append(f"{path.relative_to(root)} imports {module}")
     return found
 
 
-def may_import(layer: str, target: str, table: Table) -> bool:
+def may_import(layer: str, module: str, table: Table) -> bool:
     """A layer may import itself, its own parts, what its row names, and their parts."""
-    return any(f"{target}.".startswith(f"{allowed}.") for allowed in {layer, *table[layer]})
+    return any(f"{module}.".startswith(f"{allowed}.") for allowed in {layer, *table[layer]})
+
+
+def cycles(table: Table) -> list[str]:
+    """The rooms that may import themselves by way of others."""
+
+    def reached(room: str, seen: set[str]) -> set[str]:
+        for other in table.get(room, set()) - seen:
+            seen |= {other} | reached(other, seen | {other})
+        return seen
+
+    return [room for room in table if room in reached(room, set())]
 
 
 TABLE = layer_table((REPOSITORY / "docs/design.md").read_text(encoding="utf-8"))
@@ -72,8 +82,13 @@ TABLE = layer_table((REPOSITORY / "docs/design.md").read_text(encoding="utf-8"))
 def test_the_table_names_every_package():
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
     assert {layer for layer in TABLE if "." not in layer} == packages
-    inner = {f"jobs.{path.parent.name}" for path in REPOSITORY.glob("jobs/*/__init__.py")}
+    inner = {
+        f"{package}.{path.parent.name}"
+        for package in packages
+        for path in REPOSITORY.glob(f"{package}/*/__init__.py")
+    }
     assert {layer for layer in TABLE if "." in layer} == inner
+    assert cycles(TABLE) == []
     assert TABLE["pipeline"] == {"jobs", "data_prep", "hpc"}
     assert TABLE["hpc"] == TABLE["jobs.losses"] == set()
 
@@ -85,16 +100,16 @@ def test_imports_go_downward_only():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("hpc/queue.py", "import jobs.cell"),
-        ("hpc/queue.py", "from data_prep import settings"),
-        ("data_prep/pack.py", "def later():\n    from jobs.cell import Cell"),
+        ("hpc/scheduler/auto.py", "import jobs.spec.cell"),
+        ("hpc/scheduler/auto.py", "from data_prep import settings"),
+        ("data_prep/pack.py", "def later():\n    from jobs.spec.cell import Cell"),
         ("data_prep/sources/folder.py", "if True:\n    import pipeline"),
-        ("jobs/cell.py", "from pipeline.grid import read_grid"),
-        ("jobs/losses/combine.py", "from jobs.protocol import Protocol"),
-        ("jobs/losses/combine.py", "from ..cell import Cell"),
-        ("jobs/losses/combine.py", "from .. import cell"),
-        ("jobs/losses/combine.py", "from jobs.models.names import MODELS"),
-        ("jobs/metrics/counts.py", "class C:\n    def f(self):\n        import hpc.atomic"),
+        ("jobs/spec/cell.py", "from pipeline.config.grid_file import read_grid"),
+        ("jobs/losses/combine.py", "from jobs.spec.protocol import Protocol"),
+        ("jobs/losses/combine.py", "from ..spec.cell import Cell"),
+        ("jobs/losses/combine.py", "from .. import spec"),
+        ("jobs/losses/combine.py", "from jobs.models.registry import MODELS"),
+        ("jobs/metrics/counts.py", "class C:\n    def f(self):\n        import hpc.storage.atomic"),
     ],
 )
 def test_a_made_up_upward_import_is_caught(tmp_path, file, line):
@@ -108,11 +123,11 @@ def test_a_made_up_upward_import_is_caught(tmp_path, file, line):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("pipeline/grid.py", "from jobs.losses.names import Knot"),
+        ("pipeline/config/grid_file.py", "from jobs.losses.grammar import Knot"),
         ("jobs/train.py", "from jobs.losses import combine"),
         ("jobs/losses/combine.py", "from . import functional"),
-        ("jobs/losses/combine.py", "from jobs.losses.names import Knot"),
-        ("hpc/queue.py", "import jobsets, pipelines.grid"),
+        ("jobs/losses/combine.py", "from jobs.losses.grammar import Knot"),
+        ("hpc/scheduler/auto.py", "import jobsets, pipelines.grid"),
     ],
 )
 def test_a_downward_import_is_not(tmp_path, file, line):
@@ -128,8 +143,8 @@ for name in sys.argv[2:]:
     importlib.import_module(name)
 if sys.argv[1] != "-":
     from pipeline import submit
-    from pipeline.grid import read_grid
-    from pipeline.plan import make_plan
+    from pipeline.config.grid_file import read_grid
+    from pipeline.planning.plan import make_plan
     grid = read_grid(sys.argv[1])
     plan = make_plan(grid, grid.cells, {}, (), {})
     assert sum(len(task.cells) for task in plan.bundles) == len(grid.cells) > 0
@@ -152,7 +167,7 @@ STATUS = """
 import sys
 from pipeline import status
 assert status.main([sys.argv[1]]) == 0
-planning = {"pipeline.plan", "pipeline.forecast", "pipeline.estimate", "concurrent.futures"}
+planning = {"pipeline.planning.plan", "pipeline.planning.forecast", "concurrent.futures"}
 print("planning:", *sorted(planning & sys.modules.keys()))
 """
 
@@ -160,21 +175,21 @@ PLANNING = (
     "pipeline.submit",
     "pipeline.status",
     "pipeline.doctor",
-    "pipeline.grid",
-    "pipeline.checks",
-    "pipeline.state",
-    "pipeline.wait",
-    "jobs.cell",
-    "jobs.protocol",
-    "jobs.task",
-    "jobs.losses.names",
-    "jobs.models.names",
+    "pipeline.config.grid_file",
+    "pipeline.planning.preflight",
+    "pipeline.tracking.survey",
+    "pipeline.submission.wait",
+    "jobs.spec.cell",
+    "jobs.spec.protocol",
+    "jobs.spec.task",
+    "jobs.losses.grammar",
+    "jobs.models.registry",
     "data_prep.settings",
-    "data_prep.manifest",
+    "data_prep.shards.manifest",
     "data_prep.weights",
-    "hpc.queue",
-    "hpc.checkpoint",
-    "hpc.env",
+    "hpc.scheduler.auto",
+    "hpc.storage.checkpoint",
+    "hpc.distributed.launcher",
 )
 
 
@@ -213,7 +228,7 @@ def test_status_loads_nothing_that_plans(tmp_path):
 
 
 def test_a_program_that_does_import_one_is_noticed(tmp_path):
-    done = _fresh("-", "pipeline.results", folder=tmp_path)
+    done = _fresh("-", "pipeline.scores.results_file", folder=tmp_path)
     assert done.stdout.splitlines()[-1] == "heavy: h5py"
 
 

@@ -78,7 +78,8 @@ def test_every_package_of_ours_is_packaged_and_no_other():
     }
     assert {"hpc", "data_prep", "jobs", "pipeline"} < ours
     assert {"jobs.losses", "jobs.models", "jobs.metrics", "data_prep.sources"} < ours
-    templates = {"pipeline.templates"}  # a folder of data, which setuptools takes for a package
+    # a folder of data, which setuptools takes for a package
+    templates = {"pipeline.rendering.templates"}
     assert packages() - templates == ours
 
 
@@ -90,7 +91,7 @@ def test_every_template_is_package_data():
         for path in (REPOSITORY / top).rglob("*")
         if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__"
     ]
-    assert Path("pipeline/templates/report.html") in others
+    assert Path("pipeline/rendering/templates/report.html") in others
     for path in others:
         inside = path.relative_to(path.parts[0])
         assert any(fnmatch(str(inside), pattern) for pattern in data[path.parts[0]]), path

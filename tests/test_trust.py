@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc import checkpoint
-from hpc.atomic import file_sha256, read_json, write_json
-from hpc.command import UserError, run
-from hpc.env import read_env
-from hpc.generation import claim
-from hpc.groups import process_group
-from jobs.backbone import load_backbone
-from jobs.cell import Cell
-from jobs.predictor import Predictor
+from hpc.cli import UserError, run
+from hpc.distributed.launcher import read_env
+from hpc.distributed.process_group import process_group
+from hpc.storage import checkpoint
+from hpc.storage.atomic import file_sha256, read_json, write_json
+from hpc.storage.fencing import claim
+from jobs.spec.cell import Cell
+from jobs.training.backbone import load_backbone
+from jobs.training.predictor import Predictor
 from pipeline import predict
-from pipeline.grid import Grid
+from pipeline.config.grid_file import Grid
 from tests.pipeline.grids import small_grid
 
 REPOSITORY = Path(__file__).parents[1]
@@ -51,10 +51,10 @@ OF_MPI = {"bcast", "gather", "scatter", "allgather", "alltoall", "recv", "irecv"
 
 # (file, call): between the ranks of one job, which one launcher started under one user.
 ALLOWED = {
-    ("hpc/groups.py", "broadcast_object_list"),
-    ("hpc/groups.py", "bcast"),
-    ("hpc/mpi.py", "bcast"),
-    ("hpc/mpi.py", "gather"),
+    ("hpc/distributed/process_group.py", "broadcast_object_list"),
+    ("hpc/distributed/process_group.py", "bcast"),
+    ("hpc/distributed/mpi.py", "bcast"),
+    ("hpc/distributed/mpi.py", "gather"),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hpc.command import UserError
+from hpc.cli import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 NO_ROOM = r"(No space left on device|File too large)"

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import map_labels, read_index_map
-from data_prep.manifest import SPLITS
 from data_prep.settings import VOID, CityscapesSettings
+from data_prep.shards.manifest import SPLITS
 from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
 from data_prep.sources.sample import Sample
-from hpc.command import UserError
+from hpc.cli import UserError
 
 RAW_IDS = (
     "unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground",

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import BadFile
-from data_prep.manifest import SPLITS
 from data_prep.settings import VOID, CocoSettings
+from data_prep.shards.manifest import SPLITS
 from data_prep.sources import voc
 from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
 from data_prep.sources.sample import Sample
-from hpc.command import UserError, unreadable
+from hpc.cli import UserError, unreadable
 
 LEAST_AREA = 1000.0  # pixels of an image's objects, to be trained on
 _FARTHEST = 1e5  # a coordinate beyond it is damage, and would take gigabytes to draw

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.sources.sample import Sample
-from hpc.command import MissingInput, UserError, unreadable
+from hpc.cli import MissingInput, UserError, unreadable
 
 LAYOUTS = "docs/datasets.md shows the tree"
 

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.images import class_indices, map_labels, read_index_map
-from data_prep.manifest import SPLITS
 from data_prep.settings import SyntheticSettings
+from data_prep.shards.manifest import SPLITS
 from data_prep.sources.sample import Sample
 from data_prep.sources.scenes import CLASSES, draw_scene
-from hpc.atomic import Damaged, read_json, write_json
-from hpc.command import UserError
+from hpc.cli import UserError
+from hpc.storage.atomic import Damaged, read_json, write_json
 
 JPEG_QUALITY = 92
 _DRAWING = 1  # raise it when the same numbers give other pictures

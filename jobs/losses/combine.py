@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jobs.losses.functional import LOSSES, GlobalSum, alone
-from jobs.losses.names import LossSpec
+from jobs.losses.grammar import LossSpec
 from jobs.losses.schedule import term_weights
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jobs.losses.names import defaults
+from jobs.losses.grammar import defaults
 from jobs.losses.pooling import SHARE, P, pooling_weights
 from jobs.losses.powers import sum_of_powers
 

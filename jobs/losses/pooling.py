@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.losses.names import defaults
+from jobs.losses.grammar import defaults
 
 P, SHARE = defaults("CEMP")
 _WAYS = 4095  # thresholds tried at a time: six rounds find a float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from jobs.losses.names import Knot
+from jobs.losses.grammar import Knot
 
 
 def term_weights(schedule: Sequence[Knot], position: float) -> tuple[float, ...]:

@@ -17,12 +17,12 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
-from jobs.models.batchnorm import replace_batchnorm
 from jobs.models.dilated import replace_dilated
 from jobs.models.dropout import replace_dropout
-from jobs.models.layout import laid_out
-from jobs.models.names import FEATURES, MODELS
+from jobs.models.memory_format import laid_out
+from jobs.models.registry import FEATURES, MODELS
 from jobs.models.resize import replace_resizing, resize
+from jobs.models.sync_batchnorm import replace_batchnorm
 from jobs.models.unet import UNetHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP, ASPPConv
 
-from jobs.models.layout import by_pixel
+from jobs.models.memory_format import by_pixel
 
 # Values of an image's features (channels x height x width) from which on this way is taken. With
 # fewer a step is short, and the results that README and docs show were rounded as torch does.

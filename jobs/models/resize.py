@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
-from jobs.models.layout import alike
+from jobs.models.memory_format import alike
 
 Size = tuple[int, int]  # height, width in pixels
 

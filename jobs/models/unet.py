@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from jobs.models.layout import alike
+from jobs.models.memory_format import alike
 from jobs.models.resize import resize
 
 _WIDTHS = (256, 128, 64, 32)  # channels of the blocks, coarsest first

@@ -18,22 +18,22 @@ RANK = 2
 
 def main(argv: Sequence[str]) -> int:
     """The job: train the bundle of a task file."""
-    from hpc.env import read_env
-    from jobs import trainee
+    from hpc.distributed.launcher import read_env
+    from jobs.training import cell_trainer
 
-    honest, rank = trainee.combined_loss, read_env().rank
+    honest, rank = cell_trainer.combined_loss, read_env().rank
 
     def diverging(logits: Any, target: Any, loss: Any, position: float, *rest: Any) -> Any:
         value = honest(logits, target, loss, position, *rest)
         strikes = loss.name == LOSS and rank == RANK and position > 0.5
         return value * float("nan") if strikes else value
 
-    trainee.combined_loss = diverging
+    cell_trainer.combined_loss = diverging
     return slow_training.main(argv)
 
 
 if __name__ == "__main__":
-    from hpc.command import run
+    from hpc.cli import run
     from pipeline import submit
 
     submit.PROGRAMS["bundle"] = "tests.cluster.diverging_training"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from hpc import checkpoint
-from jobs.cell import RunPaths
+from hpc.storage import checkpoint
+from jobs.spec.cell import RunPaths
 from tests.cluster.slow_training import steps_begun
 from tests.cluster.slurm_cluster import Cluster, Process, until
 from tests.tiny_disk import Disk

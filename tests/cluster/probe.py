@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc.env import read_env
+from hpc.distributed.launcher import read_env
 
 _PATIENCE = 60.0  # seconds
 _TOLD = ("SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES", "SLURMD_NODENAME", "FROM_SETUP")
@@ -32,7 +32,7 @@ def meet(folder: Path, name: str, other: str) -> list[float]:
     """How often each rank of this job was met; returns when the other job's ranks meet too."""
     import torch
 
-    from hpc.groups import process_group
+    from hpc.distributed.process_group import process_group
 
     env = read_env()
     with process_group(env, folder / "rendezvous") as group:

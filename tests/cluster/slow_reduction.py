@@ -19,9 +19,9 @@ READING, WRITING = "reading", "writing"
 
 def main(argv: Sequence[str]) -> int:
     """The job: reduce the counts of a grid."""
-    from hpc import atomic
+    from hpc.storage import atomic
     from pipeline import reduce
-    from pipeline.grid import read_grid
+    from pipeline.config.grid_file import read_grid
 
     root = read_grid(Path(argv[0])).run.root
     read, fsync = reduce.read_shares, atomic.fsync
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _halt(root: Path, place: str) -> None:
-    from hpc.env import read_env
+    from hpc.distributed.launcher import read_env
 
     if _asked(root) == place:
         (root / f"{place}-{read_env().rank}").touch()
@@ -65,7 +65,7 @@ def halted(root: Path, place: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    from hpc.command import run
+    from hpc.cli import run
     from pipeline import submit
 
     submit.PROGRAMS["reduce"] = "tests.cluster.slow_reduction"

@@ -23,7 +23,7 @@ STEPS = "steps-begun"  # in the run directory, see `Begun`
 def main(argv: Sequence[str]) -> int:
     """The job: train the bundle of a task file."""
     from jobs import train
-    from jobs.run import Action, Run
+    from jobs.training.job_run import Action, Run
 
     beat, decide = Run.beat, Run.decide
 
@@ -82,7 +82,7 @@ def steps_begun(run: Path, bundle: str) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    from hpc.command import run
+    from hpc.cli import run
     from pipeline import retry, submit
 
     submit.PROGRAMS["bundle"] = "tests.cluster.slow_training"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.counts_file import read_index
-from pipeline.grid import Grid, read_grid
+from jobs.spec.counts_file import read_index
+from pipeline.config.grid_file import Grid, read_grid
 from tests.cluster.bundle_runs import WORLD_SIZE, torchrun
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster
 from tests.jobs.small_runs import assert_all_same, results, task_of

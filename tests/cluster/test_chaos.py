@@ -1,4 +1,4 @@
-"""A short run of `benchmarks.chaos`; and that its judgement can say no."""
+"""A short run of `tests.cluster.chaos`; and that its judgement can say no."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.chaos import Plan, conclude, differing, draw, torment
-from benchmarks.chaos_record import Outcome, Strike, failures, judge, judge_all, table
+from tests.cluster.chaos import Plan, conclude, differing, draw, torment
+from tests.cluster.chaos_record import Outcome, Strike, failures, judge, judge_all, table
 from tests.cluster.faults import KINDS
 from tests.cluster.slow_training import Begun
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE
-from pipeline.records import submissions
+from hpc.scheduler.slurm import DEFAULT_MAX_ARRAY_SIZE
+from pipeline.tracking.submissions import submissions
 from tests.cluster.bundle_runs import IMAGES
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
 from tests.pipeline.grids import small_grid

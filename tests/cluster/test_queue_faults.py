@@ -9,13 +9,13 @@ import signal
 import subprocess
 from pathlib import Path
 
-from pipeline.records import submissions
+from pipeline.tracking.submissions import submissions
 from tests.cluster.bundle_runs import TOTAL, BundleRun
 from tests.cluster.diverging_training import LOSS
 from tests.cluster.slurm_cluster import PYTHON, Cluster
 from tests.cluster.test_interruptions import assert_no_step_was_redone
 from tests.jobs.small_runs import assert_all_same, results
-from tests.pipeline.damages import flip
+from tests.pipeline.tracking.damages import flip
 
 SLOW = "tests.cluster.slow_training"
 HOLDS = 'exec {sbatch} --hold "$@"'

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import pack
-from hpc.atomic import file_sha256
-from pipeline.grid import Grid
+from hpc.storage.atomic import file_sha256
+from pipeline.config.grid_file import Grid
 from tests.cluster.slurm_cluster import PYTHON
-from tests.hpc.test_mpi import OPEN_MPI_LIBRARY, needs_open_mpi
+from tests.hpc.distributed.test_mpi import OPEN_MPI_LIBRARY, needs_open_mpi
 from tests.pipeline.grids import finish, small_grid
 
 SRUN = ("srun", "--nodes=2", "--ntasks=4")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import pack
-from pipeline.grid import Grid
-from pipeline.records import submissions
-from pipeline.results import read_results
+from pipeline.config.grid_file import Grid
+from pipeline.scores.results_file import read_results
+from pipeline.tracking.submissions import submissions
 from tests.cluster.slow_reduction import HALT, READING, WRITING, halted
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, until
 from tests.pipeline.grids import finish, small_grid

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hpc.call import ModuleCall
-from hpc.endings import NEVER_SATISFIED
-from hpc.profile import ClusterProfile, Resources, read_profile
-from hpc.slurm import SlurmQueue
-from pipeline.scripts import Part, Site, render
+from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
+from hpc.scheduler.exit_cause import NEVER_SATISFIED
+from hpc.scheduler.job import ModuleCall
+from hpc.scheduler.slurm import SlurmQueue
+from pipeline.submission.batch_scripts import Part, Site, render
 from tests.cluster.probe import seen_by
 from tests.cluster.slurm_cluster import PROFILE
-from tests.hpc.hostile import HANDED_ON, HOSTILE, LAUNCHER
+from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE, LAUNCHER
 
 PROBE = "tests.cluster.probe"
 SLOW_SBATCH = """#!/bin/bash

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.settings import DatasetSettings, parse_dataset
-from hpc.command import run
+from hpc.cli import run
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ("wall", "floor", "door")

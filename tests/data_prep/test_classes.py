@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from hpc.command import UserError
+from data_prep.shards.manifest import Manifest
+from hpc.cli import UserError
 
 SIZES = {"a": (20, 31), "b": (70, 30), "Ä": (130, 9)}
 

@@ -6,11 +6,11 @@ import unicodedata
 
 import pytest
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from data_prep.shards import SplitReader
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.reader import SplitReader
 from data_prep.verify import verify
-from hpc.command import UserError
+from hpc.cli import UserError
 
 NAMES = [
     "two words", " led and trailed ", "it's", 'a "quote"', "Ä", "東京", "new\nline", "\r", "tab\t",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
+from data_prep.shards.manifest import Manifest
 from data_prep.verify import verify
-from hpc.command import UserError
+from hpc.cli import UserError
 from tests.data_prep.conftest import Folder
 
 

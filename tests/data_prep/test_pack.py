@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from data_prep.shards import SplitReader
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.reader import SplitReader
 from data_prep.verify import verify
-from hpc.command import UserError
+from hpc.cli import UserError
 from tests.tiny_disk import may_mount
 
 
@@ -122,7 +122,9 @@ def test_a_missing_shard_is_packed_again(rooms):
 def test_an_interrupted_change_leaves_the_data_set_as_it_was(rooms, monkeypatch):
     before = pack("rooms", rooms.settings)
     rooms.label("a.png", (20, 31), values=(0,))
-    monkeypatch.setattr("data_prep.packing.file_sha256", lambda path: os.kill(os.getpid(), 2))
+    monkeypatch.setattr(
+        "data_prep.packing.pack_shard.file_sha256", lambda path: os.kill(os.getpid(), 2)
+    )
     with pytest.raises(KeyboardInterrupt):
         pack("rooms", rooms.settings)
     assert Manifest.load(rooms.shards) == before

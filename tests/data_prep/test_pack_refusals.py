@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from data_prep.shards import SplitReader
-from hpc.command import UserError
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.reader import SplitReader
+from hpc.cli import UserError
 
 
 def _refusal(rooms) -> str:

@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep.layout import Entry
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from data_prep.shard_writer import ShardWriter
+from data_prep.shards.format import Entry
+from data_prep.shards.manifest import Manifest
+from data_prep.shards.writer import ShardWriter
 from data_prep.verify import verify
-from hpc.atomic import file_sha256
+from hpc.storage.atomic import file_sha256
 
 
 def _flip(path, position: int) -> None:

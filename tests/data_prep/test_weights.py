@@ -17,9 +17,9 @@ from data_prep.weights import (
     require_weights,
     weights_path,
 )
-from hpc.atomic import Damaged
-from hpc.command import UserError
-from jobs.models.names import MODELS
+from hpc.cli import UserError
+from hpc.storage.atomic import Damaged
+from jobs.models.registry import MODELS
 
 IMAGENET = {
     "resnet50": models.ResNet50_Weights,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.losses.names import example_names
-from jobs.models.names import MODELS
+from jobs.losses.grammar import example_names
+from jobs.models.registry import MODELS
 
 Condition = Callable[[Any], bool]
 

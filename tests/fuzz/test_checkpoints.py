@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from hpc import checkpoint
-from hpc.atomic import read_json, write_json
-from hpc.checksum import file_crc32
-from hpc.command import one_line
-from hpc.generation import Generation, claim
+from hpc.cli import one_line
+from hpc.storage import checkpoint
+from hpc.storage.atomic import read_json, write_json
+from hpc.storage.checksum import file_crc32
+from hpc.storage.fencing import Generation, claim
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from hpc.command import UserError, one_line
+from hpc.cli import UserError, one_line
 from pipeline import submit
-from pipeline.grid import Grid, read_grid
-from pipeline.plan import make_plan
+from pipeline.config.grid_file import Grid, read_grid
+from pipeline.planning.plan import make_plan
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 from tests.fuzz.grid_files import SITE, TEXTS, as_toml, mistaken, values

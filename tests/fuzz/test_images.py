@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_prep.images import BadFile, decode_rgb, read_header, read_index_map
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from data_prep.shards import SplitReader
+from data_prep.shards.reader import SplitReader
 from tests.fuzz import pictures
 from tests.fuzz.cases import fuzzed
 from tests.fuzz.damage import DAMAGES, Damage

@@ -16,27 +16,27 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from data_prep.manifest import MANIFEST, Manifest
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from hpc import checkpoint
-from hpc.atomic import read_json, write_json
-from hpc.command import UserError, one_line
-from hpc.env import RankEnv
-from hpc.groups import process_group
-from jobs.backbone import load_exactly, read_weights
-from jobs.cell import RunPaths
-from jobs.counts_file import read_counts, read_index, write_counts
+from data_prep.shards.manifest import MANIFEST, Manifest
+from hpc.cli import UserError, one_line
+from hpc.distributed.launcher import RankEnv
+from hpc.distributed.process_group import process_group
+from hpc.storage import checkpoint
+from hpc.storage.atomic import read_json, write_json
 from jobs.models.build import build_backbone, build_head
-from jobs.predictor import Predictor
-from jobs.task import Task, read_task, write_task
-from pipeline.finished import finished_cells
-from pipeline.results import read_results, write_results
-from pipeline.state import submissions
+from jobs.spec.cell import RunPaths
+from jobs.spec.counts_file import read_counts, read_index, write_counts
+from jobs.spec.task import Task, read_task, write_task
+from jobs.training.backbone import load_exactly, read_weights
+from jobs.training.predictor import Predictor
+from pipeline.scores.results_file import read_results, write_results
+from pipeline.tracking.finished import finished_cells
+from pipeline.tracking.survey import submissions
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 from tests.jobs.cells import a_cell
-from tests.pipeline import simulated
+from tests.pipeline.scores import simulated
 
 CELL = a_cell()
 BACKBONE = "mobilenet_v3_large"

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.manifest import Manifest, ShardSummary
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from data_prep.shards import ShardFile
+from data_prep.shards.manifest import Manifest, ShardSummary
+from data_prep.shards.reader import ShardFile
 from data_prep.verify import verify
-from hpc.atomic import Damaged
+from hpc.storage.atomic import Damaged
 from tests.fuzz.cases import fuzzed
 from tests.fuzz.damage import DAMAGES
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from hpc.command import UserError
+from hpc.cli import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
 
 

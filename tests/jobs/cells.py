@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from data_prep.settings import VOID
-from jobs.batches import Batch, share
-from jobs.cell import Cell
-from jobs.losses.names import parse_loss
-from jobs.protocol import Protocol
+from jobs.data.batches import Batch, share
+from jobs.losses.grammar import parse_loss
+from jobs.spec.cell import Cell
+from jobs.spec.protocol import Protocol
 
 MODEL = "fcn_mobilenet_v3_large"
 CLASS_WEIGHTS = np.array([0.3, 1.7, 1.0])

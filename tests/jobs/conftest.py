@@ -7,8 +7,8 @@ import torch
 
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from hpc.env import RankEnv
-from hpc.groups import process_group
+from hpc.distributed.launcher import RankEnv
+from hpc.distributed.process_group import process_group
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc.call import ModuleCall
+from hpc.scheduler.job import ModuleCall
 from tests.jobs import ranks  # shares its fork server, and must not ask for other modules later
 
 ranks._PROCESSES.set_forkserver_preload(["jobs.pretrain", "jobs.train", ranks.__name__, __name__])

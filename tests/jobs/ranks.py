@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpc.env import RankEnv
-from hpc.groups import Group
+from hpc.distributed.launcher import RankEnv
+from hpc.distributed.process_group import Group
 
 # one process imports torch and the modules under test, and every rank is a fork of it
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["jobs.trainee", __name__])
+_PROCESSES.set_forkserver_preload(["jobs.training.cell_trainer", __name__])
 _PATIENCE = 400.0  # seconds
 
 

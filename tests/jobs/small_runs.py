@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc import checkpoint
-from jobs.cell import Cell, RunPaths
-from jobs.counts_file import read_counts, read_index
-from jobs.task import Task, write_task
-from pipeline.grid import Grid, read_grid
+from hpc.storage import checkpoint
+from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.counts_file import read_counts, read_index
+from jobs.spec.task import Task, write_task
+from pipeline.config.grid_file import Grid, read_grid
 from tests.pipeline.grids import grid_file
 
 STEPS = 3 * (11 // 2)  # epochs, and batches of two of the eleven streets

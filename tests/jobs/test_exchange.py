@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc import exchange
-from jobs import trainee as trainee_module
-from jobs.trainee import Trainee, step_in_turn
+from jobs.training import cell_trainer as trainee_module
+from jobs.training.cell_trainer import Trainee, step_in_turn
 from tests.jobs.cells import CLASS_WEIGHTS, MODEL, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 

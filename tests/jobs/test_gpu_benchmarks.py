@@ -10,9 +10,9 @@ import torch
 
 from benchmarks import bundle_job, full_size, gpu_steps
 from benchmarks.measure import Absent
-from jobs import trainee
 from jobs.models.build import build_backbone
-from jobs.protocol import Protocol
+from jobs.spec.protocol import Protocol
+from jobs.training import cell_trainer
 
 MODEL = "deeplabv3_mobilenet_v3_large"
 SMALL = Protocol(weights="none", batch_size=2, crop=(48, 48), precision="bf16", threads=1)
@@ -63,7 +63,7 @@ def test_a_cell_that_stops_is_no_step(monkeypatch):
     def broken(logits, *_):
         return logits.sum() * float("nan")
 
-    monkeypatch.setattr(trainee, "combined_loss", broken)
+    monkeypatch.setattr(cell_trainer, "combined_loss", broken)
     with bundle_job.ready(SMALL) as group:
         job = bundle_job.Job(MODEL, group, SMALL)
         with pytest.raises(RuntimeError, match=r"/CE/0 stopped: the loss was nan at step 1 of 2"):

@@ -7,17 +7,18 @@ from torchvision.models import segmentation
 from data_prep import weights as command
 from data_prep.pack import pack
 from data_prep.weights import FILES, weights_path
-from hpc.atomic import file_sha256
-from hpc.command import UserError, run
-from hpc.preempt import StopRequest
-from jobs import backbone, train
-from jobs.counts_file import read_index
-from jobs.losses.names import parse_loss
+from hpc.cli import UserError, run
+from hpc.distributed.preemption import StopRequest
+from hpc.storage.atomic import file_sha256
+from jobs import train
+from jobs.losses.grammar import parse_loss
 from jobs.models.build import seeded
-from jobs.predictor import Predictor
-from jobs.task import Task
+from jobs.spec.counts_file import read_index
+from jobs.spec.task import Task
+from jobs.training import backbone
+from jobs.training.predictor import Predictor
 from pipeline import submit
-from tests.jobs.published import publish
+from tests.jobs.models.published import publish
 from tests.pipeline.grids import grid_file, pairs, small_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")

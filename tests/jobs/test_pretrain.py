@@ -7,11 +7,11 @@ import signal
 
 import pytest
 
-from hpc.atomic import write_json
-from hpc.command import UserError
-from hpc.preempt import StopRequest
+from hpc.cli import UserError
+from hpc.distributed.preemption import StopRequest
+from hpc.storage.atomic import write_json
 from jobs.pretrain import pretrain_backbone, pretraining_cell
-from jobs.task import Task
+from jobs.spec.task import Task
 from jobs.train import train_bundle
 from tests.jobs.cells import a_cell
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.pack import pack
-from hpc.command import run
+from hpc.cli import run
 from pipeline import doctor
-from tests.pipeline.fake_site import FakeSite, profile_file
+from tests.pipeline.doctor.fake_site import FakeSite, profile_file
 from tests.pipeline.grids import grid_file, small_grid
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hpc.call import ModuleCall
-from hpc.profile import Resources
-from hpc.slurm import DEFAULT_MAX_ARRAY_SIZE
-from hpc.tickets import JobState
+from hpc.scheduler.cluster_profile import Resources
+from hpc.scheduler.job import ModuleCall
+from hpc.scheduler.local_jobs import JobState
+from hpc.scheduler.slurm import DEFAULT_MAX_ARRAY_SIZE
 
 
 class FakeQueue:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.manifest import Manifest
-from jobs.cell import Cell
-from jobs.counts_file import write_counts
+from data_prep.shards.manifest import Manifest
 from jobs.metrics.counts import NAMES, Counts
-from pipeline.grid import Grid, read_grid
+from jobs.spec.cell import Cell
+from jobs.spec.counts_file import write_counts
+from pipeline.config.grid_file import Grid, read_grid
 
 TEXT = """\
 name = "small"

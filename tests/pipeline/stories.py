@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from hpc import checkpoint
-from hpc.atomic import write_json
-from hpc.generation import claim
-from jobs.cell import Cell
-from jobs.task import read_task
-from pipeline.grid import Grid
-from pipeline.state import STATES, survey
+from hpc.storage import checkpoint
+from hpc.storage.atomic import write_json
+from hpc.storage.fencing import claim
+from jobs.spec.cell import Cell
+from jobs.spec.task import read_task
+from pipeline.config.grid_file import Grid
+from pipeline.tracking.survey import STATES, survey
 from tests.pipeline.fake_queue import FakeQueue
 
 OUT_OF_MEMORY = "slurmstepd-n1: error: Detected 1 oom_kill event in StepId=12.0. Some of the step"

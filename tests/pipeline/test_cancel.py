@@ -6,14 +6,15 @@ from functools import partial
 
 import pytest
 
-from hpc.command import UserError
+from hpc.cli import UserError
 from pipeline import cancel as command
-from pipeline import status, wait
+from pipeline import status
 from pipeline.cancel import cancel
-from pipeline.grid import Grid
-from pipeline.records import cancellations
-from pipeline.state import survey
+from pipeline.config.grid_file import Grid
+from pipeline.submission import wait
 from pipeline.submit import submit, submit_deferred
+from pipeline.tracking.submissions import cancellations
+from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import beat, cells_of, save, words

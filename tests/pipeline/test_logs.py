@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hpc.call import START_PREFIX
-from hpc.command import UserError
+from hpc.cli import UserError
+from hpc.scheduler.job import START_PREFIX
 from pipeline import logs
-from pipeline.grid import Grid
-from pipeline.records import Submission
+from pipeline.config.grid_file import Grid
 from pipeline.submit import submit
+from pipeline.tracking.submissions import Submission
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import small_grid
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc.command import UserError
+from hpc.cli import UserError
 from pipeline import predict
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifest import Manifest
 from data_prep.pack import pack
-from hpc.atomic import write_json
-from hpc.command import UserError
-from jobs.cell import Cell
+from data_prep.shards.manifest import Manifest
+from hpc.cli import UserError
+from hpc.storage.atomic import write_json
+from jobs.spec.cell import Cell
 from pipeline import reduce
-from pipeline.grid import Grid, read_grid
-from pipeline.results import Results, read_results
+from pipeline.config.grid_file import Grid, read_grid
+from pipeline.scores.results_file import Results, read_results
 from tests.pipeline.grids import counts_of, finish, grid_file, pairs
 
 REPOSITORY = Path(__file__).parents[2]

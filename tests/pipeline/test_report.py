@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from hpc.command import UserError
-from pipeline import figures
-from pipeline.analysis import analyse, write_files
-from pipeline.page import render
-from pipeline.printed import printed_table
+from hpc.cli import UserError
+from pipeline.paper.comparison import analyse, write_files
+from pipeline.rendering import figures
+from pipeline.rendering.page import render
+from pipeline.rendering.terminal import printed_table
 from pipeline.report import main, write_report
-from pipeline.results import write_results
-from pipeline.tables import rows
-from tests.pipeline import simulated
+from pipeline.scores.results_file import write_results
+from pipeline.scores.score_table import rows
 from tests.pipeline.grids import grid_file
+from tests.pipeline.scores import simulated
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from hpc.command import UserError, run
-from hpc.tickets import JobState
+from hpc.cli import UserError, run
+from hpc.scheduler.local_jobs import JobState
 from pipeline import retry
 from pipeline.cancel import cancel
-from pipeline.choice import unsent
-from pipeline.grid import Grid
-from pipeline.state import survey
+from pipeline.config.grid_file import Grid
+from pipeline.submission.cell_selection import unsent
 from pipeline.submit import plan_of, submit
+from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import (

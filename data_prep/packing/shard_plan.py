@@ -1,0 +1,193 @@
+"""What is to be packed: which samples go into which shard, before any pixel is decoded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.images import BadFile, read_header
+from data_prep.settings import DatasetSettings
+from data_prep.shards.format import Entry
+from data_prep.shards.manifest import FORMAT, SPLITS
+from data_prep.sources import source_module
+from data_prep.sources.sample import Sample
+from hpc.cli import UserError
+from hpc.storage.atomic import fingerprint
+
+MEGABYTE = 1_000_000
+_READING = 2  # raise it when the same files give other pixels, labels or records
+_HEADER_THREADS = 8  # headers are tiny reads: on a parallel file system waiting is all they do
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """A sample whose header was read."""
+
+    sample: Sample
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to be packed; `stamp` changes when its source files or settings do."""
+
+    settings: DatasetSettings
+    split: str
+    number: int
+    samples: tuple[PlannedSample, ...]
+    stamp: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the shard is written."""
+        return Path(self.settings.shards)
+
+    @property
+    def stem(self) -> str:
+        """The beginning of the names of the shard and of its record."""
+        return f"{self.split}-{self.number:05d}"
+
+    @property
+    def record_path(self) -> Path:
+        """The small file beside the shard that says it is done."""
+        return self.folder / f"{self.stem}.json"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its arenas."""
+        return sum(_arena_bytes(planned.entry) for planned in self.samples)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of a data set, and the samples whose headers were already found bad."""
+
+    shards: tuple[ShardPlan, ...]
+    bad: dict[str, tuple[str, ...]]  # by split, one message a sample
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set as they are now. Made without opening any."""
+
+    settings: DatasetSettings
+    classes: tuple[str, ...]
+    samples: dict[str, list[Sample]]
+    stamps: dict[str, list[list[Any]]]  # by split, a sample's names, sizes, times, annotation
+
+    @property
+    def stamp(self) -> str:
+        """Changes when any file or a setting that matters does."""
+        return _stamp(self.settings, list(self.stamps.items()))
+
+
+def find_source(settings: DatasetSettings) -> Source:
+    """Make or check the source's files, and list them. Raises `UserError`."""
+    module = source_module(settings.source)
+    module.prepare(settings)
+    samples = {split: module.samples(settings, split) for split in SPLITS}
+    stamps = {split: [_sample_stamp(s) for s in samples[split]] for split in SPLITS}
+    return Source(settings, module.classes(settings), samples, stamps)
+
+
+def plan_shards(source: Source) -> Plan:
+    """Deal the samples, sorted by id, to shards of about `shard_mb`, all by their headers."""
+    shards: list[ShardPlan] = []
+    bad: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        stamps = {s.id: t for s, t in zip(source.samples[split], source.stamps[split], strict=True)}
+        planned, bad[split] = _read_headers(source, split)
+        for number, group in enumerate(_cut(planned, source.settings.shard_mb * MEGABYTE)):
+            stamp = _stamp(source.settings, [stamps[p.sample.id] for p in group])
+            shards.append(ShardPlan(source.settings, split, number, tuple(group), stamp))
+    return Plan(tuple(shards), bad)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Make `folder`; `UserError` if its disk has less than `needed` bytes free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {folder}: no permission; set shards to another folder")
+    if needed > free:
+        raise UserError(
+            f"no room for the shards in {folder}: {_gigabytes(needed)} needed, "
+            f"{_gigabytes(free)} free; make room, or set shards to a folder on another disk"
+        )
+
+
+def _read_headers(source: Source, split: str) -> tuple[list[PlannedSample], tuple[str, ...]]:
+    def read(sample: Sample) -> PlannedSample | str:
+        try:
+            return PlannedSample(sample, _entry(sample, source.settings.codec))
+        except BadFile as error:
+            return str(error)
+
+    with ThreadPoolExecutor(_HEADER_THREADS) as threads:
+        found = list(threads.map(read, source.samples[split]))
+    planned = [one for one in found if isinstance(one, PlannedSample)]
+    return planned, tuple(one for one in found if isinstance(one, str))
+
+
+def _entry(sample: Sample, codec: str) -> Entry:
+    header = read_header(sample.image)
+    height, width = header.height, header.width
+    if codec == "raw" or (codec == "auto" and not header.keeps_jpeg):
+        return Entry(sample.id, height, width, "raw", height * width * 3)
+    if not header.keeps_jpeg:
+        raise BadFile(
+            f'{sample.image} is no RGB or grey JPEG, which codec = "encoded" asks for; '
+            'set codec = "auto" or "raw"'
+        )
+    return Entry(sample.id, height, width, "encoded", _stat(sample.image)[0])
+
+
+def _cut(planned: Iterable[PlannedSample], limit: int) -> Iterable[list[PlannedSample]]:
+    group: list[PlannedSample] = []
+    filled = 0
+    for one in planned:
+        size = _arena_bytes(one.entry)
+        if group and filled + size > limit:
+            yield group
+            group, filled = [], 0
+        group.append(one)
+        filled += size
+    if group:
+        yield group
+
+
+def _arena_bytes(entry: Entry) -> int:
+    return entry.pixels.size + entry.labels.size
+
+
+def _stamp(settings: DatasetSettings, content: list[Any]) -> str:
+    return fingerprint(
+        [FORMAT, _READING, settings.identity(), settings.codec, settings.shard_mb, content]
+    )
+
+
+def _sample_stamp(sample: Sample) -> list[Any]:
+    image = [sample.image.name, *_stat(sample.image)]
+    if sample.annotation:  # the file's own time would repack every sample for a change of one
+        return [sample.id, image, fingerprint(sample.annotation)]
+    return [sample.id, image, [sample.label.name, *_stat(sample.label)]]
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

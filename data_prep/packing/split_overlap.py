@@ -1,0 +1,113 @@
+"""Pictures that are trained on in one place and validated on in another."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Self
+
+from data_prep.settings import DatasetSettings, SbdSettings
+from data_prep.shards.manifest import SPLITS, Manifest
+from data_prep.sources import source_module
+from data_prep.sources.sample import Sample
+from hpc.cli import UserError
+
+_SAME_PICTURES = {"voc", "sbd"}  # sources whose equal ids are the same photograph
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a data set, by id."""
+
+    train: Sequence[str]
+    val: Sequence[str]
+    leaked: Sequence[str]  # of `val`, those whose content is in `train` too
+
+    @classmethod
+    def packed(cls, manifest: Manifest) -> Self:
+        """Those of a packed data set."""
+        train, val = (
+            [one for shard in manifest.splits[split].shards for one in shard.ids]
+            for split in SPLITS
+        )
+        return cls(train, val, manifest.leaked)
+
+    @classmethod
+    def of_source(cls, settings: DatasetSettings) -> Self:
+        """Those of the files that are to be packed. Compares only images of equal ids: reading all
+        is left to packing. Raises `UserError` for files that are missing or do not pair."""
+        source = source_module(settings.source)
+        train, val = ({s.id: s for s in source.samples(settings, split)} for split in SPLITS)
+        leaked = [one for one in val if one in train and _same_image(train[one], val[one])]
+        return cls(list(train), list(val), leaked)
+
+
+Datasets = Mapping[str, DatasetSettings]
+PicturesByName = Mapping[str, Pictures]
+
+
+def overlap_warnings(datasets: Datasets, pictures: PicturesByName) -> list[str]:
+    """Return one line for each overlap of data sets whose `pictures` are given: pictures in both
+    lists of one, and training pictures of VOC or SBD on which another of the two validates, or VOC
+    itself where an SBD's `voc_root` still holds its list."""
+    return [
+        *_within(datasets, pictures), *_between(datasets, pictures), *_with_voc(datasets, pictures)
+    ]  # fmt: skip
+
+
+def _same_image(one: Sample, other: Sample) -> bool:
+    try:
+        return one.image == other.image or filecmp.cmp(one.image, other.image, shallow=False)
+    except OSError:
+        return False  # packing tells what is wrong with it
+
+
+def _within(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
+    for name, of in pictures.items():
+        by_id = _shared(of.train, of.val) if datasets[name].source in _SAME_PICTURES else []
+        if shared := sorted({*of.leaked, *by_id}, key=str.encode):
+            yield (
+                f"{len(shared)} of {len(of.val)} validation images of the data set {name!r} "
+                f"are training images too, {shared[0]!r} first: its scores are not of unseen "
+                "images; choose lists that share none"
+            )
+
+
+def _between(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
+    related = [name for name in pictures if datasets[name].source in _SAME_PICTURES]
+    for trained, validated in permutations(related, 2):
+        if shared := _shared(pictures[trained].train, pictures[validated].val):
+            yield _seen(
+                trained, shared, len(pictures[validated].val), f"the data set {validated!r}"
+            )
+
+
+def _with_voc(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
+    if any(datasets[name].source == "voc" for name in pictures):
+        return  # it is compared as it is
+    for name in pictures:
+        settings = datasets[name]
+        if not isinstance(settings, SbdSettings):
+            continue
+        sbd = source_module("sbd")
+        if settings.val != sbd.VOC_VAL:
+            try:
+                theirs = sbd.voc_val_ids(settings)
+            except UserError:  # shards outlive what they were packed from
+                continue
+            if shared := _shared(pictures[name].train, theirs):
+                yield _seen(name, shared, len(theirs), "VOC 2012")
+
+
+def _seen(trained: str, shared: Sequence[str], validated: int, where: str) -> str:
+    return (
+        f"{len(shared)} of {validated} validation images of {where} are training images of the "
+        f"data set {trained!r}, {shared[0]!r} first: what trains on it has seen them, so do not "
+        "score it there (SBD's list train_noval shares none with VOC's validation)"
+    )
+
+
+def _shared(train: Sequence[str], val: Sequence[str]) -> list[str]:
+    return sorted(set(train) & set(val), key=str.encode)

@@ -1,0 +1,25 @@
+"""A packed data set on the node's own disk, where the cluster profile names one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.shards.manifest import Manifest
+from hpc.storage.node_cache import SharedFile, staged
+
+
+@contextmanager
+def nearby(folder: str | Path, node_local: str) -> Iterator[Manifest]:
+    """The manifest of the data set in `folder`, whose shards lie in the node's folder `node_local`
+    while the block runs; in `folder` itself if that is "" or has no room for them."""
+    manifest = Manifest.load(folder)
+    if not node_local:
+        yield manifest
+        return
+    shards = [shard for half in manifest.splits.values() for shard in half.shards]
+    files = [SharedFile(shard.file, shard.bytes, shard.sha256) for shard in shards]
+    with staged(manifest.folder, files, manifest.fingerprint, node_local) as place:
+        yield replace(manifest, folder=place)

@@ -1,0 +1,275 @@
+"""What a packed data set consists of: shards, ids, sizes, class pixel counts, checksums.
+
+Free of torch, h5py and mpi4py: planning reads it on the login node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.settings import VOID, DatasetSettings
+from hpc.cli import UserError
+from hpc.storage.atomic import Damaged, fingerprint, read_json, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = "lossgrid shards 4"
+SPLITS = ("train", "val")
+ROOTS = frozenset({"root", "voc_root"})  # settings that only say where the files lie
+_SHOWN = 3  # class names in a message
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """One shard file, its samples in their order in the file."""
+
+    file: str  # name within the folder; it ends with a part of `sha256`, see `shard_name`
+    bytes: int
+    sha256: str  # of the whole file
+    arenas: tuple[tuple[int, int], ...]  # of pixels and of labels: (offset, bytes)
+    frame_sha256: str  # of all bytes outside them: says at opening that content is the manifest's
+    ids: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]  # (height, width)
+    class_pixels: tuple[int, ...]  # one count a class
+    void_pixels: int
+
+    @property
+    def images(self) -> int:
+        """Number of samples."""
+        return len(self.ids)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ShardSummary:
+        """The summary that `asdict` turned into plain values."""
+        lists = {
+            "arenas": tuple((offset, size) for offset, size in record["arenas"]),
+            "ids": tuple(record["ids"]),
+            "sizes": tuple((height, width) for height, width in record["sizes"]),
+            "class_pixels": tuple(record["class_pixels"]),
+        }
+        return cls(**{**record, **lists})
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """The training or the validation half of a data set."""
+
+    shards: tuple[ShardSummary, ...]
+    left_out: tuple[str, ...] = ()  # what `skip_bad` left out: one message a sample
+
+    @property
+    def images(self) -> int:
+        """Number of samples."""
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def class_pixels(self) -> tuple[int, ...]:
+        """Number of labelled pixels of each class."""
+        counts = zip(*(shard.class_pixels for shard in self.shards), strict=True)
+        return tuple(sum(of_class) for of_class in counts)
+
+    @property
+    def void_pixels(self) -> int:
+        """Number of pixels that count nowhere."""
+        return sum(shard.void_pixels for shard in self.shards)
+
+    @property
+    def void_share(self) -> str:
+        """The void pixels among all, such as `2.5 %`."""
+        return f"{100 * self.void_pixels / (sum(self.class_pixels) + self.void_pixels):.1f} %"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed data set. `fingerprint` is the SHA-256 of all that the manifest says about classes
+    and content (not of names, paths and times), to be recorded with whatever was made from it."""
+
+    folder: Path
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, SplitSummary]
+    source_stamp: str = ""  # names, sizes and times of the source files and the settings
+    leaked: tuple[str, ...] = ()  # ids of validation images that are training images too
+    origin: Mapping[str, Any] = field(default_factory=dict)  # see `DatasetSettings.origin`
+    kept: tuple[str, ...] = ()  # shards of earlier contents, which running jobs may still open
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        shards = {split: list(map(asdict, half.shards)) for split, half in self.splits.items()}
+        content = {"format": FORMAT, "classes": list(self.classes), "splits": shards}
+        object.__setattr__(self, "fingerprint", fingerprint(content))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a packed data set. Raises `UserError` if there is none or it is of
+        another version of this program, `Damaged` if it is not as it was written."""
+        return _from_record(Path(folder), _read(Path(folder)))
+
+    def save(self) -> None:
+        """Write the manifest into its folder in one step."""
+        splits = {split: asdict(half) for split, half in self.splits.items()}
+        record = {
+            "format": FORMAT,
+            "name": self.name,
+            "source_stamp": self.source_stamp,
+            "leaked": list(self.leaked),
+            "fingerprint": self.fingerprint,
+            "origin": dict(self.origin),
+            "kept": list(self.kept),
+            "classes": list(self.classes),
+            "splits": splits,
+        }
+        write_json(self.folder / MANIFEST, record)
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all shards."""
+        return {shard.file for half in self.splits.values() for shard in half.shards}
+
+    def differences(self, origin: Mapping[str, Any]) -> dict[str, str]:
+        """Return how the settings that the data set was packed with differ from others, which
+        `origin` gives: a phrase by setting, empty if they do not differ."""
+        keys = {key for key in {*self.origin, *origin} if self.origin.get(key) != origin.get(key)}
+        return {
+            key: f"{key} = {_shown(self.origin, key)} there, {_shown(origin, key)} here"
+            for key in sorted(keys)
+        }
+
+    def require_settings(
+        self, origin: Mapping[str, Any], folder: str | Path, name: str, moved: str = ""
+    ) -> None:
+        """Raise `UserError` if the data set in `folder` was packed with other settings than those
+        of [dataset.`name`], given as for `differences`. `moved` ends the message where only the
+        places of the files differ."""
+        if found := self.differences(origin):
+            moved = moved if found.keys() <= ROOTS else ""
+            raise UserError(
+                f"{folder} was packed with other settings than [dataset.{name}] has now "
+                f"({'; '.join(found.values())}); set shards to another folder, or delete that one "
+                f"if no grid needs it{moved}"
+            )
+
+    def require_classes(self, settings: DatasetSettings) -> None:
+        """Raise `UserError` if fewer than two classes have pixels in a split: there is nothing to
+        tell apart. `settings` tell which values of label maps the pixels had."""
+        for split, half in self.splits.items():
+            found = [index for index, pixels in enumerate(half.class_pixels) if pixels]
+            if len(found) >= 2:
+                continue
+            where = f"{split} of the data set {self.name!r}"
+            what = f"no class has pixels in {where}"
+            if found:
+                name = f"{self.classes[found[0]]!r}{_values(settings, found[0])}"
+                what = f"{name} is the only class with pixels in {where}"
+            void = f"{half.void_share} of the pixels are void{_values(settings, VOID)}"
+            raise UserError(f"{what}; {void}; at least two are needed: {settings.mending}")
+
+    def warnings(self) -> list[str]:
+        """Return one line for each split in which no pixel has one of the classes."""
+        effects = {
+            "train": "no cell can learn it",
+            "val": "scores are averaged over the classes that do occur",
+        }
+        absent = {
+            split: [c for c, n in zip(self.classes, half.class_pixels, strict=True) if not n]
+            for split, half in self.splits.items()
+        }
+        return [
+            f"{_listed(names)} of the data set {self.name!r} labels no pixel of {split}, of which "
+            f"{self.splits[split].void_share} are void: {effects[split]}; add images that show it, "
+            "or take it out of the classes"
+            for split, names in absent.items()
+            if names
+        ]
+
+    def check_files(self) -> None:
+        """`Damaged` for the first shard that is missing or of another length. Reads no content."""
+        for half in self.splits.values():
+            for shard in half.shards:
+                check_length(self.folder / shard.file, shard.bytes)
+
+
+def read_fingerprint(folder: str | Path) -> str:
+    """The fingerprint of the packed data set in `folder`, quicker than by all of its manifest.
+    Raises as `Manifest.load`."""
+    return str(_read(Path(folder))["fingerprint"])
+
+
+def check_length(path: Path, expected: int) -> None:
+    """`Damaged` if the file is missing or has not `expected` bytes."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}; {remedy(path)}") from error
+    if found != expected:
+        raise Damaged(f"{path} has {found} bytes instead of {expected}; {remedy(path)}")
+
+
+def _values(settings: DatasetSettings, label: int) -> str:
+    values = settings.label_values(label)
+    return f" (label value {' or '.join(map(str, values))})" if values else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"each of the classes {shown}{more}" if len(names) > 1 else f"the class {shown}"
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged shard."""
+    return f"delete {path.name} if it is there and run `python -m data_prep.pack CONFIG` again"
+
+
+def shard_name(stem: str, sha256: str) -> str:
+    """Return the file name of a shard: other content gets another name, so that packing anew
+    replaces no shard that a running job may still open."""
+    return f"{stem}-{sha256[:12]}.h5"
+
+
+def shard_stem(file: str) -> str:
+    """Return `train-00000` for a shard's file name."""
+    return file.rpartition("-")[0]
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not set"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        record = read_json(folder / MANIFEST)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no packed data set (no {MANIFEST}); "
+            "run `python -m data_prep.pack CONFIG`"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {folder / MANIFEST}: {error.strerror}") from error
+    if record.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} was packed by another version ({record.get('format')!r}, not "
+            f"{FORMAT!r}); delete the folder and run `python -m data_prep.pack` again"
+        )
+    return record
+
+
+def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
+    splits = {
+        split: SplitSummary(
+            shards=tuple(ShardSummary.from_record(s) for s in half["shards"]),
+            left_out=tuple(half["left_out"]),
+        )
+        for split, half in record["splits"].items()
+    }
+    return Manifest(
+        folder,
+        record["name"],
+        tuple(record["classes"]),
+        splits,
+        record["source_stamp"],
+        tuple(record["leaked"]),
+        record["origin"],
+        tuple(record["kept"]),
+    )

@@ -1,0 +1,68 @@
+"""Checks of a site before anybody waits for it: each says in one line what holds, or what does not
+and what to do. A check that breaks is a line too, and the others go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hpc.cli import UserError, one_line
+
+Verdict = Literal["pass", "warn", "FAIL", "skip"]
+
+
+class NotAsked(Exception):
+    """Why a check says nothing here."""
+
+
+class Doubt(Exception):
+    """What works today, but had better be known."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out of one check. `said` is the evidence of a pass, else what is wrong and what to
+    do about it, or why it was skipped."""
+
+    verdict: Verdict
+    what: str
+    said: str
+
+    def __str__(self) -> str:
+        said = f" ({self.said})" if self.verdict == "pass" else f": {self.said}"
+        return one_line(f"{self.verdict}  {self.what}{said}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`look` returns the evidence, or raises `UserError`, `Doubt` or `NotAsked`."""
+
+    what: str
+    look: Callable[[], str]
+
+    def finding(self) -> Finding:
+        """What comes out of it; never raises."""
+        try:
+            return Finding("pass", self.what, self.look())
+        except UserError as error:
+            return Finding("FAIL", self.what, str(error))
+        except Doubt as doubt:
+            return Finding("warn", self.what, str(doubt))
+        except NotAsked as why:
+            return Finding("skip", self.what, str(why))
+        except Exception as error:  # whatever a site has that nobody thought of
+            broken = f"the check itself failed ({type(error).__name__}: {error})"
+            return Finding("FAIL", self.what, f"{broken}; please report it, and go by the others")
+
+
+def findings(checks: Iterable[Check]) -> Iterator[Finding]:
+    """What comes out of each, one after the other."""
+    return (check.finding() for check in checks)
+
+
+def shown_bytes(number: float) -> str:
+    """Bytes for people."""
+    if number < 5e4:
+        return f"{number / 1e3:.1f} kB"
+    return f"{number / 1e6:.1f} MB" if number < 5e7 else f"{number / 1e9:.1f} GB"

@@ -1,0 +1,133 @@
+"""What one process can tell of where it runs: on a node for its job, on the login node to compare
+with. Every fact is taken on its own, so that one that cannot be had leaves the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hpc.cli import UserError, one_line
+from hpc.distributed.launcher import RankEnv
+from hpc.storage.atomic import TEMPORARY_PREFIX, write_json, write_text
+
+HELLO, ANSWER, FACTS = "hello", "answer", "json"
+_ANSWER_SECONDS = 60.0  # network file systems may show a new file late
+_POLL_SECONDS = 0.05
+_TRIAL_BYTES = 32 << 20
+
+
+class Facts:
+    """What a rank has found so far, on disk after every fact."""
+
+    def __init__(self, folder: Path, name: str, env: RankEnv) -> None:
+        self._path = folder / f"{name}-{env.rank}.{FACTS}"
+        self._known: dict[str, Any] = {
+            "rank": env.rank, "world_size": env.world_size, "local_rank": env.local_rank,
+            "node": env.node, "errors": {},
+        }  # fmt: skip
+
+    def note(self, name: str, look: Callable[[], Any]) -> bool:
+        """Take a fact, or note why it cannot be had; whether it could."""
+        try:
+            self._known[name] = look()
+        except (Exception, SystemExit) as error:
+            said = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            )
+            self._known["errors"][name] = one_line(said)
+        write_json(self._path, self._known)
+        return name in self._known
+
+
+def versions(packages: Iterable[str], sources: Sequence[Path]) -> dict[str, str]:
+    """Of Python and of installed packages, which are not imported; and a hash of our own source in
+    the folders `sources`."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found | {"own source": _source_hash(sources)}
+
+
+def _source_hash(folders: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{path.relative_to(folder)}\0".encode())
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def network_interfaces() -> list[str]:
+    """The names of this node's."""
+    return [name for _, name in socket.if_nameindex()]
+
+
+def sizes(paths: Iterable[str]) -> dict[str, int]:
+    """Bytes of each file; -1 for one that this node does not see or may not read."""
+    return {path: Path(path).stat().st_size if os.access(path, os.R_OK) else -1 for path in paths}
+
+
+def room(place: str) -> int:
+    """Free bytes where this node's folder `place` is, or would be made; its variables are the
+    node's. Raises `UserError` if it cannot be written to."""
+    path = Path(os.path.expandvars(place))
+    if "$" in str(path) or not path.is_absolute():
+        raise UserError(f"{place!r} names no folder on {socket.gethostname()}")
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(f"{existing} cannot be written to: {error.strerror}") from error
+    return shutil.disk_usage(existing).free
+
+
+def bytes_per_second(folder: Path) -> float:
+    """How fast a file reaches the disk of `folder`, measured on one that is gone at once."""
+    data = os.urandom(_TRIAL_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY_PREFIX) as file:
+        begin = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return _TRIAL_BYTES / (time.perf_counter() - begin)
+
+
+def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
+    """Leave a file, and wait for the login node's answer to it: seconds since 1970, on this node's
+    clock, of leaving and of the answer's coming, and on the login node's in between. Raises
+    `UserError` if no answer comes."""
+    hello, answer = (folder / f"{name}-{rank}.{kind}" for kind in (HELLO, ANSWER))
+    for old in (hello, answer):  # of a start before: the job may have been requeued
+        old.unlink(missing_ok=True)
+    left = time.time()
+    write_text(hello, f"{left!r}")
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            between = float(answer.read_text(encoding="utf-8"))
+            return {"left": left, "between": between, "came": time.time()}
+        except FileNotFoundError:
+            time.sleep(_POLL_SECONDS)
+            list(folder.iterdir())  # makes NFS look again
+    raise UserError(f"{folder} did not show {answer.name} within {_ANSWER_SECONDS:.0f} s")
+
+
+def answer_hellos(folder: Path) -> None:
+    """The login node's part of it: answer every rank that waits, by writing its own clock."""
+    for hello in folder.glob(f"*.{HELLO}"):
+        answer = hello.with_suffix(f".{ANSWER}")
+        if not answer.exists():
+            write_text(answer, f"{time.time()!r}")

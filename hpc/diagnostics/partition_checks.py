@@ -1,0 +1,163 @@
+"""Whether the nodes of a profile's partition are what it asks for, one property at a time: so one
+reads which of them asks too much."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from hpc.cli import UserError
+from hpc.config import did_you_mean, shown
+from hpc.diagnostics.check import Doubt, NotAsked
+from hpc.diagnostics.slurm_site import Row, Site, num_gpus
+from hpc.scheduler.cluster_profile import ClusterProfile
+
+# not POWERED_DOWN: such nodes are started for a job
+_AWAY = re.compile(r"(^|\+)(DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN)|\*")
+
+
+def partitions_of(profile: ClusterProfile, site: Site) -> list[Row]:
+    """The partitions that the profile names, or the site's default. Raises `UserError` for one that
+    is not there."""
+    if not profile.partition:
+        default = [row for row in site.partitions.values() if row.get("Default") == "YES"]
+        if not default:
+            known = ", ".join(site.partitions)
+            raise UserError(f"the site has no default partition; set partition to one of {known}")
+        return default
+    names = profile.partition.split(",")
+    for name in names:
+        if name not in site.partitions:
+            raise UserError(
+                f"there is no partition {shown(name)}; {did_you_mean(name, site.partitions)}; "
+                "set partition in the profile (`sinfo` lists them)"
+            )
+    return [site.partitions[name] for name in names]
+
+
+def known_partitions(profile: ClusterProfile, site: Site) -> list[Row]:
+    """The same for all checks but the partition's own: one mistake is one line."""
+    try:
+        return partitions_of(profile, site)
+    except UserError as error:
+        raise NotAsked("its partition is not known") from error
+
+
+def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
+    """So many nodes that are not excluded, and may be asked for at once."""
+    for row in known_partitions(profile, site):
+        most = row.get("MaxNodes", "")
+        if most.isdigit() and profile.nodes > int(most):
+            raise UserError(
+                f"nodes = {profile.nodes}, but the partition {row['PartitionName']} gives a job at "
+                f"most {most}; set nodes in the profile"
+            )
+    found = len(_nodes(profile, site))
+    if found < profile.nodes:
+        left = ", without those that it excludes" if profile.exclude else ""
+        raise UserError(
+            f"nodes = {profile.nodes}, but the partition has {found}{left}; set nodes in the "
+            "profile, or choose another partition"
+        )
+    return f"{profile.nodes} of {found}"
+
+
+def features(profile: ClusterProfile, site: Site) -> str:
+    """Enough nodes have what `constraint` names."""
+    if not profile.constraint:
+        raise NotAsked("the profile has no constraint")
+    if not re.fullmatch(r"[\w.&,|-]+", profile.constraint):
+        raise NotAsked(f"constraint = {shown(profile.constraint)} is for sbatch to judge, below")
+    alternatives = [set(re.split("[&,]", part)) for part in profile.constraint.split("|")]
+
+    def has(node: Row) -> bool:
+        own = set(node.get("AvailableFeatures", "").split(","))
+        return any(wanted <= own for wanted in alternatives)
+
+    nodes = _nodes(profile, site)
+    known = {f for node in nodes for f in node.get("AvailableFeatures", "").split(",")}
+    names = ", ".join(sorted(known - {"", "(null)"})) or "none"
+    mend = f"there are {names}, so set constraint"
+    return _enough(profile, nodes, has, f"the features {profile.constraint!r}", mend)
+
+
+def cpus(profile: ClusterProfile, site: Site) -> str:
+    """Enough nodes have CPUs for all tasks."""
+    wanted = profile.tasks_per_node * profile.cpus_per_task
+    return _enough_of(
+        profile, site, lambda node: int(node.get("CPUEfctv") or node["CPUTot"]), wanted,
+        "tasks_per_node or cpus_per_task", "CPUs",
+    )  # fmt: skip
+
+
+def memory(profile: ClusterProfile, site: Site) -> str:
+    """Enough nodes have the memory."""
+    if not profile.memory_gb:
+        raise NotAsked("the profile leaves it to the site's default (memory_gb)")
+    megabytes = round(1024 * profile.memory_gb)
+    return _enough_of(profile, site, lambda node: int(node["RealMemory"]), megabytes,
+                      "memory_gb", "MB of memory")  # fmt: skip
+
+
+def gpus(profile: ClusterProfile, site: Site) -> str:
+    """Enough nodes have the GPUs, of the kind that `gres` names."""
+    if not profile.gpus_per_node:
+        raise NotAsked("the profile asks for none (gpus_per_node)")
+    words = profile.gres.split(":")
+    kind = words[1] if len(words) > 1 and not words[1].isdigit() else ""
+    wanted = num_gpus(profile.gres) if profile.gres.startswith("gpu") else profile.gpus_per_node
+    return _enough_of(profile, site, lambda node: num_gpus(node.get("Gres", ""), kind), wanted,
+                      "gpus_per_node or gres", f"GPUs{' of kind ' * bool(kind)}{kind}")  # fmt: skip
+
+
+def nodes_up(profile: ClusterProfile, site: Site) -> str:
+    """A job of so many nodes could start at some time without anybody mending any."""
+    nodes = _nodes(profile, site)
+    if len(nodes) < profile.nodes:
+        raise NotAsked("there are not so many, up or down")
+    away = [n["NodeName"] for n in nodes if _AWAY.search(n.get("State", ""))]
+    if len(nodes) - len(away) < profile.nodes:
+        raise Doubt(
+            f"{', '.join(away)} cannot take jobs now, which leaves {len(nodes) - len(away)} of "
+            f"{len(nodes)} for nodes = {profile.nodes}; jobs wait until they are back (`sinfo -R`)"
+        )
+    return f"{len(nodes) - len(away)} of {len(nodes)}"
+
+
+def _nodes(profile: ClusterProfile, site: Site) -> list[Row]:
+    """The nodes of the profile's partitions, without those that it excludes."""
+    names = {row["PartitionName"] for row in known_partitions(profile, site)}
+    excluded = site.hosts(profile.exclude)
+    return [
+        node
+        for node in site.nodes
+        if names & set(node.get("Partitions", "").split(",")) and node["NodeName"] not in excluded
+    ]
+
+
+def _enough(
+    profile: ClusterProfile, nodes: Sequence[Row], fits: Callable[[Row], bool], what: str, mend: str
+) -> str:
+    """Enough of `nodes` have `what`: how many, else what to mend."""
+    fitting = sum(map(fits, nodes))
+    if fitting < min(profile.nodes, len(nodes)):  # too few nodes is another line
+        raise UserError(
+            f"nodes = {profile.nodes}, but only {fitting} of the partition's {len(nodes)} have "
+            f"{what}; {mend} in the profile"
+        )
+    return f"{fitting} of {len(nodes)} have {what}"
+
+
+def _enough_of(
+    profile: ClusterProfile,
+    site: Site,
+    amount: Callable[[Row], int],
+    wanted: int,
+    key: str,
+    unit: str,
+) -> str:
+    """Enough nodes have `wanted` of a unit."""
+    nodes = _nodes(profile, site)
+    most = max(map(amount, nodes), default=0)
+    mend = f"the most is {most}, so set {key}"
+    return _enough(profile, nodes, lambda node: amount(node) >= wanted, f"{wanted} {unit}", mend)

@@ -1,0 +1,255 @@
+"""Whether a site has, and allows, what a cluster profile asks for. Each check takes the profile and
+what Slurm said, and returns its evidence, or raises what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from hpc.cli import UserError
+from hpc.config import did_you_mean, shown
+from hpc.diagnostics.check import Check, Doubt, NotAsked
+from hpc.diagnostics.partition_checks import (
+    cpus,
+    features,
+    gpus,
+    known_partitions,
+    memory,
+    nodes_of_partition,
+    nodes_up,
+    partitions_of,
+)
+from hpc.diagnostics.slurm_site import Row, Site, amounts, minutes_of
+from hpc.scheduler import sbatch_options
+from hpc.scheduler.clean_env import ignored_options
+from hpc.scheduler.cluster_profile import ClusterProfile, Resources
+from hpc.scheduler.slurm import QueueUnreachable, SlurmQueue
+
+T = TypeVar("T")
+
+
+def site_checks(profile: ClusterProfile, site: Site, folder: Path) -> list[Check]:
+    """In the order in which one mends them. `folder` is where jobs would leave their logs."""
+    queue = SlurmQueue(profile, folder, read_only=True)
+    looks: dict[str, Callable[[ClusterProfile, Site], str]] = {
+        "partition": partition,
+        "account": account,
+        "quality of service": quality,
+        "time limit": time_limit,
+        "nodes of the partition": nodes_of_partition,
+        "features of the nodes": features,
+        "CPUs of a node": cpus,
+        "memory of a node": memory,
+        "GPUs of a node": gpus,
+        "nodes that are up": nodes_up,
+        "limits of one job": job_limits,
+        "jobs in the queue": queue_limits,
+        "MPI type": mpi_type,
+        "set-up lines": setup_lines,
+        "requeueing": requeueing,
+        "options in the shell": options_in_shell,
+        "a training job, as sbatch sees it": partial(trial, queue),
+    }
+    return [Check(what, partial(look, profile, site)) for what, look in looks.items()]
+
+
+def partition(profile: ClusterProfile, site: Site) -> str:
+    """It exists, is up, and lets the profile's account and quality of service in."""
+    rows = partitions_of(profile, site)
+    for row in rows:
+        name = row["PartitionName"]
+        if row.get("State", "UP") != "UP":
+            raise UserError(f"the partition {name!r} is {row['State']}; choose another, or wait")
+        for key, given in (("Accounts", profile.account), ("Qos", profile.qos)):
+            allowed, denied = (row.get(f"{verb}{key}", "") for verb in ("Allow", "Deny"))
+            shut_out = given in denied.split(",") or (
+                allowed not in ("", "ALL", "N/A") and given not in allowed.split(",")
+            )
+            if given and shut_out:
+                raise UserError(
+                    f"the partition {name!r} does not take {given!r} (Allow{key}={allowed or 'ALL'}"
+                    f"); choose another partition, account or qos in the profile"
+                )
+    return ", ".join(f"{row['PartitionName']} is up" for row in rows)
+
+
+def account(profile: ClusterProfile, site: Site) -> str:
+    """Accounting knows this user in the profile's account."""
+    rows = _asked(lambda: site.associations)
+    own = list(dict.fromkeys(row["Account"] for row in rows))
+    enforced = "associations" in site.config.get("AccountingStorageEnforce", "")
+    if not own:
+        if enforced:
+            raise UserError(
+                f"accounting knows no account of {site.user!r}, and Slurm takes no job without; "
+                "ask those who run the site for one"
+            )
+        raise NotAsked(f"accounting knows no account of {site.user!r}, and Slurm wants none")
+    if profile.account and profile.account not in own:
+        raise UserError(
+            f"account = {shown(profile.account)} is no account of {site.user!r}; "
+            f"{did_you_mean(profile.account, own)}; set account in the profile"
+        )
+    return profile.account or f"the default of {site.user}, who has {', '.join(own)}"
+
+
+def quality(profile: ClusterProfile, site: Site) -> str:
+    """The profile's quality of service exists, and this user may have it."""
+    if not profile.qos:
+        return "the profile names none, so the default"
+    known = _asked(lambda: site.qualities)
+    if profile.qos not in known:
+        raise UserError(
+            f"there is no quality of service {shown(profile.qos)}; "
+            f"{did_you_mean(profile.qos, known)}; set qos in the profile"
+        )
+    granted = [name for row in _associations(profile, site) for name in row["QOS"].split(",")]
+    if any(granted) and profile.qos not in granted:
+        raise UserError(
+            f"you may not use qos = {shown(profile.qos)}, only {', '.join(sorted(set(granted)))}; "
+            "set qos in the profile, or ask those who run the site"
+        )
+    return profile.qos
+
+
+def time_limit(profile: ClusterProfile, site: Site) -> str:
+    """Partition, quality of service and account allow jobs so long."""
+    limits = {f"the partition {row['PartitionName']}": row.get("MaxTime", "")
+              for row in known_partitions(profile, site)}  # fmt: skip
+    limits |= {of: row["MaxWall"] for of, row in _granted(profile, site).items()}
+    least = min(limits, key=lambda of: minutes_of(limits[of]))
+    most = minutes_of(limits[least])
+    if profile.minutes > most:
+        raise UserError(
+            f"minutes = {profile.minutes}, but {least} allows {most:.0f}; set minutes = {most:.0f} "
+            "or less in the profile: what takes longer is requeued and goes on"
+        )
+    allowed = "no limit" if most == float("inf") else f"{least} allows {most:.0f}"
+    return f"{profile.minutes} minutes; {allowed}"
+
+
+def job_limits(profile: ClusterProfile, site: Site) -> str:
+    """Accounting allows one job so much."""
+    tasks = profile.nodes * profile.tasks_per_node
+    wanted = {"node": profile.nodes, "cpu": tasks * profile.cpus_per_task,
+              "gres/gpu": profile.nodes * profile.gpus_per_node}  # fmt: skip
+    granted = _asked(lambda: _granted(profile, site, silent=False))
+    for of, row in granted.items():
+        for name, most in amounts(row["MaxTRES"]).items():
+            if wanted.get(name, 0) > most:
+                raise UserError(
+                    f"a job takes {name} = {wanted[name]}, but {of} allows {most}; ask for less in "
+                    "the profile, or choose another account or qos"
+                )
+    return f"{wanted['node']} nodes, {wanted['cpu']} CPUs, {wanted['gres/gpu']} GPUs"
+
+
+def queue_limits(profile: ClusterProfile, site: Site) -> str:
+    """How many jobs may wait; what is too many for one array or one user is split or held back."""
+    array = int(site.config.get("MaxArraySize", 0))
+    if array < 2:
+        raise Doubt("the site has no job arrays (MaxArraySize); every job is sent on its own")
+    limits = {of: row.get("MaxSubmitJobs") or row.get("MaxSubmitPU", "")
+              for of, row in _granted(profile, site).items()}  # fmt: skip
+    numbers = {of: int(limit) for of, limit in limits.items() if limit.isdigit()}
+    if not numbers:
+        return f"arrays of up to {array - 1}, no limit of your own known"
+    least = min(numbers, key=lambda of: numbers[of])
+    if profile.max_jobs > numbers[least]:
+        raise UserError(
+            f"max_jobs = {profile.max_jobs}, but {least} lets you have {numbers[least]} jobs in "
+            f"the queue; set max_jobs = {numbers[least]} in the profile or leave it out"
+        )
+    return f"arrays of up to {array - 1}, {numbers[least]} jobs of yours ({least})"
+
+
+def mpi_type(profile: ClusterProfile, site: Site) -> str:
+    """srun knows what the profile calls `mpi`."""
+    if not profile.mpi:
+        return f"the profile names none, so {site.config.get('MpiDefault', 'the default')}"
+    if profile.mpi not in site.mpi_types:
+        raise UserError(
+            f"srun has no MPI type {shown(profile.mpi)}; "
+            f"{did_you_mean(profile.mpi, site.mpi_types)}; set mpi in the profile "
+            "(`srun --mpi=list`)"
+        )
+    return profile.mpi
+
+
+def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
+    """A shell can read them."""
+    if not profile.setup:
+        raise NotAsked("the profile has none (setup)")
+    text = "\n".join(profile.setup)
+    read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=30)
+    if read.returncode:
+        said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
+        raise UserError(f"the shell cannot read them ({said}); mend setup in the profile")
+    return "a shell can read them; what they do, only a node can tell"
+
+
+def requeueing(profile: ClusterProfile, _site: Site) -> str:
+    """Slurm puts a job back that was stopped before its end."""
+    for line in sbatch_options.warnings(profile):
+        raise Doubt(line)
+    return "a job that is stopped before its end goes back into the queue"
+
+
+def options_in_shell(_profile: ClusterProfile, _site: Site) -> str:
+    """The shell has no options of sbatch that the user may expect to count."""
+    for line in ignored_options():
+        raise Doubt(line)
+    return "none"
+
+
+def trial(queue: SlurmQueue, profile: ClusterProfile, site: Site) -> str:
+    """sbatch would queue what `grid`, `prep`, `reduce` and `report` send."""
+    known_partitions(profile, site)
+    single = dict.fromkeys((profile.single(), profile.reducing()))
+    said = [_trial(queue, profile.training(), 2), *(_trial(queue, one, 1) for one in single)]
+    return said[0]
+
+
+def _trial(queue: SlurmQueue, wanted: Resources, num_calls: int) -> str:
+    try:
+        said = queue.trial(wanted, "doctor", num_calls).splitlines()
+    except QueueUnreachable as error:
+        raise UserError(f"{error}; mend what the profile asks for") from error
+    return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", said[-1]) if said else "it is taken"
+
+
+def _asked(look: Callable[[], T]) -> T:
+    try:
+        return look()
+    except QueueUnreachable as error:
+        raise NotAsked(f"accounting does not answer ({error})") from error
+
+
+def _associations(profile: ClusterProfile, site: Site) -> list[Row]:
+    """Of the profile's account, or the only one there is, in its partition or in all."""
+    places = {"", *profile.partition.split(",")}
+    accounts = {row["Account"] for row in site.associations}
+    own = {profile.account} if profile.account else accounts if len(accounts) == 1 else set()
+    return [
+        row for row in site.associations if row["Account"] in own and row["Partition"] in places
+    ]
+
+
+def _granted(profile: ClusterProfile, site: Site, silent: bool = True) -> dict[str, Row]:
+    """Who limits jobs of this profile: its associations, its quality of service and those of its
+    partitions. Where accounting is off nobody does."""
+    try:
+        found = {f"the account {row['Account']}": row for row in _associations(profile, site)}
+        named: Iterable[str] = [
+            profile.qos, *(row.get("QoS", "") for row in known_partitions(profile, site))
+        ]  # fmt: skip
+        known = {name: site.qualities[name] for name in named if name in site.qualities}
+    except QueueUnreachable:
+        if silent:
+            return {}
+        raise
+    return found | {f"the qos {name}": row for name, row in known.items()}

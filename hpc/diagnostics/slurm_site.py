@@ -1,0 +1,106 @@
+"""What Slurm says of a site: its partitions, nodes, limits and MPI types. Each is asked once, when
+it is first needed. Asking changes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from hpc.account import user_name
+from hpc.scheduler import slurm
+
+Row = Mapping[str, str]
+_FIELD = re.compile(r"(?:^|\s)([A-Za-z]\w*)=(\S*)")
+_ASSOCIATION = ("Account", "Partition", "QOS", "MaxSubmitJobs", "MaxWall", "MaxTRES")
+_QUALITY = ("Name", "MaxSubmitPU", "MaxWall", "MaxTRES")
+
+
+class Site:
+    """The answers of scontrol, sacctmgr, srun and sbatch. Raises `QueueUnreachable` where one does
+    not answer."""
+
+    @cached_property
+    def user(self) -> str:
+        """Who asks."""
+        return user_name(os.getuid())
+
+    @cached_property
+    def partitions(self) -> dict[str, Row]:
+        """scontrol's fields of each partition, by its name."""
+        return {row["PartitionName"]: row for row in _shown("partition")}
+
+    @cached_property
+    def nodes(self) -> list[Row]:
+        """scontrol's fields of each node."""
+        return _shown("node")
+
+    @cached_property
+    def config(self) -> Row:
+        """Slurm's own settings."""
+        lines = slurm.ask("scontrol", "show", "config").splitlines()
+        pairs = (line.partition("=") for line in lines if "=" in line)
+        return {key.strip(): value.strip() for key, _, value in pairs}
+
+    @cached_property
+    def mpi_types(self) -> set[str]:
+        """What `srun --mpi=` takes."""
+        said = slurm.ask("srun", "--mpi=list").replace("srun:", "")
+        versions = re.findall(r"available: *(.*)", said)
+        lines = (line.strip() for line in said.splitlines())
+        return {word for word in [*lines, *re.split(r"[ ,]+", " ".join(versions))]
+                if re.fullmatch(r"\w+", word)}  # fmt: skip
+
+    @cached_property
+    def associations(self) -> list[Row]:
+        """What accounting grants this user, a row an account and partition."""
+        return _accounting("assoc", f"user={self.user}", _ASSOCIATION)
+
+    @cached_property
+    def qualities(self) -> dict[str, Row]:
+        """Every quality of service of the site, by its name."""
+        return {row["Name"]: row for row in _accounting("qos", "", _QUALITY)}
+
+    def hosts(self, listed: str) -> set[str]:
+        """The names that a list such as `node[07-12]` means."""
+        return set(slurm.ask("scontrol", "show", "hostnames", listed).split()) if listed else set()
+
+
+def minutes_of(limit: str) -> float:
+    """Minutes of a time limit as Slurm writes it, D-HH:MM:SS; infinite for UNLIMITED or none."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:  # D-HH[:MM[:SS]]
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # MM[:SS]
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def amounts(tres: str) -> dict[str, int]:
+    """`cpu=64,gres/gpu=8` as numbers; what is none (memory has a unit) is left out."""
+    pairs = (part.partition("=") for part in tres.split(","))
+    return {name: int(number) for name, _, number in pairs if number.isdigit()}
+
+
+def num_gpus(gres: str, kind: str = "") -> int:
+    """How many GPUs a node's `Gres=gpu:v100:4(S:0-1)` holds, of one kind if it is given."""
+    found = re.findall(r"(?:^|,)gpu(?::([A-Za-z][\w.-]*))?(?::(\d+))?(?=[(,]|$)", gres)
+    return sum(int(number or 1) for name, number in found if not kind or name == kind)
+
+
+def _shown(what: str) -> list[Row]:
+    lines = slurm.ask("scontrol", "show", what, "--oneliner").splitlines()
+    return [dict(_FIELD.findall(line)) for line in lines if "=" in line]
+
+
+def _accounting(what: str, where: str, columns: Sequence[str]) -> list[Row]:
+    question = [what, *(["where", where] if where else []), f"format={','.join(columns)}"]
+    answer = slurm.ask("sacctmgr", "--noheader", "--parsable2", "show", *question)
+    rows = (line.split("|") for line in answer.splitlines())
+    return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]

@@ -1,0 +1,229 @@
+"""The torch process group of a job, and the few collectives that we use. One rank is the same
+path: it has a process group of size one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpc.cli import UserError, named_wait
+from hpc.distributed.launcher import RankEnv
+from hpc.distributed.timer import Stopwatch
+from hpc.storage.atomic import write_text
+
+TIMEOUT = datetime.timedelta(minutes=10)  # minutes, so that nobody waits for the dead
+COMMUNICATION = "communication"
+_POLL_SECONDS = 0.1
+_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+
+
+class Group:
+    """All ranks of one job. `watch` is this rank's stopwatch; what follows is `communication`."""
+
+    def __init__(self, env: RankEnv, device: torch.device) -> None:
+        self.env = env
+        self.rank = env.rank
+        self.world_size = env.world_size
+        self.device = device
+        self.watch = Stopwatch(device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """torch's object, for modules that communicate themselves."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @cached_property
+    def background(self) -> dist.ProcessGroup:
+        """A second one of the same ranks, for exchanges that others overtake. All ranks ask for it
+        together."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return dist.new_group(backend=backend, timeout=TIMEOUT)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""
+        total = value.detach().clone()
+        if self.world_size > 1:
+            with self.watch.part(COMMUNICATION):
+                dist.all_reduce(total)
+        return total
+
+    def max(self, value: int) -> int:
+        """The largest of all ranks' integers: how ranks agree on what to do next."""
+        if self.world_size == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.int64)
+        with self.watch.part(COMMUNICATION):
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return int(agreed)
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The plain value of the rank `source`, on all ranks."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        with self.watch.part(COMMUNICATION):
+            dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            with self.watch.part(COMMUNICATION):
+                dist.barrier()
+
+
+@contextmanager
+def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
+    """Start torch's process group for this job and end it with the block.
+
+    `rendezvous` is a folder that all ranks see, where rank 0 leaves its address: it takes a free
+    port itself, so two jobs on one node cannot collide.
+    """
+    device = own_device(env)
+    _use_loopback(env)
+    store = _store(env, rendezvous)
+    # `Group.background` is a second communicator, whose kernels must start in one order on all
+    # ranks: in that in which the host asks for them (NCCL 2.26 and later, its user guide, "Using
+    # multiple NCCL communicators concurrently")
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    # integers that ranks agree on lie in main memory, hence gloo beside NCCL
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with named_wait(f"all {env.world_size} ranks of this job to meet"):
+        dist.init_process_group(
+            backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
+        )
+    try:
+        yield Group(env, device)
+    except BaseException as error:
+        # what its frames hold, such as DDP's hooks, must go before the group does: freed after it,
+        # at the process's end, they now and then wait for ever
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(env: RankEnv) -> torch.device:
+    """The GPU of this rank, or the CPU where none is visible. Raises `UserError` if torch has no
+    kernels for it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    device = torch.device("cuda", env.local_rank % visible)
+    major, minor = torch.cuda.get_device_capability(device)
+    kernels = torch.cuda.get_arch_list()
+    if f"sm_{major}{minor}" not in kernels and not any(
+        k.startswith(f"sm_{major}") for k in kernels
+    ):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+            f"(sm_{major}{minor}), only {', '.join(kernels)}; install a build that has them "
+            "(for V100 torch 2.10 or older from the default wheels)"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def _store(env: RankEnv, rendezvous: Path) -> dist.Store:
+    if env.world_size == 1:
+        return dist.HashStore()
+    if env.master is not None:
+        return _torchrun_store(env)
+    if env.launcher == "mpi":
+        return _mpi_store(env)
+    address = rendezvous / f"{env.start_id}.addr"
+    if env.rank == 0:
+        store = _listen(env)
+        write_text(address, f"{_own_address(env)} {store.port}")
+        return store
+    with named_wait(f"rank 0 to leave its address in {address}"):
+        host, port = _wait_for(address).split()
+    return _connect(env, host, int(port))
+
+
+def _torchrun_store(env: RankEnv) -> dist.Store:
+    assert env.master is not None
+    host, port = env.master
+    if env.on_one_node:
+        host = _LOOPBACK
+    store = _connect(env, host, port, serves=env.rank == 0 and not env.agent_store)
+    return dist.PrefixStore(f"lossgrid-{env.start_id}", store)
+
+
+def _mpi_store(env: RankEnv) -> dist.Store:
+    """Ranks that `mpiexec` started find each other through MPI itself."""
+    from hpc.distributed.mpi import world  # mpi4py only where MPI is there
+
+    communicator = world()
+    store = _listen(env) if env.rank == 0 else None
+    with named_wait("rank 0 to send its address by MPI"):
+        place = (_own_address(env), store.port) if store is not None else ("", 0)
+        host, port = communicator.bcast(place)
+    return store if store is not None else _connect(env, host, port)
+
+
+def _connect(env: RankEnv, host: str, port: int, serves: bool = False) -> dist.TCPStore:
+    with named_wait(f"the store of rank 0 at {host}, port {port}"):
+        return dist.TCPStore(host, port, env.world_size, is_master=serves, timeout=TIMEOUT)
+
+
+def _listen(env: RankEnv) -> dist.TCPStore:
+    # the name is for our own connection; the store listens on all interfaces
+    return dist.TCPStore(
+        "localhost", 0, env.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
+    )
+
+
+def _use_loopback(env: RankEnv) -> None:
+    """Let gloo connect ranks of one node over loopback: by itself it takes the address that the
+    host name resolves to, which need not lead anywhere."""
+    if env.on_one_node and env.world_size > 1 and _LOOPBACK_INTERFACE in _interfaces():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _own_address(env: RankEnv) -> str:
+    """Return how the other ranks reach this one: over loopback if all are on this node, else by
+    what our host name resolves to. Where that is loopback too, as Debian has it, return the name,
+    which other nodes resolve better."""
+    if env.on_one_node:
+        return _LOOPBACK
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return _LOOPBACK
+    return name if address.startswith("127.") else address
+
+
+def _wait_for(address: Path) -> str:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        try:
+            return address.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            time.sleep(_POLL_SECONDS)
+            if address.parent.exists():
+                list(address.parent.iterdir())  # makes NFS look again
+    raise UserError(f"rank 0 did not leave its address in {address} within {TIMEOUT}")

@@ -1,0 +1,209 @@
+"""The cluster profile: what a site is like, and what a job of ours takes of it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hpc.cli import USER_ERROR_EXIT_CODE, UserError
+from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
+
+_PROFILES = Path("configs/clusters")
+_MOST = 1_000_000  # of whatever is counted
+_OUR_OPTIONS = {
+    "array", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output",
+    "signal",
+}  # fmt: skip
+_OTHER_CLUSTERS = "clusters"
+
+
+# For a script and for `bash -c`. Without errtrace the trap is for the lines alone, not for what the
+# functions `module` and `conda` call. Failures inside of a sourced file or an `eval` may be meant.
+_GUARD = (
+    "setup_failed() {  # STATUS LINE",
+    '    local line; line=$(sed -n "$2p" <<<"${BASH_EXECUTION_STRING:-$(<"$0")}")',
+    '    [[ ${FUNCNAME[1]-} == source || " $line" == *[[:space:]]eval\\ * ]] && return',
+    '    echo "error: a setup line of the cluster profile failed (exit status $1): $line" >&2',
+    f"    exit {USER_ERROR_EXIT_CODE}",
+    "}",
+    "trap 'setup_failed $? $LINENO' ERR",
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one job gets. `memory_gb` None is the site's default; `minutes` is the time limit."""
+
+    nodes: int = 1
+    tasks_per_node: int = 1
+    cpus_per_task: int = 1
+    gpus_per_node: int = 0
+    memory_gb: float | None = None
+    minutes: int = 60
+
+
+class ClusterProfile(Settings):
+    """What a site is like, and how much of it a job takes. Empty text means: not given to Slurm."""
+
+    kind: Literal["auto", "slurm", "local"] = "auto"
+    group: str = ""  # a Unix group whose members share the run directory; default: it is private
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    gres: str = ""  # how the site names GPUs (gpu:v100:4), in place of --gpus-per-node
+    mail_user: str = ""
+    mail_type: str = ""
+    extra: dict[str, str | int | bool] = Field({})  # any other sbatch option; true is a bare flag
+
+    nodes: int = Field(1, ge=1, le=_MOST)
+    tasks_per_node: int = Field(1, ge=1, le=1024)
+    cpus_per_task: int = Field(1, ge=1, le=_MOST)
+    gpus_per_node: int = Field(0, ge=0, le=1024)
+    gpu_memory_gb: float = Field(16.0, gt=0)  # of one GPU, for estimates
+    memory_gb: float | None = Field(None, gt=0)  # a node
+    minutes: int = Field(60, ge=1, le=60 * 24 * 3650)  # time limit
+    lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
+    # jobs of one array that run at the same time
+    array_parallelism: int = Field(256, ge=1, le=_MOST)
+    # jobs that a user may have in the queue; 0: what the site's accounting says, if anything
+    max_jobs: int = Field(0, ge=0, le=_MOST)
+    # how many units the caller puts into one job; 0: all; "fit": what memory and time allow
+    cells_per_job: Annotated[int, Field(ge=0, le=_MOST)] | Literal["fit"] = 0
+
+    reduce_nodes: int = Field(1, ge=1, le=_MOST)  # what MPI programs get
+    reduce_tasks_per_node: int = Field(1, ge=1, le=1024)
+
+    setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
+    python: str = ""  # the command that starts Python on a node; default: this interpreter
+    mpi: str = ""  # srun --mpi: pmi2, pmix, ...; default: the site's
+    node_local: str = ""  # a folder on each node's own disk ($TMPDIR): data are copied there
+    network_interface: str = ""  # which NCCL and gloo use: ib0, ...; default: they choose
+    local_jobs: int = Field(1, ge=1, le=1024)  # jobs the local queue runs at the same time
+
+    @field_validator("*")
+    @classmethod
+    def _one_line(cls, value: Any) -> Any:
+        # a line break would end the `#SBATCH` line and start a command
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError("must be one line of plain text")
+        return value
+
+    @field_validator("node_local")
+    @classmethod
+    def _is_absolute(cls, value: str) -> str:
+        if value and not value.startswith(("/", "$")):
+            raise ValueError("must be an absolute path on the nodes, or begin with a variable")
+        return value
+
+    @field_validator("python")
+    @classmethod
+    def _is_a_command(cls, value: str) -> str:
+        shlex.split(value)  # ValueError where a quote is not closed
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _free_options(cls, extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for key, value in extra.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
+                raise ValueError(f"{key!r} is not an sbatch option; write it without dashes")
+            # sbatch takes the start of an option's name for the option
+            if any(option.startswith(key.replace("_", "-")) for option in _OUR_OPTIONS):
+                raise ValueError(f"{key!r} is set by us and cannot be given")
+            if _OTHER_CLUSTERS.startswith(key):
+                raise ValueError(
+                    f"{key!r} cannot be given: jobs are looked for on the cluster of the login "
+                    "node; submit on a login node of the other cluster"
+                )
+            if not str(value).isprintable():
+                raise ValueError(f"{key!r} must be one line of plain text")
+        return extra
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ClusterProfile:
+        if self.lead_seconds >= 60 * self.minutes:
+            raise ValueError("lead_seconds must be less than the time limit (minutes)")
+        if self.gres and not self.gpus_per_node:
+            raise ValueError("gres needs gpus_per_node, the number of GPUs that it means")
+        by_mpi = self.kind != "local" and self.reduce_nodes * self.reduce_tasks_per_node > 1
+        if by_mpi and not self.mpi:
+            raise ValueError(
+                "reduce_nodes and reduce_tasks_per_node need mpi, srun's plugin for the MPI that "
+                "mpi4py uses: see `srun --mpi=list`"
+            )
+        return self
+
+    def training(self) -> Resources:
+        """All that the profile grants."""
+        return Resources(
+            nodes=self.nodes,
+            tasks_per_node=self.tasks_per_node,
+            cpus_per_task=self.cpus_per_task,
+            gpus_per_node=self.gpus_per_node,
+            memory_gb=self.memory_gb,
+            minutes=self.minutes,
+        )
+
+    def single(self) -> Resources:
+        """One node, one task, no GPU."""
+        return Resources(
+            cpus_per_task=self.cpus_per_task, memory_gb=self.memory_gb, minutes=self.minutes
+        )
+
+    def reducing(self) -> Resources:
+        """The tasks of an MPI program, without GPUs."""
+        return replace(
+            self.single(), nodes=self.reduce_nodes, tasks_per_node=self.reduce_tasks_per_node
+        )
+
+    def python_command(self) -> str:
+        """The shell words that start Python in a job."""
+        # words, as the local queue takes them: no shell expands what is in them
+        return shlex.join(shlex.split(self.python) or [sys.executable])
+
+    def setup_lines(self) -> list[str]:
+        """Return the shell lines that come before a job. One of `setup` that fails ends the shell
+        with an error that names it."""
+        lines = [*_GUARD, *self.setup, "trap - ERR"] if self.setup else []
+        if not self.network_interface:
+            return lines
+        name = shlex.quote(self.network_interface)
+        return [*lines, f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
+
+
+def read_profile(
+    name: str | None, inline: dict[str, Any] | None = None, near: Path | None = None
+) -> ClusterProfile:
+    """The profile called `name` (configs/clusters/NAME.toml in the working directory, or in
+    `clusters/` beside the file in the folder `near`) or at the path `name`, with the keys of
+    `inline` in place of its own. Without a name, `inline` and the defaults.
+
+    Raises `UserError` for a profile that is not there, with the nearest names, or is not valid.
+    """
+    table: dict[str, Any] = {}
+    if name:
+        path = _profile_path(name, near)
+        table = read_toml(path)
+        parse(ClusterProfile, table, str(path))
+    return parse(ClusterProfile, {**table, **(inline or {})}, "[cluster]")
+
+
+def _profile_path(name: str, near: Path | None) -> Path:
+    user_path(f"{name}.toml", "the cluster profile")
+    if name.endswith(".toml") or "/" in name:
+        paths = [Path(name), *([near / name] if near else [])]
+        return next((path for path in paths if path.exists()), paths[0])
+    folders = [_PROFILES, *([near / "clusters", near] if near else [])]
+    found = [folder / f"{name}.toml" for folder in folders if (folder / f"{name}.toml").is_file()]
+    if not found:
+        valid = {path.stem for folder in folders[:2] for path in folder.glob("*.toml")}
+        raise UserError(f"there is no cluster profile {shown(name)}; {did_you_mean(name, valid)}")
+    return found[0]

@@ -1,0 +1,149 @@
+"""How a job that is gone has ended, from what is left of it: the queue's last word, and the logs
+of its ranks. Neither alone is enough: Slurm soon forgets, accounting may be off, and a lost node
+writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from hpc.scheduler.job import ERROR_PREFIX, is_launchers, last_start
+from hpc.scheduler.local_jobs import DEPENDENCY_FAILED
+
+Cause = Literal[
+    "node failure",
+    "preemption",
+    "time limit",
+    "killed",
+    "out of memory",
+    "cancelled",
+    "dependency failed",
+    "error",
+    "unknown",
+]
+
+
+class Ending(NamedTuple):
+    """Why a job has ended; and the line that says so, where there is one."""
+
+    cause: Cause
+    line: str = ""
+
+
+NEVER_SATISFIED = "DependencyNeverSatisfied"  # squeue's reason
+# of squeue and sacct, and of the local queue
+_WORDS: dict[str, Cause] = {
+    "NODE_FAIL": "node failure",
+    "BOOT_FAIL": "node failure",
+    "PREEMPTED": "preemption",
+    "TIMEOUT": "time limit",
+    "DEADLINE": "time limit",
+    "OUT_OF_MEMORY": "out of memory",
+    "CANCELLED": "cancelled",
+    "cancelled": "cancelled",
+    NEVER_SATISFIED: "dependency failed",
+    DEPENDENCY_FAILED: "dependency failed",
+}
+_FAILED = "FAILED"
+_WITHOUT_RESULT = "failed"  # a rank of the local queue's job has left none
+# slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***; where
+# it says no more, a step may have been ended because one of its ranks had failed
+_BY_SLURM: tuple[tuple[Cause, re.Pattern[str]], ...] = (
+    ("node failure", re.compile(r"DUE TO NODE FAILURE|^srun: error: Node failure on ")),
+    ("preemption", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
+    ("time limit", re.compile(r"CANCELLED AT \S+ DUE TO TIME LIMIT|: stopped by SIGUSR2 ")),
+    ("cancelled", re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*")),
+)
+_OUT_OF_MEMORY = re.compile(
+    r"(^|\]: )([\w.]*(OutOfMemory|Memory)Error)\b"
+    r"|(CUDA|HIP)( error:)? out of memory|_STATUS_ALLOC_FAILED\b"
+    r"|can't allocate memory|Cannot allocate memory|std::bad_alloc"
+    r"|^slurmstepd.*(oom.kill event|exceeded \S* ?memory limit)"
+    r"|^srun: error: \S+: tasks? \S+: Out Of Memory"
+)
+_ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
+# what a rank says whose peer, or loader process, has gone without a word
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|connectFullMesh|[Tt]imed out (waiting|after)"
+    r"|Socket Timeout|remote process exited|DistNetworkError|DistBackendError"
+    r"|loader process \d+ was killed by signal 9 "
+)
+_STOPPED = re.compile(r": stopped by SIG(TERM|INT) ")
+_RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? \S+: (.*)")
+_STEP_ENDED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED AT ")
+
+
+def names_error(line: str) -> bool:
+    """Whether a job's last line says that it failed: a refusal of ours, or a traceback's end."""
+    return _ERROR_LINE.search(line) is not None
+
+
+def ending(word: str, logs: Iterable[Path]) -> Ending:
+    """How a job has ended whose queue's last word is `word`, or "", from its last start alone: a
+    requeued job goes on in the same logs.
+
+    A rank that had no memory left explains whatever followed, and so does what Slurm did to the
+    job; then come ranks that were killed, and their errors, unless they only missed their peers.
+    """
+    ranks = [last_start(log) for log in logs]
+    lines = [line for rank in ranks for line in rank]
+    if memory := _first(_OUT_OF_MEMORY, lines):
+        return Ending("out of memory", memory)
+    if word in _WORDS:
+        return Ending(_WORDS[word])
+    for cause, pattern in _BY_SLURM:
+        if line := _first(pattern, lines):
+            return Ending(cause, line)
+    return _by_ranks(word, ranks, lines)
+
+
+def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> Ending:
+    first_lost = _first(_RANK_ENDED, lines)  # srun tells them in the order in which they ended
+    if first_lost.endswith(": Killed"):
+        return Ending("killed", first_lost)
+    errors = sorted(filter(None, map(error_of, ranks)), key=_is_no_refusal)
+    own = [error for error in errors if not _LOST_PEER.search(error)]
+    if own:
+        return Ending("error", own[0])
+    if errors or (line := _first(_STOPPED, lines)):
+        return Ending("killed", errors[0] if errors else line)
+    if first_lost:
+        return Ending("error", first_lost)
+    if line := _first(_STEP_ENDED, lines):
+        return Ending("cancelled", line)
+    if word == _FAILED:
+        said = [line for line in lines if not is_launchers(line)]
+        return Ending("error", said[-1].strip() if said else "it failed without a word")
+    if word == _WITHOUT_RESULT:
+        return Ending("killed")
+    return Ending("unknown")
+
+
+def error_of(lines: Sequence[str]) -> str:
+    """The line that says why a rank failed, among its lines: our own `error: `, the end of its last
+    traceback, or a last line that names an error; "" where there is none."""
+    own = [line for line in lines if not is_launchers(line)]
+    refusals = [line for line in own if line.startswith(ERROR_PREFIX)]
+    if refusals:
+        return refusals[-1]
+    begin = traceback_at(own)
+    if begin is not None:  # its message may have more lines
+        return next((line for line in own[begin + 1 :] if names_error(line)), "")
+    return own[-1] if own and names_error(own[-1]) else ""
+
+
+def traceback_at(lines: Sequence[str]) -> int | None:
+    """Where the last traceback begins, of an exception that nobody caught."""
+    starts = [i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    ended = [i for i in starts if not (i and lines[i - 1].startswith("Exception ignored in"))]
+    return ended[-1] if ended else None
+
+
+def _is_no_refusal(error: str) -> bool:
+    return not error.startswith(ERROR_PREFIX)
+
+
+def _first(pattern: re.Pattern[str], lines: Iterable[str]) -> str:
+    return next((line for line in lines if pattern.search(line)), "")

@@ -1,0 +1,98 @@
+"""What a job is: one function of one module, called with strings. And how a job's error is read
+back from its logs."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.distributed.launcher import read_env
+from hpc.distributed.preemption import keep_notice
+from hpc.output import protect_output
+
+ERROR_PREFIX = "error: "
+START_PREFIX = "--- start "
+_TAIL_BYTES = 16384
+# what the launcher, and not the job, writes at the end of a log
+_LAUNCHER_PREFIXES = ("srun: ", "slurmstepd", "submitit ")
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """Calls `main(list(arguments))` of the module named `module`.
+
+    This is the object submitit pickles: two names, no live objects, so that a job started days
+    later runs the code as it is then. It has no `checkpoint` method on purpose: the job's own
+    signal handlers replace submitit's, save, and requeue.
+    """
+
+    module: str
+    arguments: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        """Run the job. A `UserError` becomes one line `error: ...` on stderr and exit code 2; a
+        return value other than 0 or None becomes the exit code; other exceptions pass through.
+        """
+        protect_output()
+        _drop_submitit_handlers()
+        _mark_start()
+        try:
+            code = importlib.import_module(self.module).main(list(self.arguments))
+        except UserError as error:
+            print(f"{ERROR_PREFIX}{one_line(str(error))}", file=sys.stderr, flush=True)
+            # SystemExit, which submitit lets pass: the process fails with no traceback after the
+            # line, Slurm shows FAILED, and the absent result tells the local queue the same
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
+        if code:
+            raise SystemExit(code)
+
+
+def _drop_submitit_handlers() -> None:
+    # submitit's would ignore SIGTERM, also in every child; until the job sets its own handlers
+    # there is nothing to save. A job that sets none may use its time to the end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    keep_notice()
+
+
+def _mark_start() -> None:
+    """A line in this rank's log: a requeued job goes on in the log of its starts before."""
+    env = read_env()
+    if env.start_id:
+        place = f"rank {env.rank} of {env.world_size} on {env.node}"
+        line = f"{START_PREFIX}{env.start_id}: {place}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def last_error(logs: Iterable[Path]) -> str | None:
+    """The line that says why a job failed, from the stderr logs of its ranks: the last `error: `
+    line of the first rank that has one, or else the last line of the first log that has any.
+    """
+    starts = [[line for line in last_start(log) if not is_launchers(line)] for log in logs]
+    errors = [[line for line in lines if line.startswith(ERROR_PREFIX)] for lines in starts]
+    return next((lines[-1].strip() for lines in (*errors, *starts) if lines), None)
+
+
+def last_start(log: Path) -> list[str]:
+    """What a rank, and its launcher, wrote since the job's last start, as far as it is among the
+    last few thousand characters of a log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.splitlines()]
+    begins = [number for number, line in enumerate(lines, 1) if line.startswith(START_PREFIX)]
+    return [line for line in lines[begins[-1] if begins else 0 :] if line]
+
+
+def is_launchers(line: str) -> bool:
+    """Whether the launcher, and not the job, wrote a line of its log."""
+    return line.startswith(_LAUNCHER_PREFIXES)

@@ -1,0 +1,83 @@
+"""One writer: every start of a job claims the next generation number for the entries it will
+write, and looks for a higher claim on any of them before it publishes or deletes. A process that
+was cut off and outlives its successor's start can do no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.cli import UserError
+from hpc.storage.atomic import Damaged
+
+
+class Superseded(UserError):
+    """A later start has claimed what this process was about to write."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A claim: its number in `folder`, and the names of the entries it covers."""
+
+    folder: Path
+    number: int
+    entries: frozenset[str]
+
+    def is_superseded(self) -> bool:
+        """Whether a later claim shares an entry with this one, or all claims were deleted."""
+        try:
+            later = [n for n in _numbers(self.folder) if n > self.number]
+        except FileNotFoundError:
+            return True
+        return any(not self.entries.isdisjoint(_entries(self.folder / str(n))) for n in later)
+
+    def check(self) -> None:
+        """Raise `Superseded` if `is_superseded`."""
+        if self.is_superseded():
+            raise Superseded(
+                f"a later start has taken over: generation {self.number} in {self.folder} has a "
+                "successor; this process ends and leaves everything as it is"
+            )
+
+
+def claim(folder: Path, entries: Iterable[str]) -> Generation:
+    """Take the next number in `folder`; two processes never get the same one. Raises `UserError`
+    if the folder cannot be written to.
+    """
+    names = frozenset(entries)
+    draft = folder / f".tmp-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(sorted(names)), encoding="utf-8")
+        number = max(_numbers(folder), default=0) + 1
+        while True:
+            try:
+                os.link(draft, folder / str(number))  # exclusive, and never half written
+                return Generation(folder, number, names)
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {folder}: {error.strerror}; make room or mend permissions, "
+            "run again"
+        ) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def _entries(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        # whose it is cannot be known, so nothing may be written against it
+        raise Damaged(f"the claim {path} is damaged; delete it and run grid again") from error

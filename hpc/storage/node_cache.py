@@ -1,0 +1,163 @@
+"""Copies of shared files on a node's own disk: made once a node, checked, shared by the processes
+there, and removed by the last of them. What a killed process leaves, the next one removes.
+
+Every copy has a lock file beside it. Its users hold the lock shared, and the kernel frees it with
+the last of them, however they end: an unused copy is one whose lock can be taken alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from hpc.cli import UserError, warn
+from hpc.storage.atomic import Damaged
+from hpc.storage.locks import take_lock
+from hpc.storage.permissions import private_folder
+
+_COMPLETE = "complete"
+_CHUNK = 1 << 22
+_SPARE_BYTES = 1 << 28  # left free beside the copy
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    """A file by its name in its folder, with its length and the SHA-256 of its content."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@contextmanager
+def staged(
+    source: Path,
+    files: Sequence[SharedFile],
+    identity: str,
+    place: str,
+) -> Iterator[Path]:
+    """The folder in which this node finds `files` of the folder `source` while the block runs.
+
+    identity: names their content; equal ones share a copy. place: a folder of the node, with
+    variables of its environment ($TMPDIR). Where it cannot be used or has no room, a warning says
+    why, and the folder is `source` itself. Raises `Damaged` if a file is not what it should be.
+    """
+    try:
+        own = _own_folder(place)
+        _sweep(own)
+        copy = _Copy(own, identity)
+        copy.take(source, files)
+    except Damaged:
+        raise
+    except (OSError, UserError) as error:
+        warn(f"{error}; reading from {source}")
+        yield source
+        return
+    try:
+        yield copy.folder
+    finally:
+        copy.give_back()
+
+
+def _own_folder(place: str) -> Path:
+    expanded = os.path.expandvars(place)
+    if "$" in expanded or not Path(expanded).is_absolute():
+        raise UserError(f"node_local = {place!r} names no folder on {socket.gethostname()}")
+    own = Path(expanded) / f"lossgrid-{os.geteuid()}"
+    private_folder(own)
+    return own
+
+
+class _Copy:
+    """One copy and its lock."""
+
+    def __init__(self, own: Path, identity: str) -> None:
+        self.folder = own / identity
+        self._lock_path = own / f"{identity}.lock"
+        self._lock: IO[str] | None = None
+
+    def take(self, source: Path, files: Sequence[SharedFile]) -> None:
+        """Make the copy if there is none, and hold it."""
+        while self._lock is None:
+            lock = self._lock_path.open("a+")
+            try:
+                take_lock(lock, fcntl.LOCK_SH, wait=True)  # while another copies
+                if self._is_whole(lock):
+                    self._lock = lock
+                elif take_lock(lock) and _is_at(lock, self._lock_path):
+                    self._make(source, files)
+            finally:
+                if self._lock is None:
+                    lock.close()
+
+    def _is_whole(self, lock: IO[str]) -> bool:
+        return _is_at(lock, self._lock_path) and (self.folder / _COMPLETE).exists()
+
+    def _make(self, source: Path, files: Sequence[SharedFile]) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        wanted = sum(file.bytes for file in files)
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < wanted + _SPARE_BYTES:
+            raise UserError(
+                f"{self.folder.parent} on {socket.gethostname()} has {free / 1e9:.1f} GB free, "
+                f"not the {wanted / 1e9:.1f} GB of the files"
+            )
+        try:
+            self.folder.mkdir(0o700)
+            for file in files:
+                _copy_checked(source / file.name, self.folder / file.name, file.sha256)
+            (self.folder / _COMPLETE).touch()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def give_back(self) -> None:
+        """Let the copy go; it is removed if nobody else uses it."""
+        assert self._lock is not None
+        with self._lock as lock:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            _remove_unused(self.folder, self._lock_path, lock)
+        self._lock = None
+
+
+def _sweep(own: Path) -> None:
+    """Remove the copies that nobody uses: what killed jobs left."""
+    for path in own.glob("*.lock"):
+        with suppress(FileNotFoundError), path.open("r+") as lock:
+            _remove_unused(path.with_suffix(""), path, lock)
+
+
+def _remove_unused(folder: Path, lock_path: Path, lock: IO[str]) -> None:
+    # if it is not there, it was removed, and perhaps made anew, before we had the lock
+    if take_lock(lock) and _is_at(lock, lock_path):
+        shutil.rmtree(folder, ignore_errors=True)
+        lock_path.unlink()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _copy_checked(source: Path, target: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    try:
+        with source.open("rb") as read, target.open("wb") as write:
+            while chunk := read.read(_CHUNK):
+                digest.update(chunk)
+                write.write(chunk)
+    except FileNotFoundError as error:
+        raise Damaged(f"{source} cannot be read: {error.strerror}; restore it") from error
+    if digest.hexdigest() != sha256:
+        raise Damaged(f"{source} is damaged (its checksum does not fit); restore it")

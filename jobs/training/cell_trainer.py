@@ -1,0 +1,229 @@
+"""One cell in training: its network, optimiser, loss, and the step that updates it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+from data_prep.settings import VOID
+from hpc.cli import UserError
+from hpc.distributed.process_group import COMMUNICATION, Group
+from hpc.distributed.timer import Stopwatch
+from hpc.exchange import Exchange
+from jobs.data.batches import Batch
+from jobs.losses.combine import combined_loss
+from jobs.models.build import Backbone, Features, Network, build_head, upsample
+from jobs.models.dropout import set_dropout_position
+from jobs.models.memory_format import alike, in_order, place
+from jobs.spec.cell import Cell
+from jobs.spec.protocol import Protocol
+
+
+class Trainee:
+    """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network on
+    images. State is the network's, the momentum and the gradient scaler's; the rest is a function
+    of the step."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        num_classes: int,
+        class_weights: np.ndarray,
+        group: Group,
+        backbone: Backbone | None = None,
+    ) -> None:
+        protocol = cell.protocol
+        head = build_head(
+            cell.model, num_classes, cell.seed, protocol.batchnorm_momentum, group.process_group
+        )
+        self.cell = cell
+        self.head = head
+        network: nn.Module = head if backbone is None else Network(backbone, head)
+        self.network = place(network, group.device)
+        self.failure: str | None = None  # why this cell stopped, if it did
+        self._group = group
+        self._class_weights = torch.from_numpy(class_weights).to(group.device)
+        # Looking for unused parameters costs little and keeps torch from regrouping gradients
+        # after the first step, which would let a resumed run add them in another order.
+        # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
+        self._parallel = DistributedDataParallel(
+            self.network,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+        self._exchange = Exchange(self._parallel, group)
+        self._optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=protocol.learning_rate,
+            momentum=protocol.momentum,
+            weight_decay=protocol.weight_decay,
+        )
+        if protocol.momentum:
+            # in the first step it would come to lie among activations, and leave holes behind them
+            for parameter in self.network.parameters():
+                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._half = half_precision(protocol, group)
+        scaled = self._half == torch.float16  # bf16 has the range of fp32 and needs no scaler
+        self._scaler = torch.amp.GradScaler(group.device.type, enabled=scaled)
+        self.network.train()
+
+    def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
+        """One update on this rank's share of the batch, as `start_step` and `finish_step`."""
+        value = self.start_step(inputs, batch, target, step, total)
+        self.finish_step()
+        return value
+
+    def start_step(
+        self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int
+    ) -> float:
+        """Compute the gradients of this rank's share of the batch; the ranks begin to exchange
+        them. inputs: features or normalised images; target: int64 [b, h, w] on the device. Returns
+        the loss of the global batch.
+
+        A loss that is not finite stops this cell before any weight moves; see `failure`.
+        """
+        cell, position = self.cell, step / total
+        set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
+        watch = self._group.watch
+        with watch.part("heads"), autocast(self._group.device, self._half):
+            logits = self._parallel(inputs)
+        if watch.running:
+            logits.register_hook(partial(_enter_network, watch))
+        with watch.part("losses"):
+            logits = logits if self._half is None else logits.float()
+            loss = combined_loss(  # nobody else keeps the logits of all pixels
+                upsample(logits, _size(target)),
+                target, cell.loss, position, self._class_weights, VOID, self._group.sum,
+            )  # fmt: skip
+            value = float(self._group.sum(loss))
+        if not math.isfinite(value):
+            self.failure = f"the loss was {value} at step {step} of {total}"
+            return value
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(cell.protocol, step, total)
+        self._optimizer.zero_grad(set_to_none=True)
+        # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
+        with watch.part("losses"):
+            self._scaler.scale(loss * self._group.world_size).backward()
+        return value
+
+    def finish_step(self) -> None:
+        """Wait until the ranks have exchanged the gradients of `start_step`, and move the weights.
+        Nothing happens if the cell failed there."""
+        if self.failure is not None:
+            return
+        self._exchange.wait()
+        with self._group.watch.part("optimiser"):
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes: tensors, wherever it was in the order of their indices,
+        and plain values."""
+        momentum = self._optimizer.state_dict()["state"]
+        return {
+            "network": in_order(self.network.state_dict()),
+            "momentum": {i: in_order(one) for i, one in momentum.items()},
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state` gave."""
+        self.network.load_state_dict(state["network"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+        for parameter, one in self._optimizer.state.items():  # laid out as it was
+            one.update({n: alike(t, parameter) for n, t in one.items() if t is not None})
+        if state["scaler"]:  # none if it was saved where there was no mixed precision
+            self._scaler.load_state_dict(state["scaler"])
+
+    def fits(self, state: Any, buffers: Mapping[str, Tensor]) -> bool:
+        """Whether `state` is one that `state` gave of a cell like this one, with the `buffers` of
+        its frozen backbone that move."""
+        parameters = list(self.network.parameters())
+        try:
+            momentum = {i: one["momentum_buffer"] for i, one in state["momentum"].items()}
+            return (
+                _shapes(state["network"]) == _shapes(self.network.state_dict())
+                and all(
+                    buffer is None or _shapes({i: buffer}) == _shapes({i: parameters[i]})
+                    for i, buffer in momentum.items()
+                )
+                and _shapes(state["backbone"]) == _shapes(buffers)
+                and isinstance(state["scaler"], dict)
+            )
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return False
+
+
+def step_in_turn(
+    trainees: Sequence[Trainee], inputs: Features, batch: Batch, target: Tensor, step: int,
+    total: int,
+) -> None:  # fmt: skip
+    """A step of each, in this order. While the ranks exchange the gradients of one, the next one
+    computes its own."""
+    before = None
+    for trainee in trainees:
+        trainee.start_step(inputs, batch, target, step, total)
+        if before is not None:
+            before.finish_step()
+        before = trainee
+    if before is not None:
+        before.finish_step()
+
+
+def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor of a state. Raises `AttributeError` if it is none."""
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def learning_rate(protocol: Protocol, step: int, total: int) -> float:
+    """The rate of optimiser step `step`, the first being 0: (1 - i/I), linear, or to a power."""
+    power = 1.0 if protocol.decay == "linear" else protocol.decay_power
+    return protocol.learning_rate * (1 - step / total) ** power
+
+
+def is_mixed(protocol: Protocol, group: Group) -> bool:
+    """Whether fp16 with a gradient scaler is used: where the protocol asks for it and there is a
+    GPU. A processor computes in fp32; the provenance records which it was."""
+    return protocol.precision == "mixed" and group.device.type == "cuda"
+
+
+def half_precision(protocol: Protocol, group: Group) -> torch.dtype | None:
+    """What training computes its networks in where it is not fp32. Raises `UserError` on a GPU
+    that has no bf16; every processor has it, if slowly."""
+    if protocol.precision != "bf16":
+        return torch.float16 if is_mixed(protocol, group) else None
+    on_gpu = group.device.type == "cuda"
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f'{torch.cuda.get_device_name(group.device)} has no bf16; set precision = "mixed" '
+            "(fp16) in [protocol], or ask for newer GPUs in the profile"
+        )
+    return torch.bfloat16
+
+
+def autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
+    """The block in which a network computes in `half`, or as it is."""
+    return torch.autocast(device.type, half or torch.float16, enabled=half is not None)
+
+
+def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
+    """For a profile: where a backward pass is once the logits have their gradient. When the
+    network has all of its, it waits for the other ranks."""
+    watch.begin("heads")
+    # before DistributedDataParallel queues its own, which waits for what the ranks have used
+    Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
+
+
+def _size(target: Tensor) -> tuple[int, int]:
+    return target.shape[-2], target.shape[-1]

@@ -1,0 +1,269 @@
+"""One start of one job: what surrounds training. Its generation, its checkpoints, its heartbeat,
+and the agreement of all ranks on what to do at a step's edge."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from hpc.cli import UserError, one_line
+from hpc.distributed.preemption import StopRequest
+from hpc.distributed.process_group import Group
+from hpc.storage import checkpoint
+from hpc.storage.atomic import Damaged, write_json
+from hpc.storage.fencing import Generation, Superseded, claim
+from jobs.models.build import Backbone
+from jobs.spec.cell import Cell
+from jobs.spec.task import Task
+from jobs.training.backbone import moving_buffers
+from jobs.training.cell_trainer import Trainee, half_precision, is_mixed
+
+HEARTBEAT_SECONDS = 2.0
+
+# Raised when the program begins to round otherwise; 1 was not recorded. 2: dilated convolutions.
+# 3: fp32 is no TF32 on a GPU.
+ROUNDING = {"cpu": 2, "cuda": 3}
+
+T = TypeVar("T")
+
+
+class Action(enum.IntEnum):
+    """What happens at a step's edge; the ranks agree on the highest that one of them wants."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+    ABORT = 3
+
+
+@dataclass
+class Run:
+    """This start of `task`. `inputs` are the hashes of what the cells are made from; they must not
+    change under a half-trained cell.
+
+    Rank 0 writes. What keeps it from writing, a full disk or a later start of the same cells, is
+    raised on all ranks at once: none is left waiting for one that has gone.
+    """
+
+    task: Task
+    group: Group
+    stop: StopRequest
+    inputs: Mapping[str, str]
+    generation: Generation = field(init=False)
+    provenance: list[dict[str, Any]] = field(init=False)
+    _saved_at: float = field(init=False, default_factory=time.monotonic)
+    _beat_at: float = field(init=False, default=0.0)
+    _started: tuple[float, int] = field(init=False, default=(0.0, 0))
+    _trouble: UserError | None = field(init=False, default=None)  # of rank 0's heartbeat
+    _muted: bool = field(init=False, default=False)  # its last heartbeat found no room
+
+    def __post_init__(self) -> None:
+        signatures = [cell.signature for cell in self.task.cells]
+        folder = self.task.paths.generations(self.bundle_key)
+        self.generation = self.on_main(lambda: claim(folder, signatures))
+        self.provenance = [_provenance(self.task.cells[0], self.group)]
+
+    @property
+    def bundle_key(self) -> str:
+        return self.task.cells[0].bundle_key
+
+    @property
+    def label(self) -> str:
+        return f"{self.task.name} (generation {self.generation.number})"
+
+    def on_main(self, write: Callable[[], T]) -> T:
+        """What `write()` returns on rank 0, on all ranks; called by all. A `UserError` of it is
+        raised on all."""
+        result, error = None, None
+        if self.group.is_main:
+            try:
+                result = write()
+            except UserError as raised:
+                error = raised
+        result, error = self.group.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def resume(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> int:
+        """Take up the newest checkpoint that all cells share, and all ranks can read. Returns the
+        number of steps done."""
+        step, states, records, problems = self._load(trainees, backbone)
+        for problem in problems:
+            self.say(f"warning: {problem}; passed over")
+        if step == 0:
+            self.say("warning: no checkpoint is intact" if problems else "there is no checkpoint")
+            self.say("starting at step 0")
+            return 0
+        for record in records:
+            self._require_same_inputs(record["inputs"])
+        for trainee in trainees:
+            state = states[trainee.cell.signature]
+            trainee.load(state)
+            if backbone is not None and state["backbone"]:
+                backbone.load_state_dict(state["backbone"], strict=False)
+        starts = [p for record in records for p in record["provenance"]] + self.provenance
+        self.provenance = [p for i, p in enumerate(starts) if p not in starts[:i]]
+        self.say(f"resuming at step {step}")
+        return step
+
+    def _load(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> tuple[Any, ...]:
+        """As `checkpoint.load_latest`, at the newest step that every rank can read."""
+        folder = self.task.paths.checkpoints(self.bundle_key)
+        cells = {trainee.cell.signature: trainee for trainee in trainees}
+        buffers = moving_buffers(backbone, self.task.cells[0].protocol)
+
+        def fits(entry: str, state: Any) -> bool:
+            return cells[entry].fits(state, buffers)
+
+        newest = None
+        while True:
+            found = checkpoint.load_latest(folder, cells, fits, newest)
+            shared = -self.group.max(-found[0])
+            if self.group.max(found[0]) == shared:
+                return found
+            self.say(f"warning: not every rank can read a checkpoint beyond step {shared}")
+            newest = shared
+
+    def _require_same_inputs(self, recorded: Mapping[str, str]) -> None:
+        for what, sha256 in self.inputs.items():
+            if recorded.get(what) != sha256:
+                folder = self.task.paths.checkpoints(self.bundle_key)
+                anew = (
+                    "submit grid with --retrain stale" if what == "data set" else f"delete {folder}"
+                )
+                raise UserError(
+                    f"the {what} changed under half-trained cells of {self.task.name}; restore it, "
+                    f"or {anew} to train them anew"
+                )
+
+    def begin(self, step: int) -> None:
+        """Training goes on from `step` now: rates and intervals count from here."""
+        self._started = (time.monotonic(), step)
+        self._saved_at = time.monotonic()
+
+    def decide(self) -> Action:
+        """What all ranks do at this step's edge; they call it together."""
+        wish = Action.GO_ON
+        minutes = self.task.cells[0].protocol.checkpoint_minutes
+        if self._trouble is not None:
+            wish = Action.ABORT
+        elif self.stop:
+            wish = Action.STOP
+        elif self.group.is_main and time.monotonic() - self._saved_at >= 60 * minutes:
+            wish = Action.SAVE
+        return Action(self.group.max(wish))
+
+    def agree(self) -> Action:
+        """As `decide`, and raises on all ranks what one of them met: `Superseded` if a later start
+        has taken over, a heartbeat or a sample that is damaged."""
+        action = self.decide()
+        if action is Action.ABORT:
+            self.raise_trouble()
+        return action
+
+    def raise_trouble(self) -> None:
+        """Raise on all ranks what one of them met, if any did; they call it together."""
+        rank = self.group.max(self.group.rank + 1 if self._trouble is not None else 0)
+        if rank:
+            raise self.group.broadcast(self._trouble, source=rank - 1)
+
+    def fetch(self, items: Iterator[T]) -> T | None:
+        """The next of `items`. None at their end, and where a `UserError` kept it from coming,
+        which the ranks' next decision then says."""
+        try:
+            with self.group.watch.part("data"):
+                return next(items, None)
+        except UserError as error:
+            self._trouble = error
+            return None
+
+    def save(self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None) -> None:
+        """Publish a checkpoint of the cells that still train; called by all ranks."""
+        if trainees:
+            with self.group.watch.part("checkpoints"):
+                self.on_main(lambda: self._write_checkpoint(step, trainees, backbone))
+        self._saved_at = time.monotonic()
+
+    def _write_checkpoint(
+        self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None
+    ) -> None:
+        buffers = moving_buffers(backbone, self.task.cells[0].protocol)
+        entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainees}
+        record = {"inputs": dict(self.inputs), "provenance": self.provenance}
+        folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started
+        checkpoint.save(folder, step, self.generation, entries, record, resumed)
+
+    def give_up(self, trainee: Trainee, step: int) -> None:
+        """Record on rank 0 why a cell stopped for good. Its neighbours go on."""
+        record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure,
+                  "inputs": dict(self.inputs)}  # fmt: skip
+        path = self.task.paths.failure(trainee.cell.signature)
+        write_json(path, record, self.generation.check)
+        self.say(f"warning: {trainee.cell.name} stops: {trainee.failure}")
+
+    def finish(self, stage: str, step: int, total: int) -> None:
+        """The last heartbeat; called by all ranks. Raises on all what kept it from being
+        written."""
+        self.beat(stage, step, total, force=True)
+        self.raise_trouble()
+
+    def beat(self, stage: str, step: int, total: int, force: bool = False) -> None:
+        """Say that this job lives, and how far it is. This is also when a process that was cut off
+        notices that it has a successor; `agree` tells the other ranks."""
+        now = time.monotonic()
+        if not self.group.is_main or (now - self._beat_at < HEARTBEAT_SECONDS and not force):
+            return
+        self._beat_at = now
+        began, first = self._started
+        rate = (step - first) / (now - began) if step > first and now > began else 0.0
+        record = {"stage": stage, "step": step, "total": total, "steps_per_second": rate,
+                  "time": time.time(), "generation": self.generation.number}  # fmt: skip
+        path = self.task.paths.progress_of(self.task.name)
+        muted, self._muted = self._muted, False
+        try:
+            write_json(path, record, self.generation.check)
+        except (Superseded, Damaged) as error:
+            self._trouble = error
+        except UserError as error:  # alone it lets nobody take the job for dead, so days go on
+            self._muted = True
+            if not muted:
+                self.say(f"warning: {error}; without a heartbeat training goes on")
+
+    def say(self, text: str) -> None:
+        """A line in the job's log, from rank 0."""
+        if self.group.is_main:
+            print(one_line(f"{self.label}: {text}"), file=sys.stderr, flush=True)
+
+
+def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
+    """What bits may depend on beside the cell's settings."""
+    cuda = group.device.type == "cuda"
+    return {
+        "world_size": group.world_size,
+        "threads": torch.get_num_threads(),
+        "cpu": _instructions(half_precision(cell.protocol, group)),
+        "torch": torch.__version__,
+        "rounding": ROUNDING[group.device.type],
+        "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
+        "mixed_precision": is_mixed(cell.protocol, group),
+        "deterministic": cell.protocol.deterministic or not cuda,
+    }
+
+
+def _instructions(half: torch.dtype | None) -> str:
+    """The processor's instruction set, as far as bits depend on it: those of bf16 also on what it
+    has for it, which torch's own name does not say."""
+    found = torch.backends.cpu.get_cpu_capability()
+    if half != torch.bfloat16:
+        return found
+    # private names of torch, which not every release has
+    asked = {"bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    has = [word for word, name in asked.items() if getattr(torch.cpu, name, bool)()]
+    return " ".join([found, *has])

@@ -1,0 +1,259 @@
+"""The grid file -> cells -> tasks. Pure functions of the file and of what exists already; no torch,
+h5py or mpi4py, so that planning costs nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from data_prep.settings import DatasetSettings, parse_dataset
+from data_prep.weights import PRE_FINE
+from hpc.cli import UserError
+from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
+from hpc.distributed.launcher import default_config
+from hpc.scheduler.cluster_profile import ClusterProfile, read_profile
+from hpc.storage.atomic import fingerprint
+from jobs.losses.grammar import LossSpec
+from jobs.models.registry import MODELS, STRIDE
+from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.protocol import Fraction, Protocol
+from pipeline.config.losses import resolve_losses, with_ramps
+from pipeline.config.prefine import absences, protocol_of
+
+DEFAULT_CONFIG = Path("lossgrid.toml")
+CONFIGS = Path("configs")
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_CELLS = 1_000_000
+
+
+class GridFile(Settings):
+    """The top level of a grid file."""
+
+    name: Name
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    losses: tuple[str, ...] = ()  # the paper's names
+    ramps: tuple[tuple[Fraction, Fraction], ...] = ()  # s, e: each schedule is tried with each
+    loss: tuple[dict[str, Any], ...] = ()  # [[loss]] tables: any other
+    run_dir: str = ""  # runs/NAME where not given
+    dataset: dict[str, Any]
+    protocol: dict[str, Any] = Field(default_factory=dict)
+    cluster: dict[str, Any] | str = ""  # a [cluster] table, or the name of a profile
+
+
+class ProtocolTable(Protocol):
+    """[protocol], and what it is for some data sets."""
+
+    per_dataset: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, resolved. `cells` are in the order of the file: data set, model, loss, seed."""
+
+    name: str
+    path: Path
+    datasets: Mapping[str, DatasetSettings]
+    models: tuple[str, ...]
+    losses_of: Mapping[str, tuple[LossSpec, ...]]  # by data set; names are the same
+    seeds: tuple[int, ...]
+    protocols: Mapping[str, Protocol]
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...]  # which cells that the file names there are not, and why
+    profile: Mapping[str, Any] | str  # a [cluster] table, or a profile's name or path
+    run: RunPaths
+    asked_profile: str = ""  # by --cluster, in place of the file's
+
+    @property
+    def words(self) -> str:
+        """What names this grid, and where it runs, behind any of the commands."""
+        profile = ["--cluster", self.asked_profile] if self.asked_profile else []
+        return shlex.join([str(self.path), *profile])
+
+    @property
+    def losses(self) -> tuple[LossSpec, ...]:
+        """The losses of the first data set; those of the others have the same names."""
+        return next(iter(self.losses_of.values()))
+
+    @cached_property
+    def cluster(self) -> ClusterProfile:
+        """The cluster profile. Read when it is asked for: only what submits needs it, and a job
+        that reads the run's copy of the grid file may not find the profile that lay beside it.
+        """
+        if isinstance(self.profile, str):
+            return read_profile(self.profile or None, near=self.path.parent)
+        return parse(ClusterProfile, self.profile, f"{self.path}: [cluster]")
+
+
+def find_config(given: str | Path | None) -> Path:
+    """The grid file a command means: the one given, `$LOSSGRID_CONFIG`, or ./lossgrid.toml.
+    Raises `UserError` that lists what there is in configs/."""
+    path = Path(given) if given else default_config() or DEFAULT_CONFIG
+    if path.is_file():
+        return path
+    known = sorted(str(p) for p in CONFIGS.glob("*.toml"))
+    hint = f"; there are {', '.join(known)}" if known else ""
+    if given or default_config():
+        raise UserError(f"there is no grid file {path}{hint}")
+    raise UserError(
+        f"no grid file: give one, set LOSSGRID_CONFIG, or run where there is a {path}{hint}"
+    )
+
+
+def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
+    """Read and resolve a grid file; `cluster` names a profile that is used in place of its own.
+    Raises `UserError` for the first thing that is wrong."""
+    path = Path(path)
+    file = parse(GridFile, read_toml(path), str(path))
+    _refuse_repeats(
+        path,
+        {"seeds": file.seeds, "models": file.models, "losses": file.losses, "ramps": file.ramps},
+    )
+    for model in file.models:
+        if model not in MODELS:
+            raise UserError(f"{path}: unknown model {shown(model)}; {did_you_mean(model, MODELS)}")
+    if not file.dataset:
+        raise UserError(f"{path}: no data set; add a table [dataset.NAME] with a source")
+    datasets = {n: parse_dataset(n, table, str(path)) for n, table in file.dataset.items()}
+    run = RunPaths(user_path(file.run_dir or f"runs/{_folder(file.name)}", f"{path}: run_dir"))
+    _refuse_shared_folders(path, run.root, datasets)
+    protocols = _protocols(path, file, datasets)
+    _refuse_small_sides(path, file.models, protocols)
+    names = with_ramps(str(path), file.losses, file.ramps)
+    losses = {
+        name: tuple(resolve_losses(str(path), names, file.loss, protocol))
+        for name, protocol in protocols.items()
+    }
+    _refuse_too_many(path, [datasets, file.models, names + file.loss, file.seeds])
+    absent = absences(path, file.losses, file.models, datasets, protocols)
+    cells = tuple(
+        # of values that were checked above, thousands of times
+        Cell.model_construct(dataset=name, data=identity, model=model, loss=loss, seed=seed,
+                             protocol=protocol)
+        for name, identity in {n: d.identity() for n, d in datasets.items()}.items()
+        for model in file.models
+        for loss, protocol in [(loss, protocol_of(loss, protocols[name])) for loss in losses[name]]
+        for seed in file.seeds
+        if loss.name != PRE_FINE or (name, model) not in absent
+    )  # fmt: skip
+    return Grid(
+        name=file.name,
+        path=path,
+        datasets=datasets,
+        models=file.models,
+        losses_of=losses,
+        seeds=file.seeds,
+        protocols=protocols,
+        cells=cells,
+        notes=tuple(f"{'/'.join(where)} has no pre-fine: {why}" for where, why in absent.items()),
+        profile=cluster or file.cluster,
+        run=run,
+        asked_profile=cluster or "",
+    )
+
+
+def profiled(grid: Grid) -> Grid:
+    """The same grid, whose jobs measure how long each of their parts takes."""
+    return replace(grid, cells=tuple(cell.profiled() for cell in grid.cells))
+
+
+def _folder(name: str) -> str:
+    """A folder's name for a grid's: the same if it can be one, else one of its own, so that two
+    grids never share a run directory unless they say so."""
+    if len(name) <= 60 and re.fullmatch(r"[\w-][\w.-]*", name):
+        return name
+    words = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")[:40]
+    return f"{words or 'grid'}+{fingerprint(name)[:8]}"  # no plain name has a plus
+
+
+def _refuse_repeats(path: Path, lists: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, values in lists.items():
+        value, times = Counter(values).most_common(1)[0] if values else (None, 0)
+        if times > 1:
+            raise UserError(f"{path}: {key} names {shown(value)} twice; once is enough")
+
+
+def _refuse_shared_folders(path: Path, run: Path, datasets: Mapping[str, DatasetSettings]) -> None:
+    """What we write to belongs to one; only the roots that we read may be shared."""
+    folders = [(str(run), "the run directory", True)]
+    for name, settings in datasets.items():
+        root: str = getattr(settings, "root", "")
+        folders.append((settings.shards, f"the shards folder of {name!r}", True))
+        folders.append((root, f"the root of {name!r}", settings.source == "synthetic"))
+    owners: dict[str, str] = {}
+    for folder, owner, written in sorted(folders, key=lambda entry: not entry[2]):
+        other = owners.get(os.path.realpath(folder))
+        if other:
+            raise UserError(f"{path}: {other} and {owner} are both {folder}; give each its own")
+        if written:
+            owners[os.path.realpath(folder)] = owner
+
+
+def _refuse_small_sides(
+    path: Path, models: Sequence[str], protocols: Mapping[str, Protocol]
+) -> None:
+    """All pixels of a crop of one position get the same scores, and a batch of one such crop is a
+    batch norm over one value: nothing is learned."""
+    model = max(models, key=lambda name: STRIDE[MODELS[name].backbone])
+    stride = STRIDE[MODELS[model].backbone]
+    for name, protocol in protocols.items():
+        sides = {
+            "crop": min(protocol.crop),
+            "resize": protocol.resize[0],
+            "eval_size": protocol.eval_size or stride + 1,
+        }
+        for key, side in sides.items():
+            if side <= stride:
+                raise UserError(
+                    f"{path}: {key} has a side of {side} pixels for the data set {name!r}, but "
+                    f"{stride} x {stride} are one position to {model}; choose more than {stride}"
+                )
+
+
+def _refuse_too_many(path: Path, axes: Sequence[Collection[Any]]) -> None:
+    number = math.prod(len(axis) for axis in axes)
+    if number > MAX_CELLS:
+        raise UserError(f"{path}: {number} cells are more than {MAX_CELLS}; split the grid")
+
+
+def _protocols(
+    path: Path, file: GridFile, datasets: Mapping[str, DatasetSettings]
+) -> dict[str, Protocol]:
+    """[protocol] for each data set, with [protocol.per_dataset.NAME] in place of its own keys."""
+    special = _table(file.protocol.get("per_dataset", {}), f"{path}: [protocol.per_dataset]")
+    parse(ProtocolTable, file.protocol, f"{path}: [protocol]")
+    table = {key: value for key, value in file.protocol.items() if key != "per_dataset"}
+    protocols = dict.fromkeys(datasets, parse(Protocol, table, f"{path}: [protocol]"))
+    for name, changes in special.items():
+        where = f"{path}: [protocol.per_dataset.{name}]"
+        if name not in datasets:
+            raise UserError(f"{where}: no such data set; {did_you_mean(name, datasets)}")
+        protocols[name] = parse(Protocol, _changed(table, _table(changes, where)), where)
+    return protocols
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a table, not {shown(value)}")
+    return value
+
+
+def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the keys of `changes` in place of its own, in nested tables too."""
+    nested = {
+        key: _changed(table[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(table.get(key), dict)
+    }
+    return {**table, **changes, **nested}

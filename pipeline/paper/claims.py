@@ -1,0 +1,461 @@
+"""The paper's claims, each checked on results of one's own. A claim is a pure function of the
+evidence; its threshold and the reason for it stand in its criterion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+
+from data_prep.weights import PRE_FINE
+from jobs.models.registry import MODELS
+from pipeline.paper.reference import paper_evidence
+from pipeline.paper.verdicts import (
+    MARGIN,
+    Block,
+    Claim,
+    Finding,
+    Part,
+    above,
+    ahead,
+    alike,
+    amount,
+    blocks,
+    classes_left_out,
+    ends_in_wce,
+    has_wce,
+    heads_apart,
+    joined,
+    plain,
+    varies_more,
+)
+from pipeline.scores.evidence import Evidence, Kind
+from pipeline.scores.score_table import LABELS, PAPER_SCORES, markdown_escaped
+
+DICE = frozenset({"DL", "WDL"})
+VOC_AND_SBD = ("voc", "sbd")
+RESEMBLES = 0.5
+AGREES = 0.25
+NO_LESS = f"by more than {MARGIN}: less would not show in the paper's two digits"
+SCALE = "the change that scheduling towards WCE brings over the static CE and dice losses (medians)"
+SAID = {True: "holds", False: "does not hold", None: "cannot be said"}
+
+
+def check(evidence: Evidence) -> list[Claim]:
+    """Judge all claims, in the order of the paper's argument."""
+    return [
+        _recall_for_accuracy(evidence),
+        _worst_calibrated(evidence),
+        _static_compounds(evidence),
+        _back_to_ce(evidence),
+        _schedules_agree(evidence),
+        _no_trend(evidence),
+        _ramps_matter_little(evidence),
+        _ratios_matter_little(evidence),
+        _dice_varies_most(evidence),
+        _deeplab_against_fcn(evidence),
+        _deeplab_calibrates_worse(evidence),
+        _no_class_left_out(evidence),
+        _pre_fine_wins(evidence),
+    ]
+
+
+def _recall_for_accuracy(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        compounds, others = block.losses(has_wce), block.losses(plain)
+        return block.judged(
+            {"a compound loss with WCE": compounds, "a static CE or dice loss": others},
+            lambda: [
+                above(block, compounds, others, "rec"),
+                above(block, others, compounds, "acc"),
+            ],
+        )
+
+    return Claim(
+        "recall_for_accuracy",
+        "Compound losses with weighted CE trade accuracy for class-averaged recall.",
+        "Every loss of two terms that ends with WCE in it, static or scheduled, has the higher "
+        "recall and the lower accuracy than every static loss of CE and dice without WCE, "
+        f"{NO_LESS}. To compare with these static losses is our reading.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _worst_calibrated(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        fl, cemp = block.losses(_static("FL")), block.losses(_static("CEMP"))
+        others = block.losses(lambda kind: not any("FL" in t or "MP" in t for t in kind.terms))
+        return block.judged(
+            {"FL": fl, "CEMP": cemp, "another loss": others},
+            lambda: [above(block, others, fl + cemp, "cal")],
+        )
+
+    return Claim(
+        "worst_calibrated",
+        "FL and CEMP have the worst calibration.",
+        f"Every loss without a focal or max-pooled term has a higher cal than both, {NO_LESS}.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _static_compounds(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        compounds = block.losses(
+            lambda kind: (
+                not kind.scheduled
+                and len(kind.terms) > 1
+                and "CE" in kind.end
+                and DICE.issuperset(kind.end - {"CE"})
+            )
+        )
+        traditional = block.losses(_static("CE", "FL"))
+        pairs = [(loss, other) for loss in compounds for other in traditional]
+        return block.judged(
+            {"a static compound of dice and CE": compounds, "CE or FL": traditional},
+            lambda: [alike(block, pairs, score, RESEMBLES) for score in ("rec", "acc")],
+        )
+
+    return Claim(
+        "static_compounds",
+        "Static compound losses with unweighted CE resemble the traditional losses.",
+        "The recall and accuracy of DLCE and WDLCE, in any ratio, differ from those of CE and FL "
+        f"by at most half of {SCALE}. Our reading: the traditional losses are CE and FL, since a "
+        "dice loss alone varies over seeds; calibration, in which FL stands apart, is not asked.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _back_to_ce(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        schedules = block.losses(lambda kind: kind.scheduled and kind.end == {"CE"})
+        ce = block.losses(_static("CE"))
+        pairs = [(loss, other) for loss in schedules for other in ce]
+        return block.judged(
+            {"a schedule towards CE": schedules, "CE": ce},
+            lambda: [alike(block, pairs, score, RESEMBLES) for score in ("rec", "acc")],
+        )
+
+    return Claim(
+        "back_to_ce",
+        "Losses that end in unweighted CE resemble CE.",
+        f"Their recall and accuracy differ from CE's by at most half of {SCALE}: they lie on CE's "
+        "side.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _naive_and_alternating(block: Block) -> list[tuple[str, str]]:
+    """Return the pairs of a naive and an alternating schedule between the same two losses."""
+    kinds = block.evidence.kinds
+    naive = block.losses(lambda kind: kind.scheduled and kind.start == {kind.terms[0]})
+    alternating = block.losses(lambda kind: kind.scheduled and kind.start == kind.end)
+    return [
+        (one, other)
+        for one in naive
+        for other in alternating
+        if kinds[one].terms == kinds[other].terms
+        and kinds[one].end == kinds[other].end
+        and one.partition("@")[2] == other.partition("@")[2]
+    ]
+
+
+def _schedules_agree(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        pairs = _naive_and_alternating(block)
+        return block.judged(
+            {
+                "a naive schedule with its alternating one": [one for one, _ in pairs],
+                "an alternating schedule with its naive one": [other for _, other in pairs],
+            },
+            lambda: [
+                *(alike(block, pairs, score, AGREES) for score in ("rec", "acc")),
+                _calibration_apart(block, pairs),
+            ],
+        )
+
+    return Claim(
+        "schedules_agree",
+        "The two schedules, naive and alternating, agree.",
+        f"Between the same two losses, their recall and accuracy differ by at most a quarter of "
+        f"{SCALE}. Calibration is shown beside it: the paper's own table has them up to 0.07 "
+        "apart there.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _no_trend(evidence: Evidence) -> Claim:
+    def judge(dataset: str, of_dataset: Sequence[Block]) -> Finding:
+        pairs = [(block, _naive_and_alternating(block)) for block in of_dataset]
+        models = tuple(block.model for block in of_dataset)
+        sides = tuple(dict.fromkeys(loss for _, of in pairs for pair in of for loss in pair))
+        if sum(len(of) for _, of in pairs) < 2:
+            text = f"missing: {dataset}/two naive schedules with their alternating ones"
+            return Finding(dataset, models, None, (text,), (sides,))
+        parts = [_either_way(pairs, score) for score in ("rec", "acc", "cal", "s_rec")]
+        return Finding(dataset, models, *joined(parts), (sides,))
+
+    by_dataset: dict[str, list[Block]] = {}
+    for block in blocks(evidence):
+        by_dataset.setdefault(block.dataset, []).append(block)
+    return Claim(
+        "no_trend",
+        "There is no consistent trend between the naive and the alternating schedule.",
+        "On a data set, over all models and pairs of losses, neither schedule is the higher one "
+        f"in every pair, {NO_LESS}; in recall, accuracy, cal and S_rec each. The paper does not "
+        "define a trend: every pair of a data set is our reading.",
+        tuple(judge(dataset, of_dataset) for dataset, of_dataset in by_dataset.items()),
+    )
+
+
+def _either_way(pairs: Sequence[tuple[Block, Sequence[tuple[str, str]]]], score: str) -> Part:
+    signs = [sign for block, of in pairs for sign in ahead(block, of, score)]
+    naive, alternating = signs.count(1), signs.count(-1)
+    if len(signs) < 2:
+        return Part(None, f"{LABELS[score]} is defined for {len(signs)} of the pairs, fewer than 2")
+    return Part(
+        len(signs) not in (naive, alternating),
+        f"{LABELS[score]} higher with the naive schedule in {naive}, with the alternating one in "
+        f"{alternating} of {len(signs)} pairs",
+    )
+
+
+def _ramps_matter_little(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        kinds = block.evidence.kinds
+        scheduled = block.losses(lambda kind: kind.scheduled)
+        pairs = [
+            pair
+            for pair in combinations(scheduled, 2)
+            if kinds[pair[0]].family == kinds[pair[1]].family
+            and kinds[pair[0]].schedule != kinds[pair[1]].schedule
+        ]
+        return block.judged(
+            {"a schedule at two or more (s, e)": [name for pair in pairs for name in pair]},
+            lambda: [alike(block, pairs, score, AGREES) for score in ("rec", "acc")],
+        )
+
+    return Claim(
+        "ramps_matter_little",
+        "Results depend little on where a schedule's ramp begins and ends (s and e).",
+        f"Losses that differ in s and e alone differ in recall and accuracy by at most a quarter "
+        f"of {SCALE}.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _ratios_matter_little(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        kinds = block.evidence.kinds
+        static = block.losses(lambda kind: not kind.scheduled and len(kind.end) > 1)
+        pairs = [
+            pair
+            for pair in combinations(static, 2)
+            if kinds[pair[0]].family == kinds[pair[1]].family
+            and kinds[pair[0]].ratio != kinds[pair[1]].ratio
+        ]
+        return block.judged(
+            {"a static compound in two or more ratios": [name for pair in pairs for name in pair]},
+            lambda: [alike(block, pairs, score, AGREES) for score in ("rec", "acc")],
+        )
+
+    return Claim(
+        "ratios_matter_little",
+        "The ratio in which a static compound mixes its losses matters little.",
+        "Static compounds of the same terms in other ratios differ in recall and accuracy by at "
+        f"most a quarter of {SCALE}; how little is our reading.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _dice_varies_most(evidence: Evidence) -> Claim:
+    def judge(block: Block) -> Finding:
+        dice = block.losses(_static("DL", "WDL"))
+        others = [loss for loss in evidence.blocks[block.dataset, block.model] if loss not in dice]
+        return block.judged(
+            {"DL or WDL": dice, "another loss": others}, lambda: [varies_more(block, dice, others)]
+        )
+
+    return Claim(
+        "dice_varies_most",
+        "Dice alone varies most over seeds.",
+        "The largest standard deviation of recall over seeds is that of DL or WDL. It is itself "
+        "uncertain, by 40 % with 4 seeds and by 70 % with 2.",
+        tuple(judge(block) for block in blocks(evidence)),
+    )
+
+
+def _deeplab_against_fcn(evidence: Evidence) -> Claim:
+    def judge(dataset: str, backbone: str, heads: Mapping[str, str]) -> Finding:
+        if evidence.of_the_paper.get(dataset) not in VOC_AND_SBD:
+            text = f"missing: {dataset} is neither VOC nor SBD, of which alone the paper says it"
+            return Finding(dataset, tuple(heads.values()), None, (text,), ())
+        return heads_apart(evidence, dataset, backbone, heads, {"acc": 1, "f1": 1, "rec": 1})
+
+    return Claim(
+        "deeplab_against_fcn",
+        "On VOC and SBD, DeepLabV3 beats FCN in accuracy, F1 and recall.",
+        "On the same backbone, each of the three is higher in the mean over the losses for which "
+        f"both define it, {NO_LESS}. The mean over losses is our reading.",
+        tuple(judge(*where, heads) for where, heads in _heads(evidence).items()),
+    )
+
+
+def _deeplab_calibrates_worse(evidence: Evidence) -> Claim:
+    return Claim(
+        "deeplab_calibrates_worse",
+        "DeepLabV3 is calibrated worse than FCN.",
+        "On the same backbone, its cal is lower in the mean over the losses that both have, "
+        f"{NO_LESS}. The mean over losses is our reading.",
+        tuple(
+            heads_apart(evidence, *where, heads, {"cal": -1})
+            for where, heads in _heads(evidence).items()
+        ),
+    )
+
+
+def _heads(evidence: Evidence) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the models' names by head, for each data set and backbone."""
+    models: dict[tuple[str, str], dict[str, str]] = {}
+    for dataset, model in evidence.blocks:
+        if model in MODELS:
+            heads = models.setdefault((dataset, MODELS[model].backbone), {})
+            heads[MODELS[model].head] = model
+    return models
+
+
+def _no_class_left_out(evidence: Evidence) -> Claim:
+    families = {kind.family for kind in paper_evidence().kinds.values()}
+
+    def expected(kind: Kind) -> bool:
+        return ends_in_wce(kind) or (not kind.scheduled and kind.terms == ("DL", "WCE"))
+
+    def judge(block: Block) -> Finding:
+        complete = block.losses(expected)
+        others = block.losses(lambda kind: kind.family in families and not expected(kind))
+        return block.judged(
+            {"a schedule towards WCE or DLWCE": complete, "another loss of the paper": others},
+            lambda: [classes_left_out(block, complete, others)],
+        )
+
+    return Claim(
+        "no_class_left_out",
+        "Only schedules that end in WCE, and DLWCE, leave no class unpredicted on the most "
+        "imbalanced data.",
+        "On the data set whose most frequent class is the most times as frequent as its rarest: "
+        "F1 is defined with every seed for these losses, and for every other loss of the paper's "
+        "table it is undefined with one seed at least. F1 is undefined where a class is never "
+        "predicted or never right, which the paper's table does not tell apart. WCE and WDL with "
+        "class weights are not in that table, and are not judged.",
+        tuple(
+            judge(block) for block in blocks(evidence) if block.dataset == evidence.most_imbalanced
+        ),
+    )
+
+
+def _pre_fine_wins(evidence: Evidence) -> Claim:
+    exceptions = _pre_fine_exceptions()
+
+    def judge(block: Block) -> list[Finding]:
+        losses = evidence.blocks[block.dataset, block.model]
+        pre_fine = [loss for loss in losses if loss == PRE_FINE]
+        others = [loss for loss in losses if loss != PRE_FINE]
+        sides = {PRE_FINE: pre_fine, "another loss": others}
+        if not all(sides.values()):
+            return [block.judged(sides, list)]
+        paper_dataset = evidence.of_the_paper.get(block.dataset, "")
+        return [
+            _score_by_score(
+                block.finding(sides, [above(block, pre_fine, others, score)]),
+                (paper_dataset, block.model, score) in exceptions,
+            )
+            for score in PAPER_SCORES
+        ]
+
+    named = "; ".join(f"{LABELS[score]} of {model} on {data}" for data, model, score in exceptions)
+    return Claim(
+        "pre_fine_wins",
+        "Starting from weights trained for segmentation wins: pre-fine is the best in every score.",
+        f"Each of the paper's six scores is above that of every loss, {NO_LESS}; each score is a "
+        f"case of its own. Exceptions in the paper's own table: {named}.",
+        tuple(finding for block in blocks(evidence) for finding in judge(block)),
+    )
+
+
+def _score_by_score(finding: Finding, is_exception: bool) -> Finding:
+    if finding.holds is not False or not is_exception:
+        return finding
+    return replace(finding, texts=(*finding.texts, "so it is in the paper's table"))
+
+
+@cache
+def _pre_fine_exceptions() -> tuple[tuple[str, str, str], ...]:
+    """Return (data set, model, score) where pre-fine is not the best in the paper's own table."""
+    table = paper_evidence()
+    return tuple(
+        (block.dataset, block.model, score)
+        for block in blocks(table)
+        if PRE_FINE in table.blocks[block.dataset, block.model]
+        for score in PAPER_SCORES
+        if not above(
+            block,
+            [PRE_FINE],
+            [loss for loss in table.blocks[block.dataset, block.model] if loss != PRE_FINE],
+            score,
+        ).holds
+    )
+
+
+def to_json(claims: Sequence[Claim]) -> str:
+    """Claims with their verdicts, and every finding with the cells that it compares."""
+    return json.dumps(
+        [
+            {
+                "claim": claim.key,
+                "sentence": claim.sentence,
+                "criterion": claim.criterion,
+                "verdict": claim.verdict,
+                "extent": claim.extent,
+                "findings": [
+                    {
+                        "dataset": finding.dataset,
+                        "models": finding.models,
+                        "holds": finding.holds,
+                        "text": finding.texts,
+                        "cells": finding.cells,
+                    }
+                    for finding in claim.findings
+                ],
+            }
+            for claim in claims
+        ],
+        indent=1,
+        ensure_ascii=False,
+    )
+
+
+def to_markdown(claims: Sequence[Claim]) -> str:
+    """A heading a claim, a line a finding."""
+    parts = []
+    for claim in claims:
+        parts.append(f"## {markdown_escaped(claim.sentence)}\n\n")
+        parts.append(f"**{claim.verdict}** ({claim.extent}). {markdown_escaped(claim.criterion)}\n")
+        for finding in claim.findings:
+            where = markdown_escaped(f"{finding.dataset} · {', '.join(finding.models)}")
+            against = " against ".join(", ".join(side) for side in finding.sides if side)
+            text = markdown_escaped(
+                f"{'; '.join(finding.texts)}. Compared: {against or 'nothing'}."
+            )
+            parts.append(f"\n* {where}: **{SAID[finding.holds]}**. {text}")
+        parts.append("\n\n")
+    return "".join(parts)
+
+
+def _static(*terms: str) -> Callable[[Kind], bool]:
+    return lambda kind: not kind.scheduled and len(kind.terms) == 1 and kind.terms[0] in terms
+
+
+def _calibration_apart(block: Block, pairs: Sequence[tuple[str, str]]) -> Part:
+    (one, other), furthest = block.furthest(pairs, "cal")
+    return Part(True, f"Cal {amount(furthest)} at the furthest pair ({one} minus {other})")

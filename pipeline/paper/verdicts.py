@@ -1,0 +1,305 @@
+"""What a claim's check says, and the two ways in which losses are held against each other: one
+above the other, and one like the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+
+from data_prep.weights import PRE_FINE
+from pipeline.scores.evidence import Evidence, Kind, Scores
+from pipeline.scores.paired_comparison import Paired, paired, summary
+from pipeline.scores.score_table import LABELS
+
+# Half a unit of the last digit of the paper's table: what is less would not show there.
+MARGIN = 0.005
+
+BySeed = Mapping[int, Scores]
+
+PLAIN_TERMS = frozenset({"CE", "DL", "WDL"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim on one data set: `holds` is None where it cannot be said. `texts` say by how much,
+    or what is missing. `sides` are the losses held against each other, on each of `models`."""
+
+    dataset: str
+    models: tuple[str, ...]
+    holds: bool | None
+    texts: tuple[str, ...]
+    sides: tuple[tuple[str, ...], ...]
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells that were compared, `voc/fcn_resnet101/DLNWCE`, all seeds of each."""
+        losses = dict.fromkeys(loss for side in self.sides for loss in side)
+        return [f"{self.dataset}/{model}/{loss}" for model in self.models for loss in losses]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper: its sentence, how it is checked, and what came out where."""
+
+    key: str
+    sentence: str
+    criterion: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        """`holds` or `does not hold` wherever it can be said, else `holds in part`."""
+        said = {finding.holds for finding in self.findings} - {None}
+        if not said:
+            return "cannot be said"
+        if len(said) == 2:
+            return "holds in part"
+        return "holds" if True in said else "does not hold"
+
+    @property
+    def extent(self) -> str:
+        """`4 of 6 cases, 1 cannot be said`."""
+        said = [finding.holds for finding in self.findings if finding.holds is not None]
+        unsaid = len(self.findings) - len(said)
+        parts = [f"{sum(said)} of {len(said)} case{'s' * (len(said) != 1)}"] if said else []
+        return ", ".join(parts + [f"{unsaid} cannot be said"] * (unsaid > 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One half of a finding."""
+
+    holds: bool | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """The losses of one data set and model."""
+
+    evidence: Evidence
+    dataset: str
+    model: str
+
+    def losses(self, test: Callable[[Kind], bool]) -> list[str]:
+        """The losses of a kind; pre-fine is no loss of its own."""
+        kinds = self.evidence.kinds
+        names = self.evidence.blocks[self.dataset, self.model]
+        return [n for n in names if n != PRE_FINE and n in kinds and test(kinds[n])]
+
+    def difference(self, one: str, other: str, score: str) -> Paired:
+        """`one` minus `other` over seeds."""
+        return paired(self.values(one, score), self.values(other, score))
+
+    def values(self, loss: str, score: str) -> dict[int, float]:
+        """A loss's score by seed."""
+        return self.evidence.by_seed((self.dataset, self.model, loss), score)
+
+    def furthest(
+        self, pairs: Sequence[tuple[str, str]], score: str
+    ) -> tuple[tuple[str, str], Paired]:
+        """The pair of losses whose scores are furthest apart."""
+        found = {names: self.difference(*names, score) for names in pairs}
+        return max(found.items(), key=lambda item: abs(item[1].mean))
+
+    def effect(self, score: str) -> float:
+        """What scheduling towards WCE changes in a score: the median of these losses minus that of
+        the static CE and dice losses; nan without either."""
+        sides = [self.losses(ends_in_wce), self.losses(plain)]
+        levels = [[fmean(self.values(loss, score).values()) for loss in side] for side in sides]
+        return median(levels[0]) - median(levels[1]) if all(levels) else math.nan
+
+    def judged(
+        self, sides: Mapping[str, Sequence[str]], judge: Callable[[], Iterable[Part]]
+    ) -> Finding:
+        """The finding of all parts together, or that a side of the comparison has no loss.
+        `sides` are the losses by what they stand for."""
+        absent = [f"{self.dataset}/{self.model}/{what}" for what, side in sides.items() if not side]
+        if absent:
+            return self.finding(sides, [Part(None, f"missing: {'; '.join(absent)}")])
+        return self.finding(sides, judge())
+
+    def finding(self, sides: Mapping[str, Sequence[str]], parts: Iterable[Part]) -> Finding:
+        """One that holds where all its parts hold."""
+        given = tuple(tuple(dict.fromkeys(side)) for side in sides.values())
+        return Finding(self.dataset, (self.model,), *joined(parts), given)
+
+
+def joined(parts: Iterable[Part]) -> tuple[bool | None, tuple[str, ...]]:
+    """Whether all parts hold (False if one does not, else None if one cannot be said), and what
+    they say."""
+    said = list(parts)
+    verdicts = {part.holds for part in said}
+    holds = False if False in verdicts else None if None in verdicts else True
+    return holds, tuple(part.text for part in said)
+
+
+def blocks(evidence: Evidence) -> list[Block]:
+    """Every data set and model."""
+    return [Block(evidence, *names) for names in evidence.blocks]
+
+
+def ends_in_wce(kind: Kind) -> bool:
+    """A schedule after which class-weighted CE is alone."""
+    return kind.scheduled and kind.end == {"WCE"}
+
+
+def has_wce(kind: Kind) -> bool:
+    """A compound loss, static or scheduled, in which class-weighted CE counts at the end."""
+    return len(kind.terms) > 1 and "WCE" in kind.end
+
+
+def plain(kind: Kind) -> bool:
+    """A static loss of CE and dice, without class-weighted CE."""
+    return not kind.scheduled and PLAIN_TERMS.issuperset(kind.terms)
+
+
+def above(block: Block, highs: Sequence[str], lows: Sequence[str], score: str) -> Part:
+    """Whether each of `highs` has a higher score than each of `lows`, by more than `MARGIN`; the
+    closest pair says by how much."""
+    pairs = {(high, low): block.difference(high, low, score) for high in highs for low in lows}
+    defined = {names: pair for names, pair in pairs.items() if pair.n}
+    if not defined:
+        return Part(None, f"{LABELS[score]} is defined for no pair")
+    (high, low), closest = min(defined.items(), key=lambda item: item[1].mean)
+    holding = sum(pair.mean > MARGIN for pair in defined.values())
+    undefined = f", {len(pairs) - len(defined)} undefined" if len(defined) < len(pairs) else ""
+    return Part(
+        holding == len(defined),
+        f"{LABELS[score]} {amount(closest)} at the closest pair ({high} over {low}), "
+        f"{holding} of {len(defined)} pairs{undefined}",
+    )
+
+
+def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: float) -> Part:
+    """Whether no pair differs by more than `share` of what scheduling towards WCE changes."""
+    limit = share * abs(block.effect(score))
+    label = LABELS[score]
+    if math.isnan(limit):
+        scale = "a schedule towards WCE and a static CE or dice loss"
+        return Part(
+            None, f"missing: {block.dataset}/{block.model}/{scale}, to give {label} a scale"
+        )
+    if limit < MARGIN:
+        change = block.effect(score)
+        return Part(None, f"scheduling towards WCE moves {label} by {change:+z.3f} only: no scale")
+    found = [block.difference(*names, score) for names in pairs]
+    (one, other), furthest = block.furthest(pairs, score)
+    holding = sum(abs(pair.mean) <= limit for pair in found)
+    return Part(
+        holding == len(found),
+        f"{label} {amount(furthest)} at the furthest pair ({one} minus {other}) where "
+        f"{limit:.3f} is allowed, {holding} of {len(found)} pairs",
+    )
+
+
+def amount(pair: Paired) -> str:
+    """`+0.110 ± 0.010 (4 of 4 seeds)`: the mean difference, its standard deviation over seeds, and
+    in how many of them it has that sign."""
+    if pair.n < 2:
+        return f"{pair.mean:+z.3f}"
+    agreeing = pair.positive if pair.mean > 0 else pair.negative
+    return f"{pair.mean:+z.3f} ± {pair.std:.3f} ({agreeing} of {pair.n} seeds)"
+
+
+def varies_more(block: Block, dice: Sequence[str], others: Sequence[str]) -> Part:
+    """Whether the loss whose recall varies most over seeds is one of `dice`."""
+    values = {loss: list(block.values(loss, "rec").values()) for loss in [*dice, *others]}
+    alone = [loss for loss, of in values.items() if len(of) < 2]
+    if alone:
+        names = "every loss" if len(alone) == len(values) else ", ".join(alone)
+        return Part(None, f"missing: a second seed of {names}")
+    spread = {loss: stdev(of) for loss, of in values.items()}
+    most, next_most = (max(side, key=spread.__getitem__) for side in (dice, others))
+    seeds = sorted({len(of) for of in values.values()})
+    return Part(
+        spread[most] > spread[next_most],
+        f"Rec ± {spread[most]:.4f} ({most}) against ± {spread[next_most]:.4f} ({next_most}), "
+        f"over {' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} seeds",
+    )
+
+
+def ahead(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> list[int]:
+    """Return 1 for each pair in which the first loss has the higher mean score, -1 if the second
+    has, and 0 if they differ by `MARGIN` at most. A pair without a seed that defines both scores is
+    left out."""
+    means = [pair.mean for names in pairs if (pair := block.difference(*names, score)).n]
+    return [(mean > MARGIN) - (mean < -MARGIN) for mean in means]
+
+
+def heads_apart(
+    evidence: Evidence,
+    dataset: str,
+    backbone: str,
+    heads: Mapping[str, str],
+    signs: Mapping[str, int],
+) -> Finding:
+    """Judge DeepLabV3 against FCN on one backbone. `heads` are the models' names by head; `signs`
+    are 1 for each score in which DeepLabV3 should be the higher, -1 where it should be lower."""
+    absent = [head for head in ("deeplabv3", "fcn") if head not in heads]
+    if absent:
+        text = f"missing: {dataset}/{absent[0]}_{backbone}"
+        return Finding(dataset, tuple(heads.values()), None, (text,), ())
+    models = heads["deeplabv3"], heads["fcn"]
+    one, other = (
+        {loss: evidence.scores[dataset, model, loss] for loss in evidence.blocks[dataset, model]}
+        for model in models
+    )
+    both = [loss for loss in one if set(one[loss]) & set(other.get(loss, ()))]
+    if not both:
+        text = f"missing: a loss on {dataset} that both models have, of equal seed"
+        return Finding(dataset, models, None, (text,), ())
+    parts = [_in_the_mean(one, other, both, score, sign) for score, sign in signs.items()]
+    return Finding(dataset, models, *joined(parts), (tuple(both),))
+
+
+def _in_the_mean(
+    one: Mapping[str, BySeed],
+    other: Mapping[str, BySeed],
+    losses: Sequence[str],
+    score: str,
+    sign: int,
+) -> Part:
+    def defined(loss: str) -> bool:
+        common = one[loss].keys() & other[loss].keys()
+        return not any(math.isnan(of[loss][s][score]) for of in (one, other) for s in common)
+
+    undefined = [loss for loss in losses if not defined(loss)]
+    losses = [loss for loss in losses if loss not in undefined]
+    if not losses:
+        return Part(None, f"{LABELS[score]} is defined for no loss with both models")
+    # by loss first, so that a missing cell does not shift the mean over losses
+    by_loss = [
+        fmean(one[n][seed][score] - other[n][seed][score] for seed in one[n] if seed in other[n])
+        for n in losses
+    ]
+    seeds = set.intersection(*(set(side[n]) for side in (one, other) for n in losses))
+    std = summary(
+        fmean(one[n][seed][score] - other[n][seed][score] for n in losses) for seed in seeds
+    ).std
+    spread = "" if math.isnan(std) else f" ± {std:.3f}"
+    return Part(
+        sign * fmean(by_loss) > MARGIN,
+        f"{LABELS[score]} {fmean(by_loss):+z.3f}{spread} in the mean, "
+        f"{sum(sign * of > MARGIN for of in by_loss)} of {len(losses)} losses"
+        f"{f', {len(undefined)} undefined' if undefined else ''}",
+    )
+
+
+def classes_left_out(block: Block, complete: Sequence[str], others: Sequence[str]) -> Part:
+    """Judge whether F1 is defined with every seed for `complete` and for no other loss."""
+    left_out = {
+        loss: block.evidence.never_right[block.dataset, block.model, loss]
+        for loss in [*complete, *others]
+    }
+    failing = [f"{loss} ({', '.join(left_out[loss])})" for loss in complete if left_out[loss]]
+    surprising = [loss for loss in others if not left_out[loss]]
+    return Part(
+        not failing and not surprising,
+        f"{len(complete) - len(failing)} of {len(complete)} have an F1 with every seed"
+        f"{', but not ' + ', '.join(failing) if failing else ''}; "
+        f"{len(others) - len(surprising)} of {len(others)} others leave a class out"
+        f"{', but not ' + ', '.join(surprising) if surprising else ''}",
+    )

@@ -1,0 +1,190 @@
+"""What a plan will cost before anything is queued: time, memory, storage, files. A model of the
+arithmetic, whose assumptions are `ASSUMPTIONS`; a measured step time takes the place of its rates.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hpc.scheduler.cluster_profile import ClusterProfile
+from hpc.storage.checkpoint import KEPT
+from jobs.models.registry import (
+    BACKBONE_ACTIVATIONS,
+    BACKBONE_MACS,
+    BACKBONE_PARAMETERS,
+    FEATURES,
+    HEAD_ACTIVATIONS,
+    HEAD_MACS,
+    HEAD_PARAMETERS,
+    MODELS,
+)
+from jobs.spec.cell import Cell
+from jobs.spec.protocol import Protocol
+
+FLOPS = {"gpu fp32": 9e12, "gpu mixed": 36e12, "cpu": 40e9}  # a second, of a GPU or a CPU thread
+ASSUMPTIONS = (
+    f"a V100 does {FLOPS['gpu fp32'] / 1e12:.0f} TFLOP/s in fp32 and "
+    f"{FLOPS['gpu mixed'] / 1e12:.0f} in mixed precision, a CPU thread "
+    f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s (a third to a half of their peaks); a backward pass costs "
+    "two forward passes; loading, losses and communication hide behind the rest; ranks share a "
+    "batch evenly; images not seen yet are 4 to 3; a process takes 3 GB of node memory, a loader "
+    "0.5 GB, CUDA 1.5 GB of a GPU, and a fifth of the rest is lost to fragmentation"
+)
+_BYTES = 4  # a float32
+_PROCESS, _LOADER, _CUDA, _LOST = 3e9, 0.5e9, 1.5e9, 1.2
+_LOGIT_COPIES = 6  # full-size logits, their log-softmax, what losses keep, gradients
+_BACKBONE_BUFFERS = 150  # numbers a pixel that a forward pass without gradient holds at its widest
+_FILES = {"task": 12, "cell": 1, "checkpoint": 1}  # records, counts, logs; a head; an index
+
+
+@dataclass(frozen=True)
+class Job:
+    """The cells that one job trains, the number of training images and the pixels of all validation
+    images as the network sees them (0: not known yet), and the classes of their data set."""
+
+    cells: Sequence[Cell]
+    train_images: int
+    val_pixels: float
+    num_classes: int
+
+    @property
+    def protocol(self) -> Protocol:
+        return self.cells[0].protocol
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps; 0 if the number of images is not known."""
+        return self.protocol.epochs * (self.train_images // self.protocol.batch_size)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one job: wall time in seconds, bytes of a GPU's and of a node's memory, bytes and number
+    of files in the run directory, at the most."""
+
+    seconds: float
+    gpu_bytes: float
+    node_bytes: float
+    storage: float
+    files: int
+
+
+def cost(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> Cost:
+    """What `job` costs on `cluster`. `measured`: how many times longer its steps
+    take than modelled."""
+    ranks = cluster.nodes * cluster.tasks_per_node
+    seconds = (job.steps * step_flops(job) + evaluation_flops(job)) / rate(job.protocol, cluster)
+    loaders = job.protocol.workers * _LOADER
+    return Cost(
+        seconds=measured * seconds / ranks,
+        gpu_bytes=gpu_bytes(job, ranks),
+        node_bytes=cluster.tasks_per_node * (_PROCESS + loaders),
+        storage=sum(map(bytes_of, job.cells)),
+        files=files_of(job.cells),
+    )
+
+
+def step_flops(job: Job) -> float:
+    """Floating-point operations of an optimiser step: one pass of the backbone for all cells, and
+    forward and backward of each head."""
+    protocol = job.protocol
+    pixels = protocol.batch_size * protocol.crop[0] * protocol.crop[1]
+    passes = 3 if protocol.train == "all" else 1
+    heads = sum(3 * _head_macs(cell) for cell in job.cells)
+    return 2 * pixels * (passes * _backbone_macs(job) + heads)
+
+
+def evaluation_flops(job: Job) -> float:
+    """Of one pass over the validation images."""
+    return 2 * job.val_pixels * (_backbone_macs(job) + sum(map(_head_macs, job.cells)))
+
+
+def rate(protocol: Protocol, cluster: ClusterProfile) -> float:
+    """Floating-point operations a second of one rank."""
+    if cluster.gpus_per_node:
+        return FLOPS["gpu fp32" if protocol.precision == "fp32" else "gpu mixed"]
+    return FLOPS["cpu"] * protocol.threads
+
+
+def gpu_bytes(job: Job, ranks: int) -> float:
+    """Memory of a rank's GPU: all weights, and the activations of one head at a time."""
+    protocol, backbone = job.protocol, MODELS[job.cells[0].model].backbone
+    images = -(-protocol.batch_size // ranks)
+    pixels = images * protocol.crop[0] * protocol.crop[1]
+    whole = protocol.train == "all"
+    # weights, gradients, momentum, and the buckets in which gradients travel
+    weights = sum(4 * _head_parameters(cell) for cell in job.cells)
+    weights += BACKBONE_PARAMETERS[backbone] * (4 if whole else 1)
+    of_head = max(HEAD_ACTIVATIONS[MODELS[c.model].head][FEATURES[backbone]] for c in job.cells)
+    numbers = pixels * of_head
+    numbers += pixels * (BACKBONE_ACTIVATIONS[backbone] if whole else _BACKBONE_BUFFERS)
+    numbers += pixels * job.num_classes * _LOGIT_COPIES
+    return _CUDA + _LOST * _BYTES * (weights + numbers)
+
+
+def files_of(cells: Sequence[Cell]) -> int:
+    """The most files that one job of these cells has in the run directory."""
+    return _FILES["task"] + len(cells) * (_FILES["cell"] + KEPT + 1) + KEPT + 1
+
+
+def bytes_of(cell: Cell) -> int:
+    """The most that a cell takes on disk: its trained weights, and while it trains the kept
+    checkpoints and the one being written."""
+    return int(_trained(cell) * _BYTES) + (KEPT + 1) * checkpoint_bytes(cell)
+
+
+def checkpoint_bytes(cell: Cell) -> int:
+    """What a checkpoint holds of a cell: its trained weights and their momentum."""
+    return int(_trained(cell) * _BYTES) * 2
+
+
+def _trained(cell: Cell) -> float:
+    """The number of its trained weights."""
+    parameters = _head_parameters(cell)
+    if cell.protocol.train == "all":
+        parameters += BACKBONE_PARAMETERS[MODELS[cell.model].backbone]
+    return parameters
+
+
+def cells_that_fit(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> int:
+    """How many of the job's cells, at least one, a job can train within the memory of a GPU and the
+    time limit."""
+    for number in range(len(job.cells), 1, -1):
+        part = replace(job, cells=job.cells[:number])
+        estimate = cost(part, cluster, measured)
+        if estimate.seconds <= 60 * cluster.minutes and (
+            not cluster.gpus_per_node or estimate.gpu_bytes <= cluster.gpu_memory_gb * 1e9
+        ):
+            return number
+    return 1
+
+
+def wall_seconds(costs: Sequence[Cost], at_once: int) -> float:
+    """When the last job ends, if `at_once` run at the same time and each starts as soon as one has
+    ended."""
+    ends = [0.0] * min(at_once, max(1, len(costs)))
+    for one in costs:
+        heapq.heapreplace(ends, ends[0] + one.seconds)
+    return max(ends)
+
+
+def slower_than_modelled(step_seconds: float, job: Job, cluster: ClusterProfile) -> float:
+    """How many times longer a step of `job` takes than modelled, if it takes `step_seconds`."""
+    ranks = cluster.nodes * cluster.tasks_per_node
+    return step_seconds * ranks * rate(job.protocol, cluster) / step_flops(job)
+
+
+def _backbone_macs(job: Job) -> float:
+    return BACKBONE_MACS[MODELS[job.cells[0].model].backbone]
+
+
+def _head_macs(cell: Cell) -> float:
+    head, backbone = MODELS[cell.model]
+    return HEAD_MACS[head][FEATURES[backbone]]
+
+
+def _head_parameters(cell: Cell) -> float:
+    head, backbone = MODELS[cell.model]
+    return HEAD_PARAMETERS[head][FEATURES[backbone]]

@@ -1,0 +1,121 @@
+"""What the figures are drawn with: one style, small multiples, names that do not cover each other,
+and images as bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.rendering.plotting import Axes, Bbox, BboxBase, Figure
+
+# Okabe and Ito's colours, told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+TERM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#555555")
+INK, MUTED, FAINT = "#222222", "#707070", "#dddddd"
+
+# For `rc_context`, whose keys are typed in some versions only.
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelcolor": INK,
+    "axes.labelpad": 6,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "text.usetex": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "lossgrid",  # else ids in the file are random
+    "figure.dpi": 100,
+}
+WIDTH = 10.6  # inches
+PNG_DPI = 180
+Point = NDArray[np.float64]
+
+
+def small_multiples(
+    count: int, per_row: int, panel: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes, row after row, each `panel` (width, height) inches large."""
+    num_columns, num_rows = min(count, per_row), math.ceil(count / per_row)
+    size = (max(panel[0] * num_columns, WIDTH * 0.35), panel[1] * num_rows + 0.45)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_visible(False)
+    return figure, panels[:count]
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file: equal figures, equal bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file: equal figures, equal bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def name_points(
+    figure: Figure, axes: Axes, names: Sequence[str], places: Sequence[tuple[float, float]]
+) -> None:
+    """Write each point's name beside it, at the first place that covers the least of the rest."""
+    figure.draw_without_rendering()  # so that positions on the page are known
+    points = [axes.transData.transform(place) for place in places]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for name, place, point in zip(names, places, points, strict=True):
+        text = axes.annotate(
+            name,
+            place,
+            xytext=(0, 0),
+            textcoords="offset pixels",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.3},
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5},
+        )
+        text.set_in_layout(False)
+        size = np.array(text.get_window_extent().size)
+        boxes = [_beside(point, size, np.array(offset)) for offset in _OFFSETS]
+        chosen = min(boxes, key=lambda box: _covered(box, taken, axes.bbox))
+        text.set_position(chosen.p0 - point)
+        taken.append(chosen)
+
+
+_DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
+# Around a point at growing distances in pixels, the most readable first.
+_OFFSETS = [(x * far, y * far) for far in (8, 18, 30, 44) for x, y in _DIRECTIONS]
+
+
+def _beside(point: Point, size: Point, offset: Point) -> Bbox:
+    # the side of the box that faces the point lies at the offset
+    anchor = (np.sign(np.round(offset)) - 1) / 2
+    low = point + offset + anchor * size
+    return Bbox.from_bounds(*low, *size)
+
+
+def _covered(box: Bbox, taken: Sequence[Bbox], within: BboxBase) -> float:
+    inside = Bbox.intersection(box, within)
+    outside = box.width * box.height - (inside.width * inside.height if inside else 0.0)
+    common = (Bbox.intersection(box, other) for other in taken)
+    return outside * 10 + sum(shared.width * shared.height for shared in common if shared)

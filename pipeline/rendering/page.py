@@ -1,0 +1,213 @@
+"""What the page of a report says: plain values. `templates/report.html` says how it looks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from jobs.metrics.scores import ERRORS, SCORES, Summary
+from pipeline.paper.comparison import Analysis, for_page
+from pipeline.scores.results_file import DatasetResults, Results
+from pipeline.scores.score_table import LABELS, Row, best, blocks, shown
+
+_NUM_CELLS = re.compile(r'<meta name="lossgrid-cells" content="([0-9]{1,9})">')
+_HEAD = 4096  # characters of a page that hold it
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image as a data URI, and what it shows: data set and model. `width` on the page in
+    pixels; None is the image's own."""
+
+    title: str
+    source: str
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """The figures of a topic. The template has the topic's heading and how to read them. `note`:
+    what is not drawn."""
+
+    topic: str
+    figures: list[Drawn]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that a reader must know, and the cells that it is about (none: all of them)."""
+
+    text: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class ScoreCell:
+    """One number of the main table."""
+
+    mean: str
+    spread: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of the main table."""
+
+    loss: str
+    seeds: int
+    champion: bool  # it has the best S_rec of its block
+    scores: list[ScoreCell]
+    never_right: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The lines that differ by nothing but their loss."""
+
+    dataset: str
+    model: str
+    rows: list[TableRow]
+
+
+def cells_of(results: Results) -> int:
+    """Return how many cells the results have."""
+    return sum(len(dataset.cells) for dataset in results.datasets)
+
+
+def num_cells(page: Path) -> int:
+    """Return how many cells a page shows that `render` made; 0 if there is none that tells."""
+    try:
+        with page.open(encoding="utf-8", errors="replace") as file:
+            found = _NUM_CELLS.search(file.read(_HEAD))
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+def render(
+    results: Results, table: Sequence[Row], sections: Sequence[Section], found: Analysis
+) -> str:
+    """The page as HTML; every name in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        grid=results.grid,
+        num_cells=cells_of(results),
+        missing=results.record.get("missing", []),
+        notes=notes(results),
+        datasets=[_dataset_facts(dataset) for dataset in results.datasets],
+        models=_distinct(row.model for row in table),
+        losses=_distinct(row.loss for row in table),
+        seeds=sorted({seed for row in table for seed in row.seeds}),
+        protocol=list(flattened(results.record.get("protocol", {}))),
+        commit=results.record.get("commit", ""),
+        columns=[(LABELS[score], score in ERRORS) for score in SCORES],
+        blocks=[_block(*key, block) for key, block in blocks(table).items()],
+        winners=[winner for block in blocks(table).values() for winner in winners(block)],
+        any_never_right=any(row.never_right for row in table),
+        sections=sections,
+        bins=_bins(results),
+        **for_page(found),
+    )
+
+
+def notes(results: Results) -> list[Note]:
+    """The record's notes, then the cells' own, each once with the cells that carry it."""
+    carriers: dict[str, list[str]] = {}
+    for dataset in results.datasets:
+        for cell in dataset.cells:
+            for text in cell["notes"]:
+                carriers.setdefault(text, []).append(cell["name"])
+    general = [Note(text, []) for text in results.record.get("notes", [])]
+    return general + [Note(text, cells) for text, cells in carriers.items()]
+
+
+def flattened(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A nested table as lines of (dotted key, value as JSON)."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            shown_value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield prefix + key, shown_value
+
+
+def _dataset_facts(dataset: DatasetResults) -> dict[str, Any]:
+    images = dataset.counts["images"]
+    return {
+        "name": dataset.name,
+        "classes": dataset.classes,
+        "train_pixels": int(dataset.train_class_pixels.sum()),
+        "val_pixels": int(dataset.val_class_pixels.sum()),
+        "val_images": int(images[0]) if len(images) else 0,
+        "absent": _absent(dataset.classes, dataset.val_class_pixels),
+        "unseen": _absent(dataset.classes, dataset.train_class_pixels),
+        "cells": len(dataset.cells),
+        "backbones": sorted({cell["backbone"][:12] for cell in dataset.cells if cell["backbone"]}),
+    }
+
+
+def _absent(classes: Sequence[str], class_pixels: np.ndarray) -> list[str]:
+    return [classes[int(c)] for c in np.flatnonzero(class_pixels == 0)]
+
+
+def _block(dataset: str, model: str, block: Sequence[Row]) -> Block:
+    champions = {score: best(block, score) for score in SCORES}
+    lines = [
+        TableRow(
+            loss=row.loss,
+            seeds=len(row.seeds),
+            champion=row.loss in champions["s_rec"],
+            scores=[_score_cell(row.scores[s], row.loss in champions[s]) for s in SCORES],
+            never_right=tuple(
+                name if seeds == len(row.seeds) else f"{name} ({seeds} of {len(row.seeds)})"
+                for name, seeds in row.never_right.items()
+            ),
+        )
+        for row in block
+    ]
+    return Block(dataset, model, lines)
+
+
+def _score_cell(summary: Summary, is_best: bool) -> ScoreCell:
+    if np.isnan(summary.mean):
+        return ScoreCell("nan", f"{summary.defined} of {summary.n}", False)
+    spread = "" if np.isnan(summary.std) else f"±{summary.std:.3f}".replace("0.", ".", 1)
+    return ScoreCell(f"{summary.mean:.3f}", spread, is_best)
+
+
+def winners(block: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows of a block with the best S_rec, in words."""
+    champions = best(block, "s_rec")
+    return [
+        {
+            "dataset": row.dataset,
+            "model": row.model,
+            "loss": row.loss,
+            "s_rec": shown(row.scores["s_rec"]),
+        }
+        for row in block
+        if row.loss in champions
+    ]
+
+
+def _bins(results: Results) -> int:
+    return results.datasets[0].counts["top1_bins"].shape[1] if results.datasets else 0
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

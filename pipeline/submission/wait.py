@@ -1,0 +1,171 @@
+"""Staying until the jobs of a submission have ended, and saying how it went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from hpc.cli import USER_ERROR_EXIT_CODE, one_line
+from hpc.scheduler.auto import Queue
+from hpc.scheduler.exit_cause import names_error
+from hpc.scheduler.job import last_error
+from hpc.scheduler.slurm import QueueUnreachable
+from pipeline.config.grid_file import Grid
+from pipeline.tracking.display import counts_line, time_left
+from pipeline.tracking.outcomes import not_successful
+from pipeline.tracking.reasons import reason_lines
+from pipeline.tracking.stages import GRID, REPORT
+from pipeline.tracking.survey import CellState, Survey, survey
+
+_CLUSTER_POLL_SECONDS = 15.0
+_LINE_SECONDS = 30.0  # between lines where there is no terminal
+
+T = TypeVar("T")
+Jobs = Mapping[str, Sequence[str]]  # ids by stage
+
+
+def wait_for(
+    grid: Grid,
+    queue: Queue,
+    jobs: Jobs,
+    stages: Sequence[str],
+    submit: Callable[[Sequence[str]], Jobs] | None = None,
+) -> int:
+    """Wait until all `jobs` of `stages` have ended; what the queue had no room for goes to `submit`
+    whenever a job has ended. Prints the report's table and page if there is one. Returns 0 if
+    everything asked for is there, 1 if cells are missing, 2 if a stage failed."""
+    progress = _Progress(grid)
+    try:
+        while _watch(grid, queue, jobs, stages, progress) and submit:
+            held = [stage for stage in stages if stage == GRID or stage not in jobs]
+            jobs = {**jobs, **patiently(partial(submit, held))}
+    except KeyboardInterrupt:
+        words = one_line(grid.words)
+        print(f"the jobs go on; see `python -m pipeline.status {words}`", file=sys.stderr)
+        raise
+    if error := _stage_error(queue, jobs):
+        print(one_line(error), file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    unfinished = _unfinished(grid, queue) if GRID in stages else []
+    for line in unfinished:
+        print(one_line(line), file=sys.stderr)
+    if stopped := _stopped_stage(queue, jobs):
+        print(one_line(stopped), file=sys.stderr)
+    page = grid.run.report / "index.html"
+    if REPORT in stages and page.exists() and not stopped:
+        from pipeline.rendering.terminal import print_report  # reads HDF5, so not for planning
+
+        print_report(grid.run.results, page)
+    if unfinished:
+        return 1
+    return USER_ERROR_EXIT_CODE if stopped else 0
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask()` returns, once the queue answers: jobs go on without a controller, and so do we.
+    Says so, once."""
+    told = False
+    while True:
+        try:
+            return ask()
+        except QueueUnreachable as error:
+            if not told:
+                print(one_line(f"{error}; --wait does so by itself"), file=sys.stderr)
+            told = True
+            time.sleep(_CLUSTER_POLL_SECONDS)
+
+
+class _Progress:
+    """Shows how far a grid is: in place on a terminal, else by a line from time to time."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._console = Console(file=sys.stdout)
+        self._shown_at, self._shown = 0.0, ""
+
+    def status(self) -> Status:
+        """Return the line that stands on a terminal."""
+        return Status("waiting", console=self._console)
+
+    def show(self, state: Survey, status: Status) -> None:
+        """Show how far the grid is now."""
+        line = _progress_line(self._grid, state)
+        status.update(Text(line))  # a plain string would be read as markup
+        due = time.monotonic() - self._shown_at > _LINE_SECONDS
+        if not self._console.is_terminal and due and line != self._shown:
+            print(line, flush=True)
+            self._shown_at, self._shown = time.monotonic(), line
+
+
+def _watch(
+    grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str], progress: _Progress
+) -> bool:
+    """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
+    ids = {job for of_stage in jobs.values() for job in of_stage}
+    missing = any(stage not in jobs for stage in stages)
+    seen: set[str] = set()  # alive when we looked before
+    with progress.status() as status:
+        while True:
+            state = patiently(partial(survey, grid, queue, ids))
+            alive = {job for job in ids if state.jobs[job].state != "gone"}
+            held = missing or bool(state.held) or (GRID in stages and bool(state.deferred))
+            if not alive and not held:
+                return False
+            if held and (not alive or seen - alive):
+                time.sleep(queue.poll_seconds)  # the room may be taken by other jobs of the user
+                return True
+            seen = alive
+            queue.ensure_runner()
+            progress.show(state, status)
+            time.sleep(queue.poll_seconds)
+
+
+def _progress_line(grid: Grid, state: Survey) -> str:
+    running = [cell for cell in state.cells if cell.state == "running" and cell.total]
+    text = f"{one_line(grid.name)}: {counts_line(state)}"
+    if state.pretraining:
+        text += "; pre-training"
+        far = [p for p in state.training_backbones.values() if p.total]
+        if far:
+            text += f", {min(p.step / p.total for p in far):.0%}"
+    if running:
+        slowest = min(running, key=_done_share)
+        text += f"; {_done_share(slowest):.0%} of the slowest job"
+        if left := time_left(slowest):
+            text += f", {left} left"
+    return text
+
+
+def _done_share(cell: CellState) -> float:
+    return cell.step / cell.total
+
+
+def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
+    """The error line of the first stage whose job failed; the later ones only fail after it."""
+    for stage, ids in jobs.items():
+        for job in ids if stage != GRID else ():
+            error = last_error(queue.log_files(job))
+            if error and names_error(error):
+                return f"{stage}: {error}"
+    return None
+
+
+def _stopped_stage(queue: Queue, jobs: Jobs) -> str | None:
+    """Why the first stage did not succeed that says no error, as one that was killed."""
+    stages = [(stage, job) for stage, ids in jobs.items() if stage != GRID for job in ids]
+    known = patiently(partial(queue.look, [job for _, job in stages])) if stages else {}
+    found = ((stage, not_successful(known[job], queue.log_files(job))) for stage, job in stages)
+    return next((f"{stage}: {why}" for stage, why in found if why), None)
+
+
+def _unfinished(grid: Grid, queue: Queue) -> list[str]:
+    """Return a line for each reason why cells are not done."""
+    cells = patiently(partial(survey, grid, queue)).cells
+    return list(reason_lines(cell for cell in cells if cell.state != "done"))

@@ -1,0 +1,58 @@
+"""Which cells are done, as the files of counts and their indices tell."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hpc.storage.atomic import Damaged
+from jobs.spec.cell import RunPaths
+from jobs.spec.counts_file import CountsIndex, read_index
+from pipeline.tracking.submissions import json_files
+
+
+@contextmanager
+def many_records() -> Iterator[None]:
+    """Python looks again and again for garbage among thousands of records that all stay: half of
+    the time that a survey takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@many_records()
+def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
+    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
+    tell, or with `verify` checksums."""
+    done: dict[str, CountsIndex] = {}
+    problems, broken = [], []
+    for path in json_files(run.counts):
+        try:
+            index = read_index(path)
+        except FileNotFoundError:  # a link to nowhere, or deleted meanwhile
+            problems.append(f"{path} is not there; its cells count as missing")
+            continue
+        except Damaged as error:
+            problems.append(str(error))
+            continue
+        if not index.is_whole():
+            broken.append(index)
+            continue
+        if verify and index.is_altered():
+            problems.append(
+                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
+                "cells anew"
+            )
+            continue
+        done |= dict.fromkeys(index.signatures, index)
+    problems += [
+        f"{index.path} is missing or cut short; run grid again to train its cells anew"
+        for index in broken
+        if not done.keys() >= set(index.signatures)  # else counted anew
+    ]
+    return done, problems

@@ -1,0 +1,297 @@
+"""Trains a grid of four bundles on a Slurm cluster of its own, on this machine, under faults drawn
+at random, and compares every cell, bit for bit, with the same grid left alone.
+
+    python -m tests.cluster.chaos [--faults 50] [--seed 0]       as root, on Debian or Ubuntu
+
+Only faults count that interrupted a start with unsaved progress, as the record of its steps shows.
+While too few have counted, the grid is trained again in a new run directory. Prints a Markdown
+table; the exit code is 1 if a cell is missing or differs, if steps were done twice beyond the last
+checkpoint, or if too few faults were counted. The seed fixes what is drawn, not when machines get
+to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from hpc.storage.atomic import Damaged, read_json
+from jobs.spec.cell import Cell, bundles
+from jobs.spec.counts_file import counted_cells
+from jobs.spec.task import Task, write_task
+from pipeline.config.grid_file import Grid
+from pipeline.tracking import survey
+from pipeline.tracking.submissions import Submitted, submissions
+from tests.cluster.bundle_runs import (
+    CHECKPOINT_SECONDS,
+    bundle_grid,
+    pack_streets,
+    write_profile,
+)
+from tests.cluster.chaos_record import Outcome, Strike, failures, judge_all, table
+from tests.cluster.faults import KINDS, Victim, give_disk
+from tests.cluster.slow_training import PAUSE, all_begun
+from tests.cluster.slurm_cluster import PYTHON, Cluster, NoCluster
+from tests.jobs.job_processes import jobs
+from tests.jobs.small_runs import assert_same, results
+
+NUM_BUNDLES = 4
+NUM_NODES = 2 * NUM_BUNDLES + 2  # all train at once, and a job that has lost a node finds others
+LOSSES = ("CE", "DLNWCE", "WCE")
+EPOCHS = 30  # of two steps
+STEP_SECONDS = 0.4  # at least, so that there is something to strike
+WORLD_SIZE = 2
+# two whole nodes a job, one rank on each, so that a fault strikes one job only
+PROFILE = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 8, "array_parallelism": NUM_BUNDLES}
+LAST_STEPS = 8  # of a bundle; there is no time to strike
+DELAY = 2.0  # seconds, at most, from seeing that a bundle can be struck to the strike
+TWO_CHECKPOINTS = "killed, newest checkpoint cut short"
+PATIENCE = 1800.0  # seconds for a round
+
+
+@dataclass
+class Plan:
+    """What a run of this program is to do."""
+
+    faults: int
+    seed: int
+    kinds: Sequence[str] = tuple(KINDS)
+    num_bundles: int = NUM_BUNDLES
+    profile: dict[str, object] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Start the cluster, and torment it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=50, help="how many must have counted")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    options = parser.parse_args(argv)
+    try:
+        cluster = Cluster(NUM_NODES)
+    except NoCluster as error:
+        sys.exit(f"error: {error}")
+    try:
+        return torment(cluster, cluster.runs / "chaos", Plan(options.faults, options.seed))
+    finally:
+        cluster.end()
+
+
+def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
+    """Train rounds of the grid until enough faults have counted; print what happened. 0 if all is
+    as it must be, else 1."""
+    folder.mkdir()
+    data = pack_streets(folder / "streets")
+    rng = random.Random(plan.seed)
+    deck, outcomes, number = draw(rng, plan.kinds, plan.faults), [], 0
+    missing: set[str] = set()
+    different: set[str] = set()
+    with ThreadPoolExecutor(1) as pool:
+        # beside the first round, most of which is waiting
+        alone = pool.submit(undisturbed, folder / "undisturbed", data, plan.num_bundles)
+        while number == 0 or (deck and not missing):
+            number += 1
+            current = Round(cluster, folder / f"round{number}", data, plan)
+            strikes = current.train(deck, rng)
+            record = all_begun(current.grid.run.root)
+            judged = judge_all(strikes, record)
+            outcomes += judged
+            deck = deck[len(strikes) :] + [outcome.kind for outcome in judged if outcome.uncounted]
+            found = results(current.grid.run)
+            expected = alone.result()
+            missing |= expected.keys() - found.keys()
+            different |= set(differing(found, expected))
+            say(f"round {number} is done: {len(found)} cells")
+            if all(outcome.uncounted for outcome in judged):
+                break  # it would not get better
+    return conclude(outcomes, plan, number, missing, different)
+
+
+def conclude(
+    outcomes: Sequence[Outcome],
+    plan: Plan,
+    rounds: int,
+    missing: Collection[str],
+    different: Collection[str],
+) -> int:
+    """Print the table and the verdict; the exit code."""
+    print("\n".join(table(outcomes)))
+    for outcome in outcomes:
+        if outcome.uncounted:
+            print(f"not counted: {outcome.kind}: {outcome.uncounted}")
+    wrong = failures(outcomes, plan.faults, missing, different)
+    for line in wrong:
+        print(f"error: {line}")
+    cells = len(LOSSES) * plan.num_bundles
+    if not wrong:
+        print(f"{rounds} times {cells} cells, all bit for bit as undisturbed (seed {plan.seed})")
+    return 1 if wrong else 0
+
+
+def draw(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
+    """So many kinds of faults in random order, each as often as any other, give or take one."""
+    drawn: list[str] = []
+    while len(drawn) < number:
+        drawn += rng.sample(kinds, len(kinds))
+    return drawn[:number]
+
+
+def grid_of(folder: Path, data: str, num_bundles: int) -> Grid:
+    """The grid whose run is in `folder`."""
+    return bundle_grid(folder, data, seeds=range(num_bundles), losses=LOSSES, epochs=EPOCHS)
+
+
+def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
+    """The results of the same grid, each bundle from beginning to end by as many processes of this
+    machine, without Slurm."""
+    grid = grid_of(folder, data, num_bundles)
+    with jobs(folder / "logs") as start:
+        for key, cells in bundles(grid.cells).items():
+            (settings,) = grid.datasets.values()
+            task = Task(
+                kind="bundle", name=key, run=str(grid.run.root), data=data,
+                origin=settings.origin(), cells=cells,
+            )  # fmt: skip
+            codes = start(write_task(task), WORLD_SIZE).end(seconds=PATIENCE)
+            assert codes == [0] * WORLD_SIZE, f"the undisturbed training of {key} failed"
+    return results(grid.run)
+
+
+def differing(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Iterator[str]:
+    """The names of the cells whose weights or counts are not bit for bit as they should be."""
+    for name in found.keys() & wanted.keys():
+        try:
+            assert_same(found[name], wanted[name])
+        except AssertionError:
+            yield name
+
+
+class Round:
+    """One run of the grid, from its submission until all its cells are done."""
+
+    def __init__(self, cluster: Cluster, folder: Path, data: str, plan: Plan) -> None:
+        self.cluster = cluster
+        self.grid = grid_of(folder, data, plan.num_bundles)
+        self.run = self.grid.run
+        self._bundles: dict[str, list[Cell]] = bundles(self.grid.cells)
+        for key in self._bundles:
+            give_disk(self.run, key, cluster)
+        self._profile = write_profile(folder, **{**PROFILE, **plan.profile})
+        self._pause = self.run.root / PAUSE
+        self._pause.write_text(str(STEP_SECONDS))
+
+    def train(self, deck: Sequence[str], rng: random.Random) -> list[Strike]:
+        """Train all cells, and strike with the kinds of `deck` in turn, as many as there is time
+        for; the strikes."""
+        strikes: list[Strike] = []
+        deadline = time.monotonic() + PATIENCE
+        while unfinished := self._unfinished():
+            if time.monotonic() > deadline:
+                say(f"given up: {len(unfinished)} bundles are not done; {self._queue()}")
+                break
+            if any(self._is_lost(key, self._queue()) for key in unfinished):
+                self._submit()
+            if len(strikes) == len(deck):
+                self._pause.unlink(missing_ok=True)
+            elif strike := self._strike(deck[len(strikes)], rng):
+                strikes.append(strike)
+            time.sleep(0.2)
+        return strikes
+
+    def _strike(self, kind: str, rng: random.Random) -> Strike | None:
+        """Let a bundle that can be struck feel a fault of some kind; None if there is none."""
+        victims = [victim for victim in self._victims() if _can_be_struck(victim, kind)]
+        if not victims:
+            return None
+        victim, rank = rng.choice(victims), rng.randrange(WORLD_SIZE)
+        time.sleep(rng.uniform(0, DELAY))
+        if victim.job not in self._running() or not _can_be_struck(victim, kind):
+            return None
+        intervals = 2 if kind == TWO_CHECKPOINTS else 1
+        most_redone = intervals * math.ceil(CHECKPOINT_SECONDS / STEP_SECONDS)
+        (generation, step), saved = _newest_start(victim), victim.steps_saved[-1]
+        strike = Strike(kind, victim.bundle, generation, saved, most_redone)
+        began = time.monotonic()
+        with KINDS[kind](victim, rank):
+            pass
+        healed = f"healed after {time.monotonic() - began:.0f} s"
+        say(f"{kind}: rank {rank} of {victim.job} at step {step}, {saved} saved; {healed}")
+        return strike
+
+    def _victims(self) -> list[Victim]:
+        running = self._running()
+        return [
+            Victim(self.cluster, task.job, self.run, key)
+            for key, task in self._tasks().items()
+            if task.job in running
+        ]
+
+    def _tasks(self) -> dict[str, Submitted]:
+        """What was last submitted for each bundle."""
+        keys = {cell.signature: cell.bundle_key for cell in self.grid.cells}
+        return {keys[task.cells[0]]: task for task in submissions(self.run)}
+
+    def _unfinished(self) -> list[str]:
+        done = counted_cells(self.run.counts)
+        return [key for key, cells in self._bundles.items() if cells[0].signature not in done]
+
+    def _queue(self) -> dict[str, str]:
+        """The state of each job in the queue."""
+        lines = self.cluster.answer("squeue", "--noheader", "--array", "--format=%i %T")
+        return dict(line.split() for line in lines.splitlines())
+
+    def _running(self) -> set[str]:
+        return {job for job, word in self._queue().items() if word == "RUNNING"}
+
+    def _is_lost(self, key: str, queue: Collection[str]) -> bool:
+        """Whether a bundle's job has ended, known to be dead, so that `grid` would send it anew."""
+        task = self._tasks().get(key)
+        if task is None:
+            return True
+        try:
+            beat = read_json(self.run.progress_of(task.task))
+        except (FileNotFoundError, Damaged):
+            beat = {}
+        return task.job not in queue and survey._heart_stopped(beat)
+
+    def _submit(self) -> None:
+        command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
+        said = self.cluster.answer(*command, "--cluster", self._profile)
+        say("; ".join(line for line in said.splitlines() if "submitted" in line))
+
+
+def _newest_start(victim: Victim) -> tuple[int, int]:
+    """The number of a bundle's newest start, and the step that it has begun last; (0, -1) while the
+    job, which may have been requeued, has not yet begun one."""
+    # without this a job that only starts would be taken for the start that was struck before
+    started = datetime.fromisoformat(victim.cluster.job(victim.job)["StartTime"]).timestamp()
+    own = [begun for begun in all_begun(victim.run.root) if begun.bundle == victim.bundle]
+    if not own or own[-1].time < started:
+        return 0, -1
+    return own[-1].generation, own[-1].step
+
+
+def _can_be_struck(victim: Victim, kind: str) -> bool:
+    """Whether a bundle is being trained, with progress since a checkpoint, and not near its end."""
+    saved = victim.steps_saved
+    if len(saved) < (2 if kind == TWO_CHECKPOINTS else 1):
+        return False
+    return saved[-1] <= _newest_start(victim)[1] < 2 * EPOCHS - LAST_STEPS
+
+
+def say(text: str) -> None:
+    """A line for whoever watches."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""How Slurm writes times, amounts, GPUs and MPI types, and what is read from it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from hpc.diagnostics.slurm_site import Site, amounts, minutes_of, num_gpus
+from hpc.scheduler import slurm
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [
+        ("1-00:00:00", 1440),
+        ("2-12", 3600),
+        ("1-02:30", 1590),
+        ("08:00:00", 480),
+        ("30:00", 30),
+        ("90", 90),
+        ("00:00:30", 0.5),
+        ("UNLIMITED", math.inf),
+        ("INFINITE", math.inf),
+        ("", math.inf),
+    ],
+)
+def test_a_time_limit(limit, minutes):
+    assert minutes_of(limit) == minutes
+
+
+@pytest.mark.parametrize(
+    ("gres", "kind", "number"),
+    [
+        ("gpu:4", "", 4),
+        ("gpu", "", 1),
+        ("gpu:v100", "v100", 1),
+        ("gpu:v100:4(S:0-1)", "", 4),
+        ("gpu:v100:4(S:0,2)", "v100", 4),
+        ("gpu:v100:4", "a100", 0),
+        ("gpu:a100:2(S:0),gpu:v100:3(S:1)", "", 5),
+        ("gpu:a100:2(S:0),gpu:v100:3(S:1)", "v100", 3),
+        ("craynetwork:4,gpu:nvidia_a100_80gb_pcie:2", "nvidia_a100_80gb_pcie", 2),
+        ("shard:8", "", 0),
+        ("(null)", "", 0),
+    ],
+)
+def test_the_gpus_of_a_node(gres, kind, number):
+    assert num_gpus(gres, kind) == number
+
+
+def test_amounts_of_a_limit():
+    assert amounts("cpu=64,gres/gpu=8,mem=512G,node=4") == {"cpu": 64, "gres/gpu": 8, "node": 4}
+    assert amounts("") == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "types"),
+    [
+        (
+            "MPI types are...\n\tpmix\n\tnone\n\tpmi2\nversions available: pmix_v4,pmix_v5\n",
+            {"pmix", "none", "pmi2", "pmix_v4", "pmix_v5"},
+        ),
+        ("srun: MPI types are...\nsrun: none\nsrun: openmpi\n", {"none", "openmpi"}),
+    ],
+    ids=["since 22.05", "before"],
+)
+def test_the_types_of_mpi(monkeypatch, said, types):
+    monkeypatch.setattr(slurm, "ask", lambda *_words: said)
+    assert Site().mpi_types == types

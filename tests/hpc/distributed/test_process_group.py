@@ -1,0 +1,299 @@
+"""Ranks that find each other and agree, whoever started them, and that do not wait for the dead."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc import cli
+from hpc.cli import UserError
+from hpc.distributed import process_group as groups
+from hpc.distributed.launcher import RankEnv, read_env
+from hpc.distributed.process_group import Group, process_group
+
+REPOSITORY = Path(__file__).parents[3]
+BIN = Path(sys.executable).parent
+# a process that has torch already and does nothing else, from which ranks are forked
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["hpc.distributed.process_group"])
+
+
+def rank_env(rank: int, world_size: int, start_id: str = "start") -> RankEnv:
+    return RankEnv("slurm", rank, world_size, rank, "node", "1", start_id)
+
+
+def work_together(group: Group) -> dict[str, object]:
+    """What every rank must agree on, as plain values."""
+    mine = torch.tensor([1.5, 10.0 ** (3 * group.rank)], dtype=torch.float64, requires_grad=True)
+    total = group.sum(mine)
+    pixels = group.sum(torch.tensor(2**53 + group.rank))
+    word = group.broadcast({"generation": 7} if group.is_main else None)
+    wish = group.max(group.rank % 2)
+    group.barrier()
+    assert mine.tolist() == [1.5, 10.0 ** (3 * group.rank)]  # left as it was
+    return {
+        "sum": total.tolist(),
+        "sum has a gradient": total.requires_grad,
+        "integers": int(pixels),
+        "broadcast": word,
+        "max": wish,
+        "members": torch.distributed.get_world_size(group.process_group),
+    }
+
+
+def expected(world_size: int) -> dict[str, object]:
+    return {
+        "sum": [1.5 * world_size, sum(10.0 ** (3 * rank) for rank in range(world_size))],
+        "sum has a gradient": False,
+        "integers": world_size * 2**53 + sum(range(world_size)),
+        "broadcast": {"generation": 7},
+        "max": min(1, world_size - 1),
+        "members": world_size,
+    }
+
+
+def a_rank(env: RankEnv, rendezvous: Path, results: Path) -> None:
+    with process_group(env, rendezvous) as group:
+        (results / f"{env.start_id}-{env.rank}.json").write_text(json.dumps(work_together(group)))
+
+
+def start(env: RankEnv, folder: Path, target=a_rank) -> multiprocessing.Process:
+    process = RANKS.Process(target=target, args=(env, folder / "rendezvous", folder))
+    process.start()
+    return process
+
+
+def answers(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def codes(processes: list[multiprocessing.Process], seconds: float = 60) -> list[int | None]:
+    for process in processes:
+        process.join(seconds)
+    left = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return left
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_find_each_other_through_a_file_and_agree(tmp_path, world_size):
+    late_main = [*range(1, world_size), 0]
+    ranks = [start(rank_env(rank, world_size), tmp_path) for rank in late_main]
+    assert codes(ranks) == [0] * world_size
+    assert answers(tmp_path) == [expected(world_size)] * world_size
+
+
+def test_two_jobs_of_one_run_on_one_node_do_not_meet(tmp_path):
+    jobs = [rank_env(rank, 2, job) for job in ("job1", "job2") for rank in (0, 1)]
+    assert codes([start(env, tmp_path) for env in jobs]) == [0] * 4
+    assert answers(tmp_path) == [expected(2)] * 4
+    addresses = [path.read_text() for path in (tmp_path / "rendezvous").glob("*.addr")]
+    assert len(set(addresses)) == 2
+
+
+def test_one_rank_is_the_same_path(tmp_path):
+    with process_group(read_env({}), tmp_path / "rendezvous") as group:
+        assert work_together(group) == expected(1)
+    assert not (tmp_path / "rendezvous").exists()  # it has nobody to meet
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_group_ends_with_its_job_even_after_an_error(tmp_path):
+    with pytest.raises(UserError), process_group(read_env({}), tmp_path):
+        raise UserError("data/x is damaged")
+    assert not torch.distributed.is_initialized()
+
+
+LAUNCHED = """
+import json, sys
+from pathlib import Path
+from hpc.distributed.launcher import read_env
+from hpc.distributed.process_group import process_group
+from tests.hpc.distributed.test_process_group import work_together
+env = read_env()
+with process_group(env, Path(sys.argv[1]) / "rendezvous") as group:
+    answer = json.dumps(work_together(group))
+    (Path(sys.argv[1]) / f"{env.launcher}-{env.rank}.json").write_text(answer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [
+        ("torchrun", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]),
+        ("mpi", [str(BIN / "mpiexec"), "-n", "2", sys.executable]),
+    ],
+)
+def test_launchers_start_ranks_that_agree(tmp_path, launcher, command):
+    if launcher == "mpi" and not (BIN / "mpiexec").exists():
+        pytest.skip("no mpiexec beside this Python")
+    program = tmp_path / "program.py"
+    program.write_text(LAUNCHED)
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*cli, str(program), str(tmp_path)],
+        env=environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == [
+        f"{launcher}-0.json",
+        f"{launcher}-1.json",
+    ]
+    assert answers(tmp_path) == [expected(2)] * 2
+
+
+def wait_for_a_dead_rank_0(env: RankEnv, rendezvous: Path, results: Path) -> None:
+    groups.TIMEOUT = datetime.timedelta(seconds=1)
+    began = time.monotonic()
+    try:
+        a_rank(env, rendezvous, results)
+    except (UserError, RuntimeError) as error:
+        seconds = time.monotonic() - began
+        (results / "told.json").write_text(json.dumps([type(error).__name__, str(error), seconds]))
+
+
+def test_ranks_do_not_wait_for_ever_for_a_rank_0_that_never_came(tmp_path):
+    assert codes([start(rank_env(1, 2), tmp_path, wait_for_a_dead_rank_0)]) == [0]
+    kind, message, seconds = json.loads((tmp_path / "told.json").read_text())
+    assert kind == "UserError"
+    address = tmp_path / "rendezvous/start.addr"
+    assert message == f"rank 0 did not leave its address in {address} within 0:00:01"
+    assert seconds < 10
+
+
+def test_nor_for_one_that_died_after_leaving_its_address(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nobody listens there
+        (tmp_path / "rendezvous").mkdir()
+        (tmp_path / "rendezvous/start.addr").write_text(f"127.0.0.1 {port}")
+        assert codes([start(rank_env(1, 2), tmp_path, wait_for_a_dead_rank_0)]) == [0]
+    kind, message, seconds = json.loads((tmp_path / "told.json").read_text())
+    assert kind == "DistNetworkError" and str(port) in message
+    assert seconds < 30
+
+
+def die_or_be_told(env: RankEnv, rendezvous: Path, results: Path) -> None:
+    with process_group(env, rendezvous) as group:
+        group.barrier()
+        if group.is_main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            group.max(1)
+        except RuntimeError as error:
+            told = json.dumps([str(error), time.monotonic() - began])
+            (results / f"told-{group.rank}.json").write_text(told)
+            raise
+
+
+def test_when_rank_0_dies_the_others_end_at_their_next_agreement(tmp_path):
+    ranks = [start(rank_env(rank, 3), tmp_path, die_or_be_told) for rank in range(3)]
+    assert codes(ranks) == [-signal.SIGKILL, 1, 1]
+    for rank in (1, 2):
+        message, seconds = json.loads((tmp_path / f"told-{rank}.json").read_text())
+        assert "onnection" in message  # closed or reset by peer
+        assert seconds < 30  # and not only after the time limit of a collective
+
+
+def test_the_time_limit_of_a_collective_is_minutes():
+    assert datetime.timedelta(minutes=2) <= groups.TIMEOUT <= datetime.timedelta(minutes=30)
+
+
+@pytest.mark.parametrize(
+    ("resolved", "address"),
+    [("10.1.2.3", "10.1.2.3"), ("127.0.1.1", "n7"), (OSError, "127.0.0.1")],
+)
+def test_rank_0_leaves_an_address_that_other_nodes_can_reach(monkeypatch, resolved, address):
+    def resolve(name):
+        if resolved is OSError:
+            raise socket.gaierror("unknown")
+        return resolved
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "n7")
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    assert groups._own_address(rank_env(0, 2)) == address
+
+
+FAR = """
+import fcntl, multiprocessing, socket, struct, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.hpc.distributed.test_process_group import a_rank, codes, rank_env
+folder = Path(sys.argv[1])
+socket.sethostname("far")
+(folder / "hosts").write_text("127.0.0.1 localhost\\n10.255.255.1 far\\n")
+subprocess.run(["mount", "--bind", str(folder / "hosts"), "/etc/hosts"], check=True)
+with socket.socket() as any_socket:  # the flags of `lo`: up and running, SIOCSIFFLAGS
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 0x41))
+assert socket.gethostbyname(socket.gethostname()) == "10.255.255.1"
+ranks = []
+for number in (0, 1):
+    arguments = (replace(rank_env(number, 2), on_one_node=True), folder / "rendezvous", folder)
+    ranks.append(multiprocessing.get_context("fork").Process(target=a_rank, args=arguments))
+    ranks[-1].start()
+sys.exit(int(codes(ranks) != [0, 0]))
+"""
+
+
+def test_ranks_of_one_node_meet_where_its_name_leads_nowhere(tmp_path):
+    """In a network of its own, whose only way out is loopback."""
+    own = ["unshare", "-rmnu"]
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode:
+        pytest.skip("this user may not have a network of their own")
+    line = [*own, sys.executable, "-c", FAR, str(tmp_path)]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert answers(tmp_path) == [expected(2)] * 2
+
+
+@pytest.mark.parametrize("missing", ["address", "store", "ranks"])
+def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr(groups, "TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(cli, "SLOW_SECONDS", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nobody listens there
+        if missing == "store":
+            (tmp_path / "start.addr").write_text(f"127.0.0.1 {port}")
+        env = rank_env(int(missing != "ranks"), 2)
+        with pytest.raises((UserError, RuntimeError)), process_group(env, tmp_path):
+            pass
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "waiting for" in line]
+    what = {
+        "address": f"rank 0 to leave its address in {tmp_path / 'start.addr'}",
+        "store": f"the store of rank 0 at 127.0.0.1, port {port}",
+        "ranks": "all 2 ranks of this job to meet",
+    }
+    assert said == f"waiting for {what[missing]}, 0 s so far"
+
+
+def test_two_communicators_start_their_kernels_in_the_hosts_order(monkeypatch, tmp_path):
+    """NCCL must be told before it starts; whoever knows better may say otherwise."""
+    seen = []
+
+    def started(backend, **_):
+        seen.append((backend, os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"]))
+        raise UserError("there is no GPU here")
+
+    monkeypatch.setattr(groups, "own_device", lambda env: torch.device("cuda"))
+    monkeypatch.setattr(groups.dist, "init_process_group", started)
+    for told in (None, "0"):
+        monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
+        if told is not None:
+            monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", told)
+        with pytest.raises(UserError, match="no GPU"), process_group(rank_env(0, 1), tmp_path):
+            pass
+    assert seen == [("cpu:gloo,cuda:nccl", "1"), ("cpu:gloo,cuda:nccl", "0")]

@@ -1,0 +1,179 @@
+"""On a GPU the channels of a pixel lie together, from images to logits. Here a processor is made to
+lay them out so: the numbers are the same, and no file knows of it."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jobs import train as job
+from jobs.models import memory_format as layout
+from jobs.models.build import build_backbone
+from jobs.models.memory_format import memory_format
+from jobs.models.registry import MODELS
+from jobs.spec.cell import RunPaths
+from jobs.train import features
+from jobs.training.cell_trainer import Trainee
+from jobs.training.predictor import Predictor
+from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, MODEL, a_cell, a_share
+from tests.jobs.ranks import on_ranks
+from tests.jobs.small_runs import grid_of, results, task_of
+from tests.jobs.test_exchange import ours_and_torchs
+from tests.jobs.training.test_cell_trainer import (
+    TOTAL,
+    assert_equal_states,
+    everything,
+    trainee_of,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DEEPLAB, UNET = "deeplabv3_mobilenet_v3_large", "unet_resnet50"
+
+
+def as_on_a_gpu(patch):
+    patch.setattr(layout, "memory_format", lambda device: torch.channels_last)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    as_on_a_gpu(monkeypatch)
+
+
+def train(trainee, steps):
+    return [trainee.step(*a_share(step), step, TOTAL) for step in steps]
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def test_a_gpu_has_channels_last_and_a_processor_takes_what_there_is():
+    assert memory_format(torch.device("cuda", 1)) == torch.channels_last
+    assert memory_format(torch.device("cpu")) == torch.preserve_format
+
+
+# --- everywhere -------------------------------------------------------------------------------
+
+
+def strays(module):
+    """The modules inside `module` that take or give features which lie otherwise, once it ran."""
+    found = []
+
+    def look(name, tensors):
+        flat = [t for one in tensors for t in (one if isinstance(one, list) else [one])]
+        images = [t for t in flat if isinstance(t, torch.Tensor) and t.dim() == 4]
+        if not all(t.is_contiguous(memory_format=torch.channels_last) for t in images):
+            found.append(name)
+
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.ModuleDict):  # torchvision's, whose outputs have names
+            child.register_forward_hook(lambda _, i, out, name=name: look(name, [*i, out]))
+    return found
+
+
+# every kind of backbone and of head
+@pytest.mark.parametrize("model", ["fcn_resnet50", DEEPLAB, UNET])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_features_lie_so_and_so_do_gradients(alone, on_a_gpu, model, precision):
+    cell = a_cell(model=model, train="all", precision=precision)
+    backbone = build_backbone(MODELS[model].backbone, 0, 0.1)
+    trainee = Trainee(cell, 3, CLASS_WEIGHTS, alone, backbone)
+    found = strays(trainee.network)
+    _, batch, target = a_share(0, images=2, size=IMAGES)
+    trainee.step(features(None, batch.images, cell, alone), batch, target, 0, TOTAL)
+    assert found == []
+    strides = [(p.stride(), p.grad.stride()) for p in trainee.network.parameters()]
+    assert [pair for pair in strides if pair[0] != pair[1]] == []
+    kernels = [p for p in trainee.network.parameters() if p.dim() == 4]
+    assert any(not kernel.is_contiguous() for kernel in kernels)
+
+
+@pytest.fixture
+def in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("model", [MODEL, DEEPLAB])
+def test_only_rounding_differs(alone, in_double, monkeypatch, model):
+    cell = a_cell("WDLNWCE", model, learning_rate=0.1)
+    usual = trainee_of(cell, alone)
+    start = weights(usual)
+    losses = train(usual, range(3))
+    as_on_a_gpu(monkeypatch)
+    other = trainee_of(cell, alone)
+    assert train(other, range(3)) == pytest.approx(losses, rel=1e-10)
+    assert (weights(other) - weights(usual)).norm() < 1e-10 * (weights(usual) - start).norm()
+
+
+def outcomes_on_a_gpu(group):
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_gpu(patch)
+        return ours_and_torchs(group)
+
+
+def test_ranks_exchange_such_gradients_too(tmp_path):
+    (ours, torchs, _), (others, _, _) = on_ranks(2, tmp_path, outcomes_on_a_gpu)
+    assert ours == torchs == others
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_the_same_byte_for_byte(alone, monkeypatch):
+    """A kernel of 1 x 1 too, whose strides alone would differ."""
+    usual = trainee_of(a_cell(model=DEEPLAB), alone)
+    train(usual, [0])
+    as_on_a_gpu(monkeypatch)
+    other = trainee_of(a_cell(model=DEEPLAB), alone)
+    train(other, [0])
+    assert other.fits({**usual.state(), "backbone": {}}, {})
+    other.load(copy.deepcopy(usual.state()))
+    assert not all(p.is_contiguous() for p in other.network.parameters())
+    assert saved(other.state()) == saved(usual.state())
+
+    assert usual.fits({**other.state(), "backbone": {}}, {})
+    train(other, [1])
+    usual.load(other.state())
+    assert all(p.is_contiguous() for p in usual.network.parameters())
+    assert_equal_states(usual.state(), other.state())
+
+
+@pytest.mark.parametrize("model", [MODEL, DEEPLAB])
+def test_a_cell_that_was_saved_goes_on_to_the_same_bits(alone, on_a_gpu, model):
+    through, resumed = (trainee_of(a_cell("WDLAWCE", model), alone) for _ in range(2))
+    train(through, range(2))
+    resumed.load(torch.load(io.BytesIO(saved(through.state())), weights_only=True))
+    for one in (through, resumed):
+        kernels = [m["momentum_buffer"] for m in one._optimizer.state.values()]
+        kernels = [kernel for kernel in kernels if kernel.dim() == 4]
+        assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+    assert train(through, range(2, 4)) == train(resumed, range(2, 4))
+    assert_equal_states(resumed.state(), through.state())
+
+
+def test_a_trained_head_labels_images_in_either_way(streets, tmp_path, monkeypatch, request):
+    grid = grid_of(tmp_path / "grid", streets.folder, "WDLNWCE", workers=0)
+    with monkeypatch.context() as patch:
+        as_on_a_gpu(patch)
+        assert job.main([str(task_of(grid))]) == 0
+    ((head, counts),) = results(grid.run).values()
+    assert counts["images"] == 3
+    assert all(tensor.is_contiguous() for tensor in everything(head).values())
+    (cell,) = grid.cells
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    alone = request.getfixturevalue("alone")  # the job had a process group of its own
+    usual = Predictor(grid.run.head(cell.signature), RunPaths(grid.run.root), alone)
+    as_on_a_gpu(monkeypatch)
+    other = Predictor(grid.run.head(cell.signature), RunPaths(grid.run.root), alone)
+    one, two = usual.predict(image), other.predict(image)
+    assert np.allclose(one.confidence, two.confidence, atol=1e-5)
+    assert (one.labels == two.labels).mean() > 0.99

@@ -1,0 +1,68 @@
+"""The jobs of the doctor: sent, waited for, ended with it, and gone without a trace."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc.cli import UserError
+from hpc.diagnostics.probe_jobs import Errand, run_errands
+from hpc.scheduler.cluster_profile import Resources
+from hpc.scheduler.job import ModuleCall
+from pipeline import doctor
+from tests.jobs.job_processes import tree, until
+from tests.pipeline.fake_queue import FakeQueue
+from tests.pipeline.grids import grid_file
+from tests.test_layers import REPOSITORY
+
+
+def test_a_job_that_would_wait_for_ever_is_cancelled(tmp_path):
+    queue = FakeQueue(tmp_path)
+    queue.why["job1"] = "PartitionTimeLimit"
+    heard: list[str] = []
+    with pytest.raises(
+        UserError, match=r"job job1 would wait for ever \(PartitionTimeLimit\); see"
+    ):
+        run_errands(
+            queue, [Errand("train", ModuleCall("jobs.probe"), Resources())], tmp_path, heard.append
+        )
+    assert queue.cancelled == [["job1"]]
+
+
+@pytest.fixture
+def local(tmp_path, streets) -> Path:
+    """A grid file for the local queue, and two ranks."""
+    return grid_file(
+        tmp_path,
+        (f"{tmp_path}/streets", str(streets)),
+        ('kind = "local"', 'kind = "local"\ntasks_per_node = 2'),
+    )
+
+
+def test_on_the_local_queue_a_job_is_asked_too_and_nothing_is_left(local, tmp_path, capsys):
+    before = tree(tmp_path)
+    assert doctor.main([str(local), "--on-nodes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if not line.startswith(("pass", "skip"))]
+    for what in ("a job on the nodes (2 ranks on ", "clocks (within ", "content of the shards (ev",
+                 "network between the ranks (2 ranks added"):  # fmt: skip
+        assert [line for line in lines if line.startswith(f"pass  {what}")], what
+    assert "skip  time to save: the local queue has no time limit" in lines
+    assert tree(tmp_path) == before
+
+
+def test_ctrl_c_ends_the_job_and_leaves_nothing(local, tmp_path):
+    before = tree(tmp_path)
+    command = [sys.executable, "-m", "pipeline.doctor", str(local), "--on-nodes"]
+    with (tmp_path.parent / f"{tmp_path.name}.err").open("w+") as said:
+        person = subprocess.Popen(command, cwd=REPOSITORY, stderr=said, stdout=subprocess.DEVNULL)
+        until(lambda: "is running" in Path(said.name).read_text(), "the job runs")
+        person.send_signal(signal.SIGINT)
+        assert person.wait(timeout=120) == 130
+    assert tree(tmp_path) == before
+    words = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in words
