@@ -25,7 +25,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 from jobs.train import features
 from jobs.training.backbone import freeze
-from jobs.training.cell_trainer import Trainee, autocast, step_in_turn
+from jobs.training.cell_trainer import CellTrainer, autocast, step_in_turn
 from jobs.training.torch_settings import configure_torch
 
 # those of the paper's table
@@ -51,23 +51,25 @@ class Job:
         self.backbone = place(settled(model.partition("_")[2], self.batch.images), group.device)
         freeze(self.backbone, self._cell("CE"))
 
-    def cells(self, losses: Sequence[str]) -> list[Trainee]:
-        """New trainees, one a loss."""
-        return [Trainee(self._cell(loss), CLASSES, np.ones(CLASSES), self.group) for loss in losses]
+    def cells(self, losses: Sequence[str]) -> list[CellTrainer]:
+        """New trainers, one a loss."""
+        return [
+            CellTrainer(self._cell(loss), CLASSES, np.ones(CLASSES), self.group) for loss in losses
+        ]
 
     def pass_backbone(self) -> Features:
         """What all cells of a bundle share."""
         return features(self.backbone, self.batch.images, self._cell("CE"), self.group)
 
-    def step(self, trainees: Sequence[Trainee]) -> None:
-        """The next step of a bundle of `trainees`, in the middle of their schedules: each draws its
+    def step(self, trainers: Sequence[CellTrainer]) -> None:
+        """The next step of a bundle of `trainers`, in the middle of their schedules: each draws its
         dropout anew. Raises `RuntimeError` if a loss is not finite."""
         self._taken += 1
         inputs = self.pass_backbone()
-        step_in_turn(trainees, inputs, self.batch, self.target, self._taken, 2 * self._taken)
-        for trainee in trainees:
-            if trainee.failure:
-                raise RuntimeError(f"{trainee.cell.name} stopped: {trainee.failure}")
+        step_in_turn(trainers, inputs, self.batch, self.target, self._taken, 2 * self._taken)
+        for trainer in trainers:
+            if trainer.failure:
+                raise RuntimeError(f"{trainer.cell.name} stopped: {trainer.failure}")
 
     def _cell(self, loss: str) -> Cell:
         return Cell(

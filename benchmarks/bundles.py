@@ -29,7 +29,7 @@ from benchmarks.gpu import in_own_process
 from benchmarks.measure import Comparison, Work, arithmetic, matrix_rate
 from jobs.models import dilated
 from jobs.spec.protocol import Protocol
-from jobs.training.cell_trainer import Trainee
+from jobs.training.cell_trainer import CellTrainer
 
 TARGETS = {"fcn_resnet101": (7.0, 2.5), "deeplabv3_resnet101": (5.0, 2.0)}
 BATCH, SIDE, GROWTH_SIDE = 2, 480, 160
@@ -51,9 +51,9 @@ def bundle_growth() -> dict[int, tuple[float, ...]]:
     protocol = _protocol(GROWTH_SIDE)
     with ready(protocol) as group:
         job = Job("fcn_resnet101", group, protocol)
-        trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(max(GROWTH))])
-        job.step(trainees)
-        ways = {0: job.pass_backbone, **{k: partial(job.step, trainees[:k]) for k in GROWTH}}
+        trainers = job.cells([LOSSES[i % len(LOSSES)] for i in range(max(GROWTH))])
+        job.step(trainers)
+        ways = {0: job.pass_backbone, **{k: partial(job.step, trainers[:k]) for k in GROWTH}}
         rounds = [{k: _seconds(work) for k, work in ways.items()} for _ in range(3)]
     return {k: tuple(seconds[k] for seconds in rounds) for k in ways}
 
@@ -84,7 +84,7 @@ def _of_model(model: str) -> list[Comparison]:
 
 
 def _round(
-    job: Job, alone: Sequence[Trainee], many: Sequence[Trainee], peer: Work
+    job: Job, alone: Sequence[CellTrainer], many: Sequence[CellTrainer], peer: Work
 ) -> dict[str, float]:
     """Seconds a cell: of a step of the bundle `many`, and of the peers' on both sides of it."""
     half = len(alone) // 2
@@ -99,7 +99,7 @@ def _round(
     }
 
 
-def _limit(one: Sequence[Trainee], job: Job) -> str:
+def _limit(one: Sequence[CellTrainer], job: Job) -> str:
     """The arithmetic of a cell's step, the backbone's 16th part and its head's, at the rate of a
     matrix product. The products of a dilated kernel with padding are left out."""
     with FlopCounterMode(display=False) as counter:

@@ -40,7 +40,7 @@ from benchmarks.measure import (
 from hpc.distributed.process_group import Group
 from jobs.models import memory_format
 from jobs.spec.protocol import Protocol
-from jobs.training.cell_trainer import Trainee, half_precision
+from jobs.training.cell_trainer import CellTrainer, half_precision
 
 MODELS = ("fcn_resnet101", "deeplabv3_resnet101")
 CELLS = (1, 8, 32)
@@ -102,17 +102,17 @@ def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Fou
 
 
 def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group) -> Measured:
-    # nothing but numbers leaves: trainees must go before their process group does
+    # nothing but numbers leaves: trainers must go before their process group does
     job, half = Job(model, group, protocol), half_precision(protocol, group)
-    trainees: list[Trainee] = []
+    trainers: list[CellTrainer] = []
     ways: dict[str, Work] = {}
     peaks = {}
     for size in sizes:
-        trainees += job.cells([LOSSES[i % len(LOSSES)] for i in range(len(trainees), size)])
-        ways[str(size)] = waited(partial(job.step, trainees[:size]), group.device)
+        trainers += job.cells([LOSSES[i % len(LOSSES)] for i in range(len(trainers), size)])
+        ways[str(size)] = waited(partial(job.step, trainers[:size]), group.device)
         if group.device.type == "cuda":
             peaks[size] = peak_gb(ways[str(size)], group.device)
-    limits = {size: _limit(job, trainees, size) for size in sizes}
+    limits = {size: _limit(job, trainers, size) for size in sizes}
     peers = {AS_PUBLISHED: None, f"the published way, {protocol.precision}": half}
     absent = {}
     for name, dtype in peers.items():
@@ -126,11 +126,11 @@ def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group
     return Measured(in_turns(ways, ROUNDS), peaks, limits, absent)
 
 
-def _limit(job: Job, trainees: Sequence[Trainee], size: int) -> str:
+def _limit(job: Job, trainers: Sequence[CellTrainer], size: int) -> str:
     with FlopCounterMode(display=False) as shared:
         job.pass_backbone()
     with FlopCounterMode(display=False) as whole:
-        job.step(trainees[:1])
+        job.step(trainers[:1])
     backbone = shared.get_total_flops()
     flops = whole.get_total_flops() - backbone + backbone / size
     half = half_precision(job.protocol, job.group)
@@ -148,7 +148,7 @@ def of_settings(
         for name in names:
             ways[name] = _steps(model, group, protocol, size, SETTINGS[name])
         names_and_seconds = in_turns(ways, ROUNDS)
-        ways.clear()  # trainees must go before their process group does
+        ways.clear()  # trainers must go before their process group does
     seconds = {name: tuple(s / size for s in each) for name, each in names_and_seconds.items()}
     what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}, as it is"
     return [Comparison(what, name, seconds[""], seconds[name]) for name in names]
@@ -160,11 +160,11 @@ def _steps(
     """The step of a bundle that was built, and is run, within a block."""
     with within():
         job = Job(model, group, protocol)
-        trainees = job.cells([LOSSES[i % len(LOSSES)] for i in range(size)])
+        trainers = job.cells([LOSSES[i % len(LOSSES)] for i in range(size)])
 
     def step() -> None:
         with within():
-            job.step(trainees)
+            job.step(trainers)
 
     return waited(step, group.device)
 

@@ -26,9 +26,9 @@ from jobs.models.build import Network
 from jobs.models.memory_format import in_order
 from jobs.spec.cell import Cell, pretraining_cell
 from jobs.spec.task import Task, read_task
-from jobs.train import count, leave, make_trainees, train
+from jobs.train import count, leave, make_trainers, train
 from jobs.training.backbone import load_backbone
-from jobs.training.cell_trainer import Trainee
+from jobs.training.cell_trainer import CellTrainer
 from jobs.training.job_run import Run
 from jobs.training.records import require_data
 from jobs.training.torch_settings import configure_torch
@@ -69,17 +69,17 @@ def pretrain_on(
     `pretrain_backbone` does."""
     start = load_backbone(trained.cells[0], trained.paths, group)
     job = Run(trained, group, stop, {"data set": manifest.fingerprint})
-    _, trainees = make_trainees(trained, manifest, start, group)
+    _, trainers = make_trainers(trained, manifest, start, group)
     step, total = train(
-        job, trainees, None, SplitReader(manifest, "train"), job.resume(trainees, None)
+        job, trainers, None, SplitReader(manifest, "train"), job.resume(trainers, None)
     )
-    if trainees[0].failure:
-        raise UserError(f"pre-training stopped: {trainees[0].failure}; lower its learning_rate")
-    counts = count(job, trainees, None, manifest, total) if step == total else None
+    if trainers[0].failure:
+        raise UserError(f"pre-training stopped: {trainers[0].failure}; lower its learning_rate")
+    counts = count(job, trainers, None, manifest, total) if step == total else None
     if counts is None:
         requeued = leave(job, step, total)
         return requeued or not group.is_main
-    job.on_main(lambda: publish_backbone(job, trainees[0], consumer, manifest, counts[0]))
+    job.on_main(lambda: publish_backbone(job, trainers[0], consumer, manifest, counts[0]))
     job.finish("done", total, total)
     return True
 
@@ -95,28 +95,28 @@ def _refuse_failed(trained: Task) -> None:
 
 
 def publish_backbone(
-    job: Run, trainee: Trainee, consumer: Cell, manifest: Manifest, counts: Counts | None
+    job: Run, trainer: CellTrainer, consumer: Cell, manifest: Manifest, counts: Counts | None
 ) -> None:
     """The backbone's weights under torchvision's names, and a record of how good they are; rank 0
     writes them."""
     path = job.task.paths.backbone(consumer.backbone_key)
-    assert isinstance(trainee.network, Network)
+    assert isinstance(trainer.network, Network)
     check = job.generation.check
-    checkpoint.write_tensors(path, in_order(trainee.network.backbone.state_dict()), check)
+    checkpoint.write_tensors(path, in_order(trainer.network.backbone.state_dict()), check)
     record = {
         "sha256": file_sha256(path),
         "manifest": manifest.fingerprint,
         "dataset": consumer.dataset,
-        "model": trainee.cell.model,
-        "protocol": trainee.cell.protocol.model_dump(mode="json"),
-        "seed": trainee.cell.seed,
+        "model": trainer.cell.model,
+        "protocol": trainer.cell.protocol.model_dump(mode="json"),
+        "seed": trainer.cell.seed,
         "scores": scores(counts) if counts is not None else {},
         "provenance": job.provenance,
     }
     write_json(path.with_suffix(".json"), record, check)
-    done = [trainee.cell.signature]
+    done = [trainer.cell.signature]
     checkpoint.prune(job.task.paths.checkpoints(job.bundle_key), job.generation, done)
-    job.say("done: the backbone is trained")
+    job.log("done: the backbone is trained")
 
 
 if __name__ == "__main__":

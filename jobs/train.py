@@ -36,7 +36,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.counts_file import counted_cells, write_counts
 from jobs.spec.task import Task, read_task
 from jobs.training.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
-from jobs.training.cell_trainer import Trainee, autocast, half_precision, step_in_turn
+from jobs.training.cell_trainer import CellTrainer, autocast, half_precision, step_in_turn
 from jobs.training.evaluate import evaluate, stack
 from jobs.training.job_run import Action, Run
 from jobs.training.records import cell_record, job_record, require_data
@@ -74,15 +74,15 @@ def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) ->
     backbone = load_backbone(task.cells[0], task.paths, group)
     inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
     job = Run(task, group, stop, inputs)
-    frozen, trainees = make_trainees(task, manifest, backbone, group)
-    step, total = job.resume(trainees, frozen), 0
+    frozen, trainers = make_trainers(task, manifest, backbone, group)
+    step, total = job.resume(trainers, frozen), 0
 
-    step, total = train(job, trainees, frozen, SplitReader(manifest, "train"), step)
-    counts = count(job, trainees, frozen, manifest, total) if step == total else None
+    step, total = train(job, trainers, frozen, SplitReader(manifest, "train"), step)
+    counts = count(job, trainers, frozen, manifest, total) if step == total else None
     if counts is None:
         leave(job, step, total)
         return
-    job.on_main(lambda: publish(job, trainees, counts, manifest, backbone))
+    job.on_main(lambda: publish(job, trainers, counts, manifest, backbone))
     job.finish("done", total, total)
 
 
@@ -98,27 +98,27 @@ def unfinished(task: Task, group: Group) -> Task:
     return task.model_copy(update={"cells": cells})
 
 
-def make_trainees(
+def make_trainers(
     task: Task, manifest: Manifest, backbone: LoadedBackbone, group: Group
-) -> tuple[Backbone | None, list[Trainee]]:
-    """The frozen backbone, if it is frozen, and a trainee for every cell that has not failed."""
+) -> tuple[Backbone | None, list[CellTrainer]]:
+    """The frozen backbone, if it is frozen, and a trainer for every cell that has not failed."""
     whole = task.cells[0].protocol.train == "all"
     if not whole:
         freeze(backbone.module, task.cells[0])
     weights = class_weights(manifest.splits["train"].class_pixels)
-    trainees = [
-        Trainee(cell, len(manifest.classes), weights, group, backbone.module if whole else None)
+    trainers = [
+        CellTrainer(cell, len(manifest.classes), weights, group, backbone.module if whole else None)
         for cell in task.cells
         if not task.paths.failure(cell.signature).exists()
     ]
-    for trainee in trainees:
-        start_head(trainee.head, backbone)
-    return (None if whole else backbone.module), trainees
+    for trainer in trainers:
+        start_head(trainer.head, backbone)
+    return (None if whole else backbone.module), trainers
 
 
 def train(
     job: Run,
-    trainees: Sequence[Trainee],
+    trainers: Sequence[CellTrainer],
     backbone: Backbone | None,
     reader: SplitReader,
     start: int,
@@ -137,36 +137,36 @@ def train(
     with closing(load_steps(batches, start, total, cell.protocol.workers)) as items:
         batch = job.fetch(items)
         job.raise_trouble()
-        while batch is not None and (active := still_training(trainees)):
-            job.beat("training", step, total)
+        while batch is not None and (active := still_training(trainers)):
+            job.heartbeat("training", step, total)
             with group.watch.part("data"):
                 batch = transfer(batch)
             with group.watch.part("backbone"):
                 inputs = features(backbone, batch.images, cell, group)
             step_in_turn(active, inputs, batch, batch.target.long(), step, total)
-            for trainee in active:
-                if trainee.failure:
-                    job.on_main(partial(job.give_up, trainee, step))
+            for trainer in active:
+                if trainer.failure:
+                    job.on_main(partial(job.give_up, trainer, step))
             step += 1
             batch = job.fetch(items)  # before they decide: one rank's bad sample ends all of them
             action = job.decide()
             if action is not Action.GO_ON or step == total:
-                job.save(step, still_training(trainees), backbone)
+                job.save(step, still_training(trainers), backbone)
             if action is Action.ABORT:
                 job.raise_trouble()
             if action is Action.STOP:
                 break
     report(job, "training", "steps", step - start)
-    return (step, total) if still_training(trainees) else (total, total)
+    return (step, total) if still_training(trainers) else (total, total)
 
 
-def still_training(trainees: Sequence[Trainee]) -> list[Trainee]:
+def still_training(trainers: Sequence[CellTrainer]) -> list[CellTrainer]:
     """The cells that have not failed."""
-    return [trainee for trainee in trainees if trainee.failure is None]
+    return [trainer for trainer in trainers if trainer.failure is None]
 
 
 def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Group) -> Features:
-    """What the trainees take: the frozen backbone's output for uint8 images [b, 3, h, w], without
+    """What the trainers take: the frozen backbone's output for uint8 images [b, 3, h, w], without
     a gradient; or, where the whole network trains, the normalised images themselves."""
     inputs = normalise(images)
     if backbone is None:
@@ -177,20 +177,24 @@ def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Grou
 
 
 def count(
-    job: Run, trainees: Sequence[Trainee], backbone: Backbone | None, manifest: Manifest, total: int
+    job: Run,
+    trainers: Sequence[CellTrainer],
+    backbone: Backbone | None,
+    manifest: Manifest,
+    total: int,
 ) -> list[Counts | None] | None:
     """The counts of the cells that still train, or None if asked to stop."""
-    active = still_training(trainees)
-    for module in [backbone, *(trainee.network for trainee in active)]:
+    active = still_training(trainers)
+    for module in [backbone, *(trainer.network for trainer in active)]:
         if module is not None:
             module.eval()
 
     def forward(images: Tensor) -> list[Tensor]:
-        job.beat("evaluating", total, total)
+        job.heartbeat("evaluating", total, total)
         with watch.part("backbone"):
             inputs = images if backbone is None else backbone(images)
         with watch.part("heads"):
-            return [trainee.network(inputs) for trainee in active]
+            return [trainer.network(inputs) for trainer in active]
 
     reader, watch = SplitReader(manifest, "val"), job.group.watch
     with watch.part("counts"):
@@ -204,7 +208,7 @@ def count(
 
 def publish(
     job: Run,
-    trainees: Sequence[Trainee],
+    trainers: Sequence[CellTrainer],
     counts: Sequence[Counts | None],
     manifest: Manifest,
     backbone: LoadedBackbone,
@@ -212,38 +216,38 @@ def publish(
     """Leave heads and counts, which make the cells done, and remove their checkpoints; rank 0
     does it."""
     paths, finished = job.task.paths, []
-    for trainee, cell_counts in zip(still_training(trainees), counts, strict=True):
+    for trainer, cell_counts in zip(still_training(trainers), counts, strict=True):
         if cell_counts is None:
-            trainee.failure = "the trained network's output is not finite"
-            job.give_up(trainee, -1)
+            trainer.failure = "the trained network's output is not finite"
+            job.give_up(trainer, -1)
             continue
-        finished.append((trainee, cell_counts))
-    for trainee, _ in finished:
-        save_head(job, trainee, manifest, backbone)
+        finished.append((trainer, cell_counts))
+    for trainer, _ in finished:
+        save_head(job, trainer, manifest, backbone)
     if finished:
         write_counts(
             paths.counts_of(job.task.name, job.generation.number),
-            [cell_record(trainee.cell, backbone.sha256) for trainee, _ in finished],
+            [cell_record(trainer.cell, backbone.sha256) for trainer, _ in finished],
             stack([cell_counts for _, cell_counts in finished]),
             job_record(job, manifest),
             job.generation.check,
         )
     done = [cell.signature for cell in job.task.cells]
     checkpoint.prune(paths.checkpoints(job.bundle_key), job.generation, done)
-    job.say(f"done: {len(finished)} cells")
+    job.log(f"done: {len(finished)} cells")
 
 
-def save_head(job: Run, trainee: Trainee, manifest: Manifest, backbone: LoadedBackbone) -> None:
+def save_head(job: Run, trainer: CellTrainer, manifest: Manifest, backbone: LoadedBackbone) -> None:
     """Write what training changed of a cell as a file that loads with `weights_only=True`: the
     weights of its head or network, and the running statistics of a frozen backbone that moved."""
     content = {
-        "cell": trainee.cell.model_dump(mode="json"),
+        "cell": trainer.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "backbone_sha256": backbone.sha256,
-        "weights": in_order(trainee.network.state_dict()),
-        "backbone": moving_buffers(backbone.module, trainee.cell.protocol),
+        "weights": in_order(trainer.network.state_dict()),
+        "backbone": moving_buffers(backbone.module, trainer.cell.protocol),
     }
-    path = job.task.paths.head(trainee.cell.signature)
+    path = job.task.paths.head(trainer.cell.signature)
     checkpoint.write_tensors(path, content, job.generation.check)
 
 
@@ -252,7 +256,7 @@ def leave(job: Run, step: int, total: int) -> bool:
     starts it again; False on other ranks."""
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
-    job.say(f"stopped by {name} after step {step} of {total}; run grid again to resume")
+    job.log(f"stopped by {name} after step {step} of {total}; run grid again to resume")
     env = job.group.env
     # also a preempted job, which Slurm requeues only if it has not ended before its grace does; one
     # that was cancelled is refused
@@ -260,7 +264,7 @@ def leave(job: Run, step: int, total: int) -> bool:
         try:
             return slurm.requeue(env.job_id)
         except UserError as error:  # in an interactive allocation, for one
-            job.say(f"warning: not requeued: {error}")
+            job.log(f"warning: not requeued: {error}")
     return False
 
 

@@ -19,7 +19,7 @@ from data_prep.packing.split_overlap import Pictures
 from data_prep.shards.manifest import MANIFEST, remedy
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.cli import UserError, argument_parser, one_line, run
-from hpc.diagnostics.check import Check, Finding, NotAsked, findings, shown_bytes
+from hpc.diagnostics.check import Check, CheckSkipped, Finding, findings, shown_bytes
 from hpc.diagnostics.node_facts import versions
 from hpc.diagnostics.site_checks import setup_lines, site_checks
 from hpc.diagnostics.slurm_site import Site
@@ -140,7 +140,7 @@ def _data_set(grid: Grid, name: str) -> str:
     settings = grid.datasets[name]
     if not (Path(settings.shards) / MANIFEST).exists():
         Pictures.of_source(settings)  # raises what packing would refuse
-        raise NotAsked("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
+        raise CheckSkipped("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
     manifest = packed_as_asked(name, settings)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]
     read = 0

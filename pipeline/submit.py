@@ -286,9 +286,11 @@ def _send_grid(
     _set_stale_aside(grid, state, plan)
     now, later = split(plan, queue.room())
     noted = {cell.signature for cell in state.held}
-    newly_held = [t for t in later.bundles if not noted.issuperset(c.signature for c in t.cells)]
-    if now.bundles or now.pretrain or newly_held:
-        held = [*later.pretrain, *newly_held] if newly_held else []
+    newly_deferred = [
+        t for t in later.bundles if not noted.issuperset(c.signature for c in t.cells)
+    ]
+    if now.bundles or now.pretrain or newly_deferred:
+        held = [*later.pretrain, *newly_deferred] if newly_deferred else []
         record.plan([*now.pretrain, *now.bundles], held, _HELD)
     backbones = dict(state.pretraining)
     jobs = _send(grid, queue, now.pretrain, packing, record)

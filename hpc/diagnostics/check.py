@@ -12,11 +12,11 @@ from hpc.cli import UserError, one_line
 Verdict = Literal["pass", "warn", "FAIL", "skip"]
 
 
-class NotAsked(Exception):
+class CheckSkipped(Exception):
     """Why a check says nothing here."""
 
 
-class Doubt(Exception):
+class CheckWarning(Exception):
     """What works today, but had better be known."""
 
 
@@ -36,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """`look` returns the evidence, or raises `UserError`, `Doubt` or `NotAsked`."""
+    """`look` returns the evidence, or raises `UserError`, `CheckWarning` or `CheckSkipped`."""
 
     what: str
     look: Callable[[], str]
@@ -47,9 +47,9 @@ class Check:
             return Finding("pass", self.what, self.look())
         except UserError as error:
             return Finding("FAIL", self.what, str(error))
-        except Doubt as doubt:
+        except CheckWarning as doubt:
             return Finding("warn", self.what, str(doubt))
-        except NotAsked as why:
+        except CheckSkipped as why:
             return Finding("skip", self.what, str(why))
         except Exception as error:  # whatever a site has that nobody thought of
             broken = f"the check itself failed ({type(error).__name__}: {error})"

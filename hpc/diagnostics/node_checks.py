@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpc.cli import UserError
-from hpc.diagnostics.check import Doubt, NotAsked, shown_bytes
+from hpc.diagnostics.check import CheckSkipped, CheckWarning, shown_bytes
 from hpc.diagnostics.probe_jobs import Report
 from hpc.scheduler.cluster_profile import ClusterProfile
 
@@ -18,7 +18,7 @@ _COMPLAINT = re.compile(r"command not found|No such file|[Ee]rror|cannot|[Uu]nab
 
 def launch(profile: ClusterProfile, report: Report) -> str:
     """Every rank has started, where it should, and knows which one it is."""
-    wanted, facts = report.errand.world_size, report.facts
+    wanted, facts = report.probe.world_size, report.facts
     if not facts and not report.has_log:
         raise UserError(
             f"the nodes do not see the run directory: job {report.job} could leave neither log nor "
@@ -41,9 +41,9 @@ def launch(profile: ClusterProfile, report: Report) -> str:
             "directory there on all nodes? See `sinfo -R`, or exclude the bad node in the profile"
         )
     nodes = sorted({rank["node"] for rank in facts})
-    if len(nodes) != report.errand.resources.nodes:
+    if len(nodes) != report.probe.resources.nodes:
         raise UserError(
-            f"ranks are on {', '.join(nodes)}, not on {report.errand.resources.nodes} nodes; look "
+            f"ranks are on {', '.join(nodes)}, not on {report.probe.resources.nodes} nodes; look "
             "at extra in the profile"
         )
     return f"{wanted} ranks on {', '.join(nodes)}"
@@ -72,17 +72,19 @@ def clocks(report: Report, most: float) -> str:
                 f"jobs that live look dead; {mend}"
             )
         if surely > _SKEW_SECONDS:
-            raise Doubt(f"the clock of {node} is {surely:.1f} s {which} this node's; {mend}")
+            raise CheckWarning(f"the clock of {node} is {surely:.1f} s {which} this node's; {mend}")
         worst = max(worst, *map(abs, ahead))
     if worst >= most:
-        raise Doubt(f"the folder shows files so late that clocks may differ by up to {worst:.0f} s")
+        raise CheckWarning(
+            f"the folder shows files so late that clocks may differ by up to {worst:.0f} s"
+        )
     return f"within {worst:.1f} s of this node's, {most:.0f} s are allowed"
 
 
 def set_up_words(profile: ClusterProfile, report: Report) -> str:
     """The set-up lines found what they wanted."""
     if not profile.setup:
-        raise NotAsked("the profile has none")
+        raise CheckSkipped("the profile has none")
     _told(report)
     if bad := [line for line in report.set_up if _COMPLAINT.search(line)]:
         said = re.sub(r"^\S*/slurm_script: ", "", bad[0])
@@ -103,7 +105,7 @@ def same_versions(profile: ClusterProfile, report: Report, own: Mapping[str, str
     if wrong := _difference(found[first], own):
         text = f"{wrong[0]} is {wrong[1]} on {first}, but {wrong[2]} here"
         if profile.python:
-            raise Doubt(f"{text}; the profile's python is another one on purpose?")
+            raise CheckWarning(f"{text}; the profile's python is another one on purpose?")
         raise UserError(f"{text}; load the same environment in setup, or name it in python")
     versions = ", ".join(f"{name} {version}" for name, version in found[first].items())
     return f"on {', '.join(found)} and here: {versions}"
@@ -112,7 +114,7 @@ def same_versions(profile: ClusterProfile, report: Report, own: Mapping[str, str
 def interface(profile: ClusterProfile, report: Report) -> str:
     """Each node has the network that the profile names."""
     if not profile.network_interface:
-        raise NotAsked("the profile lets NCCL and gloo choose (network_interface)")
+        raise CheckSkipped("the profile lets NCCL and gloo choose (network_interface)")
     found = _of_nodes(report, "interfaces", "look at the node")
     for node, names in found.items():
         if missing := sorted(set(profile.network_interface.split(",")) - set(names)):
@@ -126,7 +128,7 @@ def interface(profile: ClusterProfile, report: Report) -> str:
 def same_files(report: Report, expected: Mapping[str, int]) -> str:
     """Each node sees the files, in the length that they have here."""
     if not expected:
-        raise NotAsked("there are none yet")
+        raise CheckSkipped("there are none yet")
     for node, found in _of_nodes(report, "files", "look at the node").items():
         for path, size in expected.items():
             if found.get(path) != size:
@@ -141,7 +143,7 @@ def same_files(report: Report, expected: Mapping[str, int]) -> str:
 def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
     """`node_local` can be written to, and takes `needed` bytes."""
     if not profile.node_local:
-        raise NotAsked("the profile has none (node_local)")
+        raise CheckSkipped("the profile has none (node_local)")
     found = _of_nodes(report, "room", "set node_local in the profile, or leave it out")
     for node, free in found.items():
         if free < needed:
@@ -157,7 +159,7 @@ def graphics(profile: ClusterProfile, report: Report) -> str:
     """Torch loads, and every rank has a GPU that it has kernels for."""
     ranks = of_ranks(report, "device", "mend python or setup in the profile")
     if not profile.gpus_per_node:
-        raise NotAsked("the profile asks for none (gpus_per_node)")
+        raise CheckSkipped("the profile asks for none (gpus_per_node)")
     if blind := [place for place, device in ranks.items() if device["name"] == "cpu"]:
         raise UserError(
             f"torch sees no GPU on {blind[0]}; install a build of torch for CUDA, or see with "
@@ -175,7 +177,7 @@ def network(profile: ClusterProfile, report: Report) -> str:
         "the other nodes (`ip link`), and see that no firewall is between them"
     )
     found = of_ranks(report, "met", mend)
-    right = sum(range(1, report.errand.world_size + 1))
+    right = sum(range(1, report.probe.world_size + 1))
     for place, met in found.items():
         if met["sum"] != right:
             raise UserError(f"{place} has a sum of {met['sum']:g} instead of {right}; {mend}")
@@ -202,11 +204,11 @@ def mpi_world(profile: ClusterProfile, report: Report) -> str:
     mend = "set mpi in the profile to what mpi4py's MPI speaks (`srun --mpi=list`)"
     found = of_ranks(report, "world", mend)
     for place, size in found.items():
-        if size != report.errand.world_size:
+        if size != report.probe.world_size:
             raise UserError(
-                f"MPI sees {size} ranks on {place}, but {report.errand.world_size} started; {mend}"
+                f"MPI sees {size} ranks on {place}, but {report.probe.world_size} started; {mend}"
             )
-    return f"{report.errand.world_size} ranks in one world, by {profile.mpi or 'the site default'}"
+    return f"{report.probe.world_size} ranks in one world, by {profile.mpi or 'the site default'}"
 
 
 def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, str, str] | None:
@@ -217,7 +219,7 @@ def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, 
 
 def _told(report: Report) -> Sequence[dict[str, Any]]:
     if not report.facts:
-        raise NotAsked("no rank could tell")
+        raise CheckSkipped("no rank could tell")
     return report.facts
 
 

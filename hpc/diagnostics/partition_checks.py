@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from hpc.cli import UserError
 from hpc.config import did_you_mean, shown
-from hpc.diagnostics.check import Doubt, NotAsked
+from hpc.diagnostics.check import CheckSkipped, CheckWarning
 from hpc.diagnostics.slurm_site import Row, Site, num_gpus
 from hpc.scheduler.cluster_profile import ClusterProfile
 
@@ -40,7 +40,7 @@ def known_partitions(profile: ClusterProfile, site: Site) -> list[Row]:
     try:
         return partitions_of(profile, site)
     except UserError as error:
-        raise NotAsked("its partition is not known") from error
+        raise CheckSkipped("its partition is not known") from error
 
 
 def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
@@ -65,9 +65,11 @@ def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
 def features(profile: ClusterProfile, site: Site) -> str:
     """Enough nodes have what `constraint` names."""
     if not profile.constraint:
-        raise NotAsked("the profile has no constraint")
+        raise CheckSkipped("the profile has no constraint")
     if not re.fullmatch(r"[\w.&,|-]+", profile.constraint):
-        raise NotAsked(f"constraint = {shown(profile.constraint)} is for sbatch to judge, below")
+        raise CheckSkipped(
+            f"constraint = {shown(profile.constraint)} is for sbatch to judge, below"
+        )
     alternatives = [set(re.split("[&,]", part)) for part in profile.constraint.split("|")]
 
     def has(node: Row) -> bool:
@@ -93,7 +95,7 @@ def cpus(profile: ClusterProfile, site: Site) -> str:
 def memory(profile: ClusterProfile, site: Site) -> str:
     """Enough nodes have the memory."""
     if not profile.memory_gb:
-        raise NotAsked("the profile leaves it to the site's default (memory_gb)")
+        raise CheckSkipped("the profile leaves it to the site's default (memory_gb)")
     megabytes = round(1024 * profile.memory_gb)
     return _enough_of(profile, site, lambda node: int(node["RealMemory"]), megabytes,
                       "memory_gb", "MB of memory")  # fmt: skip
@@ -102,7 +104,7 @@ def memory(profile: ClusterProfile, site: Site) -> str:
 def gpus(profile: ClusterProfile, site: Site) -> str:
     """Enough nodes have the GPUs, of the kind that `gres` names."""
     if not profile.gpus_per_node:
-        raise NotAsked("the profile asks for none (gpus_per_node)")
+        raise CheckSkipped("the profile asks for none (gpus_per_node)")
     words = profile.gres.split(":")
     kind = words[1] if len(words) > 1 and not words[1].isdigit() else ""
     wanted = num_gpus(profile.gres) if profile.gres.startswith("gpu") else profile.gpus_per_node
@@ -114,10 +116,10 @@ def nodes_up(profile: ClusterProfile, site: Site) -> str:
     """A job of so many nodes could start at some time without anybody mending any."""
     nodes = _nodes(profile, site)
     if len(nodes) < profile.nodes:
-        raise NotAsked("there are not so many, up or down")
+        raise CheckSkipped("there are not so many, up or down")
     away = [n["NodeName"] for n in nodes if _AWAY.search(n.get("State", ""))]
     if len(nodes) - len(away) < profile.nodes:
-        raise Doubt(
+        raise CheckWarning(
             f"{', '.join(away)} cannot take jobs now, which leaves {len(nodes) - len(away)} of "
             f"{len(nodes)} for nodes = {profile.nodes}; jobs wait until they are back (`sinfo -R`)"
         )

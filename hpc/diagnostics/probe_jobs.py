@@ -32,7 +32,7 @@ _FOR_EVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLim
 
 
 @dataclass(frozen=True)
-class Errand:
+class ProbeJob:
     """A job of ours; its ranks leave their facts under its name."""
 
     name: str
@@ -47,10 +47,10 @@ class Errand:
 
 @dataclass(frozen=True)
 class Report:
-    """What an errand came back with: the facts of its ranks, in order; how its job ended, in words;
+    """Return of one probe job: the facts of its ranks, in order; how its job ended, in words;
     and what its set-up lines wrote. `has_log` False: nothing of the job reached this machine."""
 
-    errand: Errand
+    probe: ProbeJob
     job: str
     facts: tuple[dict[str, Any], ...]
     ended: str = ""
@@ -74,22 +74,22 @@ def passing_folder(parent: Path, group: str) -> Iterator[Path]:
                 place.rmdir()
 
 
-def run_errands(
-    queue: Queue, errands: Sequence[Errand], folder: Path, say: Callable[[str], None]
+def run_probe_jobs(
+    queue: Queue, probe_jobs: Sequence[ProbeJob], folder: Path, say: Callable[[str], None]
 ) -> list[Report]:
     """Send them, and wait until all have ended; `say` hears what is waited for. Whatever stops the
     waiting, Ctrl-C too, ends the jobs. Raises `UserError` if the queue refuses one, or would keep
     it for ever."""
     jobs: list[str] = []
     try:
-        for errand in errands:
-            jobs += queue.submit([errand.call], errand.resources, f"doctor-{errand.name}")
+        for probe in probe_jobs:
+            jobs += queue.submit([probe.call], probe.resources, f"doctor-{probe.name}")
         _wait(queue, jobs, folder, say)
     except BaseException:
         _end(queue, jobs)
         raise
     queue.let_runner_leave(_END_SECONDS)
-    return [_report(queue, *pair, folder) for pair in zip(errands, jobs, strict=True)]
+    return [_report(queue, *pair, folder) for pair in zip(probe_jobs, jobs, strict=True)]
 
 
 def _wait(queue: Queue, jobs: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
@@ -133,16 +133,16 @@ def _end(queue: Queue, jobs: Sequence[str]) -> None:
     queue.let_runner_leave(_END_SECONDS)
 
 
-def _report(queue: Queue, errand: Errand, job: str, folder: Path) -> Report:
+def _report(queue: Queue, probe: ProbeJob, job: str, folder: Path) -> Report:
     deadline = time.monotonic() + _LATE_SECONDS
-    while len(facts := _facts(folder, errand.name)) < errand.world_size:
+    while len(facts := _facts(folder, probe.name)) < probe.world_size:
         if time.monotonic() >= deadline:
             break
         time.sleep(_SHORT_SECONDS)
     logs = queue.log_files(job)
     how = ending(queue.look([job])[job].why, logs)
     ended = f"{how.cause}: {how.line}" if how.line else how.cause
-    return Report(errand, job, facts, ended, bool(logs), _set_up(logs))
+    return Report(probe, job, facts, ended, bool(logs), _set_up(logs))
 
 
 def _facts(folder: Path, name: str) -> tuple[dict[str, Any], ...]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from hpc.cli import UserError
 from hpc.config import did_you_mean, shown
-from hpc.diagnostics.check import Check, Doubt, NotAsked
+from hpc.diagnostics.check import Check, CheckSkipped, CheckWarning
 from hpc.diagnostics.partition_checks import (
     cpus,
     features,
@@ -88,7 +88,7 @@ def account(profile: ClusterProfile, site: Site) -> str:
                 f"accounting knows no account of {site.user!r}, and Slurm takes no job without; "
                 "ask those who run the site for one"
             )
-        raise NotAsked(f"accounting knows no account of {site.user!r}, and Slurm wants none")
+        raise CheckSkipped(f"accounting knows no account of {site.user!r}, and Slurm wants none")
     if profile.account and profile.account not in own:
         raise UserError(
             f"account = {shown(profile.account)} is no account of {site.user!r}; "
@@ -152,7 +152,9 @@ def queue_limits(profile: ClusterProfile, site: Site) -> str:
     """How many jobs may wait; what is too many for one array or one user is split or held back."""
     array = int(site.config.get("MaxArraySize", 0))
     if array < 2:
-        raise Doubt("the site has no job arrays (MaxArraySize); every job is sent on its own")
+        raise CheckWarning(
+            "the site has no job arrays (MaxArraySize); every job is sent on its own"
+        )
     limits = {of: row.get("MaxSubmitJobs") or row.get("MaxSubmitPU", "")
               for of, row in _granted(profile, site).items()}  # fmt: skip
     numbers = {of: int(limit) for of, limit in limits.items() if limit.isdigit()}
@@ -183,7 +185,7 @@ def mpi_type(profile: ClusterProfile, site: Site) -> str:
 def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
     """A shell can read them."""
     if not profile.setup:
-        raise NotAsked("the profile has none (setup)")
+        raise CheckSkipped("the profile has none (setup)")
     text = "\n".join(profile.setup)
     read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=30)
     if read.returncode:
@@ -195,14 +197,14 @@ def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
 def requeueing(profile: ClusterProfile, _site: Site) -> str:
     """Slurm puts a job back that was stopped before its end."""
     for line in sbatch_options.warnings(profile):
-        raise Doubt(line)
+        raise CheckWarning(line)
     return "a job that is stopped before its end goes back into the queue"
 
 
 def options_in_shell(_profile: ClusterProfile, _site: Site) -> str:
     """The shell has no options of sbatch that the user may expect to count."""
     for line in ignored_options():
-        raise Doubt(line)
+        raise CheckWarning(line)
     return "none"
 
 
@@ -226,7 +228,7 @@ def _asked(look: Callable[[], T]) -> T:
     try:
         return look()
     except QueueUnreachable as error:
-        raise NotAsked(f"accounting does not answer ({error})") from error
+        raise CheckSkipped(f"accounting does not answer ({error})") from error
 
 
 def _associations(profile: ClusterProfile, site: Site) -> list[Row]:

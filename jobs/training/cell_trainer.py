@@ -27,7 +27,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 
 
-class Trainee:
+class CellTrainer:
     """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network on
     images. State is the network's, the momentum and the gradient scaler's; the rest is a function
     of the step."""
@@ -166,17 +166,17 @@ class Trainee:
 
 
 def step_in_turn(
-    trainees: Sequence[Trainee], inputs: Features, batch: Batch, target: Tensor, step: int,
+    trainers: Sequence[CellTrainer], inputs: Features, batch: Batch, target: Tensor, step: int,
     total: int,
 ) -> None:  # fmt: skip
     """A step of each, in this order. While the ranks exchange the gradients of one, the next one
     computes its own."""
     before = None
-    for trainee in trainees:
-        trainee.start_step(inputs, batch, target, step, total)
+    for trainer in trainers:
+        trainer.start_step(inputs, batch, target, step, total)
         if before is not None:
             before.finish_step()
-        before = trainee
+        before = trainer
     if before is not None:
         before.finish_step()
 

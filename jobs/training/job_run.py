@@ -22,7 +22,7 @@ from jobs.models.build import Backbone
 from jobs.spec.cell import Cell
 from jobs.spec.task import Task
 from jobs.training.backbone import moving_buffers
-from jobs.training.cell_trainer import Trainee, half_precision, is_mixed
+from jobs.training.cell_trainer import CellTrainer, half_precision, is_mixed
 
 HEARTBEAT_SECONDS = 2.0
 
@@ -91,32 +91,32 @@ class Run:
             raise error
         return result
 
-    def resume(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> int:
+    def resume(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> int:
         """Take up the newest checkpoint that all cells share, and all ranks can read. Returns the
         number of steps done."""
-        step, states, records, problems = self._load(trainees, backbone)
+        step, states, records, problems = self._load(trainers, backbone)
         for problem in problems:
-            self.say(f"warning: {problem}; passed over")
+            self.log(f"warning: {problem}; passed over")
         if step == 0:
-            self.say("warning: no checkpoint is intact" if problems else "there is no checkpoint")
-            self.say("starting at step 0")
+            self.log("warning: no checkpoint is intact" if problems else "there is no checkpoint")
+            self.log("starting at step 0")
             return 0
         for record in records:
             self._require_same_inputs(record["inputs"])
-        for trainee in trainees:
-            state = states[trainee.cell.signature]
-            trainee.load(state)
+        for trainer in trainers:
+            state = states[trainer.cell.signature]
+            trainer.load(state)
             if backbone is not None and state["backbone"]:
                 backbone.load_state_dict(state["backbone"], strict=False)
         starts = [p for record in records for p in record["provenance"]] + self.provenance
         self.provenance = [p for i, p in enumerate(starts) if p not in starts[:i]]
-        self.say(f"resuming at step {step}")
+        self.log(f"resuming at step {step}")
         return step
 
-    def _load(self, trainees: Sequence[Trainee], backbone: Backbone | None) -> tuple[Any, ...]:
+    def _load(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> tuple[Any, ...]:
         """As `checkpoint.load_latest`, at the newest step that every rank can read."""
         folder = self.task.paths.checkpoints(self.bundle_key)
-        cells = {trainee.cell.signature: trainee for trainee in trainees}
+        cells = {trainer.cell.signature: trainer for trainer in trainers}
         buffers = moving_buffers(backbone, self.task.cells[0].protocol)
 
         def fits(entry: str, state: Any) -> bool:
@@ -128,7 +128,7 @@ class Run:
             shared = -self.group.max(-found[0])
             if self.group.max(found[0]) == shared:
                 return found
-            self.say(f"warning: not every rank can read a checkpoint beyond step {shared}")
+            self.log(f"warning: not every rank can read a checkpoint beyond step {shared}")
             newest = shared
 
     def _require_same_inputs(self, recorded: Mapping[str, str]) -> None:
@@ -184,37 +184,37 @@ class Run:
             self._trouble = error
             return None
 
-    def save(self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None) -> None:
+    def save(self, step: int, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> None:
         """Publish a checkpoint of the cells that still train; called by all ranks."""
-        if trainees:
+        if trainers:
             with self.group.watch.part("checkpoints"):
-                self.on_main(lambda: self._write_checkpoint(step, trainees, backbone))
+                self.on_main(lambda: self._write_checkpoint(step, trainers, backbone))
         self._saved_at = time.monotonic()
 
     def _write_checkpoint(
-        self, step: int, trainees: Sequence[Trainee], backbone: Backbone | None
+        self, step: int, trainers: Sequence[CellTrainer], backbone: Backbone | None
     ) -> None:
         buffers = moving_buffers(backbone, self.task.cells[0].protocol)
-        entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainees}
+        entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainers}
         record = {"inputs": dict(self.inputs), "provenance": self.provenance}
         folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started
         checkpoint.save(folder, step, self.generation, entries, record, resumed)
 
-    def give_up(self, trainee: Trainee, step: int) -> None:
+    def give_up(self, trainer: CellTrainer, step: int) -> None:
         """Record on rank 0 why a cell stopped for good. Its neighbours go on."""
-        record = {"cell": trainee.cell.name, "step": step, "reason": trainee.failure,
+        record = {"cell": trainer.cell.name, "step": step, "reason": trainer.failure,
                   "inputs": dict(self.inputs)}  # fmt: skip
-        path = self.task.paths.failure(trainee.cell.signature)
+        path = self.task.paths.failure(trainer.cell.signature)
         write_json(path, record, self.generation.check)
-        self.say(f"warning: {trainee.cell.name} stops: {trainee.failure}")
+        self.log(f"warning: {trainer.cell.name} stops: {trainer.failure}")
 
     def finish(self, stage: str, step: int, total: int) -> None:
         """The last heartbeat; called by all ranks. Raises on all what kept it from being
         written."""
-        self.beat(stage, step, total, force=True)
+        self.heartbeat(stage, step, total, force=True)
         self.raise_trouble()
 
-    def beat(self, stage: str, step: int, total: int, force: bool = False) -> None:
+    def heartbeat(self, stage: str, step: int, total: int, force: bool = False) -> None:
         """Say that this job lives, and how far it is. This is also when a process that was cut off
         notices that it has a successor; `agree` tells the other ranks."""
         now = time.monotonic()
@@ -234,9 +234,9 @@ class Run:
         except UserError as error:  # alone it lets nobody take the job for dead, so days go on
             self._muted = True
             if not muted:
-                self.say(f"warning: {error}; without a heartbeat training goes on")
+                self.log(f"warning: {error}; without a heartbeat training goes on")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line in the job's log, from rank 0."""
         if self.group.is_main:
             print(one_line(f"{self.label}: {text}"), file=sys.stderr, flush=True)

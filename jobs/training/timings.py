@@ -28,7 +28,7 @@ def report(job: Run, stage: str, unit: str, done: int) -> None:
         return
     ranks = of_all_ranks(job.group, watch.lap())
     for line in table(stage, unit, done, ranks):
-        job.say(line)
+        job.log(line)
     record = {"stage": stage, unit: done, "generation": job.generation.number, "ranks": ranks,
               "provenance": job.provenance}  # fmt: skip
     path = job.task.paths.profile(job.task.name, job.generation.number, stage)

@@ -12,9 +12,9 @@ from data_prep.shards.manifest import MANIFEST, Manifest
 from data_prep.weights import WITHOUT_FILE, weights_path
 from hpc.cli import UserError
 from hpc.diagnostics import node_checks
-from hpc.diagnostics.check import Check, Finding, NotAsked, findings
+from hpc.diagnostics.check import Check, CheckSkipped, Finding, findings
 from hpc.diagnostics.node_facts import sizes, versions
-from hpc.diagnostics.probe_jobs import Errand, Report, passing_folder, run_errands
+from hpc.diagnostics.probe_jobs import ProbeJob, Report, passing_folder, run_probe_jobs
 from hpc.scheduler.auto import Queue, open_queue
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
@@ -27,7 +27,7 @@ from pipeline.planning.cost_model import checkpoint_bytes
 from pipeline.planning.forecast import Forecast
 from pipeline.tracking.survey import DEAD_AFTER_SECONDS
 
-_MINUTES = 15  # that an errand may take, beside the notice before its limit
+_MINUTES = 15  # that a probe job may take, beside the notice before its limit
 
 
 def node_findings(grid: Grid, say: Callable[[str], None]) -> Iterator[Finding]:
@@ -49,18 +49,18 @@ def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
         files, node_local = list(inputs(grid)), grid.cluster.node_local
         write_json(plan, {"files": files, "data": data, "node_local": node_local})
         queue = open_queue(grid.cluster, folder / "logs", folder / "queue")
-        sent = _errands(grid, queue, plan)
-        return {report.errand.name: report for report in run_errands(queue, sent, folder, say)}
+        sent = _probe_jobs(grid, queue, plan)
+        return {report.probe.name: report for report in run_probe_jobs(queue, sent, folder, say)}
 
 
-def _errands(grid: Grid, queue: Queue, plan: Path) -> list[Errand]:
+def _probe_jobs(grid: Grid, queue: Queue, plan: Path) -> list[ProbeJob]:
     """One as training starts its ranks; and one over MPI, where `reduce` has more than one."""
     wanted = {"train": grid.cluster.training()}
     if queue.starts_mpi and _num_ranks(grid.cluster.reducing()) > 1:
         wanted["reduce"] = grid.cluster.reducing()
     minutes = min(grid.cluster.minutes, _MINUTES + grid.cluster.lead_seconds // 60)
     return [
-        Errand(name, ModuleCall("jobs.probe", (str(plan), name)), replace(one, minutes=minutes))
+        ProbeJob(name, ModuleCall("jobs.probe", (str(plan), name)), replace(one, minutes=minutes))
         for name, one in wanted.items()
     ]
 
@@ -113,7 +113,7 @@ def _files(manifest: Manifest) -> list[Path]:
 def content(report: Report, packed: Sequence[Manifest]) -> str:
     """The ranks, each with its share of the shards, have found no byte that is not as packed."""
     if not packed:
-        raise NotAsked("nothing is packed yet")
+        raise CheckSkipped("nothing is packed yet")
     damaged = node_checks.of_ranks(report, "damaged", "run `python -m data_prep.verify` on it")
     if lines := [line for of_rank in damaged.values() for line in of_rank]:
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
@@ -128,7 +128,7 @@ def _staged_bytes(grid: Grid) -> int:
 
 def _time_to_save(grid: Grid, report: Report) -> str:
     if grid.cluster.kind == "local":
-        raise NotAsked("the local queue has no time limit")
+        raise CheckSkipped("the local queue has no time limit")
     return node_checks.time_to_save(grid.cluster, report, _saved_bytes(grid))
 
 
@@ -145,5 +145,5 @@ def _saved_bytes(grid: Grid) -> int:
 
 def _mpi(grid: Grid, report: Report | None) -> str:
     if report is None:
-        raise NotAsked("reduce is one process here (reduce_nodes, reduce_tasks_per_node)")
+        raise CheckSkipped("reduce is one process here (reduce_nodes, reduce_tasks_per_node)")
     return node_checks.mpi_world(grid.cluster, report)

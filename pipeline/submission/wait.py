@@ -45,7 +45,7 @@ def wait_for(
     try:
         while _watch(grid, queue, jobs, stages, progress) and submit:
             held = [stage for stage in stages if stage == GRID or stage not in jobs]
-            jobs = {**jobs, **patiently(partial(submit, held))}
+            jobs = {**jobs, **retry_while_unreachable(partial(submit, held))}
     except KeyboardInterrupt:
         words = one_line(grid.words)
         print(f"the jobs go on; see `python -m pipeline.status {words}`", file=sys.stderr)
@@ -68,7 +68,7 @@ def wait_for(
     return USER_ERROR_EXIT_CODE if stopped else 0
 
 
-def patiently(ask: Callable[[], T]) -> T:
+def retry_while_unreachable(ask: Callable[[], T]) -> T:
     """What `ask()` returns, once the queue answers: jobs go on without a controller, and so do we.
     Says so, once."""
     told = False
@@ -113,7 +113,7 @@ def _watch(
     seen: set[str] = set()  # alive when we looked before
     with progress.status() as status:
         while True:
-            state = patiently(partial(survey, grid, queue, ids))
+            state = retry_while_unreachable(partial(survey, grid, queue, ids))
             alive = {job for job in ids if state.jobs[job].state != "gone"}
             held = missing or bool(state.held) or (GRID in stages and bool(state.deferred))
             if not alive and not held:
@@ -160,12 +160,14 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
 def _stopped_stage(queue: Queue, jobs: Jobs) -> str | None:
     """Why the first stage did not succeed that says no error, as one that was killed."""
     stages = [(stage, job) for stage, ids in jobs.items() if stage != GRID for job in ids]
-    known = patiently(partial(queue.look, [job for _, job in stages])) if stages else {}
+    known = (
+        retry_while_unreachable(partial(queue.look, [job for _, job in stages])) if stages else {}
+    )
     found = ((stage, not_successful(known[job], queue.log_files(job))) for stage, job in stages)
     return next((f"{stage}: {why}" for stage, why in found if why), None)
 
 
 def _unfinished(grid: Grid, queue: Queue) -> list[str]:
     """Return a line for each reason why cells are not done."""
-    cells = patiently(partial(survey, grid, queue)).cells
+    cells = retry_while_unreachable(partial(survey, grid, queue)).cells
     return list(reason_lines(cell for cell in cells if cell.state != "done"))

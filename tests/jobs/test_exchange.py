@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc import exchange
-from jobs.training import cell_trainer as trainee_module
-from jobs.training.cell_trainer import Trainee, step_in_turn
+from jobs.training import cell_trainer as cell_trainer
+from jobs.training.cell_trainer import CellTrainer, step_in_turn
 from tests.jobs.cells import CLASS_WEIGHTS, MODEL, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 
@@ -26,7 +26,7 @@ PATIENCE = timedelta(seconds=20)
 
 def trainees_of(group, names, **protocol):
     cells = [a_cell(loss, model, learning_rate=0.1, **protocol) for loss, model in names]
-    return [Trainee(cell, 3, CLASS_WEIGHTS, group) for cell in cells]
+    return [CellTrainer(cell, 3, CLASS_WEIGHTS, group) for cell in cells]
 
 
 def bits(value):
@@ -36,17 +36,17 @@ def bits(value):
     return hashlib.sha256(torch.as_tensor(value).numpy().tobytes()).hexdigest()
 
 
-def train(group, trainees, in_turn, **share):
+def train(group, trainers, in_turn, **share):
     for step in range(STEPS):
         inputs, batch, target = a_share(step, group.rank, group.world_size, **share)
-        active = [trainee for trainee in trainees if trainee.failure is None]
+        active = [trainer for trainer in trainers if trainer.failure is None]
         in_turn(active, inputs, batch, target, step, STEPS)
-    return [bits(trainee.state()) for trainee in trainees]
+    return [bits(trainer.state()) for trainer in trainers]
 
 
-def one_by_one(trainees, *share):
-    for trainee in trainees:
-        trainee.step(*share)
+def one_by_one(trainers, *share):
+    for trainer in trainers:
+        trainer.step(*share)
 
 
 # --- the bits of torch's own exchange ---------------------------------------------------------
@@ -59,12 +59,12 @@ def waiting(parallel, group):
 
 def ours_and_torchs(group):
     """The states of a bundle by either way, and how many all-reduces ours began for a cell."""
-    trainees = trainees_of(group, BUNDLE)
-    ours = train(group, trainees, step_in_turn)
-    trainees[1].start_step(*a_share(0, group.rank, group.world_size), 0, STEPS)
-    begun = len(trainees[1]._exchange._started)
-    trainees[1].finish_step()
-    trainee_module.Exchange = waiting
+    trainers = trainees_of(group, BUNDLE)
+    ours = train(group, trainers, step_in_turn)
+    trainers[1].start_step(*a_share(0, group.rank, group.world_size), 0, STEPS)
+    begun = len(trainers[1]._exchange._started)
+    trainers[1].finish_step()
+    cell_trainer.Exchange = waiting
     return ours, train(group, trainees_of(group, BUNDLE), one_by_one), begun
 
 
@@ -79,17 +79,17 @@ def test_weights_and_momentum_are_those_of_torchs_own_exchange(tmp_path, world_s
 
 def in_fp16(group):
     """As on a GPU; the second scale is so large that every step overflows, so no weight moves."""
-    trainee_module.is_mixed = lambda *_: True
+    cell_trainer.is_mixed = lambda *_: True
     small = {"images": 2, "size": (960, 1, 2)}
     found = []
     for exchange_of in (exchange.Exchange, waiting):
-        trainee_module.Exchange = exchange_of
-        trainees = trainees_of(group, BUNDLE[::2], precision="mixed")
-        for trainee, scale in zip(trainees, (2.0**10, 2.0**60), strict=True):
-            state = trainee.state()
-            trainee.load({**state, "scaler": {**state["scaler"], "scale": scale}})
-        found.append(train(group, trainees, step_in_turn, **small))
-        found[-1] += [trainee.state()["scaler"]["scale"] for trainee in trainees]
+        cell_trainer.Exchange = exchange_of
+        trainers = trainees_of(group, BUNDLE[::2], precision="mixed")
+        for trainer, scale in zip(trainers, (2.0**10, 2.0**60), strict=True):
+            state = trainer.state()
+            trainer.load({**state, "scaler": {**state["scaler"], "scale": scale}})
+        found.append(train(group, trainers, step_in_turn, **small))
+        found[-1] += [trainer.state()["scaler"]["scale"] for trainer in trainers]
     return found
 
 
@@ -136,18 +136,18 @@ def test_what_one_rank_does_not_use_has_the_gradient_of_the_others(tmp_path):
 
 def beside_one_that_fails(group):
     """The states of two cells, alone and on both sides of one whose second loss is not finite."""
-    honest = trainee_module.combined_loss
+    honest = cell_trainer.combined_loss
 
     def broken(logits, target, loss, position, *rest):
         value = honest(logits, target, loss, position, *rest)
         return value * float("nan") if loss.name == "FL" and position > 0 else value
 
-    trainee_module.combined_loss = broken
+    cell_trainer.combined_loss = broken
     pair = train(group, trainees_of(group, BUNDLE[::2]), step_in_turn)
     first, last = BUNDLE[::2]
-    trainees = trainees_of(group, [first, ("FL", MODEL), last])
-    beside = train(group, trainees, step_in_turn)
-    return pair, beside, trainees[1].failure
+    trainers = trainees_of(group, [first, ("FL", MODEL), last])
+    beside = train(group, trainers, step_in_turn)
+    return pair, beside, trainers[1].failure
 
 
 def test_a_cell_that_fails_changes_nothing_for_its_neighbours(tmp_path):
@@ -188,13 +188,13 @@ def with_a_slow_rank(group, folder):
         if not group.is_main:
             patch.setattr(exchange, "dist", SimpleNamespace(all_reduce=all_reduce))
         step_in_turn([first, second], *share, 0, STEPS)
-    return happened, [bits(trainee.state()) for trainee in (first, second)]
+    return happened, [bits(trainer.state()) for trainer in (first, second)]
 
 
 def one_step(group):
-    trainees = trainees_of(group, BUNDLE[::2])
-    one_by_one(trainees, *a_share(0, group.rank, group.world_size), 0, STEPS)
-    return [bits(trainee.state()) for trainee in trainees]
+    trainers = trainees_of(group, BUNDLE[::2])
+    one_by_one(trainers, *a_share(0, group.rank, group.world_size), 0, STEPS)
+    return [bits(trainer.state()) for trainer in trainers]
 
 
 def test_the_next_head_is_through_before_the_others_gradients_are_waited_for(tmp_path):

@@ -31,7 +31,7 @@ def words(grid: Grid, queue: FakeQueue) -> dict[str, int]:
     return {state: found.count(state) for state in STATES if found.count(state)}
 
 
-def beat(grid: Grid, queue: FakeQueue, job: str, step: int) -> None:
+def heartbeat(grid: Grid, queue: FakeQueue, job: str, step: int) -> None:
     """The heartbeat of a job."""
     task = read_task(queue.calls[job].arguments[0])
     record = {"stage": "training", "step": step, "total": 6, "steps_per_second": 0.5,

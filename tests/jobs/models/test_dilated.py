@@ -163,11 +163,11 @@ def test_features_are_laid_out_once_for_the_three(also_small, monkeypatch):
 WIDE = (960, 3, 38)  # features of an image: some taps of every rate reach within it
 
 
-def steps_of(trainees, steps=2):
+def steps_of(trainers, steps=2):
     for step in range(steps):
         inputs, batch, target = a_share(step, images=2, size=WIDE)
-        step_in_turn(trainees, inputs, batch, target, step, TOTAL)
-    return [trainee.state() for trainee in trainees]
+        step_in_turn(trainers, inputs, batch, target, step, TOTAL)
+    return [trainer.state() for trainer in trainers]
 
 
 def test_a_cell_has_the_same_bits_alone_and_in_a_bundle(alone, also_small):
@@ -184,12 +184,12 @@ def trained_on(group):
         patch.setattr(dilated, "_pays", lambda x: True)
         torch.set_default_dtype(torch.float64)
         try:
-            trainee = trainee_of(a_cell("WDLWCE", DEEPLAB, learning_rate=0.1), group)
-            start = weights(trainee)
+            trainer = trainee_of(a_cell("WDLWCE", DEEPLAB, learning_rate=0.1), group)
+            start = weights(trainer)
             for step in range(2):
                 share = a_share(step, group.rank, group.world_size, images=2, size=WIDE)
-                trainee.step(*share, step, TOTAL)
-            return weights(trainee) - start
+                trainer.step(*share, step, TOTAL)
+            return weights(trainer) - start
         finally:
             torch.set_default_dtype(torch.float32)
 

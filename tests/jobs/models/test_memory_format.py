@@ -16,7 +16,7 @@ from jobs.models.memory_format import memory_format
 from jobs.models.registry import MODELS
 from jobs.spec.cell import RunPaths
 from jobs.train import features
-from jobs.training.cell_trainer import Trainee
+from jobs.training.cell_trainer import CellTrainer
 from jobs.training.predictor import Predictor
 from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, MODEL, a_cell, a_share
 from tests.jobs.ranks import on_ranks
@@ -44,8 +44,8 @@ def on_a_gpu(monkeypatch):
     as_on_a_gpu(monkeypatch)
 
 
-def train(trainee, steps):
-    return [trainee.step(*a_share(step), step, TOTAL) for step in steps]
+def train(trainer, steps):
+    return [trainer.step(*a_share(step), step, TOTAL) for step in steps]
 
 
 def saved(state):
@@ -84,14 +84,14 @@ def strays(module):
 def test_all_features_lie_so_and_so_do_gradients(alone, on_a_gpu, model, precision):
     cell = a_cell(model=model, train="all", precision=precision)
     backbone = build_backbone(MODELS[model].backbone, 0, 0.1)
-    trainee = Trainee(cell, 3, CLASS_WEIGHTS, alone, backbone)
-    found = strays(trainee.network)
+    trainer = CellTrainer(cell, 3, CLASS_WEIGHTS, alone, backbone)
+    found = strays(trainer.network)
     _, batch, target = a_share(0, images=2, size=IMAGES)
-    trainee.step(features(None, batch.images, cell, alone), batch, target, 0, TOTAL)
+    trainer.step(features(None, batch.images, cell, alone), batch, target, 0, TOTAL)
     assert found == []
-    strides = [(p.stride(), p.grad.stride()) for p in trainee.network.parameters()]
+    strides = [(p.stride(), p.grad.stride()) for p in trainer.network.parameters()]
     assert [pair for pair in strides if pair[0] != pair[1]] == []
-    kernels = [p for p in trainee.network.parameters() if p.dim() == 4]
+    kernels = [p for p in trainer.network.parameters() if p.dim() == 4]
     assert any(not kernel.is_contiguous() for kernel in kernels)
 
 

@@ -21,7 +21,7 @@ from jobs.spec.counts_file import read_counts, read_index
 from jobs.spec.task import Task, write_task
 from jobs.training import cell_trainer
 from jobs.training.backbone import freeze
-from jobs.training.cell_trainer import Trainee
+from jobs.training.cell_trainer import CellTrainer
 from jobs.training.predictor import Predictor
 from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, a_cell, a_share
 from tests.jobs.ranks import on_ranks
@@ -95,7 +95,7 @@ def step_on(group):
     update, as a vector, thinned out."""
     torch.set_default_dtype(torch.float64)
     cell = a_cell("WDLNWCE", UNET, learning_rate=0.1)
-    trained = Trainee(cell, 3, CLASS_WEIGHTS, group)
+    trained = CellTrainer(cell, 3, CLASS_WEIGHTS, group)
     before = thinned_out(trained.network)
     images, batch, target = a_share(2, group.rank, group.world_size, 5, (0, 1), IMAGES)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_mixed_precision_takes_a_list_of_features_too(alone, monkeypatch):
     """As on a GPU; here the processor computes in float16."""
     monkeypatch.setattr(cell_trainer, "is_mixed", lambda protocol, group: True)
     cell = a_cell("WDLCE", UNET)
-    trained = Trainee(cell, 3, CLASS_WEIGHTS, alone)
+    trained = CellTrainer(cell, 3, CLASS_WEIGHTS, alone)
     backbone = build_backbone(PYRAMID, 0, momentum=0.1)
     freeze(backbone, cell)
     _, batch, target = a_share(0, images=2, size=IMAGES)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hpc.distributed.allocator import keep_freed_memory
 from jobs.models.build import Backbone, build_backbone, build_head
 from jobs.models.dropout import set_dropout_position
-from jobs.training.cell_trainer import Trainee, learning_rate
+from jobs.training.cell_trainer import CellTrainer, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 
@@ -23,15 +23,15 @@ TOTAL = 10  # steps
 
 
 def trainee_of(cell, group, backbone=None):
-    return Trainee(cell, 3, CLASS_WEIGHTS, group, backbone)
+    return CellTrainer(cell, 3, CLASS_WEIGHTS, group, backbone)
 
 
-def train(trainee, steps):
-    return [trainee.step(*a_share(step), step, TOTAL) for step in steps]
+def train(trainer, steps):
+    return [trainer.step(*a_share(step), step, TOTAL) for step in steps]
 
 
-def weights(trainee):
-    return torch.cat([parameter.detach().flatten() for parameter in trainee.network.parameters()])
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
 
 
 def everything(state):
@@ -67,20 +67,20 @@ def test_a_step_is_torchs_sgd_on_torchs_cross_entropy(alone):
         optimizer.step()
         expected.append(loss.item())
 
-    trainee = trainee_of(cell, alone)
-    start = weights(trainee)
-    assert train(trainee, range(3)) == pytest.approx(expected, rel=1e-5)
+    trainer = trainee_of(cell, alone)
+    start = weights(trainer)
+    assert train(trainer, range(3)) == pytest.approx(expected, rel=1e-5)
     by_hand = torch.cat([parameter.detach().flatten() for parameter in head.parameters()])
-    assert (weights(trainee) - by_hand).norm() < 1e-5 * (by_hand - start).norm()
+    assert (weights(trainer) - by_hand).norm() < 1e-5 * (by_hand - start).norm()
 
 
 def test_gradients_lie_where_they_lay_in_the_step_before(alone):
-    trainee = trainee_of(a_cell(), alone)
-    train(trainee, [0])
+    trainer = trainee_of(a_cell(), alone)
+    train(trainer, [0])
     # held here, so that the next ones cannot lie there by chance
-    first = [parameter.grad for parameter in trainee.network.parameters()]
-    train(trainee, [1])
-    second = [parameter.grad for parameter in trainee.network.parameters()]
+    first = [parameter.grad for parameter in trainer.network.parameters()]
+    train(trainer, [1])
+    second = [parameter.grad for parameter in trainer.network.parameters()]
     assert [g.data_ptr() for g in second] == [g.data_ptr() for g in first]
 
 
@@ -98,9 +98,9 @@ def test_where_gradients_lie_changes_no_bit(alone, monkeypatch):
 
 def after_three_steps(group, keeps_memory):
     assert not keeps_memory or keep_freed_memory()
-    trainee = trainee_of(a_cell("WDLWCE"), group)
-    train(trainee, range(3))
-    return trainee.state()
+    trainer = trainee_of(a_cell("WDLWCE"), group)
+    train(trainer, range(3))
+    return trainer.state()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
@@ -141,22 +141,22 @@ def test_the_learning_rate_falls_to_zero(step):
 
 @pytest.mark.parametrize("junk", [float("inf"), float("nan")])
 def test_a_loss_that_is_not_finite_stops_the_cell_and_moves_no_weight(alone, junk):
-    trainee = trainee_of(a_cell(), alone)
-    train(trainee, range(2))
-    before, momentum = weights(trainee), everything(trainee.state()["momentum"])
+    trainer = trainee_of(a_cell(), alone)
+    train(trainer, range(2))
+    before, momentum = weights(trainer), everything(trainer.state()["momentum"])
     inputs, batch, target = a_share(2)
     inputs[0, 0, 0, 0] = junk
-    trainee.step(inputs, batch, target, 2, TOTAL)
-    assert trainee.failure == "the loss was nan at step 2 of 10"
-    assert torch.equal(weights(trainee), before)
-    after = everything(trainee.state()["momentum"])
+    trainer.step(inputs, batch, target, 2, TOTAL)
+    assert trainer.failure == "the loss was nan at step 2 of 10"
+    assert torch.equal(weights(trainer), before)
+    after = everything(trainer.state()["momentum"])
     assert all(torch.equal(after[name], momentum[name]) for name in momentum)
 
 
 def test_a_batch_without_a_label_is_no_failure(alone):
-    trainee = trainee_of(a_cell("WDLWCE"), alone)
-    assert trainee.step(*a_share(0, void=range(5)), 0, TOTAL) == pytest.approx(-0.5, abs=1e-4)
-    assert trainee.failure is None
+    trainer = trainee_of(a_cell("WDLWCE"), alone)
+    assert trainer.step(*a_share(0, void=range(5)), 0, TOTAL) == pytest.approx(-0.5, abs=1e-4)
+    assert trainer.failure is None
 
 
 # --- what is saved ----------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def test_a_cell_that_was_saved_goes_on_to_the_same_bits(alone, loss):
 
 def test_the_learning_rate_is_not_part_of_the_state(alone):
     """It is a function of the step: a saved cell may go on under another number of epochs."""
-    trainee = trainee_of(a_cell(), alone)
-    train(trainee, [0])
-    assert {name.split("/")[0] for name in everything(trainee.state())} == {"network", "momentum"}
-    assert trainee.state()["momentum"][0].keys() == {"momentum_buffer"}
+    trainer = trainee_of(a_cell(), alone)
+    train(trainer, [0])
+    assert {name.split("/")[0] for name in everything(trainer.state())} == {"network", "momentum"}
+    assert trainer.state()["momentum"][0].keys() == {"momentum_buffer"}
 
 
 # --- the whole network ------------------------------------------------------------------------
@@ -192,10 +192,10 @@ def test_the_whole_network_trains_from_images(alone):
     backbone = build_backbone("mobilenet_v3_large", 0, 0.1)
     assert isinstance(backbone, Backbone)
     before = copy.deepcopy(backbone.state_dict())
-    trainee = trainee_of(a_cell(train="all", learning_rate=0.1), alone, backbone)
+    trainer = trainee_of(a_cell(train="all", learning_rate=0.1), alone, backbone)
     images = torch.randn(5, 3, 24, 32, generator=torch.Generator().manual_seed(0))
     _, batch, target = a_share(0)
-    trainee.step(images, batch, target, 0, TOTAL)
-    after = trainee.network.backbone.state_dict()
+    trainer.step(images, batch, target, 0, TOTAL)
+    after = trainer.network.backbone.state_dict()
     still = [name for name in after if torch.equal(after[name], before[name])]
     assert still == []

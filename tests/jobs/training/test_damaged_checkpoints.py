@@ -217,19 +217,19 @@ def started(grid: Grid, streets, alone) -> tuple:
     backbone = load_backbone(task.cells[0], task.paths, alone)
     inputs = {"data set": streets.fingerprint, "backbone": backbone.sha256}
     job = Run(task, alone, StopRequest(), inputs)
-    return job, *train.make_trainees(task, streets, backbone, alone)
+    return job, *train.make_trainers(task, streets, backbone, alone)
 
 
 def takes_up(one: checkpoint.Checkpoint, grid: Grid, streets, alone, capfd, *words: str) -> bool:
     """Start a job up to where it would train. Whether it stands where `one` was saved, bit for bit,
     and its log says so, and `words`."""
-    job, frozen, trainees = started(grid, streets, alone)
+    job, frozen, trainers = started(grid, streets, alone)
     capfd.readouterr()
-    step, log = job.resume(trainees, frozen), capfd.readouterr().err
+    step, log = job.resume(trainers, frozen), capfd.readouterr().err
     assert all(word in log for word in (f"resuming at step {one.step}\n", *words)), log
-    for trainee in trainees:
-        path = one.path / f"{trainee.cell.signature}.pt"
-        expected, state = torch.load(path, weights_only=True), trainee.state()
+    for trainer in trainers:
+        path = one.path / f"{trainer.cell.signature}.pt"
+        expected, state = torch.load(path, weights_only=True), trainer.state()
         for key, tensor in expected["network"].items():
             assert torch.equal(state["network"][key], tensor), key
         for key, momentum in expected["momentum"].items():
@@ -240,9 +240,9 @@ def takes_up(one: checkpoint.Checkpoint, grid: Grid, streets, alone, capfd, *wor
 def test_what_a_job_passed_over_is_not_one_of_the_two_kept(grid, streets, alone):
     newest, older = saved(grid)
     flip(newest.path / f"{grid.cells[0].signature}.pt")
-    job, frozen, trainees = started(grid, streets, alone)
-    job.begin(job.resume(trainees, frozen))
-    job.save(newest.step + 1, trainees, frozen)
+    job, frozen, trainers = started(grid, streets, alone)
+    job.begin(job.resume(trainers, frozen))
+    job.save(newest.step + 1, trainers, frozen)
     assert [one.step for one in saved(grid)] == [newest.step + 1, older.step]
 
 
@@ -270,9 +270,9 @@ def where_rank_1_cannot_read(group, task_path: Path, newest: int) -> dict:
         checkpoint.Checkpoint.load = load
     backbone = load_backbone(task.cells[0], task.paths, group)
     job = Run(task, group, StopRequest(), {})
-    trainees = train.make_trainees(task, Manifest.load(task.data), backbone, group)[1]
-    step = job.resume(trainees, backbone.module)
-    return {"step": step, "weight": next(trainees[0].network.parameters()).detach()}
+    trainers = train.make_trainers(task, Manifest.load(task.data), backbone, group)[1]
+    step = job.resume(trainers, backbone.module)
+    return {"step": step, "weight": next(trainers[0].network.parameters()).detach()}
 
 
 def test_ranks_go_on_from_a_step_that_all_of_them_can_read(grid, tmp_path):

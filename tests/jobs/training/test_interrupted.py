@@ -20,7 +20,7 @@ from jobs.models.build import build_backbone, build_head
 from jobs.spec.counts_file import read_index
 from jobs.spec.task import read_task
 from jobs.training import cell_trainer
-from jobs.training.cell_trainer import Trainee
+from jobs.training.cell_trainer import CellTrainer
 from pipeline import reduce
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
@@ -278,10 +278,10 @@ def test_a_checkpoint_holds_what_a_step_changes_and_nothing_else(streets, tmp_pa
 
 def test_without_mixed_precision_and_then_with_it(alone, monkeypatch):
     """As from a processor to a GPU and back."""
-    first = Trainee(a_cell(), 3, CLASS_WEIGHTS, alone)
+    first = CellTrainer(a_cell(), 3, CLASS_WEIGHTS, alone)
     first.step(*a_share(0), 0, 4)
     monkeypatch.setattr(cell_trainer, "is_mixed", lambda *_: True)
-    second = Trainee(a_cell(), 3, CLASS_WEIGHTS, alone)
+    second = CellTrainer(a_cell(), 3, CLASS_WEIGHTS, alone)
     second.load(first.state())
     assert second.state()["scaler"]["scale"] > 1  # its own, and not that of the first
     first.load(second.state())

@@ -14,8 +14,8 @@ from jobs.losses.combine import combined_loss
 from jobs.losses.grammar import parse_loss
 from jobs.losses.powers import sum_of_powers
 from jobs.models.build import upsample
-from jobs.training import cell_trainer as trainee_module
-from jobs.training.cell_trainer import Trainee, step_in_turn
+from jobs.training import cell_trainer as cell_trainer
+from jobs.training.cell_trainer import CellTrainer, step_in_turn
 from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
 from tests.jobs.losses.test_losses import PAIRS, SINGLE
 from tests.jobs.oracles import VOID, a_batch
@@ -108,15 +108,15 @@ def test_a_bundle_holds_the_activations_of_one_head(alone, monkeypatch):
         made.extend(map(weakref.ref, (logits, scores)))
         return scores
 
-    monkeypatch.setattr(trainee_module, "upsample", watched)
-    trainees = [Trainee(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in ("WCE", "WDL", "CE")]
-    for trainee in trainees:
-        trainee.network.register_forward_pre_hook(
+    monkeypatch.setattr(cell_trainer, "upsample", watched)
+    trainers = [CellTrainer(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in ("WCE", "WDL", "CE")]
+    for trainer in trainers:
+        trainer.network.register_forward_pre_hook(
             lambda *_: gone.append([one() is None for one in made])
         )
-        for module in trainee.network.modules():
+        for module in trainer.network.modules():
             module.register_forward_hook(lambda *given: made.append(weakref.ref(given[-1])))
-    step_in_turn(trainees, *a_share(0), 0, 10)
+    step_in_turn(trainers, *a_share(0), 0, 10)
     of_a_head = len(made) // 3
     assert of_a_head > 5 and [len(each) for each in gone] == [0, of_a_head, 2 * of_a_head]
     assert all(map(all, gone))

@@ -12,7 +12,7 @@ from torch import nn
 from hpc.cli import UserError
 from jobs import train as job
 from jobs.spec.counts_file import read_index
-from jobs.training import cell_trainer as trainee_module
+from jobs.training import cell_trainer as cell_trainer
 from jobs.training import job_run
 from jobs.training.cell_trainer import half_precision
 from jobs.training.torch_settings import configure_torch
@@ -70,20 +70,20 @@ def test_bf16_is_for_gpus_that_have_it(alone, monkeypatch):
 def test_in_bf16_only_the_network_computes_so(alone, model):
     """Weights, statistics, gradients and the loss stay in single precision."""
     computed_in = set()
-    trainee = trainee_of(a_cell("WDLNWCE", model, precision="bf16"), alone)
-    convolutions = [m for m in trainee.network.modules() if isinstance(m, nn.Conv2d)]
+    trainer = trainee_of(a_cell("WDLNWCE", model, precision="bf16"), alone)
+    convolutions = [m for m in trainer.network.modules() if isinstance(m, nn.Conv2d)]
     for one in convolutions:
         one.register_forward_hook(lambda module, inputs, out: computed_in.add(out.dtype))
-    values = train(trainee, range(3))
+    values = train(trainer, range(3))
     assert computed_in == {torch.bfloat16}
-    tensors = [t for t in everything(trainee.state()).values() if t.is_floating_point()]
+    tensors = [t for t in everything(trainer.state()).values() if t.is_floating_point()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
-    assert {p.grad.dtype for p in trainee.network.parameters()} == {torch.float32}
-    assert trainee.state()["scaler"] == {}
+    assert {p.grad.dtype for p in trainer.network.parameters()} == {torch.float32}
+    assert trainer.state()["scaler"] == {}
 
     exact = trainee_of(a_cell("WDLNWCE", model), alone)
     assert values == pytest.approx(train(exact, range(3)), rel=0.02)
-    assert not torch.equal(weights(trainee), weights(exact))
+    assert not torch.equal(weights(trainer), weights(exact))
 
 
 def test_in_bf16_a_cell_that_was_saved_goes_on_to_the_same_bits(alone):
@@ -129,43 +129,43 @@ def test_the_provenance_of_bf16_says_what_the_processor_has_for_it(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(trainee_module, "is_mixed", lambda *_: True)
+    monkeypatch.setattr(cell_trainer, "is_mixed", lambda *_: True)
 
 
-def train_small(trainee, steps):
+def train_small(trainer, steps):
     """Fewer numbers than `train` has: a processor is slow in fp16."""
     shares = [a_share(step, images=2, size=(960, 1, 2)) for step in steps]
-    return [trainee.step(*share, step, TOTAL) for step, share in zip(steps, shares, strict=True)]
+    return [trainer.step(*share, step, TOTAL) for step, share in zip(steps, shares, strict=True)]
 
 
-def with_scale(trainee, scale):
+def with_scale(trainer, scale):
     """The same cell, whose losses are multiplied by `scale` for the backward pass."""
-    state = copy.deepcopy(trainee.state())
+    state = copy.deepcopy(trainer.state())
     state["scaler"]["scale"] = scale
-    trainee.load(state)
+    trainer.load(state)
 
 
 def test_a_gradient_out_of_fp16s_range_skips_the_update_and_keeps_the_position(alone, as_on_a_gpu):
     """Nothing moves but the scale, and the next step is as if there had been none before: its
     batch, its dropout and its learning rate are those of its own number."""
-    trainee, without = (trainee_of(a_cell(precision="mixed"), alone) for _ in range(2))
-    for one in (trainee, without):
+    trainer, without = (trainee_of(a_cell(precision="mixed"), alone) for _ in range(2))
+    for one in (trainer, without):
         train_small(one, range(2))
         with_scale(one, 2.0**10)
-    before, momentum = weights(trainee), everything(trainee.state()["momentum"])
-    with_scale(trainee, 2.0**60)
-    (value,) = train_small(trainee, [2])
+    before, momentum = weights(trainer), everything(trainer.state()["momentum"])
+    with_scale(trainer, 2.0**60)
+    (value,) = train_small(trainer, [2])
     assert math.isfinite(value)
-    assert torch.equal(weights(trainee), before)
-    after = everything(trainee.state()["momentum"])
+    assert torch.equal(weights(trainer), before)
+    after = everything(trainer.state()["momentum"])
     assert all(torch.equal(after[name], momentum[name]) for name in momentum)
-    assert trainee.failure is None
-    assert trainee.state()["scaler"]["scale"] == 2.0**59
+    assert trainer.failure is None
+    assert trainer.state()["scaler"]["scale"] == 2.0**59
 
-    with_scale(trainee, 2.0**10)
-    train_small(trainee, [3]), train_small(without, [3])
-    assert not torch.equal(weights(trainee), before)
-    assert torch.equal(weights(trainee), weights(without))
+    with_scale(trainer, 2.0**10)
+    train_small(trainer, [3]), train_small(without, [3])
+    assert not torch.equal(weights(trainer), before)
+    assert torch.equal(weights(trainer), weights(without))
 
 
 def test_each_cell_has_a_scale_of_its_own(alone, as_on_a_gpu):

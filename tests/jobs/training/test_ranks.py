@@ -25,7 +25,7 @@ from jobs.losses.grammar import KINDS, parse_loss
 from jobs.models.build import _HEADS, Network, build_backbone, build_head, upsample
 from jobs.models.dropout import set_dropout_position
 from jobs.models.registry import FEATURES
-from jobs.training.cell_trainer import Trainee, learning_rate
+from jobs.training.cell_trainer import CellTrainer, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell
 from tests.jobs.ranks import on_ranks
 
@@ -176,8 +176,8 @@ def by_ranks(group, case, split):
         group = WRONG_GROUPS[case.wrong](group.env, group.device)
     whole = case.train == "all"
     backbone = build_backbone(MOBILE, 0, 0.1, group.process_group) if whole else None
-    trainee = Trainee(cell, 3, CLASS_WEIGHTS, group, backbone)
-    parameters = list(trainee.network.parameters())
+    trainer = CellTrainer(cell, 3, CLASS_WEIGHTS, group, backbone)
+    parameters = list(trainer.network.parameters())
     first = sum(split[: group.rank])
     places = range(first, first + split[group.rank])
     for step in range(FIRST, TOTAL):
@@ -187,7 +187,7 @@ def by_ranks(group, case, split):
         if case.wrong == "own dropout":
             batch = replace(batch, positions=range(len(places)))
         before = copied(parameters)
-        loss = trainee.step(inputs, batch, target, step, TOTAL)
+        loss = trainer.step(inputs, batch, target, step, TOTAL)
         yield outcome_of(loss, parameters, before)
 
 

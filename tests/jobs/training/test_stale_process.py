@@ -175,7 +175,7 @@ def two_starts(grid, alone) -> tuple[Run, Task]:
 def test_a_stale_start_writes_no_heartbeat_and_gives_up_at_the_next_edge(two_starts):
     stale, task = two_starts
     assert stale.agree() is Action.GO_ON  # a listing a heartbeat is enough
-    stale.beat("training", 3, 20)
+    stale.heartbeat("training", 3, 20)
     assert not list(task.paths.progress.glob("*"))
     with pytest.raises(Superseded):
         stale.agree()
@@ -185,28 +185,28 @@ def test_a_heartbeat_that_could_not_be_written_once_is_forgiven_when_the_next_is
     task = read_task(task_of(grid))
     job = Run(task, alone, StopRequest(), {})
     task.paths.progress.write_text("a file in the way")
-    job.beat("training", 1, 20, force=True)
+    job.heartbeat("training", 1, 20, force=True)
     task.paths.progress.unlink()
-    job.beat("training", 2, 20, force=True)
+    job.heartbeat("training", 2, 20, force=True)
     assert job.agree() is Action.GO_ON
     assert read_json(task.paths.progress_of(task.name))["step"] == 2
 
 
 def test_a_stale_start_marks_no_cell_as_failed(two_starts, grid, alone, streets):
     stale, task = two_starts
-    trainee = trainees_of(task, streets, alone)[0]
-    trainee.failure = "the loss was nan at step 3 of 20"
+    trainer = trainees_of(task, streets, alone)[0]
+    trainer.failure = "the loss was nan at step 3 of 20"
     with pytest.raises(Superseded):
-        stale.give_up(trainee, 3)
-    assert not task.paths.failure(trainee.cell.signature).exists()
+        stale.give_up(trainer, 3)
+    assert not task.paths.failure(trainer.cell.signature).exists()
 
 
 def test_a_stale_start_does_not_finish_an_evaluation(two_starts, streets, alone):
     stale, task = two_starts
-    trainees = trainees_of(task, streets, alone)
+    trainers = trainees_of(task, streets, alone)
     backbone = load_backbone(task.cells[0], task.paths, alone).module
     with pytest.raises(Superseded):
-        train.count(stale, trainees, backbone, streets, 20)
+        train.count(stale, trainers, backbone, streets, 20)
 
 
 @pytest.mark.parametrize(("module", "moment"), [(train, "save_head"), (counts_file, "file_sha256")])
@@ -216,8 +216,8 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
     task = read_task(task_of(grid))
     backbone = load_backbone(task.cells[0], task.paths, alone)
     job = Run(task, alone, StopRequest(), {})
-    trainees = trainees_of(task, streets, alone)
-    counts = [Counts.zeros(len(streets.classes), task.cells[0].protocol.bins)] * len(trainees)
+    trainers = trainees_of(task, streets, alone)
+    counts = [Counts.zeros(len(streets.classes), task.cells[0].protocol.bins)] * len(trainers)
     honest = getattr(module, moment)
 
     def a_successor_starts_then(*arguments):
@@ -227,7 +227,7 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
 
     monkeypatch.setattr(module, moment, a_successor_starts_then)
     with pytest.raises(Superseded):
-        train.publish(job, trainees[:1], counts[:1], streets, backbone)
+        train.publish(job, trainers[:1], counts[:1], streets, backbone)
     assert not list(task.paths.counts.glob("*.json"))
     assert bool(list(task.paths.counts.glob("*.h5"))) == (module is counts_file)
 
@@ -260,7 +260,7 @@ def test_a_stale_pre_training_publishes_no_backbone(grid, streets, alone, monkey
     task = read_task(task_of(grid, [consumer]))
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     stale = Run(trained, alone, StopRequest(), {})
-    (trainee,) = trainees_of(trained, streets, alone)
+    (trainer,) = trainees_of(trained, streets, alone)
 
     def successor(path: Path) -> str:
         Run(trained, alone, StopRequest(), {})
@@ -270,7 +270,7 @@ def test_a_stale_pre_training_publishes_no_backbone(grid, streets, alone, monkey
         successor(grid.path)
     monkeypatch.setattr(pretrain, "file_sha256", successor)
     with pytest.raises(Superseded):
-        publish_backbone(stale, trainee, consumer, streets, None)
+        publish_backbone(stale, trainer, consumer, streets, None)
     left = {path.suffix for path in task.paths.root.glob("backbones/*")}
     assert left == (set() if moment == "before it writes" else {".pt"})  # the record makes it one
 
@@ -279,7 +279,7 @@ def test_whose_run_was_deleted_ends_and_does_not_make_it_anew(grid, alone):
     task = read_task(task_of(grid))
     job = Run(task, alone, StopRequest(), {})
     shutil.rmtree(grid.run.root)
-    job.beat("training", 3, 20)
+    job.heartbeat("training", 3, 20)
     with pytest.raises(Superseded):
         job.agree()
     assert not [path for path in grid.run.root.rglob("*") if path.is_file()]
@@ -287,4 +287,4 @@ def test_whose_run_was_deleted_ends_and_does_not_make_it_anew(grid, alone):
 
 def trainees_of(task: Task, streets: Manifest, group) -> list:
     backbone = load_backbone(task.cells[0], task.paths, group)
-    return train.make_trainees(task, streets, backbone, group)[1]
+    return train.make_trainers(task, streets, backbone, group)[1]

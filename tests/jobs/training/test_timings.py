@@ -7,7 +7,7 @@ import pytest
 from hpc.distributed.timer import Stopwatch
 from jobs import pretrain, train
 from jobs.spec.task import read_task
-from jobs.training.cell_trainer import Trainee, step_in_turn
+from jobs.training.cell_trainer import CellTrainer, step_in_turn
 from jobs.training.timings import table
 from pipeline import submit as command
 from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
@@ -73,10 +73,10 @@ def test_a_step_goes_through_each_head_and_back(alone, monkeypatch):
     are waited for when the head has all its gradients, for what they have used; and when the next
     head has, for the gradients."""
     entered, left = [], "other"
-    trainees = [Trainee(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in LOSSES]
+    trainers = [CellTrainer(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in LOSSES]
     alone.watch.start()
     monkeypatch.setattr(Stopwatch, "begin", lambda watch, part: entered.append(part))
-    step_in_turn(trainees, *a_share(0), 0, 10)
+    step_in_turn(trainers, *a_share(0), 0, 10)
     computed = [
         "heads", left, "losses", left,
         "losses", "heads", "communication", left,

@@ -17,7 +17,7 @@ import torch
 from hpc.cli import UserError
 from hpc.diagnostics.check import findings
 from hpc.diagnostics.node_facts import Facts, answer_hellos, room
-from hpc.diagnostics.probe_jobs import Errand, Report
+from hpc.diagnostics.probe_jobs import ProbeJob, Report
 from hpc.distributed.launcher import RankEnv
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
@@ -114,8 +114,8 @@ def examine(grid, one_rank):
             reduced.append({**place, "errors": {}, "world": 4})
         change(ranks)
         mpi(reduced)
-        train = Report(Errand("train", CALL, RESOURCES), "7", tuple(ranks), "error: srun: n2: 1")
-        reduce = Report(Errand("reduce", CALL, RESOURCES), "8", tuple(reduced))
+        train = Report(ProbeJob("train", CALL, RESOURCES), "7", tuple(ranks), "error: srun: n2: 1")
+        reduce = Report(ProbeJob("reduce", CALL, RESOURCES), "8", tuple(reduced))
         reports = {"train": replace(train, **report), "reduce": reduce}
         return [str(finding) for finding in findings(checks_of(on, reports))]
 

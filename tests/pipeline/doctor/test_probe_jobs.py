@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpc.cli import UserError
-from hpc.diagnostics.probe_jobs import Errand, run_errands
+from hpc.diagnostics.probe_jobs import ProbeJob, run_probe_jobs
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
 from pipeline import doctor
@@ -27,8 +27,11 @@ def test_a_job_that_would_wait_for_ever_is_cancelled(tmp_path):
     with pytest.raises(
         UserError, match=r"job job1 would wait for ever \(PartitionTimeLimit\); see"
     ):
-        run_errands(
-            queue, [Errand("train", ModuleCall("jobs.probe"), Resources())], tmp_path, heard.append
+        run_probe_jobs(
+            queue,
+            [ProbeJob("train", ModuleCall("jobs.probe"), Resources())],
+            tmp_path,
+            heard.append,
         )
     assert queue.cancelled == [["job1"]]
 

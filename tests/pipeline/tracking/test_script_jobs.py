@@ -50,7 +50,7 @@ def task_name(grid: Grid, element: int) -> str:
     return read_json(grid.run.submitted / f"{token(grid)}.json")["tasks"][element]["task"]
 
 
-def beat(grid: Grid, task: str, stage: str = "training", age: float = 0.0) -> None:
+def heartbeat(grid: Grid, task: str, stage: str = "training", age: float = 0.0) -> None:
     now = time.time() - age
     record = {"stage": stage, "step": 4, "total": 6, "steps_per_second": 0.5, "time": now}
     write_json(grid.run.progress_of(task), record)
@@ -79,12 +79,12 @@ def test_a_heart_that_beats_is_running_whatever_the_queue_knows(grid, tmp_path, 
     write(grid, queue)
     note(grid, 7)
     task = task_name(grid, 0)
-    beat(grid, task)
+    heartbeat(grid, task)
     assert words(grid, queue) == {"running": 4, "missing": 4}
     jobs = submit(grid, queue, ["grid"])["grid"]
     assert len(queue.calls) == 1  # one job, for the other task
     assert len(jobs) == 2
-    beat(grid, task, age=60)
+    heartbeat(grid, task, age=60)
     assert words(grid, queue) == {"interrupted": 4, "waiting": 4}
 
 
@@ -93,7 +93,7 @@ def test_an_interrupted_job_is_written_again_and_goes_on_from_its_checkpoint(gri
     note(grid, 7)
     (job, other) = plan_of(grid, survey(grid, cluster)).bundles
     save(grid, job.cells, 3)
-    beat(grid, task_name(grid, 0), "stopped")
+    heartbeat(grid, task_name(grid, 0), "stopped")
     finish(grid, other.cells, "other")
     assert words(grid, cluster) == {"done": 4, "interrupted": 4}
     folder = write(grid, cluster)

@@ -70,7 +70,7 @@ def cells_of(queue: FakeQueue, job: str) -> tuple[Cell, ...]:
     return read_task(queue.calls[job].arguments[0]).cells
 
 
-def beat(grid: Grid, queue: FakeQueue, job: str, step: int, stage="training", age=0.0) -> None:
+def heartbeat(grid: Grid, queue: FakeQueue, job: str, step: int, stage="training", age=0.0) -> None:
     """The heartbeat of a job, as it leaves it."""
     task = read_task(queue.calls[job].arguments[0])
     record = {"stage": stage, "step": step, "total": 6, "steps_per_second": 0.5,
@@ -119,7 +119,7 @@ def test_a_running_job_shows_how_far_it_is(grid, queue):
     submit(grid, queue, ["grid"])
     queue.jobs["job1"] = "running"
     assert words(grid, queue) == {"running": 4, "waiting": 4}
-    beat(grid, queue, "job1", step=4)
+    heartbeat(grid, queue, "job1", step=4)
     state = states(grid, queue)["streets/fcn_mobilenet_v3_large/CE/0"]
     assert (state.state, state.step, state.total, state.rate) == ("running", 4, 6, 0.5)
     assert time_left(state) == "0:00:04"
@@ -138,7 +138,7 @@ def test_a_job_that_was_lost_is_interrupted_and_goes_on_from_its_checkpoint(grid
     submit(grid, queue, ["grid"])
     cells = cells_of(queue, "job1")
     save(grid, cells, 3)
-    beat(grid, queue, "job1", step=5)
+    heartbeat(grid, queue, "job1", step=5)
     queue.jobs["job1"] = "gone"
     assert words(grid, queue) == {"waiting": 4, "interrupted": 4}
     assert {s.step for s in states(grid, queue).values() if s.state == "interrupted"} == {3}
@@ -152,7 +152,7 @@ def test_cells_at_different_steps_go_on_in_jobs_of_their_own(grid, queue):
     cells = cells_of(queue, "job1")
     save(grid, cells[:3], 2)
     save(grid, cells[:1], 4)
-    beat(grid, queue, "job1", step=4)
+    heartbeat(grid, queue, "job1", step=4)
     queue.jobs["job1"] = "gone"
     submit(grid, queue, ["grid"])
     assert [cells_of(queue, job) for job in ("job3", "job4", "job5")] == [
@@ -202,7 +202,7 @@ def test_a_job_without_memory_says_so_and_is_tried_again_in_halves(grid, queue, 
 def test_words_of_its_log_are_no_error(grid, queue, tmp_path):
     submit(grid, queue, ["grid"])
     queue.jobs["job1"] = "gone"
-    beat(grid, queue, "job1", step=1)
+    heartbeat(grid, queue, "job1", step=1)
     (tmp_path / "job1.err").write_text("task1 (generation 1): stopped by SIGUSR2 after step 1\n")
     assert words(grid, queue) == {"waiting": 4, "interrupted": 4}
 
@@ -259,10 +259,10 @@ def test_on_slurm_a_job_is_dead_when_it_is_gone_and_its_heart_has_stopped(grid, 
     """A node that was cut off may still run what Slurm has given up."""
     submit(grid, slurm, ["grid"])
     slurm.jobs["job1"] = "gone"
-    beat(grid, slurm, "job1", step=2, age=DEAD_AFTER_SECONDS / 2)
+    heartbeat(grid, slurm, "job1", step=2, age=DEAD_AFTER_SECONDS / 2)
     assert words(grid, slurm) == {"running": 4, "waiting": 4}
     assert submit(grid, slurm, ["grid"]) == {"grid": ["job1", "job2"]}
-    beat(grid, slurm, "job1", step=2, age=DEAD_AFTER_SECONDS + 1)
+    heartbeat(grid, slurm, "job1", step=2, age=DEAD_AFTER_SECONDS + 1)
     assert words(grid, slurm) == {"waiting": 4, "interrupted": 4}
 
 
@@ -270,7 +270,7 @@ def test_on_slurm_a_job_is_dead_when_it_is_gone_and_its_heart_has_stopped(grid, 
 def test_a_heart_that_said_goodbye_has_stopped(grid, slurm, stage):
     submit(grid, slurm, ["grid"])
     slurm.jobs["job1"] = "gone"
-    beat(grid, slurm, "job1", step=2, stage=stage)
+    heartbeat(grid, slurm, "job1", step=2, stage=stage)
     assert words(grid, slurm) == {"waiting": 4, "interrupted": 4}
 
 
@@ -279,7 +279,7 @@ def test_a_stopped_heart_in_the_queue_is_no_death(grid, slurm):
     submit(grid, slurm, ["grid"])
     slurm.jobs["job1"] = "running"
     for job in ("job1", "job2"):
-        beat(grid, slurm, job, step=2, age=10 * DEAD_AFTER_SECONDS)
+        heartbeat(grid, slurm, job, step=2, age=10 * DEAD_AFTER_SECONDS)
     assert words(grid, slurm) == {"running": 4, "waiting": 4}
 
 
@@ -304,7 +304,7 @@ def test_a_job_that_lives_without_our_knowing_its_id_is_not_doubled(grid, slurm,
     dying = DyingQueue(tmp_path, gone_is_certain=False)
     with pytest.raises(KeyboardInterrupt):
         submit(grid, dying, ["grid"])
-    beat(grid, dying, "job1", step=1)
+    heartbeat(grid, dying, "job1", step=1)
     found = survey(grid, slurm)
     assert (found.count("running"), found.count("missing")) == (4, 4)
     assert found.active_jobs == ()  # there is no id to wait for
