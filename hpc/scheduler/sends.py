@@ -25,7 +25,7 @@ def mark_of(token: str, first: int) -> str:
 
 def leave_calls(folder: Path, mark: str, calls: Sequence[ModuleCall]) -> None:
     """Write what an array is to do, as submitit pickles it, into submitit's folder."""
-    from submitit.core.utils import DelayedSubmission  # see `hpc.slurm`: only who sends needs it
+    from submitit.core.utils import DelayedSubmission  # only submissions need it
 
     for element, call in enumerate(calls):
         with new_file(folder / f"{mark}_{element}.pkl") as path:

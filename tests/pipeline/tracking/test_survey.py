@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_prep.manifest import read_fingerprint
 
 from data_prep.pack import pack
+from data_prep.shards.manifest import read_fingerprint
 from hpc.cli import UserError
 from hpc.storage import checkpoint
 from hpc.storage.atomic import write_json
