@@ -17,7 +17,7 @@ from pipeline.tracking.submissions import cancellations
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import beat, cells_of, save, words
+from tests.pipeline.stories import heartbeat, cells_of, save, words
 
 ALL = ("prep", "grid", "reduce", "report")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -70,7 +70,7 @@ def test_what_has_ended_is_left_alone_and_grid_goes_on_from_the_checkpoint(grid,
     finish(grid, cells_of(queue, "job1"), "task1")
     queue.jobs.update(job1="gone", job2="running")
     save(grid, cells, 3)
-    beat(grid, queue, "job2", step=4)
+    heartbeat(grid, queue, "job2", step=4)
     cancel(grid, queue)
     assert queue.cancelled == [["job2"]]
     assert words(grid, queue) == {"done": 4, "interrupted": 4}

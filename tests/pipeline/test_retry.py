@@ -20,7 +20,7 @@ from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import (
     NODE_FAILURE,
     OUT_OF_MEMORY,
-    beat,
+    heartbeat,
     cells_of,
     diverge,
     end,
@@ -76,7 +76,7 @@ def test_who_could_not_help_it_goes_on_from_the_checkpoint(
     submit(grid, queue, ["grid"])
     cells = cells_of(queue, "job1")
     save(grid, cells, 3)
-    beat(grid, queue, "job1", step=4)
+    heartbeat(grid, queue, "job1", step=4)
     end(queue, "job1", line, word=word)
     assert words(grid, queue) == {"waiting": 4, "interrupted": 4}
     lines = retried(grid)

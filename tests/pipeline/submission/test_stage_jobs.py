@@ -15,7 +15,7 @@ from pipeline.submit import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import NODE_FAILURE, beat, cells_of, end, words
+from tests.pipeline.stories import NODE_FAILURE, heartbeat, cells_of, end, words
 
 ALL = ("prep", "grid", "reduce", "report")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -138,7 +138,7 @@ def test_cells_whose_pre_training_failed_say_so(pretrained, queue, shown):
 def test_a_running_pre_training_shows_how_far_it_is(pretrained, queue, shown):
     submit(pretrained, queue, ["grid"])
     queue.jobs["job1"] = "running"
-    beat(pretrained, queue, "job1", step=4)
+    heartbeat(pretrained, queue, "job1", step=4)
     line = "pre-training: running, step 4 of 6, 0.50 steps/s, 0:00:04 left, job job1"
     assert line in shown(pretrained)
 
@@ -174,7 +174,7 @@ def test_jobs_that_nobody_starts_do_not_wait(grid, queue, shown):
     submit(grid, queue, ["grid", "reduce"])
     end(queue, "job1", word="failed")
     queue.why |= dict.fromkeys(["job2", "job3"], NO_RUNNER)
-    beat(grid, queue, "job1", step=2)
+    heartbeat(grid, queue, "job1", step=2)
     assert words(grid, queue) == {"interrupted": 4, "missing": 4}
     lines = shown(grid)
     command = f"`python -m pipeline.submit grid {grid.path}` does"
