@@ -25,21 +25,21 @@ def main(argv: Sequence[str]) -> int:
     from jobs import train
     from jobs.training.job_run import Action, Run
 
-    beat, decide = Run.beat, Run.decide
+    heartbeat, decide = Run.heartbeat, Run.decide
 
-    def noted_beat(run: Run, stage: str, step: int, total: int, force: bool = False) -> None:
+    def noted_heartbeat(run: Run, stage: str, step: int, total: int, force: bool = False) -> None:
         if run.group.is_main and stage == "training":
             with (run.task.paths.root / STEPS).open("a") as file:
                 begun = (run.bundle_key, run.generation.number, step, time.time())
                 file.write(f"{' '.join(map(str, begun))}\n")
-        beat(run, stage, step, total, force)
+        heartbeat(run, stage, step, total, force)
 
     def slow_decide(run: Run) -> Action:
         time.sleep(pause_of(run.task.paths.root, run.generation.number))
         return decide(run)
 
     # in this process alone; mypy knows of no other way to take the place of a method
-    Run.beat, Run.decide = noted_beat, slow_decide  # type: ignore[method-assign]
+    Run.heartbeat, Run.decide = noted_heartbeat, slow_decide  # type: ignore[method-assign]
     return train.main(argv)
 
 

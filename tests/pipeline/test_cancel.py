@@ -17,7 +17,7 @@ from pipeline.tracking.submissions import cancellations
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import heartbeat, cells_of, save, words
+from tests.pipeline.stories import cells_of, heartbeat, save, words
 
 ALL = ("prep", "grid", "reduce", "report")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')

@@ -20,10 +20,10 @@ from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import (
     NODE_FAILURE,
     OUT_OF_MEMORY,
-    heartbeat,
     cells_of,
     diverge,
     end,
+    heartbeat,
     save,
     words,
 )

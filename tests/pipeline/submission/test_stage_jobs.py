@@ -15,7 +15,7 @@ from pipeline.submit import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import NODE_FAILURE, heartbeat, cells_of, end, words
+from tests.pipeline.stories import NODE_FAILURE, cells_of, end, heartbeat, words
 
 ALL = ("prep", "grid", "reduce", "report")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
