@@ -90,7 +90,7 @@ def heartbeat(disk: Disk, folder: Path, data: Path) -> None:
     with (
         mock.patch.object(job_run, "HEARTBEAT_SECONDS", 0.0),
         mock.patch.object(checkpoint, "save", opening),
-        disk.closed_at(job_run.Run, "beat"),
+        disk.closed_at(job_run.Run, "heartbeat"),
     ):
         assert train.main([str(task_of(grid))]) == 0
     assert_all_same(results(grid.run), results(honest.run))
