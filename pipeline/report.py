@@ -46,22 +46,19 @@ def main(argv: Sequence[str]) -> None:
     run = read_grid(find_config(arguments.config)).run
     results = read_results(run.results)
     table = rows(results)
-    print_table(results, table, _write(results, table, run.report, arguments.allow_fewer).page)
+    paths = write_report(results, table, run.report, arguments.allow_fewer)
+    print_table(results, table, paths.page)
 
 
-def write_report(results_path: str | Path, folder: str | Path) -> ReportPaths:
-    """Write the report of `results.h5` into `folder`; equal results give equal files.
-
-    Raises `UserError` if the results are missing, or the report that is there has more cells, and
-    `Damaged` if the results are not as written.
-    """
-    results = read_results(results_path)
-    return _write(results, rows(results), Path(folder))
-
-
-def _write(
+def write_report(
     results: Results, table: Sequence[Row], folder: Path, allow_fewer: bool = False
 ) -> ReportPaths:
+    """Write the report of `results`, whose `rows` are `table`, into `folder`. Equal results give
+    equal files.
+
+    Raises:
+        UserError: the report that is there has more cells, and `allow_fewer` is False.
+    """
     paths = _paths(folder)
     if not allow_fewer:
         refuse_fewer(paths.page, page.num_cells(paths.page), page.cells_of(results))

@@ -179,21 +179,17 @@ class ClusterProfile(Settings):
         return [*lines, f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}"]
 
 
-def read_profile(
-    name: str | None, inline: dict[str, Any] | None = None, near: Path | None = None
-) -> ClusterProfile:
-    """The profile called `name` (configs/clusters/NAME.toml in the working directory, or in
-    `clusters/` beside the file in the folder `near`) or at the path `name`, with the keys of
-    `inline` in place of its own. Without a name, `inline` and the defaults.
+def read_profile(name: str | None, near: Path | None = None) -> ClusterProfile:
+    """Return the profile called `name` (configs/clusters/NAME.toml in the working directory, or in
+    `clusters/` beside the file in the folder `near`) or at the path `name`. Without a name, return
+    the defaults.
 
     Raises `UserError` for a profile that is not there, with the nearest names, or is not valid.
     """
-    table: dict[str, Any] = {}
-    if name:
-        path = _profile_path(name, near)
-        table = read_toml(path)
-        parse(ClusterProfile, table, str(path))
-    return parse(ClusterProfile, {**table, **(inline or {})}, "[cluster]")
+    if not name:
+        return parse(ClusterProfile, {}, "[cluster]")
+    path = _profile_path(name, near)
+    return parse(ClusterProfile, read_toml(path), str(path))
 
 
 def _profile_path(name: str, near: Path | None) -> Path:

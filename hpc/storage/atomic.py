@@ -185,7 +185,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         record = json.loads(text.decode("utf-8"))
         above = text[: -len(_END % _NO_SHA256)]
         as_written = text == above + _END % hashlib.sha256(above).hexdigest().encode("ascii")
-        checksum, _ = record.pop("checksum"), record.pop("above", None)
+        checksum, _ = record.pop("checksum"), record.pop("above")
         if as_written or checksum == fingerprint(record):
             return record
     except FileNotFoundError:

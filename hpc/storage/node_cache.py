@@ -8,7 +8,6 @@ the last of them, however they end: an unused copy is one whose lock can be take
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import socket
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import IO
 
 from hpc.cli import UserError, warn
-from hpc.storage.atomic import Damaged
+from hpc.storage.atomic import Damaged, file_sha256
 from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder
 
 _COMPLETE = "complete"
-_CHUNK = 1 << 22
 _SPARE_BYTES = 1 << 28  # left free beside the copy
 
 
@@ -151,13 +149,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _copy_checked(source: Path, target: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
     try:
-        with source.open("rb") as read, target.open("wb") as write:
-            while chunk := read.read(_CHUNK):
-                digest.update(chunk)
-                write.write(chunk)
+        shutil.copyfile(source, target)
     except FileNotFoundError as error:
         raise Damaged(f"{source} cannot be read: {error.strerror}; restore it") from error
-    if digest.hexdigest() != sha256:
+    if file_sha256(target) != sha256:
         raise Damaged(f"{source} is damaged (its checksum does not fit); restore it")

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 KINDS = {
     "CEMP": "max-pooled cross entropy",
@@ -104,18 +104,10 @@ class LossSpec:
     terms: tuple[Term, ...]
     schedule: tuple[Knot, ...]
 
-    def identity(self) -> Mapping[str, Any]:
-        """Plain values for a fingerprint."""
-        record = asdict(self)
-        for term in record["terms"]:
-            if not term["parameters"]:  # as before there were any
-                del term["parameters"]
-        return record
-
     @cached_property
     def identity_json(self) -> str:
-        """`identity` as canonical JSON: thousands of cells have the same loss."""
-        return json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        """Return the loss as canonical JSON. It is cached: thousands of cells share a loss."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"

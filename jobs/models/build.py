@@ -99,18 +99,18 @@ def build_head(
     return head
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [B, 3, H, W] -> float, with ImageNet's mean and standard deviation, laid out as a
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, with ImageNet's mean and standard deviation, laid out as a
     network wants it."""
-    mean, std = _statistics(dtype, images.device)
-    return laid_out((images.to(dtype) / 255 - mean) / std)
+    mean, std = _statistics(images.device)
+    return laid_out((images.float() / 255 - mean) / std)
 
 
 @lru_cache(maxsize=4)
-def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """ImageNet's mean and standard deviation, [3, 1, 1]; to bring them to a GPU waits for it."""
     mean, std = (
-        torch.tensor(numbers, dtype=dtype, device=device)[:, None, None]
+        torch.tensor(numbers, dtype=torch.float32, device=device)[:, None, None]
         for numbers in (IMAGENET_MEAN, IMAGENET_STD)
     )
     return mean, std

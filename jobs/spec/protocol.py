@@ -109,9 +109,6 @@ class Protocol(Settings):
         if self.weights not in WEIGHTS:
             # wherever the file lies; its hash is recorded with all that is made from it
             fields["weights"] = f"file {Path(self.weights).name}"
-        # cells that were trained before this setting existed keep their identity
-        if self.long_side == "round":
-            del fields["long_side"]
         del fields["pretrain"]["threads"]
         if self.weights != "pretrain":
             del fields["pretrain"]

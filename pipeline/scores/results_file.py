@@ -91,16 +91,8 @@ class ResultsFile:
         write_bytes(path, content)
 
 
-def write_results(path: str | Path, results: Results) -> None:
-    """Write a `results.h5` whose data sets are all there. Raises as `ResultsFile.add`."""
-    file = ResultsFile(results.grid)
-    for dataset in results.datasets:
-        file.add(dataset)
-    file.write(path, results.record)
-
-
 def read_results(path: str | Path) -> Results:
-    """The results that `write_results` wrote.
+    """Return the results that `ResultsFile` wrote.
 
     Raises `UserError` if there are none or they are of another version, and `Damaged` if they are
     not as they were written.

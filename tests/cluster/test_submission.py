@@ -129,7 +129,9 @@ def test_nor_one_that_scripts_have_sent(cluster, folder):
     python = folder / "python"
     python.write_text(f'#!/bin/bash\nenv >"{folder}/$SLURM_JOB_ID-$SLURM_PROCID"\n')
     python.chmod(0o755)
-    profile = read_profile(str(PROFILE), {"python": str(python), "memory_gb": 1})
+    profile = read_profile(str(PROFILE)).model_copy(
+        update={"python": str(python), "memory_gb": 1.0}
+    )
     for name in ("logs", "submitted"):
         (folder / name).mkdir()
     there = Site(profile, folder, folder, "hostile", "T")

@@ -30,7 +30,7 @@ from jobs.spec.counts_file import read_counts, read_index, write_counts
 from jobs.spec.task import Task, read_task, write_task
 from jobs.training.backbone import load_exactly, read_weights
 from jobs.training.predictor import Predictor
-from pipeline.scores.results_file import read_results, write_results
+from pipeline.scores.results_file import read_results
 from pipeline.tracking.finished import finished_cells
 from pipeline.tracking.survey import submissions
 from tests.fuzz.accidents import damaged
@@ -89,7 +89,7 @@ def records(run: RunPaths) -> dict[str, Kind]:
 def tables(run: RunPaths) -> dict[str, Kind]:
     """Counts and results."""
     results = simulated.made_up_results(grid="grüße")
-    write_results(run.results, results)
+    simulated.write_results(run.results, results)
     path = run.counts_of("t", 1)
     cells = [{"signature": CELL.signature, "name": CELL.name, "backbone": ""}]
     arrays = {name: array[:1] for name, array in results.datasets[0].counts.items()}

@@ -19,7 +19,6 @@ from pipeline.rendering import figures
 from pipeline.rendering.page import render
 from pipeline.rendering.terminal import printed_table
 from pipeline.report import main, write_report
-from pipeline.scores.results_file import write_results
 from pipeline.scores.score_table import rows
 from tests.pipeline.grids import grid_file
 from tests.pipeline.scores import simulated
@@ -54,11 +53,14 @@ def results():
     return made_up
 
 
+def report_of(results, folder):
+    return write_report(results, rows(results), folder)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, results):
     folder = tmp_path_factory.mktemp("$(touch x)")
-    write_results(folder / "results.h5", results)
-    return write_report(folder / "results.h5", folder / "report")
+    return report_of(results, folder / "report")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +155,8 @@ def test_every_figure_has_words_for_those_who_cannot_see_it(page):
     assert all(attrs["alt"] for attrs in images)
 
 
-def test_the_same_results_give_the_same_report(report, tmp_path):
-    again = write_report(report.page.parent.parent / "results.h5", tmp_path)
+def test_the_same_results_give_the_same_report(report, results, tmp_path):
+    again = report_of(results, tmp_path)
     for name in ("csv", "markdown", "latex", "page"):
         assert getattr(again, name).read_bytes() == getattr(report, name).read_bytes()
 
@@ -168,8 +170,7 @@ def nothing(results):
 
 
 def test_a_grid_of_which_nothing_is_done_has_a_page_too(nothing, tmp_path):
-    write_results(tmp_path / "results.h5", nothing)
-    paths = write_report(tmp_path / "results.h5", tmp_path)
+    paths = report_of(nothing, tmp_path)
     assert "No cell is done yet." in paths.page.read_text(encoding="utf-8")
 
 
@@ -177,7 +178,7 @@ def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path):
     grid = grid_file(tmp_path)
     folder = shutil.copytree(report.page.parent, tmp_path / "run/report")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    write_results(tmp_path / "run/results.h5", nothing)
+    simulated.write_results(tmp_path / "run/results.h5", nothing)
     with pytest.raises(UserError, match=r"index\.html has 4 finished cells, but would now have 0,"):
         main([str(grid)])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -185,19 +186,19 @@ def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path):
     assert "No cell is done yet." in (folder / "index.html").read_text(encoding="utf-8")
 
 
-def test_a_report_that_fails_leaves_the_one_before_whole(report, tmp_path, monkeypatch):
+def test_a_report_that_fails_leaves_the_one_before_whole(report, results, tmp_path, monkeypatch):
     folder = shutil.copytree(report.page.parent, tmp_path / "report")
     (folder / "table.csv").write_text("a table of another day")
     monkeypatch.setattr(figures, "class_frequencies", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_report(report.page.parent.parent / "results.h5", folder)
+        report_of(results, folder)
     assert (folder / "table.csv").read_text() == "a table of another day"
     assert not list(folder.glob(".*"))
 
 
 def test_without_results_the_report_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="run `reduce` first"):
-        write_report(tmp_path / "results.h5", tmp_path)
+        main([str(grid_file(tmp_path))])
 
 
 def test_a_grid_file_that_does_not_exist_is_a_users_mistake(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc.cli import UserError
+from hpc.config import parse
 from hpc.scheduler.auto import open_queue
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
 from hpc.scheduler.exit_cause import ending
@@ -586,15 +587,15 @@ def only(folder: Path, *commands: str) -> Path:
     return folder / "only"
 
 
-def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch):
+def test_profiles_are_found_by_name_or_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "grids" / "clusters"
     folder.mkdir(parents=True)
     (folder / "mine.toml").write_text("nodes = 2\nminutes = 30\n")
-    found = read_profile("mine", {"minutes": 5}, near=tmp_path / "grids")
-    assert (found.nodes, found.minutes) == (2, 5)
+    found = read_profile("mine", near=tmp_path / "grids")
+    assert (found.nodes, found.minutes) == (2, 30)
     assert read_profile(str(folder / "mine.toml")).nodes == 2
-    assert read_profile(None, {"nodes": 3}).nodes == 3
+    assert read_profile(None) == ClusterProfile()
     with pytest.raises(UserError, match=r"no cluster profile 'nine'; did you mean 'mine'\?"):
         read_profile("nine", near=tmp_path / "grids")
 
@@ -618,7 +619,7 @@ def test_profiles_are_found_by_name_or_path_and_overridden(tmp_path, monkeypatch
 )
 def test_what_cannot_be_meant_is_refused(table, message):
     with pytest.raises(UserError, match=message):
-        read_profile(None, table)
+        parse(ClusterProfile, table, "[cluster]")
 
 
 def test_the_profiles_that_come_with_the_project_are_valid(monkeypatch):

@@ -147,9 +147,3 @@ def test_wrong_parameters_are_refused_with_the_reason(name, reason):
     with pytest.raises(UnknownLoss) as refused:
         parse_loss(name)
     assert refused.value.reason == reason
-
-
-def test_the_identity_of_a_loss_names_parameters_only_where_there_are_some():
-    assert parse_loss("WCE").identity()["terms"] == ({"kind": "CE", "weighted": True},)
-    (term,) = parse_loss("TL[0.5,2]").identity()["terms"]
-    assert term == {"kind": "TL", "weighted": False, "parameters": (0.5, 2.0)}

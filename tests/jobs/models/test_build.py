@@ -223,4 +223,3 @@ def test_images_are_normalised_as_torchvision_prepares_them():
     preset = segmentation.FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.transforms()
     expected = preset.__class__(resize_size=None, mean=preset.mean, std=preset.std)(images)
     torch.testing.assert_close(normalise(images), expected)
-    assert normalise(images, torch.float64).dtype == torch.float64

@@ -80,12 +80,6 @@ def test_a_setting_that_changes_the_result_makes_another_cell(setting):
     assert changed.bundle_key != paper_cell().bundle_key
 
 
-def test_cells_trained_before_the_long_side_was_a_setting_keep_their_identity():
-    for cell in (paper_cell(long_side="round"), pretrained_cell()):
-        assert "long_side" not in cell.protocol.result_changing()
-    assert paper_cell().signature == "98fc081cac08451a"  # of a version without the setting
-
-
 @pytest.mark.parametrize("setting", CHANGES_THE_SPEED)
 def test_a_setting_that_changes_the_speed_does_not(setting):
     changed = paper_cell(**{setting: CHANGES_THE_SPEED[setting]})

@@ -11,7 +11,7 @@ from hpc.storage.atomic import fingerprint
 from jobs.losses.grammar import parse_loss
 from jobs.metrics.counts import NAMES, Counts
 from jobs.metrics.reference import count_image
-from pipeline.scores.results_file import DatasetResults, Results
+from pipeline.scores.results_file import DatasetResults, Results, ResultsFile
 
 CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
            "pedestrian", "cyclist"]  # fmt: skip
@@ -110,3 +110,10 @@ def made_up_results(grid="camvid", datasets=("camvid",), models=("fcn_resnet101"
         **record,
     }
     return Results(grid, record, parts)
+
+
+def write_results(path, results):
+    file = ResultsFile(results.grid)
+    for dataset in results.datasets:
+        file.add(dataset)
+    file.write(path, results.record)

@@ -9,7 +9,7 @@ import pytest
 from hpc.cli import UserError
 from hpc.storage.atomic import Damaged
 from pipeline.scores import results_file as results_format
-from pipeline.scores.results_file import read_results, write_results
+from pipeline.scores.results_file import read_results
 from tests.pipeline.scores import simulated
 
 
@@ -19,7 +19,7 @@ def results():
 
 
 def test_results_come_back_as_they_were_written(tmp_path, results):
-    write_results(tmp_path / "results.h5", results)
+    simulated.write_results(tmp_path / "results.h5", results)
     back = read_results(tmp_path / "results.h5")
     assert (back.grid, back.record) == (results.grid, results.record)
     before, after = results.datasets[0], back.datasets[0]
@@ -29,8 +29,8 @@ def test_results_come_back_as_they_were_written(tmp_path, results):
 
 
 def test_equal_results_are_equal_bytes(tmp_path, results):
-    write_results(tmp_path / "one.h5", results)
-    write_results(tmp_path / "two.h5", read_results(tmp_path / "one.h5"))
+    simulated.write_results(tmp_path / "one.h5", results)
+    simulated.write_results(tmp_path / "two.h5", read_results(tmp_path / "one.h5"))
     assert (tmp_path / "one.h5").read_bytes() == (tmp_path / "two.h5").read_bytes()
 
 
@@ -38,7 +38,7 @@ def test_a_grid_of_which_nothing_is_done_yet_can_be_written(tmp_path, results):
     data = results.datasets[0]
     empty = {name: array[:0] for name, array in data.counts.items()}
     missing = [f"camvid/fcn/{'x' * 90}/{i}" for i in range(2000)]  # far beyond HDF5's 64 kB
-    write_results(
+    simulated.write_results(
         tmp_path / "results.h5",
         replace(
             results,
@@ -53,7 +53,7 @@ def test_a_grid_of_which_nothing_is_done_yet_can_be_written(tmp_path, results):
 
 def test_any_flipped_byte_is_noticed_before_hdf5_sees_it(tmp_path, results, monkeypatch):
     path = tmp_path / "results.h5"
-    write_results(path, results)
+    simulated.write_results(path, results)
     whole = path.read_bytes()
     monkeypatch.setattr(results_format.h5py, "File", None)
     for place in [*range(1200), *range(1200, len(whole), 301)]:
@@ -69,7 +69,7 @@ def test_a_file_of_another_version_is_not_called_damaged(tmp_path):
 
 
 def test_any_tool_for_hdf5_reads_the_results(tmp_path, results):
-    write_results(tmp_path / "results.h5", results)
+    simulated.write_results(tmp_path / "results.h5", results)
     with h5py.File(tmp_path / "results.h5", "r") as file:
         read = file["0/confusion"][...]
     np.testing.assert_array_equal(read, results.datasets[0].counts["confusion"])
@@ -78,7 +78,7 @@ def test_any_tool_for_hdf5_reads_the_results(tmp_path, results):
 @pytest.mark.parametrize("length", [0, 100, 5000])
 def test_a_file_cut_short_is_damaged(tmp_path, results, length):
     path = tmp_path / "results.h5"
-    write_results(path, results)
+    simulated.write_results(path, results)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(Damaged, match="run `reduce` again"):
         read_results(path)
@@ -93,5 +93,5 @@ def test_counts_that_do_not_fit_their_cells_are_refused(tmp_path, results):
     data = results.datasets[0]
     fewer = replace(data, cells=data.cells[1:])
     with pytest.raises(ValueError, match="of 3 cells"):
-        write_results(tmp_path / "results.h5", replace(results, datasets=[fewer]))
+        simulated.write_results(tmp_path / "results.h5", replace(results, datasets=[fewer]))
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.scheduler.cluster_profile import ClusterProfile, read_profile
+from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.job import ModuleCall
 from pipeline import submit as command
 from pipeline.submission.batch_scripts import Part, parts, render, script
@@ -49,14 +49,14 @@ def test_the_example_is_what_the_writer_makes():
     def sorted_options(lines: list[str]) -> list[str]:
         return sorted(line for line in lines if line.startswith("#"))
 
-    written = code(script(where(read_profile(None, V100)), train_part()))
+    written = code(script(where(ClusterProfile(**V100)), train_part()))
     example = code((REPOSITORY / "jobs/array.sbatch").read_text(encoding="utf-8"))
     assert sorted_options(example) == sorted_options(written)
     assert [x for x in example if x[0] != "#"] == [x for x in written if x[0] != "#"]
 
 
 def test_slurm_is_told_the_same_as_by_grid(slurm, logs, tmp_path):
-    profile = read_profile(None, {
+    profile = ClusterProfile(**{
         **V100, "account": "us", "qos": "long", "mpi": "pmi2", "network_interface": "ib0",
         "gres": "gpu:v100:4", "mail_user": "me@here", "mail_type": "END", "exclude": "node[1,2]",
         "extra": {"reservation": "it's", "exclusive": True, "overcommit": False, "nodes": 3},
@@ -81,8 +81,8 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(tmp_path):
     sbatch = ["partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type"]
     names = dict.fromkeys([*sbatch, "gres", "mpi", "network_interface"], NASTY)
     python = "echo '$(touch x) ; touch x'"
-    profile = read_profile(None, {**V100, **names, "extra": {"comment": NASTY}, "setup": [],
-                                  "python": python, "group": ""})  # fmt: skip
+    profile = ClusterProfile(**{**V100, **names, "extra": {"comment": NASTY}, "setup": [],
+                                "python": python, "group": ""})  # fmt: skip
     run, site = tmp_path / NASTY, Site(tmp_path / "site")
     for folder in ("logs", "submitted"):
         (run / folder).mkdir(parents=True)

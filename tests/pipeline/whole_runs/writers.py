@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,8 @@ from jobs.training import cell_trainer, job_run
 from pipeline import reduce, report, status, submit
 from pipeline.config.grid_file import Grid
 from pipeline.paper import comparison
-from pipeline.scores.results_file import read_results, write_results
+from pipeline.scores.results_file import read_results
+from pipeline.scores.score_table import rows
 from tests.jobs.small_runs import assert_all_same, grid_of, is_done, results, steps_saved, task_of
 from tests.pipeline.grids import finish
 from tests.pipeline.scores.simulated import made_up_results
@@ -149,18 +151,18 @@ def reducing(disk: Disk, folder: Path, data: Path) -> None:
 
 def reporting(disk: Disk, folder: Path, data: Path) -> None:
     """The files of a report."""
-    write_results(folder / "results.h5", made_up_results(seeds=(0,)))
+    made_up = made_up_results(seeds=(0,))
+    write = partial(report.write_report, made_up, rows(made_up), folder / "report")
     (folder / "report").mkdir()
     (folder / "report" / "index.html").write_text("a page of another day")
     for nth in range(1, 5):  # one a file
         with disk.closed_at(report, "write_text", nth):
-            disk.refused(lambda: report.write_report(folder / "results.h5", folder / "report"))
+            disk.refused(write)
     with disk.closed_at(comparison, "write_text"):
-        disk.refused(lambda: report.write_report(folder / "results.h5", folder / "report"))
+        disk.refused(write)
     assert [path.name for path in (folder / "report").iterdir()] == ["index.html"]
     assert (folder / "report" / "index.html").read_text() == "a page of another day"
-    paths = report.write_report(folder / "results.h5", folder / "report")
-    assert paths.page.read_text().rstrip().endswith("</html>")
+    assert write().page.read_text().rstrip().endswith("</html>")
 
 
 def submission(disk: Disk, folder: Path, data: Path) -> None:
