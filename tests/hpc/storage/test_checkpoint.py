@@ -443,7 +443,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from hpc import checkpoint
+from hpc.storage import checkpoint
 from hpc.storage.fencing import claim
 root = Path(sys.argv[1])
 mine = claim(root / "generations", ["a"])
@@ -474,7 +474,7 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from hpc import checkpoint
+from hpc.storage import checkpoint
 from hpc.cli import UserError
 from hpc.storage.fencing import claim
 disk = Path(sys.argv[1])

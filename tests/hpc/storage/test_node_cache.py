@@ -159,10 +159,10 @@ def test_where_there_is_no_such_folder_the_shared_one_is_read(source, place, mon
 FULL = """
 import sys
 from pathlib import Path
-from hpc import staging
+from hpc.storage import node_cache
 from hpc.storage.node_cache import SharedFile, staged
 if sys.argv[2:] == ["unforeseen"]:  # others fill the disk while we copy
-    staging._SPARE_BYTES = -10**9
+    node_cache._SPARE_BYTES = -10**9
 place = Path(sys.argv[1])
 source = place.parent / "shared"
 with staged(source, [SharedFile("b.h5", 15_000_000, "?")], "key", str(place)) as folder:

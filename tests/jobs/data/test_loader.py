@@ -227,11 +227,11 @@ def children() -> set[Path]:
 FAILS_WITH_A_FULL_LOG = """
 import sys
 from hpc.cli import UserError
-from jobs import loaders
+from jobs.data import loader
 from tests.jobs.data.test_loader import Item2, fail
 sys.stderr = open("/dev/full", "w", buffering=1)
 try:
-    list(loaders._loaded(Item2(fail), range(10), 1))
+    list(loader._loaded(Item2(fail), range(10), 1))
 except UserError as error:
     print(error, flush=True)
 """

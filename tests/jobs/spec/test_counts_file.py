@@ -147,7 +147,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from jobs import counts_file
+from jobs.spec import counts_file
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 counts_file.write_json = die
