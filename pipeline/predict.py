@@ -23,7 +23,7 @@ from hpc.config import did_you_mean
 from hpc.distributed.launcher import alone
 from hpc.distributed.process_group import process_group
 from hpc.storage.atomic import new_file
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.training.predictor import Prediction, Predictor
 from pipeline.config.grid_file import Grid, find_config, read_grid
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from hpc.cli import UserError, argument_parser, one_line, run
 from hpc.scheduler.auto import open_queue
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.cell_names import cells_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.submission.wait import wait_for

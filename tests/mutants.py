@@ -23,8 +23,6 @@ TESTS = {
     "jobs/losses/functional.py": "jobs/losses/test_losses",
     "jobs/losses/grammar.py": "jobs/losses/test_grammar jobs/losses/test_schedule",
     "jobs/losses/pooling.py": "jobs/losses/test_pooling",
-    "jobs/losses/powers.py": "jobs/losses/test_losses",
-    "jobs/losses/schedule.py": "jobs/losses/test_schedule",
     "jobs/metrics/reference.py": "jobs/metrics/test_counts jobs/metrics/test_fixed_point",
     "jobs/metrics/counts.py": "jobs/metrics/test_counts",
     "jobs/metrics/scores.py": "jobs/metrics/test_scores",

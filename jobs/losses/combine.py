@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from jobs.losses.functional import LOSSES, GlobalSum, alone
-from jobs.losses.grammar import LossSpec
-from jobs.losses.schedule import term_weights
+from jobs.losses.grammar import LossSpec, term_weights
 
 
 def class_weights(class_pixels: Sequence[int]) -> np.ndarray:

@@ -14,13 +14,13 @@ section 2 (Taubert et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.losses.grammar import defaults
 from jobs.losses.pooling import SHARE, P, pooling_weights
-from jobs.losses.powers import sum_of_powers
 
 DICE_SMOOTHING = 1.0
 DICE_EPSILON = 1e-5
@@ -199,3 +199,37 @@ def _pooled_mean(
     shares = torch.zeros_like(values)
     shares[labelled] = (pooling * weight).to(values)
     return (shares * values).sum()
+
+
+def sum_of_powers(log_probs: Tensor, where: Tensor, power: int) -> Tensor:
+    """Return the sum of p^power over the pixels at `where`, for each image and class, [B, C].
+
+    It keeps only `log_probs` for the backward pass, which log-softmax keeps anyway: no tensor of a
+    batch is larger. Values elsewhere, infinite ones too, reach neither the value nor the gradient.
+
+    Args:
+        log_probs: float [B, C, H, W].
+        where: bool [B, 1 or C, H, W].
+        power: at least 1.
+    """
+    result: Tensor = _SumOfPowers.apply(log_probs, where, power)
+    return result
+
+
+class _SumOfPowers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, where: Tensor, power: int) -> Tensor:
+        ctx.save_for_backward(log_probs, where)
+        ctx.power = power
+        return _powers(log_probs, where, power).sum(dim=(2, 3))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        log_probs, where = ctx.saved_tensors
+        powers = _powers(log_probs, where, ctx.power)
+        return powers.mul_(ctx.power * gradient[:, :, None, None]), None, None
+
+
+def _powers(log_probs: Tensor, where: Tensor, power: int) -> Tensor:
+    return (power * log_probs).exp_().masked_fill_(~where, 0.0)

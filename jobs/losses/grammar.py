@@ -12,8 +12,9 @@ s and e of all iterations. `PARAMETERS` has the defaults and ranges of the numbe
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -145,6 +146,22 @@ def alternating_schedule(start: float, end: float) -> tuple[Knot, ...]:
     return (Knot(0.0, (0.0, 1.0)), Knot(start, (1.0, 0.0)), Knot(end, (0.0, 1.0), "cosine"))
 
 
+def term_weights(schedule: Sequence[Knot], position: float) -> tuple[float, ...]:
+    """The weights of all terms at `position`, the fraction i / I of all optimiser steps done
+    before this one (0 at the first step). Before the first knot and after the last one the
+    weights stay those of that knot.
+    """
+    following = next((k for k, knot in enumerate(schedule) if position < knot.at), len(schedule))
+    if following == 0:
+        return schedule[0].weights
+    start = schedule[following - 1]
+    if following == len(schedule):
+        return start.weights
+    end = schedule[following]
+    t = _ramp(end.ramp, (position - start.at) / (end.at - start.at))
+    return tuple(a + (b - a) * t for a, b in zip(start.weights, end.weights, strict=True))
+
+
 def with_ramp(name: str, start: float, end: float) -> str:
     """The name of a scheduled loss between other fractions of training; any other name as it is.
     Raises `UnknownLoss`."""
@@ -199,3 +216,11 @@ def _schedule(
     if how == "A":
         return alternating_schedule(*(own or alternating))
     return (Knot(0.0, (0.5, 0.5)),)
+
+
+def _ramp(kind: str, t: float) -> float:
+    if kind == "linear":
+        return t
+    if kind == "cosine":
+        return 1 - math.cos(math.pi / 2 * t)
+    return 0.0  # constant: the next knot's weights come with a jump at its place

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from hpc.cli import UserError
 from hpc.config import Settings
 from hpc.storage.atomic import Damaged, fingerprint, read_json, write_json
-from jobs.spec.cell import KEY_LENGTH, Cell, RunPaths
+from jobs.spec.cell import KEY_LENGTH, Cell
+from jobs.spec.run_paths import RunPaths
 
 
 class Task(Settings):

@@ -18,8 +18,9 @@ from hpc.storage.atomic import Damaged, file_sha256, read_json
 from jobs.models.build import Backbone, build_backbone
 from jobs.models.memory_format import place
 from jobs.models.registry import MODELS
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
+from jobs.spec.run_paths import RunPaths
 
 # What of a weights file is left out, by weights; a file of one's own may hold any of it. The rest
 # must be the network's, name by name.

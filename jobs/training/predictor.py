@@ -17,7 +17,8 @@ from jobs.data.transforms import evaluation_view
 from jobs.metrics.reference import lowest_argmax
 from jobs.models.build import Network, build_head, normalise, upsample
 from jobs.models.memory_format import place
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
+from jobs.spec.run_paths import RunPaths
 from jobs.training.backbone import load_backbone, moving_buffers, read_tensors
 from jobs.training.torch_settings import configure_torch
 

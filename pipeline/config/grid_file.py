@@ -25,8 +25,9 @@ from hpc.scheduler.cluster_profile import ClusterProfile, read_profile
 from hpc.storage.atomic import fingerprint
 from jobs.losses.grammar import LossSpec
 from jobs.models.registry import MODELS, STRIDE
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
 from jobs.spec.protocol import Fraction, Protocol
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.losses import resolve_losses, with_ramps
 from pipeline.config.prefine import absences, protocol_of
 

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc.cli import one_line
-from jobs.losses.grammar import Knot
-from jobs.losses.schedule import term_weights
+from jobs.losses.grammar import Knot, term_weights
 from jobs.metrics.scores import reliability
 from pipeline.rendering.figure_data import mean_recall
 from pipeline.rendering.figure_style import (

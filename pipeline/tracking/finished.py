@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hpc.storage.atomic import Damaged
-from jobs.spec.cell import RunPaths
 from jobs.spec.counts_file import CountsIndex, read_index
+from jobs.spec.run_paths import RunPaths
 from pipeline.tracking.submissions import json_files
 
 

@@ -12,7 +12,8 @@ from hpc.scheduler.auto import Queue
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.exit_cause import Ending, ending
 from hpc.scheduler.local_jobs import JobState
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
 from pipeline.tracking.stages import PREP, REDUCE, REPORT
 from pipeline.tracking.submissions import BUNDLE, CANCEL, PRETRAIN, Submitted

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.scheduler.auto import Queue
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from pipeline.tracking.submissions import Submitted, recall, submissions
 
 _NOTE = re.compile(r"(?P<script>.+)\.(?P<array>[0-9]+)")

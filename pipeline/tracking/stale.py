@@ -19,8 +19,9 @@ from hpc.cli import UserError
 from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged, read_json, rename_file
 from hpc.storage.checkpoint import Checkpoint
-from jobs.spec.cell import Cell, RunPaths, pretraining_cell
+from jobs.spec.cell import Cell, pretraining_cell
 from jobs.spec.counts_file import CountsIndex
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
 
 WHY = "other data"

@@ -14,7 +14,7 @@ from typing import Any
 from hpc.cli import UserError
 from hpc.scheduler.auto import Queue
 from hpc.storage.atomic import Damaged, read_json, write_json
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task
 
 BUNDLE, PRETRAIN, CANCEL = "bundle", "pretrain", "cancel"

@@ -15,7 +15,8 @@ from hpc.scheduler.local_jobs import NO_RUNNER, JobState
 from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged, read_json
 from hpc.storage.checkpoint import Checkpoint
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
 from pipeline.tracking.finished import finished_cells, many_records
 from pipeline.tracking.outcomes import (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.tracking.survey import DEAD_AFTER_SECONDS, submissions
 from tests.cluster.slow_training import PAUSE, steps_begun

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from hpc.storage import checkpoint
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from tests.cluster.slow_training import steps_begun
 from tests.cluster.slurm_cluster import Cluster, Process, until
 from tests.tiny_disk import Disk

@@ -25,8 +25,8 @@ from hpc.distributed.process_group import process_group
 from hpc.storage import checkpoint
 from hpc.storage.atomic import read_json, write_json
 from jobs.models.build import build_backbone, build_head
-from jobs.spec.cell import RunPaths
 from jobs.spec.counts_file import read_counts, read_index, write_counts
+from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task, read_task, write_task
 from jobs.training.backbone import load_exactly, read_weights
 from jobs.training.predictor import Predictor

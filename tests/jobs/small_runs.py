@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from hpc.storage import checkpoint
-from jobs.spec.cell import Cell, RunPaths
+from jobs.spec.cell import Cell
 from jobs.spec.counts_file import read_counts, read_index
+from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid, read_grid
 from tests.pipeline.grids import grid_file

@@ -6,8 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from jobs.losses.grammar import Knot, parse_loss
-from jobs.losses.schedule import term_weights
+from jobs.losses.grammar import Knot, parse_loss, term_weights
 from tests.jobs.oracles import alternating_ramp, naive_ramp
 
 STEPS = 240  # of training: ramps begin and end at whole steps

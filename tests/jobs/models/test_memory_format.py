@@ -14,7 +14,7 @@ from jobs.models import memory_format as layout
 from jobs.models.build import build_backbone
 from jobs.models.memory_format import memory_format
 from jobs.models.registry import MODELS
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.train import features
 from jobs.training.cell_trainer import CellTrainer
 from jobs.training.predictor import Predictor

@@ -6,7 +6,7 @@ import torch
 from data_prep.weights import FILES, weights_path
 from hpc.cli import UserError
 from jobs.models.build import build_head
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.training import backbone as backbones
 from jobs.training.backbone import load_backbone, start_head
 from tests.jobs.cells import a_cell

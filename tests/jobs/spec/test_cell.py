@@ -13,8 +13,9 @@ from data_prep.weights import FILES, PUBLISHED
 from jobs.losses.grammar import Knot, LossSpec, Term, parse_loss
 from jobs.models.registry import MODELS
 from jobs.pretrain import pretraining_cell
-from jobs.spec.cell import Cell, RunPaths, bundles
+from jobs.spec.cell import Cell, bundles
 from jobs.spec.protocol import Pretrain, Protocol
+from jobs.spec.run_paths import RunPaths
 from tests.jobs.cells import a_cell
 
 # every setting, with a value that is not its default

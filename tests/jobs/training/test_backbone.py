@@ -14,7 +14,7 @@ from hpc.cli import UserError
 from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged, file_sha256, write_json
 from jobs.models.build import build_backbone, seeded
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.training.backbone import freeze, load_backbone, moving_buffers
 from tests.jobs.cells import a_cell
 from tests.jobs.models.published import state_of

@@ -11,8 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from jobs.losses import combine
 from jobs.losses.combine import combined_loss
+from jobs.losses.functional import sum_of_powers
 from jobs.losses.grammar import parse_loss
-from jobs.losses.powers import sum_of_powers
 from jobs.models.build import upsample
 from jobs.training import cell_trainer as cell_trainer
 from jobs.training.cell_trainer import CellTrainer, step_in_turn

@@ -15,7 +15,7 @@ from hpc.distributed.preemption import StopRequest
 from hpc.storage import checkpoint
 from jobs import pretrain, train
 from jobs.models.build import build_head, seeded
-from jobs.spec.cell import RunPaths
+from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task
 from jobs.training import backbone, evaluate
 from jobs.training.predictor import Predictor
