@@ -16,11 +16,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from data_prep.packing.pack_shard import Packed, already_packed, pack_shard
+from data_prep.packing.pack_shard import PackedShard, already_packed, pack_shard
 from data_prep.packing.shard_plan import (
-    Plan,
+    PackingPlan,
     ShardPlan,
-    Source,
+    SourceFiles,
     check_room,
     find_source,
     plan_shards,
@@ -106,7 +106,7 @@ def _chosen(config: str, only: str | None) -> dict[str, DatasetSettings]:
     return {only: datasets[only]}
 
 
-def _own_source(name: str, settings: DatasetSettings) -> Source:
+def _own_source(name: str, settings: DatasetSettings) -> SourceFiles:
     """Return the source's files. Raises `UserError` if the folder for the shards holds a data set
     of other settings, unless all that differs is where the same files lie."""
     held, origin = _held(settings), settings.origin()
@@ -128,7 +128,7 @@ def _held(settings: DatasetSettings) -> Manifest | None:
         return None
 
 
-def _finished(name: str, source: Source) -> Manifest | None:
+def _finished(name: str, source: SourceFiles) -> Manifest | None:
     """The manifest of an earlier run, if it describes the source as it is now."""
     folder = Path(source.settings.shards)
     try:
@@ -148,8 +148,8 @@ def _finished(name: str, source: Source) -> Manifest | None:
 
 
 def _pack_missing(
-    name: str, plan: Plan, skip_bad: bool, processes: int | None, ranks: World
-) -> list[Packed]:
+    name: str, plan: PackingPlan, skip_bad: bool, processes: int | None, ranks: World
+) -> list[PackedShard]:
     """Pack what is not packed yet; on rank 0 the outcome of all shards."""
     kept, todo = ranks.bcast(_divide(plan, skip_bad) if ranks.rank == 0 else ([], []))
     mine = todo[ranks.rank :: ranks.size]
@@ -164,8 +164,8 @@ def _workers(asked: int | None, todo: Sequence[ShardPlan]) -> int:
     return asked or sensible_processes(sum(shard.bytes for shard in todo))
 
 
-def _divide(plan: Plan, skip_bad: bool) -> tuple[list[Packed], list[ShardPlan]]:
-    kept, todo = list[Packed](), list[ShardPlan]()
+def _divide(plan: PackingPlan, skip_bad: bool) -> tuple[list[PackedShard], list[ShardPlan]]:
+    kept, todo = list[PackedShard](), list[ShardPlan]()
     for shard in plan.shards:
         packed = already_packed(shard, skip_bad)
         if packed:
@@ -178,7 +178,7 @@ def _divide(plan: Plan, skip_bad: bool) -> tuple[list[Packed], list[ShardPlan]]:
 
 
 def _conclude(
-    name: str, source: Source, plan: Plan, packed: list[Packed], skip_bad: bool
+    name: str, source: SourceFiles, plan: PackingPlan, packed: list[PackedShard], skip_bad: bool
 ) -> Manifest:
     splits = {}
     for split in SPLITS:
@@ -208,7 +208,7 @@ def _conclude(
     return manifest
 
 
-def _leaked(packed: Sequence[Packed]) -> tuple[str, ...]:
+def _leaked(packed: Sequence[PackedShard]) -> tuple[str, ...]:
     """Return the ids of the validation images whose content a training image has, under any id."""
     trained = {content for p in packed if p.split == "train" for content in p.contents}
     validated = ((p.summary.ids, p.contents) for p in packed if p.split == "val" and p.summary)

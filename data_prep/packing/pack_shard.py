@@ -19,7 +19,7 @@ from hpc.storage.atomic import Damaged, file_sha256, new_file, read_json, write_
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedShard:
     """What became of a shard. No summary: it was not written, as its samples are bad."""
 
     split: str
@@ -29,7 +29,7 @@ class Packed:
     contents: tuple[str, ...]  # of each packed image a hash of its bytes or pixels
 
 
-def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
+def already_packed(plan: ShardPlan, skip_bad: bool) -> PackedShard | None:
     """The shard as an earlier run left it, if its source is unchanged and it is there."""
     try:
         record = read_json(plan.record_path)
@@ -42,10 +42,10 @@ def already_packed(plan: ShardPlan, skip_bad: bool) -> Packed | None:
             return None
     except (OSError, Damaged, KeyError, TypeError):
         return None
-    return Packed(plan.split, plan.number, summary, tuple(record["left_out"]), contents)
+    return PackedShard(plan.split, plan.number, summary, tuple(record["left_out"]), contents)
 
 
-def pack_shard(plan: ShardPlan, skip_bad: bool) -> Packed:
+def pack_shard(plan: ShardPlan, skip_bad: bool) -> PackedShard:
     """Write the shard and then its record, each in one step. Bad samples are left out with
     `skip_bad`; without it they are all found and nothing is written."""
     samples, bad = plan.samples, dict[str, str]()
@@ -57,10 +57,10 @@ def pack_shard(plan: ShardPlan, skip_bad: bool) -> Packed:
             bad |= found.reasons
             samples = tuple(p for p in samples if p.sample.id not in bad)
             if not skip_bad:
-                return Packed(plan.split, plan.number, None, tuple(bad.values()), ())
+                return PackedShard(plan.split, plan.number, None, tuple(bad.values()), ())
     else:
         summary, contents = None, ()
-    packed = Packed(plan.split, plan.number, summary, tuple(bad.values()), contents)
+    packed = PackedShard(plan.split, plan.number, summary, tuple(bad.values()), contents)
     _write_record(plan, packed)
     return packed
 
@@ -135,7 +135,7 @@ def _content(planned: PlannedSample, pixels: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def _write_record(plan: ShardPlan, packed: Packed) -> None:
+def _write_record(plan: ShardPlan, packed: PackedShard) -> None:
     record = {
         "stamp": plan.stamp,
         "summary": asdict(packed.summary) if packed.summary else None,

@@ -15,7 +15,7 @@ from data_prep.settings import DatasetSettings
 from data_prep.shards.format import Entry
 from data_prep.shards.manifest import FORMAT, SPLITS
 from data_prep.sources import source_module
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import Sample
 from hpc.cli import UserError
 from hpc.storage.atomic import fingerprint
 
@@ -64,7 +64,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """All shards of a data set, and the samples whose headers were already found bad."""
 
     shards: tuple[ShardPlan, ...]
@@ -72,7 +72,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFiles:
     """The files of a data set as they are now. Made without opening any."""
 
     settings: DatasetSettings
@@ -86,16 +86,16 @@ class Source:
         return _stamp(self.settings, list(self.stamps.items()))
 
 
-def find_source(settings: DatasetSettings) -> Source:
+def find_source(settings: DatasetSettings) -> SourceFiles:
     """Make or check the source's files, and list them. Raises `UserError`."""
     module = source_module(settings.source)
     module.prepare(settings)
     samples = {split: module.samples(settings, split) for split in SPLITS}
     stamps = {split: [_sample_stamp(s) for s in samples[split]] for split in SPLITS}
-    return Source(settings, module.classes(settings), samples, stamps)
+    return SourceFiles(settings, module.classes(settings), samples, stamps)
 
 
-def plan_shards(source: Source) -> Plan:
+def plan_shards(source: SourceFiles) -> PackingPlan:
     """Deal the samples, sorted by id, to shards of about `shard_mb`, all by their headers."""
     shards: list[ShardPlan] = []
     bad: dict[str, tuple[str, ...]] = {}
@@ -105,7 +105,7 @@ def plan_shards(source: Source) -> Plan:
         for number, group in enumerate(_cut(planned, source.settings.shard_mb * MEGABYTE)):
             stamp = _stamp(source.settings, [stamps[p.sample.id] for p in group])
             shards.append(ShardPlan(source.settings, split, number, tuple(group), stamp))
-    return Plan(tuple(shards), bad)
+    return PackingPlan(tuple(shards), bad)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -124,7 +124,7 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _read_headers(source: Source, split: str) -> tuple[list[PlannedSample], tuple[str, ...]]:
+def _read_headers(source: SourceFiles, split: str) -> tuple[list[PlannedSample], tuple[str, ...]]:
     def read(sample: Sample) -> PlannedSample | str:
         try:
             return PlannedSample(sample, _entry(sample, source.settings.codec))

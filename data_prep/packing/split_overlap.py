@@ -11,7 +11,7 @@ from typing import Self
 from data_prep.settings import DatasetSettings, SbdSettings
 from data_prep.shards.manifest import SPLITS, Manifest
 from data_prep.sources import source_module
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import Sample
 from hpc.cli import UserError
 
 _SAME_PICTURES = {"voc", "sbd"}  # sources whose equal ids are the same photograph

@@ -20,7 +20,7 @@ BAND_ROWS = 64  # rows that share a CRC: a window of a large image is checked wi
 CODECS: tuple[Codec, ...] = ("raw", "encoded")  # their numbers in the index
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """How a sample's bytes lie in an arena; an encoded image is one row of all its bytes."""
 
     rows: int
@@ -53,16 +53,16 @@ class Entry:
     pixels_size: int  # bytes in the arena
 
     @property
-    def pixels(self) -> Layout:
+    def pixels(self) -> RowLayout:
         """The image in its arena."""
         if self.codec == "encoded":
-            return Layout(1, self.pixels_size)
-        return Layout(self.height, self.width * 3)
+            return RowLayout(1, self.pixels_size)
+        return RowLayout(self.height, self.width * 3)
 
     @property
-    def labels(self) -> Layout:
+    def labels(self) -> RowLayout:
         """The label map in its arena."""
-        return Layout(self.height, self.width)
+        return RowLayout(self.height, self.width)
 
 
 def index_table(entries: Sequence[Entry]) -> NDArray[np.void]:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import BadFile, decode_rgb
-from data_prep.shards.format import BAND_ROWS, Entry, Layout, frame_sha256, read_entry
+from data_prep.shards.format import BAND_ROWS, Entry, RowLayout, frame_sha256, read_entry
 from data_prep.shards.manifest import Manifest, ShardSummary, check_length, remedy
 from hpc.storage.atomic import Damaged
 from hpc.storage.checksum import crc32
@@ -153,7 +153,7 @@ class _Arena:
         path: Path,
         begin: int,
         offsets: NDArray[np.uint64],
-        layouts: list[Layout],
+        layouts: list[RowLayout],
         crcs: NDArray[np.uint32],
     ) -> None:
         self._path, self._layouts, self._crcs = path, layouts, crcs.tolist()

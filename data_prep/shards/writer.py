@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.format import BAND_ROWS, Entry, Layout, frame_sha256, index_table
+from data_prep.shards.format import BAND_ROWS, Entry, RowLayout, frame_sha256, index_table
 from hpc.storage.checksum import crc32
 
 # superblock and object headers of one fixed version, whatever the installed HDF5 prefers
@@ -73,7 +73,7 @@ class ShardWriter:
         finally:
             os.close(self._descriptor)
 
-    def _append(self, arena: str, data: Bytes, layout: Layout) -> None:
+    def _append(self, arena: str, data: Bytes, layout: RowLayout) -> None:
         assert data.size == layout.size
         lines = np.ascontiguousarray(data).reshape(layout)
         offset = self._begin[arena] + int(self._table[self._added][f"{arena}_offset"])

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from data_prep.images import map_labels, read_index_map
 from data_prep.settings import VOID, CityscapesSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import LAYOUTS, Sample, names_in, refuse_missing
 from hpc.cli import UserError
 
 RAW_IDS = (

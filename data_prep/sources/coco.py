@@ -21,8 +21,7 @@ from data_prep.images import BadFile
 from data_prep.settings import VOID, CocoSettings
 from data_prep.shards.manifest import SPLITS
 from data_prep.sources import voc
-from data_prep.sources.files import LAYOUTS, names_in, refuse_missing
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import LAYOUTS, Sample, names_in, refuse_missing
 from hpc.cli import UserError, unreadable
 
 LEAST_AREA = 1000.0  # pixels of an image's objects, to be trained on

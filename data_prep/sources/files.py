@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sources.sample import Sample
 from hpc.cli import MissingInput, UserError, unreadable
 
 LAYOUTS = "docs/datasets.md shows the tree"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and its label map, as files.
+
+    Where one file holds the labels of many pictures, `label` is that file, and `annotation` is what
+    it says of this one, in the source's own text. It travels with the sample, so that a large file
+    is parsed once and not by every process that packs."""
+
+    id: str
+    image: Path
+    label: Path
+    annotation: str = ""
 
 
 def names_in(folder: Path, remedy: str) -> set[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_prep.images import SUFFIXES, map_labels, read_index_map
 from data_prep.settings import FolderSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import Sample
 from hpc.cli import UserError, unreadable
 
 _SHOWN = 3  # file names in a message

@@ -13,8 +13,7 @@ from data_prep.images import BadFile, class_indices, map_labels, read_bytes
 from data_prep.settings import SbdSettings
 from data_prep.shards.manifest import SPLITS
 from data_prep.sources import voc
-from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import LAYOUTS, Sample, listed_samples, names_in, read_list
 from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import did_you_mean

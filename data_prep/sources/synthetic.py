@@ -11,7 +11,7 @@ from PIL import Image
 from data_prep.images import class_indices, map_labels, read_index_map
 from data_prep.settings import SyntheticSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import Sample
 from data_prep.sources.scenes import CLASSES, draw_scene
 from hpc.cli import UserError
 from hpc.storage.atomic import Damaged, read_json, write_json

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from data_prep.images import BadFile, class_indices, map_labels, read_palette_map
 from data_prep.settings import VOID, VocSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.files import LAYOUTS, listed_samples, names_in, read_list
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import LAYOUTS, Sample, listed_samples, names_in, read_list
 from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import did_you_mean

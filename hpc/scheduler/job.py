@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line, protect_output
 from hpc.distributed.launcher import read_env
 from hpc.distributed.preemption import keep_notice
-from hpc.output import protect_output
 
 ERROR_PREFIX = "error: "
 START_PREFIX = "--- start "

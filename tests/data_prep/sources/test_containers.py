@@ -10,7 +10,7 @@ from PIL import Image, TiffImagePlugin, features
 
 from data_prep.images import BadFile, decode_rgb, read_header, read_index_map
 from data_prep.packing.shard_plan import _entry
-from data_prep.sources.sample import Sample
+from data_prep.sources.files import Sample
 
 RANDOM = np.random.default_rng(18)
 PHOTO = RANDOM.integers(0, 256, (13, 7, 3), np.uint8)
