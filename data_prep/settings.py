@@ -27,10 +27,16 @@ class DatasetSettings(Settings):
     published: ClassVar[Mapping[str, int]] = {}
     mending: ClassVar[str] = "choose lists with images of more classes"  # the end of a message
     source: str
-    shards: str = ""  # folder of the packed data set; data/NAME-HASH of `origin` where not given
-    codec: Literal["auto", "raw", "encoded"] = "auto"  # auto: JPEG stays encoded, others raw
+    """Format of the raw data set."""
+    shards: str = ""
+    """Folder of the packed data set. Empty: `data/NAME-HASH`, a hash of the other settings."""
+    codec: Literal["auto", "raw", "encoded"] = "auto"
+    """Images in shards: decoded (`raw`) or as their files are (`encoded`). `auto` keeps JPEG
+    encoded and decodes all others."""
     shard_mb: Annotated[int, Field(ge=1, le=100_000)] = 512
-    skip_bad: bool = False  # leave bad files out and list them, instead of refusing all
+    """Size at which a new shard begins. Unit: MB."""
+    skip_bad: bool = False
+    """Leave damaged files out and list them; otherwise the first one ends packing."""
 
     def identity(self) -> str:
         """Hash of the settings that change what is packed, whatever the paths."""
@@ -63,15 +69,23 @@ class FolderSettings(DatasetSettings):
         "choose another void = VALUE, or correct the label maps"
     )
     source: Literal["folder"]
+    """Your own images and label maps."""
     root: str
-    classes: tuple[str, ...] = ()  # in the order of their indices
-    # value in a label map -> name of its class
+    """Folder that holds the four folders below."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of their indices. Empty: the names in `labels`."""
     labels: dict[str, str] = Field(default_factory=dict)
-    void: LabelValue | tuple[LabelValue, ...] = VOID  # values that loss and scores ignore
+    """Class name of each value in the label maps. Empty: a value is a class index."""
+    void: LabelValue | tuple[LabelValue, ...] = VOID
+    """Values in the label maps that loss and metrics ignore (PyTorch's `ignore_index`)."""
     train_images: str = "train"
+    """Folder of the training images."""
     train_labels: str = "trainannot"
+    """Folder of the training label maps."""
     val_images: str = "val"
+    """Folder of the validation images."""
     val_labels: str = "valannot"
+    """Folder of the validation label maps."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> FolderSettings:
@@ -134,11 +148,17 @@ class SyntheticSettings(DatasetSettings):
     """Street-like scenes with 8 classes whose areas span three orders of magnitude."""
 
     source: Literal["synthetic"]
-    root: str = ""  # where the JPEG and PNG files are written; SHARDS/source where not given
-    train: Annotated[int, Field(ge=1, le=100_000)] = 200  # images
+    """Drawn street scenes with 8 classes."""
+    root: str = ""
+    """Folder for the drawn JPEG and PNG files. Empty: `source` in the folder of the shards."""
+    train: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """Number of training images. Unit: images."""
     val: Annotated[int, Field(ge=1, le=100_000)] = 50
-    size: tuple[Side, Side] = (128, 192)  # height, width
+    """Number of validation images. Unit: images."""
+    size: tuple[Side, Side] = (128, 192)
+    """Height and width of an image. Unit: pixels."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the drawing."""
 
     def origin(self) -> dict[str, Any]:
         """As for any source, but the folder does not matter: the settings decide every pixel."""
@@ -150,9 +170,13 @@ class VocSettings(DatasetSettings):
 
     published: ClassVar = {"train": 1464, "val": 1449, "trainval": 2913}
     source: Literal["voc"]
-    root: str  # the folder in which the archive was unpacked: it holds VOCdevkit
+    """PASCAL VOC 2012."""
+    root: str
+    """Folder that holds `VOCdevkit`."""
     train: str = "train"
+    """Training list: `train`, `val`, `trainval`, or a text file of your own (`.txt`)."""
     val: str = "val"
+    """Validation list: `train`, `val`, `trainval`, or a text file of your own (`.txt`)."""
 
 
 class SbdSettings(DatasetSettings):
@@ -161,10 +185,16 @@ class SbdSettings(DatasetSettings):
 
     published: ClassVar = {"train": 8498, "val": 2857, "train_noval": 5623, "voc_val": 1449}
     source: Literal["sbd"]
-    root: str  # it holds benchmark_RELEASE
+    """Semantic Boundaries Dataset."""
+    root: str
+    """Folder that holds `benchmark_RELEASE`."""
     train: str = "train"
+    """Training list: `train`, `val`, `train_noval`, or a text file of your own (`.txt`)."""
     val: str = "val"
-    voc_root: str = ""  # it holds VOCdevkit; for train_noval and voc_val, and to count overlaps
+    """Validation list: as for `train`, or `voc_val`."""
+    voc_root: str = ""
+    """Folder that holds `VOCdevkit`; for `train_noval`, `voc_val`, and to count images that are in
+    both splits."""
 
 
 class CityscapesSettings(DatasetSettings):
@@ -172,15 +202,20 @@ class CityscapesSettings(DatasetSettings):
 
     published: ClassVar = {"train": 2975, "val": 500}
     source: Literal["cityscapes"]
-    root: str  # it holds leftImg8bit and gtFine
-    num_classes: Literal[30, 34, 19] = 30  # raw ids 4 to 33, all raw ids, or the training ids
+    """Cityscapes, fine annotations."""
+    root: str
+    """Folder that holds `leftImg8bit` and `gtFine`."""
+    num_classes: Literal[30, 34, 19] = 30
+    """Classes: raw ids 4 to 33 (30), all raw ids (34), or the training ids (19)."""
 
 
 class CocoSettings(DatasetSettings):
     """COCO 2017 with the classes of VOC."""
 
     source: Literal["coco"]
-    root: str  # it holds train2017, val2017 and annotations
+    """COCO 2017 with the classes of VOC."""
+    root: str
+    """Folder that holds `train2017`, `val2017` and `annotations`."""
 
 
 SOURCES: dict[str, type[DatasetSettings]] = {

@@ -52,41 +52,70 @@ class ClusterProfile(Settings):
     """What a site is like, and how much of it a job takes. Empty text means: not given to Slurm."""
 
     kind: Literal["auto", "slurm", "local"] = "auto"
-    group: str = ""  # a Unix group whose members share the run directory; default: it is private
+    """Queue: Slurm, or the local queue. `auto` takes Slurm if `sbatch` is installed."""
+    group: str = ""
+    """Unix group whose members share the run directory. Empty: the run directory is private."""
     partition: str = ""
+    """Option `--partition` of sbatch."""
     account: str = ""
+    """Option `--account` of sbatch."""
     qos: str = ""
+    """Option `--qos` of sbatch."""
     constraint: str = ""
+    """Option `--constraint` of sbatch: a feature that the nodes must have."""
     exclude: str = ""
-    gres: str = ""  # how the site names GPUs (gpu:v100:4), in place of --gpus-per-node
+    """Option `--exclude` of sbatch: nodes to avoid."""
+    gres: str = ""
+    """GPUs as the site names them (`gpu:v100:4`), in place of `--gpus-per-node`."""
     mail_user: str = ""
+    """Option `--mail-user` of sbatch."""
     mail_type: str = ""
-    extra: dict[str, str | int | bool] = Field({})  # any other sbatch option; true is a bare flag
+    """Option `--mail-type` of sbatch."""
+    extra: dict[str, str | int | bool] = Field({})
+    """Any other options of sbatch, without dashes; `true` is an option without a value."""
 
     nodes: int = Field(1, ge=1, le=_MOST)
+    """Nodes of one training job. Unit: nodes."""
     tasks_per_node: int = Field(1, ge=1, le=1024)
+    """Ranks per node of a training job; a rank drives one GPU. Unit: ranks."""
     cpus_per_task: int = Field(1, ge=1, le=_MOST)
+    """CPUs of one rank and its loader processes. Unit: CPUs."""
     gpus_per_node: int = Field(0, ge=0, le=1024)
-    gpu_memory_gb: float = Field(16.0, gt=0)  # of one GPU, for estimates
-    memory_gb: float | None = Field(None, gt=0)  # a node
-    minutes: int = Field(60, ge=1, le=60 * 24 * 3650)  # time limit
-    lead_seconds: int = Field(120, ge=0, le=65535)  # USR2 comes this long before the limit
-    # jobs of one array that run at the same time
+    """GPUs per node of a training job. Unit: GPUs."""
+    gpu_memory_gb: float = Field(16.0, gt=0)
+    """Memory of one GPU, for estimates and `cells_per_job = "fit"`. Unit: GB."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory per node. Not given: the default of the site. Unit: GB."""
+    minutes: int = Field(60, ge=1, le=60 * 24 * 3650)
+    """Time limit of a job. Unit: minutes."""
+    lead_seconds: int = Field(120, ge=0, le=65535)
+    """Time between the signal USR2, at which a job saves, and the time limit. Unit: seconds."""
     array_parallelism: int = Field(256, ge=1, le=_MOST)
-    # jobs that a user may have in the queue; 0: what the site's accounting says, if anything
+    """Jobs of one array that run at the same time. Unit: jobs."""
     max_jobs: int = Field(0, ge=0, le=_MOST)
-    # how many units the caller puts into one job; 0: all; "fit": what memory and time allow
+    """Jobs that the user may have in the queue; 0 asks the accounting of the site. Unit: jobs."""
     cells_per_job: Annotated[int, Field(ge=0, le=_MOST)] | Literal["fit"] = 0
+    """Units of work in one job; 0: all that belong together; `"fit"`: as many as GPU memory and
+    time limit allow."""
 
-    reduce_nodes: int = Field(1, ge=1, le=_MOST)  # what MPI programs get
+    reduce_nodes: int = Field(1, ge=1, le=_MOST)
+    """Nodes of an MPI job. Unit: nodes."""
     reduce_tasks_per_node: int = Field(1, ge=1, le=1024)
+    """Ranks per node of an MPI job. Unit: ranks."""
 
-    setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda, exports
-    python: str = ""  # the command that starts Python on a node; default: this interpreter
-    mpi: str = ""  # srun --mpi: pmi2, pmix, ...; default: the site's
-    node_local: str = ""  # a folder on each node's own disk ($TMPDIR): data are copied there
-    network_interface: str = ""  # which NCCL and gloo use: ib0, ...; default: they choose
-    local_jobs: int = Field(1, ge=1, le=1024)  # jobs the local queue runs at the same time
+    setup: tuple[str, ...] = ()
+    """Shell lines before a job (`module load`, `conda activate`, `export`). A line that fails ends
+    the job."""
+    python: str = ""
+    """Command that starts Python on a node. Empty: the interpreter that submits."""
+    mpi: str = ""
+    """Option `--mpi` of srun (`pmi2`, `pmix`). Empty: the default of the site."""
+    node_local: str = ""
+    """Folder on a disk of the node itself, such as `$TMPDIR`; data are copied there once."""
+    network_interface: str = ""
+    """Network interface for NCCL and gloo (`ib0`). Empty: they choose."""
+    local_jobs: int = Field(1, ge=1, le=1024)
+    """Jobs that the local queue runs at the same time. Unit: jobs."""
 
     @field_validator("*")
     @classmethod

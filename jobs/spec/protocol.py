@@ -31,51 +31,80 @@ class Pretrain(Settings):
     Resize, crop, flip, momentum, weight decay and decay are those of the protocol."""
 
     epochs: Epochs = 20
+    """Passes over the training images. Unit: epochs."""
     batch_size: BatchSize = 8
+    """Images per step over all ranks. Unit: images."""
     learning_rate: Rate = 0.02
+    """Learning rate of the first step."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads a rank; 0: those of [protocol]
+    """Seed of the initial weights, of augmentation and of the order of images."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads per rank; 0 takes `threads` of `[protocol]`."""
 
 
 class Protocol(Settings):
     """[protocol]. The defaults are the paper's."""
 
     epochs: Epochs = 30
-    batch_size: BatchSize = 12  # over all ranks; a last incomplete batch is dropped
+    """Passes over the training images. Unit: epochs."""
+    batch_size: BatchSize = 12
+    """Images per step over all ranks; an incomplete last batch is dropped. Unit: images."""
     learning_rate: Rate = 1e-3
+    """Learning rate of the first step."""
     decay: Literal["linear", "polynomial"] = "linear"
-    decay_power: Rate = 0.9  # of the polynomial decay
+    """Decay of the learning rate to 0 over all steps."""
+    decay_power: Rate = 0.9
+    """Exponent of the polynomial decay."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    """Weight decay (L2) of SGD."""
 
-    resize: tuple[Side, Side] = (260, 1040)  # short side is drawn from this range, pixels
-    # the long side follows, rounded to the nearest pixel, or down as in torchvision
+    resize: tuple[Side, Side] = (260, 1040)
+    """Range from which the short side of a training image is drawn. Unit: pixels."""
     long_side: Literal["round", "truncate"] = "round"
-    crop: tuple[Side, Side] = (480, 480)  # height, width in pixels
-    flip: Fraction = 0.5  # probability of a horizontal flip
-    eval_size: Annotated[int, Field(ge=0, le=32_768)] = (
-        520  # short side in validation; 0 is the own size
-    )
+    """Rounding of the long side: to the nearest pixel, or down as torchvision does."""
+    crop: tuple[Side, Side] = (480, 480)
+    """Height and width of a training crop. Unit: pixels."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    eval_size: Annotated[int, Field(ge=0, le=32_768)] = 520
+    """Short side in validation; 0 keeps the size of each image. Unit: pixels."""
 
-    weights: str = "imagenet"  # one of WEIGHTS, or a file's path
+    weights: str = "imagenet"
+    """Initial weights: `imagenet`, `coco`, `pre-fine`, `none`, `pretrain`, or a path of a file."""
     train: Literal["head", "all"] = "head"
-    backbone_batchnorm: Literal["eval", "train"] = "eval"  # of a frozen backbone
+    """Trained part: the head over a frozen backbone, or the whole network."""
+    backbone_batchnorm: Literal["eval", "train"] = "eval"
+    """Batch norm mode of a frozen backbone."""
     batchnorm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    # mixed is fp16 with a gradient scaler, on a GPU; bf16 needs none, and a GPU newer than V100
+    """Momentum of the running statistics of batch norm."""
     precision: Literal["fp32", "mixed", "bf16"] = "fp32"
+    """Precision of training: `mixed` is fp16 with a gradient scaler, on a GPU only. `bf16` needs
+    a CPU or a GPU newer than V100."""
 
-    naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)  # s, e as fractions of all iterations
+    naive_ramp: tuple[Fraction, Fraction] = (0.3, 0.9)
+    """Start and end of naive schedules. Unit: fraction of all steps."""
     alternating_ramp: tuple[Fraction, Fraction] = (0.5, 0.9)
-    bins: Annotated[int, Field(ge=1, le=100)] = 10  # of the calibration histograms
-    # fused: one pass on the CPU, whatever the device; reference: plain PyTorch on the device
+    """Start and end of alternating schedules. Unit: fraction of all steps."""
+    bins: Annotated[int, Field(ge=1, le=100)] = 10
+    """Bins of the calibration histograms. Unit: bins."""
     counting: Literal["fused", "reference"] = "fused"
+    """Program that makes the evaluation counts: one pass on the CPU, or plain PyTorch on the
+    device."""
     pretrain: Pretrain = Pretrain()
+    """Pre-training with `weights = "pretrain"`; see the table `[protocol.pretrain]`."""
 
-    threads: Threads = 2  # CPU threads a rank
-    workers: Annotated[int, Field(ge=0, le=64)] = 1  # loader processes a rank
-    deterministic: bool = False  # deterministic algorithms on a GPU
+    threads: Threads = 2
+    """CPU threads per rank."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    """Loader processes per rank; 0 loads in the rank itself."""
+    deterministic: bool = False
+    """Use deterministic algorithms on a GPU; changes no bit on a CPU."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
-    profile: bool = False  # measure how long each part takes, see jobs/training/timings.py
+    """Time between two checkpoints. Unit: minutes."""
+    profile: bool = False
+    """Measure the time of each part of a job, as `--profile` does."""
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Protocol:

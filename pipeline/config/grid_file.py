@@ -42,21 +42,33 @@ class GridFile(Settings):
     """The top level of a grid file."""
 
     name: Name
+    """Name of the grid."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    """Seeds; every combination of data set, model and loss is trained once with each."""
     models: Annotated[tuple[str, ...], Field(min_length=1)]
-    losses: tuple[str, ...] = ()  # the paper's names
-    ramps: tuple[tuple[Fraction, Fraction], ...] = ()  # s, e: each schedule is tried with each
-    loss: tuple[dict[str, Any], ...] = ()  # [[loss]] tables: any other
-    run_dir: str = ""  # runs/NAME where not given
+    """Names of models; the table `MODELS` below lists them."""
+    losses: tuple[str, ...] = ()
+    """Names of losses by the grammar below."""
+    ramps: tuple[tuple[Fraction, Fraction], ...] = ()
+    """Start and end of schedules; each scheduled loss in `losses` is trained with each pair. Unit:
+    fraction of all steps."""
+    loss: tuple[dict[str, Any], ...] = ()
+    """Losses of your own; see the table `[[loss]]`."""
+    run_dir: str = ""
+    """Run directory. Empty: `runs/NAME`."""
     dataset: dict[str, Any]
+    """Data sets; see the tables `[dataset.NAME]`."""
     protocol: dict[str, Any] = Field(default_factory=dict)
-    cluster: dict[str, Any] | str = ""  # a [cluster] table, or the name of a profile
+    """Training and evaluation; see the table `[protocol]`."""
+    cluster: dict[str, Any] | str = ""
+    """Cluster profile: its name, its path, or a table `[cluster]` with its keys."""
 
 
 class ProtocolTable(Protocol):
     """[protocol], and what it is for some data sets."""
 
     per_dataset: dict[str, Any] = Field(default_factory=dict)
+    """Other values for single data sets; see the table `[protocol.per_dataset.NAME]`."""
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,22 @@ class KnotTable(Settings):
     """One entry of a [[loss]]'s schedule, see `Knot`."""
 
     at: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Place in training. Unit: fraction of all steps."""
     weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
+    """Weight of each term from there on."""
     ramp: Ramp = "linear"
+    """Way from the weights of the entry before; `constant` jumps at `at`."""
 
 
 class LossTable(Settings):
     """A [[loss]]: named terms and a piecewise schedule of their weights; equal shares if none."""
 
     name: Name
+    """Name of the loss in tables and files; no name of the grammar below."""
     terms: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Single losses of the grammar below, such as `"WDL"` or `"FL[2]"`."""
     schedule: tuple[dict[str, Any], ...] = ()
+    """Weights of the terms during training. Empty: equal weights all the time."""
 
 
 def with_ramps(
