@@ -18,7 +18,7 @@ NO_GPU = "there is no GPU here"
 
 
 def chip() -> dict[str, Any]:
-    """The GPU and its programs."""
+    """Return the name, memory, libraries, bandwidth and matrix rates of the GPU."""
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(0)
     return {
@@ -35,27 +35,31 @@ def chip() -> dict[str, Any]:
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes a second that the GPU copies within its memory, those it reads and those it writes
-    together: best of five."""
+    """Return the copy bandwidth of GPU memory in bytes per second, reads and writes added.
+
+    The best of 5 copies of `size` bytes counts.
+    """
     source = torch.ones(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size / best_seconds(waited(lambda: target.copy_(source), target.device))
 
 
 def peak_gb(work: Work, device: torch.device) -> float:
-    """Memory that tensors take of a GPU at most while `work` runs, with what it held before."""
+    """Return the peak memory of all tensors on the GPU while `work` runs, in GB."""
     torch.cuda.reset_peak_memory_stats(device)
     waited(work, device)()
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
 
 
 def in_own_process(work: Callable[..., T], *arguments: object) -> T:
-    """What `work` returns in a process of its own: its memory and what it compiled go with it, and
-    a GPU that has one process at a time is free again."""
+    """Run `work(*arguments)` in a new process and return its result.
+
+    The end of the process frees its memory, its compiled code and a GPU in exclusive mode.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
 
 def in_short(error: Exception) -> str:
-    """What an error is, in a line."""
+    """Return the type and the first line of an error."""
     return one_line(f"{type(error).__name__}: {error}".partition("\n")[0])

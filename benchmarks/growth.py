@@ -1,5 +1,7 @@
-"""How cost grows: a step with the cells of a bundle, packing and reading with workers, a reduction
-with cells and ranks. Each becomes a plot with the ideal beside it.
+"""Measure and plot how cost grows, beside the ideal.
+
+A step grows with the cells of a bundle, packing and reading with processes, a reduction with cells
+and ranks.
 
     python -m benchmarks.growth [NAME ...] [--out DIR]
 
@@ -15,21 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import matplotlib as mpl
-
 from benchmarks import bundles, growth_data, reducing
-from benchmarks.measure import chosen, write_record
+from benchmarks.machine import write_record
+from benchmarks.measure import chosen
+from pipeline.rendering.plotting import Figure, FuncFormatter, LogLocator
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-Rounds = Mapping[int, Sequence[float]]  # seconds of each round, by what grows
+Rounds = Mapping[int, Sequence[float]]  # seconds of each round, by the number on the x axis
 
 
 @dataclass(frozen=True)
 class Line:
-    """Measured rounds, and what they would be if nothing but the work itself took time."""
+    """Measured rounds, and the seconds without any overhead."""
 
     label: str
     rounds: Rounds
@@ -38,13 +36,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
+    """Lines over one x axis, whose label is `across`."""
+
     title: str
     across: str
     lines: tuple[Line, ...]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure and draw what is named, or all."""
+    """Measure and draw the named plots, or all."""
     names, folder = chosen("python -m benchmarks.growth", __doc__, tuple(PLOTS), argv)
     for name in names:
         plot = PLOTS[name]()
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def bundle() -> Plot:
-    """A step against cells: the backbone once, and each head as long as the first."""
+    """Plot a step over cells; ideally the backbone runs once and each head costs as much."""
     rounds = bundles.bundle_growth()
     backbone = median(rounds.pop(0))
     head = median(rounds[1]) - backbone
@@ -64,17 +64,17 @@ def bundle() -> Plot:
 
 
 def packing() -> Plot:
-    """Packing against worker processes."""
+    """Plot packing over worker processes."""
     return _shared("Seconds to pack a data set", "worker processes", growth_data.packing_growth())
 
 
 def reading() -> Plot:
-    """Reading and augmenting against loader processes."""
+    """Plot reading and augmenting over loader processes."""
     return _shared("Seconds of reading", "loader processes", growth_data.reading_growth())
 
 
 def reduction() -> Plot:
-    """A reduction against cells, on several ranks."""
+    """Plot a reduction over cells, a line for each number of ranks."""
     found = reducing.reducing_growth()
     most = max(cells for _, cells in found)
     lines = []
@@ -95,15 +95,16 @@ PLOTS: dict[str, Callable[[], Plot]] = {
 
 
 def _shared(title: str, across: str, rounds: Rounds) -> Plot:
-    """Work that processes share: ideally each of them takes an equal part, on a core of its own."""
+    """Plot work that processes share; ideally each has an equal part and its own core."""
     cores = os.cpu_count() or 1
     ideal = {workers: median(rounds[1]) / min(workers, cores) for workers in rounds}
     return Plot(title, across, (Line("measured", rounds, ideal),))
 
 
 def draw(plot: Plot, path: Path) -> None:
-    """Both axes logarithmic: the median of the rounds, from least to most, and the ideal dashed."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    """Write the plot as PNG: log axes, median and range of the rounds, the ideal dashed."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
     for number, line in enumerate(plot.lines):
         x, colour = list(line.rounds), f"C{number}"
         middle = [median(seconds) for seconds in line.rounds.values()]
@@ -119,17 +120,16 @@ def draw(plot: Plot, path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     lowest, highest = axes.get_ylim()
-    axes.set_ylim(lowest / 1.4, highest * 1.4)  # so that two ticks are in sight
+    axes.set_ylim(lowest / 1.4, highest * 1.4)  # shows two ticks at least
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def table(plot: Plot) -> str:
-    """A Markdown table of medians, and in brackets of the ideal."""
+    """Return a Markdown table of medians, with the ideal in brackets."""
     columns = sorted({x for line in plot.lines for x in line.rounds})
     rows = [
         [line.label, *(f"{median(line.rounds[x]):.3g} ({line.ideal[x]:.3g})" for x in columns)]

@@ -1,12 +1,13 @@
-"""Times two ways of doing the same side by side, in turns, so that whatever else the machine does
-hits both alike. Ratios of rounds are what counts; seconds are given beside them."""
+"""Time several implementations of the same work in turns.
+
+Other load on the machine then affects all of them alike. The result is the ratio of each round;
+seconds stand beside it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,16 @@ if TYPE_CHECKING:  # most programs here do without
     import torch
 
 Work = Callable[[], object]
-_SMALLEST = 0.05  # seconds that a round must last, so that the clock's grain is nothing
+_SMALLEST = 0.05  # seconds that a round lasts at least, far above the clock's resolution
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of each round, for one unit of work, in turns with those of the peer. `target`: the
-    ratio that was aimed at, 0 for none. `limit`: what no program can go below, in words and
-    numbers. `more`: other numbers worth keeping, by name."""
+    """Seconds of our implementation and of a peer, one value a round, for one unit of work.
+
+    `target` is the ratio that we aim at, 0 for none. `limit` names the hardware's lower bound.
+    `more` holds other numbers by name.
+    """
 
     what: str
     against: str
@@ -39,33 +42,35 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as long the peer took, round by round."""
+        """Return the peer's time divided by ours, one value a round."""
         return [peer / mine for mine, peer in zip(self.ours, self.peers, strict=True)]
 
     @property
     def ratio(self) -> float:
-        """Their median."""
+        """Return the median ratio over all rounds."""
         return statistics.median(self.ratios)
 
     @property
     def met(self) -> bool:
+        """Return True if the median ratio reaches the target."""
         return self.ratio >= self.target
 
     def record(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Return the comparison as JSON values."""
         own = {key: getattr(self, key) for key in ("what", "against", "ours", "peers", "target")}
         return {**own, "ratio": self.ratio, "limit": self.limit, "more": dict(self.more)}
 
 
 @dataclass(frozen=True)
 class Absent:
-    """A comparison that could not be made, and why."""
+    """A comparison that could not be measured, and the reason."""
 
     what: str
     against: str
     why: str
 
     def record(self) -> dict[str, Any]:
+        """Return the reason as JSON values."""
         return {"what": self.what, "against": self.against, "absent": self.why}
 
 
@@ -73,8 +78,10 @@ Found = Comparison | Absent
 
 
 def in_turns(ways: Mapping[str, Work], rounds: int = 7) -> dict[str, tuple[float, ...]]:
-    """Seconds of one call of each way, in each of `rounds` rounds, in which every way has a turn.
-    Each runs once before, to warm up. Short ways are repeated within a turn."""
+    """Return the seconds of one call of each function, one value a round.
+
+    Every function runs once before the first round. Short functions are repeated within a round.
+    """
     repeats = {}
     for name, work in ways.items():
         work()
@@ -96,7 +103,17 @@ def compare(
     units: int = 1,
     more: Mapping[str, float | str] | None = None,
 ) -> list[Comparison]:
-    """Our way against each peer, named with its target ratio; a call does `units` of work."""
+    """Compare our function with each peer.
+
+    Args:
+        what: the name of the work.
+        ours: our function; one call does `units` units of work, as each peer's does.
+        peers: by name, the peer's function and its target ratio.
+        rounds: the number of rounds.
+        limit: the hardware's lower bound, in words.
+        units: the number of units that one call does.
+        more: other numbers for the record.
+    """
     ways = {"": ours, **{name: work for name, (work, _) in peers.items()}}
     found = {
         name: tuple(s / units for s in seconds) for name, seconds in in_turns(ways, rounds).items()
@@ -115,7 +132,7 @@ def _seconds(work: Work, repeats: int) -> float:
 
 
 def users_environment() -> dict[str, str]:
-    """The environment of commands as a user starts them: his Python keeps compiled modules."""
+    """Return the environment of a user's shell, in which Python keeps compiled modules."""
     return {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -126,7 +143,7 @@ HEAD = (
 
 
 def row(one: Found) -> str:
-    """A comparison as a row of a Markdown table below `HEAD`."""
+    """Return a comparison as a row of the Markdown table with the heading `HEAD`."""
     if isinstance(one, Absent):
         return f"| {one.what} | {one.against} | | | not measured: {one.why} | | |"
     mine, peer = (time_text(statistics.median(s)) for s in (one.ours, one.peers))
@@ -139,43 +156,27 @@ def row(one: Found) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds with a fitting unit."""
+    """Return `seconds` in s, ms or µs, with 3 digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
 
 
-def machine() -> dict[str, Any]:
-    """What was measured on, and the two limits that the rest is held against, measured here too."""
-    import torch
-
-    from benchmarks.gpu import chip, in_own_process  # which measures by what stands here
-
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "copy_gb_per_s": round(copy_bandwidth() / 1e9, 2),
-        "float32_gflop_per_s": round(matrix_rate() / 1e9, 1),
-        "load": os.getloadavg()[0],
-        **(in_own_process(chip) if torch.cuda.is_available() else {}),
-    }
-
-
 def copy_bandwidth(size: int = 256 * 2**20) -> float:
-    """Bytes a second that one core copies, those it reads and those it writes together: the best of
-    five."""
+    """Return the copy bandwidth of one core in bytes per second, reads and writes added.
+
+    The best of 5 copies of `size` bytes counts.
+    """
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     return 2 * size / best_seconds(lambda: np.copyto(target, source))
 
 
 def matrix_rate(dtype: torch.dtype | None = None, device: torch.device | None = None) -> float:
-    """Floating-point operations a second of a matrix product of random numbers, float32 on all
-    cores if nothing else is said: best of five."""
+    """Return the floating-point operations per second of a matrix product, the best of 5.
+
+    The defaults are float32 on all cores.
+    """
     import torch
 
     device = device or torch.device("cpu")
@@ -187,7 +188,7 @@ def matrix_rate(dtype: torch.dtype | None = None, device: torch.device | None = 
 
 
 def waited(work: Work, device: torch.device) -> Work:
-    """`work`, until `device` has done it."""
+    """Return a function that calls `work` and then waits for `device`."""
     if device.type != "cuda":
         return work
 
@@ -201,28 +202,24 @@ def waited(work: Work, device: torch.device) -> Work:
 
 
 def best_seconds(work: Work) -> float:
-    """Of five calls, after one to warm up."""
+    """Return the seconds of the fastest of 5 calls, after one call to warm up."""
     work()
     return min(_seconds(work, 1) for _ in range(5))
 
 
 def arithmetic(flops: float, rate: float) -> str:
-    """The limit of so many floating-point operations at so many a second, in words."""
+    """Return the time of `flops` operations at `rate` operations per second, in words."""
     unit, name = (1e12, "TFLOP/s") if rate >= 1e13 else (1e9, "GFLOP/s")
     return f"{flops / 1e9:.0f} GFLOP at {rate / unit:.0f} {name}: {time_text(flops / rate)}"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def chosen(
     program: str, description: str | None, names: Sequence[str], argv: Sequence[str]
 ) -> tuple[Sequence[str], Path]:
-    """Which of `names` a command line names, all if none, and the folder its --out gives, which is
-    made. Ends the program for a name that is not one of them."""
+    """Return the names on a command line, all of `names` if none, and the folder of `--out`.
+
+    The folder is created. An unknown name ends the program.
+    """
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -231,13 +228,6 @@ def chosen(
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in names]
     if unknown:
-        parser.error(f"nothing is called {unknown[0]}; there are {', '.join(names)}")
+        parser.error(f"unknown name {unknown[0]}; choose from {', '.join(names)}")
     options.out.mkdir(parents=True, exist_ok=True)
     return options.names or names, options.out
-
-
-def write_record(
-    path: Path, record: Mapping[str, Any], on: Mapping[str, Any] | None = None
-) -> None:
-    """Write what was measured as JSON, and on what machine: `on`, or as it is now."""
-    path.write_text(json.dumps({"machine": on or machine(), **record}, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Every claim of speed, measured beside what people would use instead.
+"""Measure every claim of speed beside its usual alternatives.
 
     python -m benchmarks.run [NAME ...] [--out DIR]
 
-Prints a Markdown table and writes DIR/NAME.json for each NAME. What is compared runs in turns in
-one process (or in processes of equal kind), on this machine; a ratio is the median over rounds.
-Peers that are not installed are named as such: `pip install -e '.[benchmarks]'` brings them.
+Prints a Markdown table and writes DIR/NAME.json for each NAME. Alternatives run in turns in one
+process, or in processes of the same kind, on this machine. A ratio is the median over rounds.
+Rows name the peers that are not installed; `pip install -e '.[benchmarks]'` installs them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from benchmarks.measure import HEAD, Absent, Found, chosen, machine, row, write_record
+from benchmarks.machine import machine, write_record
+from benchmarks.measure import HEAD, Absent, Found, chosen, row
 
-# what each measures stands at the head of its module, whose `measure()` gives the comparisons, all
-# at once or as they come
+# The module docstring of each says what it measures. `measure()` returns or yields comparisons.
 BENCHMARKS = (
     "counting",
     "pooling",
@@ -30,7 +30,7 @@ BENCHMARKS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure what is named, or all; 1 if a target was missed."""
+    """Run the named benchmarks, or all; return 1 if a target was missed."""
     names, folder = chosen("python -m benchmarks.run", __doc__, BENCHMARKS, argv)
     missed, on = [], machine()
     for name in names:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         found: list[Found] = []
         for one in import_module(f"benchmarks.{name}").measure():
             found.append(one)
-            print(row(one), flush=True)  # what is measured stays, whatever comes
+            print(row(one), flush=True)  # keep each result even if a later benchmark fails
             write_record(
                 folder / f"{name}.json", {"comparisons": [one.record() for one in found]}, on
             )
