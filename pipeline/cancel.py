@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence, Set
 
 from hpc.cli import argument_parser, one_line, run
-from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import Queue
 from jobs.spec.cell import Cell
 from pipeline.config.cell_names import cells_named
 from pipeline.config.grid_file import Grid, find_config, read_grid

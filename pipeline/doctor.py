@@ -19,10 +19,10 @@ from data_prep.packing.split_overlap import Pictures
 from data_prep.shards.manifest import MANIFEST, remedy
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.cli import UserError, argument_parser, one_line, run
-from hpc.diagnostics.check import Check, CheckSkipped, Finding, findings, shown_bytes
+from hpc.diagnostics.check import Check, CheckResult, CheckSkipped, run_checks, shown_bytes
 from hpc.diagnostics.node_facts import versions
 from hpc.diagnostics.site_checks import setup_lines, site_checks
-from hpc.diagnostics.slurm_site import Site
+from hpc.diagnostics.slurm_site import SlurmSite
 from hpc.scheduler.auto import open_queue
 from hpc.storage.atomic import file_sha256
 from hpc.storage.locks import require_locks
@@ -31,7 +31,7 @@ from jobs.probe import PACKAGES, SOURCES
 from jobs.spec.counts_file import counted_cells
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.planning.preflight import check_files, check_room, existing_folder, packed_as_asked
-from pipeline.submission.node_probe import node_findings
+from pipeline.submission.node_probe import node_results
 
 _QUICK_BYTES = 1 << 30  # of shards, that the login node reads: about two seconds
 
@@ -44,24 +44,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--on-nodes", action="store_true", help="ask the nodes, by a small job")
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
-    failed = _show(findings([*_scheduler(grid), *_run_directory(grid)]))
-    damaged = _show(findings(_inputs(grid)))
+    failed = _show(run_checks([*_scheduler(grid), *_run_directory(grid)]))
+    damaged = _show(run_checks(_inputs(grid)))
     if not arguments.on_nodes:
-        _show([Finding("skip", "the nodes", "only --on-nodes asks them")])
+        _show([CheckResult("skip", "the nodes", "only --on-nodes asks them")])
     elif failed:
         why = "a job would meet what fails above; mend it first"
-        _show([Finding("skip", "the nodes", why)])
+        _show([CheckResult("skip", "the nodes", why)])
     else:
-        failed = _show(node_findings(grid, _say))
+        failed = _show(node_results(grid, _say))
     return int(failed or damaged)
 
 
-def _show(found: Iterable[Finding]) -> bool:
+def _show(found: Iterable[CheckResult]) -> bool:
     """Print each as it comes. Whether any fails."""
     failed = False
-    for finding in found:
-        print(finding, flush=True)
-        failed |= finding.verdict == "FAIL"
+    for result in found:
+        print(result, flush=True)
+        failed |= result.verdict == "FAIL"
     return failed
 
 
@@ -71,30 +71,21 @@ def _say(line: str) -> None:
 
 def _scheduler(grid: Grid) -> list[Check]:
     """What takes the jobs."""
-    profile = grid.cluster  # a mistake in it is no finding
+    profile = grid.cluster  # an invalid one raises here
     try:
         queue = open_queue(profile, grid.run.logs, grid.run.queue)
     except UserError as error:
         return [Check("scheduler", partial(_fail, error))]
-    if queue.starts_mpi:
-        return site_checks(profile, Site(), grid.run.logs)
+    if queue.has_site:
+        return site_checks(profile, SlurmSite(), queue)
     return [
-        Check("local queue", partial(_local_queue, grid)),
+        Check("local queue", partial(queue.trial, profile.training(), "doctor")),
         Check("set-up lines", partial(setup_lines, profile)),
     ]
 
 
 def _fail(error: UserError) -> str:
     raise error
-
-
-def _local_queue(grid: Grid) -> str:
-    if grid.cluster.nodes > 1:
-        raise UserError(
-            f"it has one node, the profile asks for {grid.cluster.nodes}; set nodes = 1 in "
-            "[cluster], or submit where there is Slurm"
-        )
-    return f"jobs run on this machine, {grid.cluster.local_jobs} at a time; Slurm is not asked"
 
 
 def _run_directory(grid: Grid) -> list[Check]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpc.cli import UserError, argument_parser, one_line, run
-from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import Queue
 from hpc.scheduler.exit_cause import error_of, traceback_at
 from hpc.scheduler.job import is_launchers, last_start
 from pipeline.config.cell_names import one_named

@@ -20,7 +20,8 @@ from data_prep.shards.manifest import MANIFEST
 from hpc.cli import MissingInput, UserError, argument_parser, one_line, run, warn
 from hpc.config import user_path
 from hpc.scheduler import sbatch_options
-from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import Queue
 from hpc.scheduler.job import ModuleCall
 from hpc.storage.atomic import write_bytes
 from hpc.storage.locks import take_lock

@@ -21,7 +21,7 @@ class CheckWarning(Exception):
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What came out of one check. `said` is the evidence of a pass, else what is wrong and what to
     do about it, or why it was skipped."""
 
@@ -41,24 +41,25 @@ class Check:
     what: str
     look: Callable[[], str]
 
-    def finding(self) -> Finding:
+    def run(self) -> CheckResult:
         """What comes out of it; never raises."""
         try:
-            return Finding("pass", self.what, self.look())
+            return CheckResult("pass", self.what, self.look())
         except UserError as error:
-            return Finding("FAIL", self.what, str(error))
+            return CheckResult("FAIL", self.what, str(error))
         except CheckWarning as doubt:
-            return Finding("warn", self.what, str(doubt))
+            return CheckResult("warn", self.what, str(doubt))
         except CheckSkipped as why:
-            return Finding("skip", self.what, str(why))
+            return CheckResult("skip", self.what, str(why))
         except Exception as error:  # whatever a site has that nobody thought of
             broken = f"the check itself failed ({type(error).__name__}: {error})"
-            return Finding("FAIL", self.what, f"{broken}; please report it, and go by the others")
+            said = f"{broken}; please report it, and go by the others"
+            return CheckResult("FAIL", self.what, said)
 
 
-def findings(checks: Iterable[Check]) -> Iterator[Finding]:
+def run_checks(checks: Iterable[Check]) -> Iterator[CheckResult]:
     """What comes out of each, one after the other."""
-    return (check.finding() for check in checks)
+    return (check.run() for check in checks)
 
 
 def shown_bytes(number: float) -> str:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from hpc.cli import UserError
 from hpc.config import did_you_mean, shown
 from hpc.diagnostics.check import CheckSkipped, CheckWarning
-from hpc.diagnostics.slurm_site import Row, Site, num_gpus
+from hpc.diagnostics.slurm_site import Row, SlurmSite, num_gpus
 from hpc.scheduler.cluster_profile import ClusterProfile
 
 # not POWERED_DOWN: such nodes are started for a job
 _AWAY = re.compile(r"(^|\+)(DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN)|\*")
 
 
-def partitions_of(profile: ClusterProfile, site: Site) -> list[Row]:
+def partitions_of(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     """The partitions that the profile names, or the site's default. Raises `UserError` for one that
     is not there."""
     if not profile.partition:
@@ -35,7 +35,7 @@ def partitions_of(profile: ClusterProfile, site: Site) -> list[Row]:
     return [site.partitions[name] for name in names]
 
 
-def known_partitions(profile: ClusterProfile, site: Site) -> list[Row]:
+def known_partitions(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     """The same for all checks but the partition's own: one mistake is one line."""
     try:
         return partitions_of(profile, site)
@@ -43,7 +43,7 @@ def known_partitions(profile: ClusterProfile, site: Site) -> list[Row]:
         raise CheckSkipped("its partition is not known") from error
 
 
-def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
+def nodes_of_partition(profile: ClusterProfile, site: SlurmSite) -> str:
     """So many nodes that are not excluded, and may be asked for at once."""
     for row in known_partitions(profile, site):
         most = row.get("MaxNodes", "")
@@ -62,7 +62,7 @@ def nodes_of_partition(profile: ClusterProfile, site: Site) -> str:
     return f"{profile.nodes} of {found}"
 
 
-def features(profile: ClusterProfile, site: Site) -> str:
+def features(profile: ClusterProfile, site: SlurmSite) -> str:
     """Enough nodes have what `constraint` names."""
     if not profile.constraint:
         raise CheckSkipped("the profile has no constraint")
@@ -83,7 +83,7 @@ def features(profile: ClusterProfile, site: Site) -> str:
     return _enough(profile, nodes, has, f"the features {profile.constraint!r}", mend)
 
 
-def cpus(profile: ClusterProfile, site: Site) -> str:
+def cpus(profile: ClusterProfile, site: SlurmSite) -> str:
     """Enough nodes have CPUs for all tasks."""
     wanted = profile.tasks_per_node * profile.cpus_per_task
     return _enough_of(
@@ -92,7 +92,7 @@ def cpus(profile: ClusterProfile, site: Site) -> str:
     )  # fmt: skip
 
 
-def memory(profile: ClusterProfile, site: Site) -> str:
+def memory(profile: ClusterProfile, site: SlurmSite) -> str:
     """Enough nodes have the memory."""
     if not profile.memory_gb:
         raise CheckSkipped("the profile leaves it to the site's default (memory_gb)")
@@ -101,7 +101,7 @@ def memory(profile: ClusterProfile, site: Site) -> str:
                       "memory_gb", "MB of memory")  # fmt: skip
 
 
-def gpus(profile: ClusterProfile, site: Site) -> str:
+def gpus(profile: ClusterProfile, site: SlurmSite) -> str:
     """Enough nodes have the GPUs, of the kind that `gres` names."""
     if not profile.gpus_per_node:
         raise CheckSkipped("the profile asks for none (gpus_per_node)")
@@ -112,7 +112,7 @@ def gpus(profile: ClusterProfile, site: Site) -> str:
                       "gpus_per_node or gres", f"GPUs{' of kind ' * bool(kind)}{kind}")  # fmt: skip
 
 
-def nodes_up(profile: ClusterProfile, site: Site) -> str:
+def nodes_up(profile: ClusterProfile, site: SlurmSite) -> str:
     """A job of so many nodes could start at some time without anybody mending any."""
     nodes = _nodes(profile, site)
     if len(nodes) < profile.nodes:
@@ -126,7 +126,7 @@ def nodes_up(profile: ClusterProfile, site: Site) -> str:
     return f"{len(nodes) - len(away)} of {len(nodes)}"
 
 
-def _nodes(profile: ClusterProfile, site: Site) -> list[Row]:
+def _nodes(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     """The nodes of the profile's partitions, without those that it excludes."""
     names = {row["PartitionName"] for row in known_partitions(profile, site)}
     excluded = site.hosts(profile.exclude)
@@ -152,7 +152,7 @@ def _enough(
 
 def _enough_of(
     profile: ClusterProfile,
-    site: Site,
+    site: SlurmSite,
     amount: Callable[[Row], int],
     wanted: int,
     key: str,

@@ -14,11 +14,10 @@ from typing import Any
 
 from hpc.cli import UserError
 from hpc.diagnostics.node_facts import FACTS, answer_hellos
-from hpc.scheduler.auto import Queue
+from hpc.scheduler.base import Queue, QueueUnreachable
 from hpc.scheduler.cluster_profile import Resources
-from hpc.scheduler.exit_cause import ending
+from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import START_PREFIX, ModuleCall, is_launchers
-from hpc.scheduler.slurm import QueueUnreachable
 from hpc.storage.atomic import TEMPORARY_PREFIX, Damaged, read_json
 from hpc.storage.permissions import private_folder
 
@@ -140,7 +139,7 @@ def _report(queue: Queue, probe: ProbeJob, job: str, folder: Path) -> Report:
             break
         time.sleep(_SHORT_SECONDS)
     logs = queue.log_files(job)
-    how = ending(queue.look([job])[job].why, logs)
+    how = exit_cause(queue.look([job])[job].why, logs)
     ended = f"{how.cause}: {how.line}" if how.line else how.cause
     return Report(probe, job, facts, ended, bool(logs), _set_up(logs))
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from hpc.cli import UserError
@@ -23,19 +22,18 @@ from hpc.diagnostics.partition_checks import (
     nodes_up,
     partitions_of,
 )
-from hpc.diagnostics.slurm_site import Row, Site, amounts, minutes_of
+from hpc.diagnostics.slurm_site import Row, SlurmSite, amounts, minutes_of
 from hpc.scheduler import sbatch_options
+from hpc.scheduler.base import Queue, QueueUnreachable
 from hpc.scheduler.clean_env import ignored_options
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
-from hpc.scheduler.slurm import QueueUnreachable, SlurmQueue
 
 T = TypeVar("T")
 
 
-def site_checks(profile: ClusterProfile, site: Site, folder: Path) -> list[Check]:
-    """In the order in which one mends them. `folder` is where jobs would leave their logs."""
-    queue = SlurmQueue(profile, folder, read_only=True)
-    looks: dict[str, Callable[[ClusterProfile, Site], str]] = {
+def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[Check]:
+    """Return the checks of a site in the order in which the user mends their failures."""
+    looks: dict[str, Callable[[ClusterProfile, SlurmSite], str]] = {
         "partition": partition,
         "account": account,
         "quality of service": quality,
@@ -57,7 +55,7 @@ def site_checks(profile: ClusterProfile, site: Site, folder: Path) -> list[Check
     return [Check(what, partial(look, profile, site)) for what, look in looks.items()]
 
 
-def partition(profile: ClusterProfile, site: Site) -> str:
+def partition(profile: ClusterProfile, site: SlurmSite) -> str:
     """It exists, is up, and lets the profile's account and quality of service in."""
     rows = partitions_of(profile, site)
     for row in rows:
@@ -77,7 +75,7 @@ def partition(profile: ClusterProfile, site: Site) -> str:
     return ", ".join(f"{row['PartitionName']} is up" for row in rows)
 
 
-def account(profile: ClusterProfile, site: Site) -> str:
+def account(profile: ClusterProfile, site: SlurmSite) -> str:
     """Accounting knows this user in the profile's account."""
     rows = _asked(lambda: site.associations)
     own = list(dict.fromkeys(row["Account"] for row in rows))
@@ -97,7 +95,7 @@ def account(profile: ClusterProfile, site: Site) -> str:
     return profile.account or f"the default of {site.user}, who has {', '.join(own)}"
 
 
-def quality(profile: ClusterProfile, site: Site) -> str:
+def quality(profile: ClusterProfile, site: SlurmSite) -> str:
     """The profile's quality of service exists, and this user may have it."""
     if not profile.qos:
         return "the profile names none, so the default"
@@ -116,7 +114,7 @@ def quality(profile: ClusterProfile, site: Site) -> str:
     return profile.qos
 
 
-def time_limit(profile: ClusterProfile, site: Site) -> str:
+def time_limit(profile: ClusterProfile, site: SlurmSite) -> str:
     """Partition, quality of service and account allow jobs so long."""
     limits = {f"the partition {row['PartitionName']}": row.get("MaxTime", "")
               for row in known_partitions(profile, site)}  # fmt: skip
@@ -132,7 +130,7 @@ def time_limit(profile: ClusterProfile, site: Site) -> str:
     return f"{profile.minutes} minutes; {allowed}"
 
 
-def job_limits(profile: ClusterProfile, site: Site) -> str:
+def job_limits(profile: ClusterProfile, site: SlurmSite) -> str:
     """Accounting allows one job so much."""
     tasks = profile.nodes * profile.tasks_per_node
     wanted = {"node": profile.nodes, "cpu": tasks * profile.cpus_per_task,
@@ -148,7 +146,7 @@ def job_limits(profile: ClusterProfile, site: Site) -> str:
     return f"{wanted['node']} nodes, {wanted['cpu']} CPUs, {wanted['gres/gpu']} GPUs"
 
 
-def queue_limits(profile: ClusterProfile, site: Site) -> str:
+def queue_limits(profile: ClusterProfile, site: SlurmSite) -> str:
     """How many jobs may wait; what is too many for one array or one user is split or held back."""
     array = int(site.config.get("MaxArraySize", 0))
     if array < 2:
@@ -169,7 +167,7 @@ def queue_limits(profile: ClusterProfile, site: Site) -> str:
     return f"arrays of up to {array - 1}, {numbers[least]} jobs of yours ({least})"
 
 
-def mpi_type(profile: ClusterProfile, site: Site) -> str:
+def mpi_type(profile: ClusterProfile, site: SlurmSite) -> str:
     """srun knows what the profile calls `mpi`."""
     if not profile.mpi:
         return f"the profile names none, so {site.config.get('MpiDefault', 'the default')}"
@@ -182,7 +180,7 @@ def mpi_type(profile: ClusterProfile, site: Site) -> str:
     return profile.mpi
 
 
-def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
+def setup_lines(profile: ClusterProfile, _site: SlurmSite | None = None) -> str:
     """A shell can read them."""
     if not profile.setup:
         raise CheckSkipped("the profile has none (setup)")
@@ -194,21 +192,21 @@ def setup_lines(profile: ClusterProfile, _site: Site | None = None) -> str:
     return "a shell can read them; what they do, only a node can tell"
 
 
-def requeueing(profile: ClusterProfile, _site: Site) -> str:
+def requeueing(profile: ClusterProfile, _site: SlurmSite) -> str:
     """Slurm puts a job back that was stopped before its end."""
     for line in sbatch_options.warnings(profile):
         raise CheckWarning(line)
     return "a job that is stopped before its end goes back into the queue"
 
 
-def options_in_shell(_profile: ClusterProfile, _site: Site) -> str:
+def options_in_shell(_profile: ClusterProfile, _site: SlurmSite) -> str:
     """The shell has no options of sbatch that the user may expect to count."""
     for line in ignored_options():
         raise CheckWarning(line)
     return "none"
 
 
-def trial(queue: SlurmQueue, profile: ClusterProfile, site: Site) -> str:
+def trial(queue: Queue, profile: ClusterProfile, site: SlurmSite) -> str:
     """sbatch would queue what `grid`, `prep`, `reduce` and `report` send."""
     known_partitions(profile, site)
     single = dict.fromkeys((profile.single(), profile.reducing()))
@@ -216,7 +214,7 @@ def trial(queue: SlurmQueue, profile: ClusterProfile, site: Site) -> str:
     return said[0]
 
 
-def _trial(queue: SlurmQueue, wanted: Resources, num_calls: int) -> str:
+def _trial(queue: Queue, wanted: Resources, num_calls: int) -> str:
     try:
         said = queue.trial(wanted, "doctor", num_calls).splitlines()
     except QueueUnreachable as error:
@@ -231,7 +229,7 @@ def _asked(look: Callable[[], T]) -> T:
         raise CheckSkipped(f"accounting does not answer ({error})") from error
 
 
-def _associations(profile: ClusterProfile, site: Site) -> list[Row]:
+def _associations(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     """Of the profile's account, or the only one there is, in its partition or in all."""
     places = {"", *profile.partition.split(",")}
     accounts = {row["Account"] for row in site.associations}
@@ -241,7 +239,7 @@ def _associations(profile: ClusterProfile, site: Site) -> list[Row]:
     ]
 
 
-def _granted(profile: ClusterProfile, site: Site, silent: bool = True) -> dict[str, Row]:
+def _granted(profile: ClusterProfile, site: SlurmSite, silent: bool = True) -> dict[str, Row]:
     """Who limits jobs of this profile: its associations, its quality of service and those of its
     partitions. Where accounting is off nobody does."""
     try:

@@ -17,7 +17,7 @@ _ASSOCIATION = ("Account", "Partition", "QOS", "MaxSubmitJobs", "MaxWall", "MaxT
 _QUALITY = ("Name", "MaxSubmitPU", "MaxWall", "MaxTRES")
 
 
-class Site:
+class SlurmSite:
     """The answers of scontrol, sacctmgr, srun and sbatch. Raises `QueueUnreachable` where one does
     not answer."""
 

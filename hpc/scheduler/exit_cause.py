@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hpc.scheduler.base import DEPENDENCY_FAILED
 from hpc.scheduler.job import ERROR_PREFIX, is_launchers, last_start
-from hpc.scheduler.local_jobs import DEPENDENCY_FAILED
 
 Cause = Literal[
     "node failure",
@@ -25,7 +25,7 @@ Cause = Literal[
 ]
 
 
-class Ending(NamedTuple):
+class ExitCause(NamedTuple):
     """Why a job has ended; and the line that says so, where there is one."""
 
     cause: Cause
@@ -80,7 +80,7 @@ def names_error(line: str) -> bool:
     return _ERROR_LINE.search(line) is not None
 
 
-def ending(word: str, logs: Iterable[Path]) -> Ending:
+def exit_cause(word: str, logs: Iterable[Path]) -> ExitCause:
     """How a job has ended whose queue's last word is `word`, or "", from its last start alone: a
     requeued job goes on in the same logs.
 
@@ -90,35 +90,35 @@ def ending(word: str, logs: Iterable[Path]) -> Ending:
     ranks = [last_start(log) for log in logs]
     lines = [line for rank in ranks for line in rank]
     if memory := _first(_OUT_OF_MEMORY, lines):
-        return Ending("out of memory", memory)
+        return ExitCause("out of memory", memory)
     if word in _WORDS:
-        return Ending(_WORDS[word])
+        return ExitCause(_WORDS[word])
     for cause, pattern in _BY_SLURM:
         if line := _first(pattern, lines):
-            return Ending(cause, line)
+            return ExitCause(cause, line)
     return _by_ranks(word, ranks, lines)
 
 
-def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> Ending:
+def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> ExitCause:
     first_lost = _first(_RANK_ENDED, lines)  # srun tells them in the order in which they ended
     if first_lost.endswith(": Killed"):
-        return Ending("killed", first_lost)
+        return ExitCause("killed", first_lost)
     errors = sorted(filter(None, map(error_of, ranks)), key=_is_no_refusal)
     own = [error for error in errors if not _LOST_PEER.search(error)]
     if own:
-        return Ending("error", own[0])
+        return ExitCause("error", own[0])
     if errors or (line := _first(_STOPPED, lines)):
-        return Ending("killed", errors[0] if errors else line)
+        return ExitCause("killed", errors[0] if errors else line)
     if first_lost:
-        return Ending("error", first_lost)
+        return ExitCause("error", first_lost)
     if line := _first(_STEP_ENDED, lines):
-        return Ending("cancelled", line)
+        return ExitCause("cancelled", line)
     if word == _FAILED:
         said = [line for line in lines if not is_launchers(line)]
-        return Ending("error", said[-1].strip() if said else "it failed without a word")
+        return ExitCause("error", said[-1].strip() if said else "it failed without a word")
     if word == _WITHOUT_RESULT:
-        return Ending("killed")
-    return Ending("unknown")
+        return ExitCause("killed")
+    return ExitCause("unknown")
 
 
 def error_of(lines: Sequence[str]) -> str:

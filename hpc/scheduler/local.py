@@ -17,24 +17,26 @@ from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, signal
 from typing import IO, TYPE_CHECKING, Any
 
 from hpc.cli import UserError, argument_parser, one_line, run
-from hpc.scheduler.clean_env import called_clean
-from hpc.scheduler.cluster_profile import ClusterProfile, Resources
-from hpc.scheduler.job import ModuleCall
-from hpc.scheduler.local_jobs import (
+from hpc.scheduler.base import (
+    DEFAULT_MAX_ARRAY_SIZE,
     DEPENDENCY_FAILED,
     NO_RUNNER,
     JobState,
     Outcome,
     State,
+    needed_job_failed,
+)
+from hpc.scheduler.clean_env import called_clean
+from hpc.scheduler.cluster_profile import ClusterProfile, Resources
+from hpc.scheduler.job import ModuleCall
+from hpc.scheduler.local_jobs import (
     Tickets,
     choose_gpus,
-    needed_job_failed,
     processes,
     result_of,
     send,
     standard_input,
 )
-from hpc.scheduler.slurm import DEFAULT_MAX_ARRAY_SIZE
 from hpc.storage.atomic import read_json, write_json, write_text
 from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder, require_private
@@ -50,12 +52,13 @@ _NO_LIMIT_MINUTES = 60 * 24 * 365 * 10
 
 
 class LocalQueue:
-    """A `hpc.scheduler.auto.Queue` on one machine. `folder` takes logs, `queue_folder` tickets.
+    """A `hpc.scheduler.base.Queue` on one machine. `folder` takes logs, `queue_folder` tickets.
 
     Jobs start in order, `profile.local_jobs` at a time, on one node, with no time limit, in the
     working directory of `submit` and in the environment of whoever started the runner.
     """
 
+    has_site = False
     starts_mpi = False
     gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
     poll_seconds = 0.5
@@ -78,11 +81,7 @@ class LocalQueue:
         needs: Sequence[str] = (),
     ) -> list[str]:
         """One ticket a call, and a runner for them."""
-        if resources.nodes > 1:
-            raise UserError(
-                f"the local queue has one node, the profile asks for {resources.nodes};"
-                " set nodes = 1 in [cluster], or submit where there is Slurm"
-            )
+        self.trial(resources, name, len(calls))
         private_folder(self.folder, self.profile.group)
         common = self._common_part(resources, name, after, needs)
         work = [{"module": call.module, "arguments": list(call.arguments)} for call in calls]
@@ -94,6 +93,16 @@ class LocalQueue:
 
     def check(self) -> None:
         """Do nothing; files always answer."""
+
+    def trial(self, resources: Resources, name: str, num_calls: int = 1) -> str:
+        """Refuse jobs of more than one node."""
+        if resources.nodes > 1:
+            raise UserError(
+                f"the local queue has one node, the profile asks for {resources.nodes};"
+                " set nodes = 1 in [cluster], or submit where there is Slurm"
+            )
+        at_once = self.profile.local_jobs
+        return f"jobs run on this machine, {at_once} at a time; Slurm is not asked"
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """From what the tickets say."""

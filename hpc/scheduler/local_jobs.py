@@ -15,34 +15,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any
 
 from hpc.cli import UserError
+from hpc.scheduler.base import JobState, Outcome, State
 from hpc.storage.atomic import Damaged, read_json, write_json
 from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder
-
-State = Literal["waiting", "running", "gone", "unknown"]
-Outcome = Literal["succeeded", "failed", "cancelled", "dependency failed"]
-DEPENDENCY_FAILED: Outcome = "dependency failed"
-NO_RUNNER = "no process starts it"  # why a job waits in the local queue
-
-
-class JobState(NamedTuple):
-    """What a queue knows of a job: its state, `unknown` if the queue cannot be asked; and the
-    queue's own word, where it has one, for what a waiting job waits for (`Resources`), or how one
-    that is gone has ended (`NODE_FAIL`)."""
-
-    state: State
-    why: str = ""
-
-
-def needed_job_failed(job_id: str, word: str) -> UserError:
-    """Return the refusal of jobs that need a job which did not succeed."""
-    return UserError(
-        f"job {job_id}, which these jobs need, did not succeed ({word}); read its log, mend the "
-        "cause, and submit again"
-    )
 
 
 class Tickets:

@@ -22,11 +22,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hpc.account import user_name
 from hpc.cli import UserError, one_line, warn
 from hpc.scheduler import sbatch_options, sends
+from hpc.scheduler.base import (
+    DEFAULT_MAX_ARRAY_SIZE,
+    JobState,
+    QueueUnreachable,
+    State,
+    needed_job_failed,
+)
 from hpc.scheduler.clean_env import batch_lines, called_clean, ignored_options, slurm_environ
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
 from hpc.scheduler.exit_cause import NEVER_SATISFIED
 from hpc.scheduler.job import ModuleCall
-from hpc.scheduler.local_jobs import JobState, State, needed_job_failed
 from hpc.storage.permissions import private_folder
 
 if TYPE_CHECKING:
@@ -36,7 +42,6 @@ _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 _SUCCEEDED = "COMPLETED"
-DEFAULT_MAX_ARRAY_SIZE = 1001
 _ANSWER_SECONDS = 60.0
 _LATER = "jobs go on; run it again when Slurm answers"
 _ELSE_LOCAL = "; if this machine is in no cluster, add --cluster local"
@@ -44,13 +49,10 @@ T = TypeVar("T")
 _LONG_ROW = 16  # elements of an array that are cancelled as one
 
 
-class QueueUnreachable(UserError):
-    """The queue did not answer. Nothing is known about its jobs; asking again later is right."""
-
-
 class SlurmQueue:
-    """A `hpc.scheduler.auto.Queue` on Slurm. Submission files and logs go to `folder`."""
+    """A `hpc.scheduler.base.Queue` on Slurm. Submission files and logs go to `folder`."""
 
+    has_site = True
     starts_mpi = True
     gone_is_certain = False  # a node that was cut off may still run what Slurm has given up
     poll_seconds = 15.0
@@ -123,10 +125,10 @@ class SlurmQueue:
             raise
         return ids
 
-    def trial(self, wanted: Resources, name: str, num_calls: int = 1) -> str:
+    def trial(self, resources: Resources, name: str, num_calls: int = 1) -> str:
         """Return what sbatch says that it would do with `num_calls` such jobs, from the script that
         `submit` would send. Nothing is queued. Raises `QueueUnreachable` if sbatch refuses them."""
-        executor = self._executor(self._parameters(wanted, name, ""), sends.mark_of("trial", 0))
+        executor = self._executor(self._parameters(resources, name, ""), sends.mark_of("trial", 0))
         with NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as script:
             script.write(executor.script(num_calls))
             script.flush()

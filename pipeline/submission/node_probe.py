@@ -12,10 +12,11 @@ from data_prep.shards.manifest import MANIFEST, Manifest
 from data_prep.weights import WITHOUT_FILE, weights_path
 from hpc.cli import UserError
 from hpc.diagnostics import node_checks
-from hpc.diagnostics.check import Check, CheckSkipped, Finding, findings
+from hpc.diagnostics.check import Check, CheckResult, CheckSkipped, run_checks
 from hpc.diagnostics.node_facts import sizes, versions
 from hpc.diagnostics.probe_jobs import ProbeJob, Report, passing_folder, run_probe_jobs
-from hpc.scheduler.auto import Queue, open_queue
+from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import Queue
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
 from hpc.storage.atomic import write_json
@@ -30,14 +31,14 @@ from pipeline.tracking.survey import DEAD_AFTER_SECONDS
 _MINUTES = 15  # that a probe job may take, beside the notice before its limit
 
 
-def node_findings(grid: Grid, say: Callable[[str], None]) -> Iterator[Finding]:
+def node_results(grid: Grid, say: Callable[[str], None]) -> Iterator[CheckResult]:
     """What comes out of the checks on the nodes; `say` hears what is waited for."""
     try:
         reports = _ask(grid, say)
     except UserError as error:
-        yield Finding("FAIL", "a job on the nodes", str(error))
+        yield CheckResult("FAIL", "a job on the nodes", str(error))
         return
-    yield from findings(checks_of(grid, reports))
+    yield from run_checks(checks_of(grid, reports))
 
 
 def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:

@@ -13,10 +13,9 @@ from rich.status import Status
 from rich.text import Text
 
 from hpc.cli import USER_ERROR_EXIT_CODE, one_line
-from hpc.scheduler.auto import Queue
+from hpc.scheduler.base import Queue, QueueUnreachable
 from hpc.scheduler.exit_cause import names_error
 from hpc.scheduler.job import last_error
-from hpc.scheduler.slurm import QueueUnreachable
 from pipeline.config.grid_file import Grid
 from pipeline.tracking.display import counts_line, time_left
 from pipeline.tracking.outcomes import not_successful

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.shards.manifest import MANIFEST
-from hpc.scheduler.auto import Queue
+from hpc.scheduler.base import JobState, Queue
 from hpc.scheduler.cluster_profile import ClusterProfile
-from hpc.scheduler.exit_cause import Ending, ending
-from hpc.scheduler.local_jobs import JobState
+from hpc.scheduler.exit_cause import ExitCause, exit_cause
 from jobs.spec.cell import Cell
 from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
@@ -29,22 +28,22 @@ class Failure(NamedTuple):
 
     kind: str
     job: str
-    ending: Ending
+    exit_cause: ExitCause
 
     def __str__(self) -> str:
         title = _TITLES.get(self.kind, self.kind)
-        return f"{title} failed: {self.ending.line or self.ending.cause}"
+        return f"{title} failed: {self.exit_cause.line or self.exit_cause.cause}"
 
 
-def endings(
+def exit_causes(
     jobs: Mapping[str, JobState], queue: Queue, accounting: bool = False
-) -> dict[str, Ending]:
+) -> dict[str, ExitCause]:
     """How each of `jobs` that is gone has ended, from the queue's last word and its logs; with
     `accounting`, those that neither explains are looked up there, all by one question."""
-    found = {job: ending(j.why, queue.log_files(job)) for job, j in jobs.items() if _is_gone(j)}
+    found = {job: exit_cause(j.why, queue.log_files(job)) for job, j in jobs.items() if _is_gone(j)}
     unknown = sorted(job for job in found if found[job].cause == "unknown")
     words = queue.remembered(unknown) if accounting and unknown else {}
-    return found | {job: ending(word, queue.log_files(job)) for job, word in words.items()}
+    return found | {job: exit_cause(word, queue.log_files(job)) for job, word in words.items()}
 
 
 def _is_gone(job: JobState) -> bool:
@@ -61,7 +60,7 @@ def granted(site: ClusterProfile) -> str:
 
 
 def cells_at_most(
-    sent: Iterable[Submitted], ended: Mapping[str, Ending], grant: str
+    sent: Iterable[Submitted], ended: Mapping[str, ExitCause], grant: str
 ) -> dict[str, int]:
     """How many cells a job of each cell may have, by signature: half of a job that ran out of
     memory, with what jobs are granted now; 0 where a cell did so alone, and, by its key, for a
@@ -82,8 +81,9 @@ def cells_at_most(
 def answerable(
     cell: Cell, task: Submitted | None, untrained: Mapping[str, Submitted]
 ) -> Submitted | None:
-    """The task whose ending tells why a cell is not done: its own; or, where the backbone that it
-    needs was not trained, the one that should have, see `untrained`."""
+    """Return the task whose exit cause tells why a cell is not done.
+
+    It is the cell's own, or the one that was to train its backbone, see `untrained`."""
     if task is None or task.kind == CANCEL or cell.protocol.weights != "pretrain":
         return task
     return untrained.get(cell.backbone_key, task)
@@ -103,7 +103,7 @@ def blocker(
     job: str,
     sent: Mapping[str, Submitted],
     jobs: Mapping[str, JobState],
-    ended: Mapping[str, Ending],
+    ended: Mapping[str, ExitCause],
 ) -> Failure | None:
     """Return the failure that kept `job` from starting: that of a job which it needed. The queue's
     own word is not enough: Slurm soon forgets."""
@@ -128,7 +128,7 @@ def last_of_each(
 def not_successful(job: JobState, logs: Sequence[Path]) -> str:
     """Return why a job that is gone did not do its work: the line or the cause. "" if it did, or if
     neither the queue nor the logs tell."""
-    found = ending(job.why, logs)
+    found = exit_cause(job.why, logs)
     unknown = job.why in _SUCCEEDED or found.cause == "unknown"
     return "" if unknown else found.line or found.cause
 
@@ -137,7 +137,7 @@ def failures(
     grid: Grid,
     last: Sequence[Submitted],
     jobs: Mapping[str, JobState],
-    ended: Mapping[str, Ending],
+    ended: Mapping[str, ExitCause],
     queue: Queue,
 ) -> tuple[Failure, ...]:
     """Return those of the `last` jobs that failed, and whose work nobody has done since."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc.scheduler.auto import Queue
+from hpc.scheduler.base import Queue
 from jobs.spec.run_paths import RunPaths
 from pipeline.tracking.submissions import Submitted, recall, submissions
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.cli import UserError
-from hpc.scheduler.auto import Queue
+from hpc.scheduler.base import Queue
 from hpc.storage.atomic import Damaged, read_json, write_json
 from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.scheduler.auto import Queue
-from hpc.scheduler.exit_cause import Ending
-from hpc.scheduler.local_jobs import NO_RUNNER, JobState
+from hpc.scheduler.base import NO_RUNNER, JobState, Queue
+from hpc.scheduler.exit_cause import ExitCause
 from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged, read_json
 from hpc.storage.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from pipeline.tracking.outcomes import (
     answerable,
     blocker,
     cells_at_most,
-    endings,
+    exit_causes,
     failures,
     granted,
     last_of_each,
@@ -188,7 +187,7 @@ def survey(
     gone |= {job for task in open_tasks for job in task.needs}
     jobs |= {job: _known(task, jobs, {}, queue) for job, task in stages.items()}
     jobs |= {t.job: known[t] for t in open_tasks if t.job}
-    ended = endings({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
+    ended = exit_causes({job: jobs[job] for job in gone if job in jobs}, queue, accounting)
     blocked = {job: failure for job in gone if (failure := blocker(job, by_job, jobs, ended))}
     states = []
     for cell in grid.cells:
@@ -201,14 +200,14 @@ def survey(
         task, asked_of = latest.get(cell.signature), tasks[cell.signature]
         beat = beats[task.task] if task else {}
         told = next((t for t in (asked_of, task) if t and t.job in ended), None)
-        ending = ended[told.job] if told else Ending("unknown")
+        exit_cause = ended[told.job] if told else ExitCause("unknown")
         blocking = blocked.get(told.job) if told else None
-        if told and told is not task and not blocking and ending.cause != "unknown":
-            blocking = Failure(told.kind, told.job, ending)
+        if told and told is not task and not blocking and exit_cause.cause != "unknown":
+            blocking = Failure(told.kind, told.job, exit_cause)
         record = not_finite.get(cell.signature)
         failed = "" if record is None else _reason(grid.run.failure(cell.signature), record)
         job = known.get(task, GONE) if task else GONE
-        state = _unfinished(state, failed, task, job, task in active, beat, ending, blocking)
+        state = _unfinished(state, failed, task, job, task in active, beat, exit_cause, blocking)
         if is_stale and not (task and task in active):
             state = CellState(cell, "stale", why=WHY)
         states.append(state)
@@ -254,7 +253,7 @@ def _known(
         return UNKNOWN
     job = jobs.get(task.job, GONE)
     if job.state == "unknown" and _heart_stopped(beat):
-        last_words = endings({task.job: GONE}, queue)[task.job]
+        last_words = exit_causes({task.job: GONE}, queue)[task.job]
         if last_words.cause in _FAILURES:  # Slurm does not start such a job again
             return GONE
     return job
@@ -325,7 +324,7 @@ def _unfinished(
     job: JobState,
     active: bool,
     beat: Mapping[str, Any],
-    ending: Ending,
+    exit_cause: ExitCause,
     blocking: Failure | None,
 ) -> CellState:
     if failure:
@@ -348,21 +347,21 @@ def _unfinished(
     if task.held:
         return replace(known, state="waiting", why=task.held)
     if task.kind == CANCEL:
-        ending = Ending("cancelled")
+        exit_cause = ExitCause("cancelled")
     known = replace(
-        known, step=state.step, cause=ending.cause if task.job or task.kind == CANCEL else ""
+        known, step=state.step, cause=exit_cause.cause if task.job or task.kind == CANCEL else ""
     )
     if blocking and task.kind != CANCEL:
-        cause = blocking.ending.cause
+        cause = blocking.exit_cause.cause
         return replace(
             known, state=_NEVER_STARTED.get(cause, "failed"), why=str(blocking), cause=cause
         )
-    if ending.cause == "dependency failed":
+    if exit_cause.cause == "dependency failed":
         return replace(known, state="failed", why="a job that it needs failed")
-    if ending.cause in ("error", "out of memory"):
-        return replace(known, state="failed", why=ending.line or ending.cause)
-    began = beat or ending.cause in _INTERRUPTIONS
-    why = "" if ending.cause == "unknown" else ending.cause
+    if exit_cause.cause in ("error", "out of memory"):
+        return replace(known, state="failed", why=exit_cause.line or exit_cause.cause)
+    began = beat or exit_cause.cause in _INTERRUPTIONS
+    why = "" if exit_cause.cause == "unknown" else exit_cause.cause
     if task.script and not task.job and not beat:
         why = "its script has not started"
     return replace(known, state="interrupted" if began else "missing", why=why)

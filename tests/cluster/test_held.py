@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.scheduler.slurm import DEFAULT_MAX_ARRAY_SIZE
+from hpc.scheduler.base import DEFAULT_MAX_ARRAY_SIZE
 from pipeline.tracking.submissions import submissions
 from tests.cluster.bundle_runs import IMAGES
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hpc.scheduler.base import DEFAULT_MAX_ARRAY_SIZE, JobState
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
-from hpc.scheduler.local_jobs import JobState
-from hpc.scheduler.slurm import DEFAULT_MAX_ARRAY_SIZE
 
 
 class FakeQueue:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hpc.cli import UserError, run
-from hpc.scheduler.local_jobs import JobState
+from hpc.scheduler.base import JobState
 from pipeline import retry
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hpc.diagnostics.slurm_site import Site, amounts, minutes_of, num_gpus
+from hpc.diagnostics.slurm_site import SlurmSite, amounts, minutes_of, num_gpus
 from hpc.scheduler import slurm
 
 
@@ -67,4 +67,4 @@ def test_amounts_of_a_limit():
 )
 def test_the_types_of_mpi(monkeypatch, said, types):
     monkeypatch.setattr(slurm, "ask", lambda *_words: said)
-    assert Site().mpi_types == types
+    assert SlurmSite().mpi_types == types

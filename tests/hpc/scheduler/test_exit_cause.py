@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc.scheduler.exit_cause import ending, traceback_at
+from hpc.scheduler.exit_cause import exit_cause, traceback_at
 from hpc.scheduler.job import START_PREFIX
 
 AT = "2026-01-01T00:00:00"
@@ -33,7 +33,7 @@ def ended(tmp_path):
         logs = [tmp_path / f"{number}.err" for number in range(len(ranks))]
         for log, text in zip(logs, ranks, strict=True):
             log.write_text(text + "\n" if text else "")
-        return tuple(ending(word, logs))
+        return tuple(exit_cause(word, logs))
 
     return told
 
@@ -142,7 +142,7 @@ def test_only_the_last_start_counts(ended):
 
 
 def test_a_log_that_is_not_there_tells_nothing(tmp_path):
-    assert ending("", [tmp_path / "none"]) == ("unknown", "")
+    assert exit_cause("", [tmp_path / "none"]) == ("unknown", "")
 
 
 def test_an_exception_that_was_ignored_is_no_traceback():

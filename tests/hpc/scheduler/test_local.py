@@ -14,11 +14,12 @@ import pytest
 from hpc.cli import UserError
 from hpc.scheduler import local
 from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import NO_RUNNER
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
-from hpc.scheduler.exit_cause import ending
+from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
 from hpc.scheduler.local import LocalQueue, Runner
-from hpc.scheduler.local_jobs import NO_RUNNER, processes, result_of
+from hpc.scheduler.local_jobs import processes, result_of
 from hpc.storage.atomic import read_json
 from hpc.storage.locks import take_lock
 from tests.hpc.scheduler.hostile import HOSTILE
@@ -326,7 +327,7 @@ def test_how_a_job_has_ended_is_told_from_what_its_ranks_left(place, program, ca
     (job,) = queue.submit([call(program, *path)], Resources(tasks_per_node=2), "two")
     wait_for(lambda: queue.look([job])[job].why != "", seconds=120.0)
     assert queue.look([job]) == {job: ("gone", "failed")}
-    assert ending("failed", queue.log_files(job)) == (cause, line)
+    assert exit_cause("failed", queue.log_files(job)) == (cause, line)
 
 
 def test_a_job_that_was_cancelled_is_told_as_that_even_if_it_ended_well(place):
@@ -382,7 +383,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(place):
     (job,) = queue.submit([call("note", place / "out", "ran")], ONE, "one")
     wait_until_gone(queue, [job])
     line = "error: a setup line of the cluster profile failed (exit status 127): module load nope"
-    assert ending("failed", queue.log_files(job)) == ("error", line)
+    assert exit_cause("failed", queue.log_files(job)) == ("error", line)
     assert not (place / "out").exists()
 
 

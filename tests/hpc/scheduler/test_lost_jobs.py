@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import QueueUnreachable
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
-from hpc.scheduler.exit_cause import ending
+from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import last_error
 from hpc.scheduler.local import LocalQueue
-from hpc.scheduler.slurm import QueueUnreachable
 from tests.hpc.scheduler import test_slurm
 from tests.hpc.scheduler.test_slurm import FakeSlurm, call, open_slurm
 
@@ -89,7 +89,7 @@ def test_a_job_whose_pickles_are_gone_says_so(slurm, logs):
     assert slurm.options()["error"] == str(log).replace("1_1", "%A_%a", 1)
     log.write_text(batch.stderr)
     assert last_error(queue.log_files(jobs[1])) == line
-    assert ending("FAILED", queue.log_files(jobs[1])) == ("error", line)
+    assert exit_cause("FAILED", queue.log_files(jobs[1])) == ("error", line)
 
 
 def test_a_comment_that_the_profile_gives_is_kept_and_the_job_does_its_work(slurm, logs):

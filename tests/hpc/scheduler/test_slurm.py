@@ -13,12 +13,12 @@ import pytest
 from hpc.cli import UserError
 from hpc.config import parse
 from hpc.scheduler.auto import open_queue
+from hpc.scheduler.base import JobState, QueueUnreachable
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
-from hpc.scheduler.exit_cause import ending
+from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
 from hpc.scheduler.local import LocalQueue
-from hpc.scheduler.local_jobs import JobState
-from hpc.scheduler.slurm import QueueUnreachable, SlurmQueue, requeue
+from hpc.scheduler.slurm import SlurmQueue, requeue
 from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE
 
 COMMANDS = {
@@ -242,7 +242,10 @@ def test_a_needed_job_must_succeed(slurm, logs):
 def test_a_job_whose_needed_job_failed_says_so(slurm, logs):
     slurm.answer("queue", "7 CANCELLED DependencyNeverSatisfied\n8 CANCELLED None\n")
     words = open_slurm(logs).look(["7", "8"])
-    assert [ending(words[job].why, []).cause for job in "78"] == ["dependency failed", "cancelled"]
+    assert [exit_cause(words[job].why, []).cause for job in "78"] == [
+        "dependency failed",
+        "cancelled",
+    ]
 
 
 def test_one_squeue_tells_all_states(slurm, logs):
@@ -310,12 +313,12 @@ def test_every_start_is_marked_in_the_log_and_only_the_last_counts(slurm, logs):
     (log,) = queue.folder.glob("*.err")
     first = log.read_text()
     assert first.splitlines()[0].startswith("--- start 1-0-0: rank 0 of 1 on ")
-    assert ending("", [log]) == ("error", "error: no manifest")
+    assert exit_cause("", [log]) == ("error", "error: no manifest")
     assert slurm.run(1, {**step, "SLURM_ARRAY_JOB_ID": "", "SLURM_RESTART_COUNT": "1"}) == 2
     second = log.read_text()  # the fake srun begins its logs anew
     assert second.splitlines()[0].startswith("--- start 1-1-0: rank 0 of 1 on ")
     log.write_text(first + second.splitlines()[0] + "\nstep 3 of 6\n")
-    assert ending("", [log]) == ("unknown", "")
+    assert exit_cause("", [log]) == ("unknown", "")
     assert last_error([log]) == "step 3 of 6"
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hpc.cli import UserError
-from hpc.diagnostics.check import findings
+from hpc.diagnostics.check import run_checks
 from hpc.diagnostics.node_facts import Facts, answer_hellos, room
 from hpc.diagnostics.probe_jobs import ProbeJob, Report
 from hpc.distributed.launcher import RankEnv
@@ -117,7 +117,7 @@ def examine(grid, one_rank):
         train = Report(ProbeJob("train", CALL, RESOURCES), "7", tuple(ranks), "error: srun: n2: 1")
         reduce = Report(ProbeJob("reduce", CALL, RESOURCES), "8", tuple(reduced))
         reports = {"train": replace(train, **report), "reduce": reduce}
-        return [str(finding) for finding in findings(checks_of(on, reports))]
+        return [str(result) for result in run_checks(checks_of(on, reports))]
 
     return lines
 

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.pack import pack
 from hpc.cli import UserError
-from hpc.scheduler.local_jobs import JobState
+from hpc.scheduler.base import JobState
 from hpc.storage.atomic import read_json
 from pipeline import submit as command
 from pipeline.cancel import cancel

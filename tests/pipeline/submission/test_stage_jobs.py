@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from hpc.scheduler.local_jobs import NO_RUNNER
+from hpc.scheduler.base import NO_RUNNER
 from pipeline import status
 from pipeline import submit as command
 from pipeline.config.grid_file import Grid

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc.scheduler.slurm import QueueUnreachable
+from hpc.scheduler.base import QueueUnreachable
 from pipeline.submission import wait
 from pipeline.submission.wait import wait_for
 from tests.pipeline.fake_queue import FakeQueue

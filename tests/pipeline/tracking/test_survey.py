@@ -407,7 +407,7 @@ import sys, time
 from pathlib import Path
 from pipeline.config.grid_file import read_grid
 from pipeline.submit import submit
-from hpc.scheduler.local_jobs import JobState
+from hpc.scheduler.base import JobState
 from tests.pipeline.fake_queue import FakeQueue
 class SlowQueue(FakeQueue):
     def submit(self, calls, *arguments, **options):
