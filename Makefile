@@ -1,5 +1,6 @@
 # make demo    run the whole pipeline on the built-in data set (a few minutes on 2 cores)
 # make test    lint, type check, tests
+# make docs    write docs/reference/grid-file.md and cluster-profile.md from the models
 # make cluster start a Slurm cluster of 4 nodes on this machine, as root
 # make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (docs/testing.md)
 # demo, test and mutants set up .venv first; a second run reuses it.
@@ -8,7 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint mutants venv cluster clean
+.PHONY: demo test lint docs mutants venv cluster clean
 
 demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
@@ -20,6 +21,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.prose
+
+docs: $(READY)
+	$(BIN)/python -m tests.reference
 
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants $(MODULE)

@@ -32,7 +32,7 @@ class KnotTable(Settings):
     at: Annotated[float, Field(ge=0.0, le=1.0)]
     """Place in training. Unit: fraction of all steps."""
     weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
-    """Weight of each term from there on."""
+    """Weight of each term at that place."""
     ramp: Ramp = "linear"
     """Way from the weights of the entry before; `constant` jumps at `at`."""
 
