@@ -153,7 +153,7 @@ def reporting(disk: Disk, folder: Path, data: Path) -> None:
     """The files of a report."""
     made_up = made_up_results(seeds=(0,))
     write = partial(report.write_report, made_up, rows(made_up), folder / "report")
-    (folder / "report").mkdir()
+    (folder / "report").mkdir(parents=True)
     (folder / "report" / "index.html").write_text("a page of another day")
     for nth in range(1, 5):  # one a file
         with disk.closed_at(report, "write_text", nth):
