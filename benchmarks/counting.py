@@ -42,12 +42,12 @@ def measure() -> list[Found]:
         "threads": float(threads),
     }
     peers: dict[str, tuple[Callable[[], object], float]] = {
-        "plain PyTorch": (lambda: plain(logits, target), 50.0),
+        "plain PyTorch": (lambda: plain(logits, target), 25.0),
         "our reference": (lambda: _reference(logits, target), 0.0),
     }
     absent: list[Found] = []
     if find_spec("torchmetrics"):
-        peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 8.0)
+        peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 6.0)
     else:
         absent = [Absent(WHAT, TORCHMETRICS, "torchmetrics is not installed")]
     return [

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data_prep.settings import VOID
+from jobs.kernels import fused_counts
 from jobs.kernels.fused_counts import count_upsampled
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT
 from jobs.metrics.reference import LARGEST_NLL, count_image
@@ -182,8 +183,16 @@ def test_any_number_of_threads_gives_the_same_bits(bins):
         assert by("fused", logits, target, bins, threads).equals(alone)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 512), (4096, 1), (50, 33)])
+def test_any_tiles_give_the_same_bits(rows, columns, monkeypatch):
+    logits, target = an_image(5, (11, 20), (87, 160), 3.0)
+    whole = by("fused", logits, target, 10)
+    monkeypatch.setattr(fused_counts, "MOST_ROWS", rows)
+    monkeypatch.setattr(fused_counts, "MOST_COLUMNS", columns)
+    assert by("fused", logits, target, 10).equals(whole)
+
+
 def test_a_process_that_is_forked_counts_with_threads_of_its_own():
-    """Those of its parent, which stay from image to image, are not in it."""
     logits, target = an_image(5, (22, 40), (173, 319), 3.0)
     expected = by("fused", logits, target, 10, threads=2)
 
