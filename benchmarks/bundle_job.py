@@ -25,7 +25,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 from jobs.train import features
 from jobs.training.backbone import freeze
-from jobs.training.cell_trainer import CellTrainer, autocast, step_in_turn
+from jobs.training.cell_trainer import CellTrainer, autocast
 from jobs.training.torch_settings import configure_torch
 
 # those of the paper's table
@@ -66,8 +66,8 @@ class Job:
         dropout anew. Raises `RuntimeError` if a loss is not finite."""
         self._taken += 1
         inputs = self.pass_backbone()
-        step_in_turn(trainers, inputs, self.batch, self.target, self._taken, 2 * self._taken)
         for trainer in trainers:
+            trainer.step(inputs, self.batch, self.target, self._taken, 2 * self._taken)
             if trainer.failure:
                 raise RuntimeError(f"{trainer.cell.name} stopped: {trainer.failure}")
 

@@ -36,7 +36,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.counts_file import counted_cells, write_counts
 from jobs.spec.task import Task, read_task
 from jobs.training.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
-from jobs.training.cell_trainer import CellTrainer, autocast, half_precision, step_in_turn
+from jobs.training.cell_trainer import CellTrainer, autocast, half_precision
 from jobs.training.evaluate import evaluate, stack
 from jobs.training.job_run import Action, Run
 from jobs.training.records import cell_record, job_record, require_data
@@ -143,8 +143,9 @@ def train(
                 batch = transfer(batch)
             with group.watch.part("backbone"):
                 inputs = features(backbone, batch.images, cell, group)
-            step_in_turn(active, inputs, batch, batch.target.long(), step, total)
-            for trainer in active:
+            target = batch.target.long()
+            for trainer in active:  # all ranks train them in this order
+                trainer.step(inputs, batch, target, step, total)
                 if trainer.failure:
                     job.on_main(partial(job.give_up, trainer, step))
             step += 1

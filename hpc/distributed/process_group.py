@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,6 @@ class Group:
         """torch's object, for modules that communicate themselves."""
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-
-    @cached_property
-    def background(self) -> dist.ProcessGroup:
-        """A second one of the same ranks, for exchanges that others overtake. All ranks ask for it
-        together."""
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return dist.new_group(backend=backend, timeout=TIMEOUT)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""
@@ -100,10 +92,6 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     device = own_device(env)
     _use_loopback(env)
     store = _store(env, rendezvous)
-    # `Group.background` is a second communicator, whose kernels must start in one order on all
-    # ranks: in that in which the host asks for them (NCCL 2.26 and later, its user guide, "Using
-    # multiple NCCL communicators concurrently")
-    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # integers that ranks agree on lie in main memory, hence gloo beside NCCL
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with named_wait(f"all {env.world_size} ranks of this job to meet"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from data_prep.settings import VOID
 from hpc.cli import UserError
 from hpc.distributed.process_group import COMMUNICATION, Group
 from hpc.distributed.timer import Stopwatch
-from hpc.exchange import Exchange
 from jobs.data.batches import Batch
 from jobs.losses.combine import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
@@ -51,8 +50,10 @@ class CellTrainer:
         self.failure: str | None = None  # why this cell stopped, if it did
         self._group = group
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
-        # Looking for unused parameters costs little and keeps torch from regrouping gradients
-        # after the first step, which would let a resumed run add them in another order.
+        # find_unused_parameters fixes the buckets: without it, and with static_graph too, torch
+        # regroups gradients after the first step of a process (Reducer::should_rebuild_buckets).
+        # A resumed run would then add them in another order. There is no other public way, so
+        # torch's warning that all parameters are used stands in the log of each job.
         # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
         self._parallel = DistributedDataParallel(
             self.network,
@@ -60,7 +61,6 @@ class CellTrainer:
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
-        self._exchange = Exchange(self._parallel, group)
         self._optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=protocol.learning_rate,
@@ -77,19 +77,16 @@ class CellTrainer:
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
-        """One update on this rank's share of the batch, as `start_step` and `finish_step`."""
-        value = self.start_step(inputs, batch, target, step, total)
-        self.finish_step()
-        return value
-
-    def start_step(
-        self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int
-    ) -> float:
-        """Compute the gradients of this rank's share of the batch; the ranks begin to exchange
-        them. inputs: features or normalised images; target: int64 [b, h, w] on the device. Returns
-        the loss of the global batch.
+        """Update the weights once and return the loss of the global batch.
 
         A loss that is not finite stops this cell before any weight moves; see `failure`.
+
+        Args:
+            inputs: Features or normalised images of this rank's share of the batch.
+            batch: The same share; its positions key the dropout.
+            target: int64 [b, h, w] on the device.
+            step: Number of this step, from 0.
+            total: Number of steps of the whole training.
         """
         cell, position = self.cell, step / total
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
@@ -108,20 +105,16 @@ class CellTrainer:
         if not math.isfinite(value):
             self.failure = f"the loss was {value} at step {step} of {total}"
             return value
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(cell.protocol, step, total)
-        self._optimizer.zero_grad(set_to_none=True)
-        # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
-        with watch.part("losses"):
-            self._scaler.scale(loss * self._group.world_size).backward()
+        self._update(loss, learning_rate(cell.protocol, step, total))
         return value
 
-    def finish_step(self) -> None:
-        """Wait until the ranks have exchanged the gradients of `start_step`, and move the weights.
-        Nothing happens if the cell failed there."""
-        if self.failure is not None:
-            return
-        self._exchange.wait()
+    def _update(self, loss: Tensor, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
+        with self._group.watch.part("losses"):
+            self._scaler.scale(loss * self._group.world_size).backward()
         with self._group.watch.part("optimiser"):
             self._scaler.step(self._optimizer)
             self._scaler.update()
@@ -165,22 +158,6 @@ class CellTrainer:
             return False
 
 
-def step_in_turn(
-    trainers: Sequence[CellTrainer], inputs: Features, batch: Batch, target: Tensor, step: int,
-    total: int,
-) -> None:  # fmt: skip
-    """A step of each, in this order. While the ranks exchange the gradients of one, the next one
-    computes its own."""
-    before = None
-    for trainer in trainers:
-        trainer.start_step(inputs, batch, target, step, total)
-        if before is not None:
-            before.finish_step()
-        before = trainer
-    if before is not None:
-        before.finish_step()
-
-
 def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
     """Shape and type of each tensor of a state. Raises `AttributeError` if it is none."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -218,10 +195,10 @@ def autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
 
 
 def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
-    """For a profile: where a backward pass is once the logits have their gradient. When the
-    network has all of its, it waits for the other ranks."""
+    """Begin the part of the backward pass that follows the gradient of the logits. When the network
+    has all its gradients, begin the wait for the other ranks."""
     watch.begin("heads")
-    # before DistributedDataParallel queues its own, which waits for what the ranks have used
+    # queued before DistributedDataParallel's own callback, which waits for the all-reduce
     Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))
 
 

@@ -2,10 +2,9 @@
 
 The parts of training are data (waiting for the loaders, and the way to the GPU), backbone, heads
 (forward and backward), losses (resizing, the loss, and the gradient of both), optimiser,
-communication, checkpoints, and other. Of a head's all-reduce it is what its overlap with the
-backward pass and with the next head leaves; batch norm's exchange lies within the network it
-belongs to. Measuring waits for the GPU at the end of each part, so a profiled run is slower; its
-bits are the same.
+communication, checkpoints, and other. Communication holds what is left of a head's all-reduce when
+its backward pass ends; batch norm's exchange lies within the network it belongs to. Measuring waits
+for the GPU at the end of each part, so a profiled run is slower; its bits are the same.
 """
 
 from __future__ import annotations

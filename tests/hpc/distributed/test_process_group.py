@@ -278,22 +278,3 @@ def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, capsys, missing)
         "ranks": "all 2 ranks of this job to meet",
     }
     assert said == f"waiting for {what[missing]}, 0 s so far"
-
-
-def test_two_communicators_start_their_kernels_in_the_hosts_order(monkeypatch, tmp_path):
-    """NCCL must be told before it starts; whoever knows better may say otherwise."""
-    seen = []
-
-    def started(backend, **_):
-        seen.append((backend, os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"]))
-        raise UserError("there is no GPU here")
-
-    monkeypatch.setattr(groups, "own_device", lambda env: torch.device("cuda"))
-    monkeypatch.setattr(groups.dist, "init_process_group", started)
-    for told in (None, "0"):
-        monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT", raising=False)
-        if told is not None:
-            monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", told)
-        with pytest.raises(UserError, match="no GPU"), process_group(rank_env(0, 1), tmp_path):
-            pass
-    assert seen == [("cpu:gloo,cuda:nccl", "1"), ("cpu:gloo,cuda:nccl", "0")]

@@ -17,7 +17,6 @@ from jobs.models.dilated import DilatedConv2d, gradient_of_kernel, replace_dilat
 from jobs.models.memory_format import by_pixel
 from jobs.spec.counts_file import read_index
 from jobs.training import job_run
-from jobs.training.cell_trainer import step_in_turn
 from tests.jobs.cells import a_cell, a_share
 from tests.jobs.ranks import on_ranks
 from tests.jobs.small_runs import grid_of, task_of
@@ -166,7 +165,8 @@ WIDE = (960, 3, 38)  # features of an image: some taps of every rate reach withi
 def steps_of(trainers, steps=2):
     for step in range(steps):
         inputs, batch, target = a_share(step, images=2, size=WIDE)
-        step_in_turn(trainers, inputs, batch, target, step, TOTAL)
+        for trainer in trainers:
+            trainer.step(inputs, batch, target, step, TOTAL)
     return [trainer.state() for trainer in trainers]
 
 

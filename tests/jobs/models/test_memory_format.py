@@ -21,7 +21,6 @@ from jobs.training.predictor import Predictor
 from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, MODEL, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 from tests.jobs.small_runs import grid_of, results, task_of
-from tests.jobs.test_exchange import ours_and_torchs
 from tests.jobs.training.test_cell_trainer import (
     TOTAL,
     assert_equal_states,
@@ -114,15 +113,25 @@ def test_only_rounding_differs(alone, in_double, monkeypatch, model):
     assert (weights(other) - weights(usual)).norm() < 1e-10 * (weights(usual) - start).norm()
 
 
-def outcomes_on_a_gpu(group):
+def weights_on_ranks(group):
+    """Return the weights at the start, and trained in the usual layout and as on a GPU."""
+    torch.set_default_dtype(torch.float64)
+    found = []
     with pytest.MonkeyPatch.context() as patch:
-        as_on_a_gpu(patch)
-        return ours_and_torchs(group)
+        for prepare in (lambda _: None, as_on_a_gpu):
+            prepare(patch)
+            trainer = trainee_of(a_cell("WDLWCE", DEEPLAB, learning_rate=0.1), group)
+            start = weights(trainer)
+            for step in range(3):
+                trainer.step(*a_share(step, group.rank, group.world_size), step, TOTAL)
+            found.append(weights(trainer))
+    return start, *found
 
 
-def test_ranks_exchange_such_gradients_too(tmp_path):
-    (ours, torchs, _), (others, _, _) = on_ranks(2, tmp_path, outcomes_on_a_gpu)
-    assert ours == torchs == others
+def test_ranks_reduce_such_gradients_too(tmp_path):
+    (start, usual, ours), (_, _, others) = on_ranks(2, tmp_path, weights_on_ranks)
+    assert torch.equal(ours, others)
+    assert (ours - usual).norm() < 1e-10 * (usual - start).norm()
 
 
 # --- files ------------------------------------------------------------------------------------

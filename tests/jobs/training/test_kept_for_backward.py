@@ -15,7 +15,7 @@ from jobs.losses.functional import sum_of_powers
 from jobs.losses.grammar import parse_loss
 from jobs.models.build import upsample
 from jobs.training import cell_trainer as cell_trainer
-from jobs.training.cell_trainer import CellTrainer, step_in_turn
+from jobs.training.cell_trainer import CellTrainer
 from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
 from tests.jobs.losses.test_losses import PAIRS, SINGLE
 from tests.jobs.oracles import VOID, a_batch
@@ -116,7 +116,8 @@ def test_a_bundle_holds_the_activations_of_one_head(alone, monkeypatch):
         )
         for module in trainer.network.modules():
             module.register_forward_hook(lambda *given: made.append(weakref.ref(given[-1])))
-    step_in_turn(trainers, *a_share(0), 0, 10)
+    for trainer in trainers:
+        trainer.step(*a_share(0), 0, 10)
     of_a_head = len(made) // 3
     assert of_a_head > 5 and [len(each) for each in gone] == [0, of_a_head, 2 * of_a_head]
     assert all(map(all, gone))

@@ -7,7 +7,7 @@ import pytest
 from hpc.distributed.timer import Stopwatch
 from jobs import pretrain, train
 from jobs.spec.task import read_task
-from jobs.training.cell_trainer import CellTrainer, step_in_turn
+from jobs.training.cell_trainer import CellTrainer
 from jobs.training.timings import table
 from pipeline import submit as command
 from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
@@ -69,20 +69,20 @@ def test_pre_training_has_a_profile_too(streets, tmp_path):
 
 
 def test_a_step_goes_through_each_head_and_back(alone, monkeypatch):
-    """The gradient of a loss belongs to the loss until it reaches the head's output. Other ranks
-    are waited for when the head has all its gradients, for what they have used; and when the next
-    head has, for the gradients."""
+    """The gradient of a loss belongs to the loss until it reaches the head's output. A rank waits
+    for the others when the head has all its gradients."""
     entered, left = [], "other"
     trainers = [CellTrainer(a_cell(loss), 3, CLASS_WEIGHTS, alone) for loss in LOSSES]
     alone.watch.start()
     monkeypatch.setattr(Stopwatch, "begin", lambda watch, part: entered.append(part))
-    step_in_turn(trainers, *a_share(0), 0, 10)
-    computed = [
+    for trainer in trainers:
+        trainer.step(*a_share(0), 0, 10)
+    of_a_head = [
         "heads", left, "losses", left,
         "losses", "heads", "communication", left,
+        "optimiser", left,
     ]  # fmt: skip
-    moved = ["communication", left, "optimiser", left]
-    assert entered == [*computed, *computed, *moved, *moved]
+    assert entered == [*of_a_head, *of_a_head]
 
 
 def test_the_table_gives_rates_shares_and_the_longest_part_first():
