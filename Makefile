@@ -2,7 +2,7 @@
 # make test    lint, type check, tests
 # make docs    write docs/reference/grid-file.md and cluster-profile.md from the models
 # make cluster start a Slurm cluster of 4 nodes on this machine, as root
-# make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (docs/testing.md)
+# make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (CONTRIBUTING.md)
 # demo, test and mutants set up .venv first; a second run reuses it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -1,4 +1,4 @@
-"""Mutation testing of the core modules with mutmut, one module at a time: `docs/testing.md`."""
+"""Mutation testing of the core modules with mutmut, one module at a time: CONTRIBUTING.md."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _loss_names() -> tuple[str, str, str]:
     intro = (
         "`W` in front weights the classes by their inverse frequency. Numbers in brackets replace "
         "the defaults, as in `FL[2]`. Two names side by side are half of each (`DLCE`). `N` or "
-        "`A` between them is a naive or an alternating schedule from the first to the second "
+        "`A` between them is a naive or an alternating schedule that ends with the second "
         "(`DLNWCE`). `DLNWCE@0.2-0.8` names the start and end of the schedule. `pre-fine` is CE "
         'from the weights `"pre-fine"`.'
     )

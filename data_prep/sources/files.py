@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.cli import MissingInput, UserError, unreadable
 
-LAYOUTS = "docs/datasets.md shows the tree"
+LAYOUTS = "docs/how-to/public-data-sets.md shows the tree"
 
 
 @dataclass(frozen=True)

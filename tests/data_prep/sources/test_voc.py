@@ -133,7 +133,7 @@ def test_a_root_without_voc_says_where_one_gets_it(tmp_path):
     message = refusal(tmp_path / "nowhere")
     assert "nowhere/VOCdevkit/VOC2012/ImageSets/Segmentation: No such file" in message
     assert "VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/" in message
-    assert "docs/datasets.md" in message
+    assert "docs/how-to/public-data-sets.md" in message
 
 
 def test_a_label_that_is_no_class_is_named(tree):
