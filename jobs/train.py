@@ -24,7 +24,7 @@ from hpc.cli import UserError, argument_parser, run
 from hpc.distributed.launcher import read_env
 from hpc.distributed.preemption import StopRequest, stop_request
 from hpc.distributed.process_group import Group, process_group
-from hpc.scheduler import slurm
+from hpc.scheduler.auto import requeue
 from hpc.storage import checkpoint
 from jobs.data.batches import TrainingBatches, Transfer
 from jobs.data.loader import load_steps
@@ -258,12 +258,11 @@ def leave(job: Run, step: int, total: int) -> bool:
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
     job.log(f"stopped by {name} after step {step} of {total}; run grid again to resume")
-    env = job.group.env
     # also a preempted job, which Slurm requeues only if it has not ended before its grace does; one
     # that was cancelled is refused
-    if job.group.is_main and env.job_id:
+    if job.group.is_main:
         try:
-            return slurm.requeue(env.job_id)
+            return requeue(job.group.env)
         except UserError as error:  # in an interactive allocation, for one
             job.log(f"warning: not requeued: {error}")
     return False

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from hpc.account import user_name
-from hpc.scheduler import slurm
+from hpc.scheduler import slurm_cli
 
 Row = Mapping[str, str]
 _FIELD = re.compile(r"(?:^|\s)([A-Za-z]\w*)=(\S*)")
@@ -39,14 +39,14 @@ class SlurmSite:
     @cached_property
     def config(self) -> Row:
         """Slurm's own settings."""
-        lines = slurm.ask("scontrol", "show", "config").splitlines()
+        lines = slurm_cli.ask("scontrol", "show", "config").splitlines()
         pairs = (line.partition("=") for line in lines if "=" in line)
         return {key.strip(): value.strip() for key, _, value in pairs}
 
     @cached_property
     def mpi_types(self) -> set[str]:
         """What `srun --mpi=` takes."""
-        said = slurm.ask("srun", "--mpi=list").replace("srun:", "")
+        said = slurm_cli.ask("srun", "--mpi=list").replace("srun:", "")
         versions = re.findall(r"available: *(.*)", said)
         lines = (line.strip() for line in said.splitlines())
         return {word for word in [*lines, *re.split(r"[ ,]+", " ".join(versions))]
@@ -64,7 +64,9 @@ class SlurmSite:
 
     def hosts(self, listed: str) -> set[str]:
         """The names that a list such as `node[07-12]` means."""
-        return set(slurm.ask("scontrol", "show", "hostnames", listed).split()) if listed else set()
+        return (
+            set(slurm_cli.ask("scontrol", "show", "hostnames", listed).split()) if listed else set()
+        )
 
 
 def minutes_of(limit: str) -> float:
@@ -95,12 +97,12 @@ def num_gpus(gres: str, kind: str = "") -> int:
 
 
 def _shown(what: str) -> list[Row]:
-    lines = slurm.ask("scontrol", "show", what, "--oneliner").splitlines()
+    lines = slurm_cli.ask("scontrol", "show", what, "--oneliner").splitlines()
     return [dict(_FIELD.findall(line)) for line in lines if "=" in line]
 
 
 def _accounting(what: str, where: str, columns: Sequence[str]) -> list[Row]:
     question = [what, *(["where", where] if where else []), f"format={','.join(columns)}"]
-    answer = slurm.ask("sacctmgr", "--noheader", "--parsable2", "show", *question)
+    answer = slurm_cli.ask("sacctmgr", "--noheader", "--parsable2", "show", *question)
     rows = (line.split("|") for line in answer.splitlines())
     return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]

@@ -1,4 +1,4 @@
-"""The one interface to whatever starts jobs: Slurm where there is one, or a queue of our own."""
+"""Choose the queue: Slurm where it is installed, else the local queue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from hpc.cli import UserError, one_line
+from hpc.distributed.launcher import RankEnv
+from hpc.scheduler import slurm_cli
 from hpc.scheduler.base import Queue
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.local import LocalQueue
@@ -15,24 +17,49 @@ from hpc.scheduler.slurm import SlurmQueue
 def open_queue(
     profile: ClusterProfile, folder: str | Path, queue_folder: str | Path, read_only: bool = False
 ) -> Queue:
-    """Return the queue a profile means. `folder` takes submission files and logs, `queue_folder`
-    the tickets of the local queue; on a cluster both must be visible on all nodes.
+    """Return the queue that a profile names. Opening starts no process.
 
-    `kind = "auto"` is Slurm if there is an `sbatch` on PATH. Opening starts nothing. With
-    `read_only`, for callers that neither submit nor cancel, a Slurm that does not answer is no
-    error: its jobs are `unknown`.
+    Args:
+        profile: `kind = "auto"` means Slurm if there is an `sbatch` on PATH.
+        folder: Takes submission files and logs; visible on all nodes of a cluster.
+        queue_folder: Takes the job files of the local queue.
+        read_only: For callers that neither submit nor cancel: if Slurm does not answer, its jobs
+            are `unknown` and no error is raised.
 
     Raises:
-        QueueUnreachable: Slurm is not here or does not answer.
+        UserError: The path of `folder` cannot be part of a log's name.
+        QueueUnreachable: Slurm is not installed here, or does not answer.
     """
     _refuse_odd_folder(Path(folder).absolute())
-    if profile.kind == "slurm" or (profile.kind == "auto" and shutil.which("sbatch")):
+    if _means_slurm(profile):
         return SlurmQueue(profile, folder, read_only)
     return LocalQueue(profile, folder, queue_folder)
 
 
+def jobs_at_once(profile: ClusterProfile) -> int:
+    """Return how many jobs of one submission the profile lets run at the same time."""
+    return profile.array_parallelism if _means_slurm(profile) else profile.local_jobs
+
+
+def requeue(env: RankEnv) -> bool:
+    """Put the job of this process back into its queue; for its rank 0 after a signal to stop.
+
+    Returns:
+        True if the queue starts the job again. False, with nothing done, if the launcher has no
+        such queue, or the queue is ending the job already.
+
+    Raises:
+        QueueUnreachable: The queue does not answer, or refuses.
+    """
+    return bool(env.job_id) and slurm_cli.requeue(env.job_id)
+
+
+def _means_slurm(profile: ClusterProfile) -> bool:
+    return profile.kind == "slurm" or (profile.kind == "auto" and bool(shutil.which("sbatch")))
+
+
 def _refuse_odd_folder(folder: Path) -> None:
-    # submitit and Slurm replace %x in the name of a log, a backslash switches that off
+    # submitit and Slurm replace %x in the name of a log, and a backslash switches that off
     odd = [c for c in str(folder) if c in "%\\" or not c.isprintable()]
     if odd:
         raise UserError(

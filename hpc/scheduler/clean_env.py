@@ -59,6 +59,12 @@ def called_clean() -> Iterator[None]:
         os.environ.update(before)
 
 
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str] | None:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES lists; None if it is not set."""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    return None if listed is None else listed.split(",")
+
+
 def submitting_lines() -> list[str]:
     """Return lines of a bash script that sends jobs: they drop what `slurm_environ` drops."""
     return [

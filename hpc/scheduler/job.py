@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line, protect_output
@@ -67,6 +68,16 @@ def _mark_start() -> None:
         place = f"rank {env.rank} of {env.world_size} on {env.node}"
         line = f"{START_PREFIX}{env.start_id}: {place}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
         print(line, file=sys.stderr, flush=True)
+
+
+def rank_logs(folder: Path, job_id: str) -> list[Path]:
+    """Return the stderr logs that the ranks of a job have left in `folder`, in order of rank.
+
+    submitit names them JOB_RANK_log.err on Slurm and JOB/PID_RANK_log.err on one machine.
+    """
+    of_slurm = takewhile(Path.exists, (folder / f"{job_id}_{n}_log.err" for n in count()))
+    local = (folder / job_id).glob("*_log.err")
+    return [*of_slurm, *sorted(local, key=lambda log: int(log.name.split("_")[1]))]
 
 
 def last_error(logs: Iterable[Path]) -> str | None:

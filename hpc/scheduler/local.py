@@ -1,7 +1,8 @@
-"""The queue where there is no Slurm: tickets in a folder, one runner, submitit's local executor.
+"""The queue where there is no Slurm: job files in a folder, started by one runner process.
 
-Whoever adds a ticket makes sure that there is a runner: a process of its own, which leaves when no
-job waits or runs. Killing it stops no job; the next runner carries on where it was.
+Each process that adds a job makes sure that a runner exists. The runner starts jobs through
+submitit's local executor, and ends when no job waits or runs. Killing it stops no job; the next
+runner takes over.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from hpc.scheduler.base import (
     State,
     needed_job_failed,
 )
-from hpc.scheduler.clean_env import called_clean
+from hpc.scheduler.clean_env import called_clean, visible_gpus
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
-from hpc.scheduler.job import ModuleCall
+from hpc.scheduler.job import ModuleCall, rank_logs
 from hpc.scheduler.local_jobs import (
-    Tickets,
+    LocalJobs,
     choose_gpus,
     processes,
     result_of,
     send,
     standard_input,
 )
-from hpc.storage.atomic import read_json, write_json, write_text
+from hpc.storage.atomic import write_json, write_text
 from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder, require_private
 
@@ -45,17 +46,17 @@ if TYPE_CHECKING:
     import submitit
 
 _POLL_SECONDS = 0.2
-_KILL_WAIT_SECONDS = 60.0  # what a cancelled job gets to save
-_SHORT_SECONDS = 3.0  # how long a job may have fewer ranks than it should
+_KILL_WAIT_SECONDS = 60.0  # time of a cancelled job to save
+_SHORT_SECONDS = 3.0  # for which a job may have fewer ranks than it should
 _UNSUCCESSFUL = ("failed", "cancelled", DEPENDENCY_FAILED)
 _NO_LIMIT_MINUTES = 60 * 24 * 365 * 10
 
 
 class LocalQueue:
-    """A `hpc.scheduler.base.Queue` on one machine. `folder` takes logs, `queue_folder` tickets.
+    """A `hpc.scheduler.base.Queue` on one machine.
 
-    Jobs start in order, `profile.local_jobs` at a time, on one node, with no time limit, in the
-    working directory of `submit` and in the environment of whoever started the runner.
+    Jobs start in order, `profile.local_jobs` at a time, without a time limit. They run in the
+    working directory of `submit` and the environment of the process that started the runner.
     """
 
     has_site = False
@@ -67,9 +68,16 @@ class LocalQueue:
     def __init__(
         self, profile: ClusterProfile, folder: str | Path, queue_folder: str | Path
     ) -> None:
+        """Open the queue.
+
+        Args:
+            profile: The cluster profile.
+            folder: Takes logs.
+            queue_folder: Takes job files.
+        """
         self.profile = profile
         self.folder = Path(folder).absolute()
-        self.tickets = Tickets(Path(queue_folder).absolute(), profile.group)
+        self.jobs = LocalJobs(Path(queue_folder).absolute(), profile.group)
 
     def submit(
         self,
@@ -80,14 +88,14 @@ class LocalQueue:
         token: str = "",
         needs: Sequence[str] = (),
     ) -> list[str]:
-        """One ticket a call, and a runner for them."""
+        """Write one local job per call, and make sure that a runner exists."""
         self.trial(resources, name, len(calls))
         private_folder(self.folder, self.profile.group)
         common = self._common_part(resources, name, after, needs)
         work = [{"module": call.module, "arguments": list(call.arguments)} for call in calls]
-        with self.tickets.locked():
+        with self.jobs.locked():
             self._refuse_failed(needs)
-            ids = self.tickets.add([{**part, **common} for part in work], token)
+            ids = self.jobs.add([{**part, **common} for part in work], token)
         self.ensure_runner()
         return ids
 
@@ -105,92 +113,87 @@ class LocalQueue:
         return f"jobs run on this machine, {at_once} at a time; Slurm is not asked"
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
-        """From what the tickets say."""
-        return self.tickets.sent_as(tokens)
+        """Find jobs by the token in their files."""
+        return self.jobs.sent_as(tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
-        """The state of each job, from its files; of one that has ended, its outcome; and of one
-        that waits, whether nobody is there to start it."""
-        found = {job_id: self.tickets.look(job_id) for job_id in ids}
+        """Return the state of each job, from its files."""
+        found = {job_id: self.jobs.look(job_id) for job_id in ids}
         waiting = [job_id for job_id, job in found.items() if job.state == "waiting"]
-        if waiting and not self.tickets.has_runner():
+        if waiting and not self.jobs.has_runner():
             found |= dict.fromkeys(waiting, JobState("waiting", NO_RUNNER))
         return found
 
     def states(self, ids: Iterable[str]) -> dict[str, State]:
-        """The same without why."""
+        """Return the states alone, see `look`."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
 
     def remembered(self, ids: Iterable[str]) -> dict[str, str]:
-        """Nothing: `look` tells all that is known."""
+        """Return nothing; `look` tells all that is known."""
         return {}
 
     def room(self) -> None:
-        """Any number of tickets may wait."""
+        """Return None; any number of jobs may wait."""
 
     def cancel(self, ids: Iterable[str]) -> None:
         """End waiting jobs now, and let the runner end the running ones."""
-        with self.tickets.locked():
+        with self.jobs.locked():
             for job_id in ids:
-                state = self.tickets.state(job_id)
+                state = self.jobs.state(job_id)
                 if state == "waiting":
-                    self.tickets.end(job_id, "cancelled")
+                    self.jobs.end(job_id, "cancelled")
                 elif state == "running":
-                    self.tickets.path(job_id, "cancelled").touch()
+                    self.jobs.path(job_id, "cancelled").touch()
         self.ensure_runner()
 
     def log_files(self, job_id: str) -> list[Path]:
-        """The stderr logs of a job's ranks."""
-        logs = (self.folder / job_id).glob("*_log.err")
-        refused = self.tickets.path(job_id, "refused")  # why it could not even be started
-        return [
-            *sorted(logs, key=lambda log: int(log.name.split("_")[1])),
-            *([refused] if refused.exists() else []),
-        ]
+        """Return the stderr logs of a job, with the file that says why it could not be started."""
+        refused = self.jobs.path(job_id, "refused")
+        return [*rank_logs(self.folder, job_id), *([refused] if refused.exists() else [])]
 
     def ensure_runner(self) -> None:
-        """Start a runner if a job waits or runs and none is there."""
-        with self.tickets.locked(), self.tickets.runner_lock() as lock:
-            if lock is None or not self.tickets.open_ids():
+        """Start a runner if a job waits or runs and no runner exists."""
+        with self.jobs.locked(), self.jobs.runner_lock() as lock:
+            if lock is None or not self.jobs.open_ids():
                 return
-            command = [sys.executable, "-m", "hpc.scheduler.local", str(self.tickets.folder)]
-            with (self.tickets.folder / "runner.log").open("ab") as log:
+            command = [sys.executable, "-m", "hpc.scheduler.local", str(self.jobs.folder)]
+            with (self.jobs.folder / "runner.log").open("ab") as log:
                 subprocess.Popen(
                     [*command, "--group", self.profile.group, "--lock", str(lock.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # it outlives the terminal
-                    pass_fds=[lock.fileno()],  # handed over locked: there is no moment without
+                    pass_fds=[lock.fileno()],  # handed over locked, so that no second one starts
                 )
 
     def max_array_size(self) -> int:
-        """Return Slurm's own default: scripts are for another machine."""
+        """Return Slurm's default, since batch scripts written here are for another machine."""
         return DEFAULT_MAX_ARRAY_SIZE
 
     def let_runner_leave(self, seconds: float) -> None:
-        """Wait for the end of the runner, which ends when it finds no ticket."""
+        """Wait for the end of the runner, which ends when no job waits or runs."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            with self.tickets.runner_lock() as lock:
+            with self.jobs.runner_lock() as lock:
                 if lock is not None:
                     return
             time.sleep(_POLL_SECONDS)
 
     def _refuse_failed(self, needs: Sequence[str]) -> None:
         for job_id in needs:
-            if (outcome := self.tickets.outcome(job_id)) in _UNSUCCESSFUL:
+            if (outcome := self.jobs.outcome(job_id)) in _UNSUCCESSFUL:
                 raise needed_job_failed(job_id, outcome)
 
     def _common_part(
-        self, wanted: Resources, name: str, after: Sequence[str], needs: Sequence[str]
+        self, resources: Resources, name: str, after: Sequence[str], needs: Sequence[str]
     ) -> dict[str, Any]:
         return {
             "name": name,
             "after": [*after, *needs],
             "needs": list(needs),
-            "tasks": wanted.tasks_per_node,
-            "gpus": wanted.gpus_per_node,
+            "tasks": resources.tasks_per_node,
+            "gpus": resources.gpus_per_node,
             "local_jobs": self.profile.local_jobs,
             "python": self.profile.python_command(),
             "setup": self.profile.setup_lines(),
@@ -200,25 +203,35 @@ class LocalQueue:
 
 
 class Runner:
-    """Starts the tickets of one queue, and records how they end. `lock` is the runner's lock."""
+    """Starts the jobs of one queue and records their outcomes."""
 
-    def __init__(self, tickets: Tickets, lock: IO[str]) -> None:
-        self.tickets = tickets
+    def __init__(
+        self, jobs: LocalJobs, lock: IO[str], visible_gpus: Sequence[str] | None = None
+    ) -> None:
+        """Prepare to run jobs.
+
+        Args:
+            jobs: The job files.
+            lock: The runner's lock, held by this process.
+            visible_gpus: The GPUs that jobs may use; None: as many as they ask for, from 0 on.
+        """
+        self.jobs = jobs
         self._lock = lock
-        self._jobs: dict[str, submitit.Job[None]] = {}
+        self._visible_gpus = visible_gpus
+        self._processes: dict[str, submitit.Job[None]] = {}
         self._stopped: dict[str, float] = {}
         self._short_since: dict[str, float] = {}
 
     def run(self) -> None:
-        """Return when no job waits or runs, with the lock given back."""
+        """Run until no job waits or runs; then free the lock."""
         while self._step():
             time.sleep(_POLL_SECONDS)
 
     def _step(self) -> bool:
-        for job in self._jobs.values():
+        for job in self._processes.values():
             job.done()  # reaps the process
-        with self.tickets.locked():
-            states = {job_id: self.tickets.state(job_id) for job_id in self.tickets.open_ids()}
+        with self.jobs.locked():
+            states = {job_id: self.jobs.state(job_id) for job_id in self.jobs.open_ids()}
             running = [job_id for job_id in states if states[job_id] == "running"]
             for job_id in states:
                 if states[job_id] == "gone":
@@ -226,65 +239,70 @@ class Runner:
                 elif states[job_id] == "waiting" and self._try_start(job_id, running):
                     running.append(job_id)
             for job_id in running:
-                if self.tickets.path(job_id, "cancelled").exists() or self._lost_a_rank(job_id):
+                if self.jobs.path(job_id, "cancelled").exists() or self._lost_a_rank(job_id):
                     self._stop(job_id)
             if not states:
-                self._lock.close()  # before `locked` ends: who adds a ticket next finds it free
+                self._lock.close()  # while `locked`, so that whoever adds a job next finds it free
         return bool(states)
 
     def _try_start(self, job_id: str, running: Sequence[str]) -> bool:
         try:
-            ticket = self._ticket(job_id)
-            if len(running) >= ticket["local_jobs"]:
+            job = self.jobs.read(job_id)
+            if len(running) >= job["local_jobs"]:
                 return False
-            if any(self.tickets.state(before) != "gone" for before in ticket["after"]):
+            if any(self.jobs.state(before) != "gone" for before in job["after"]):
                 return False
-            needed = [self.tickets.outcome(before) for before in ticket.get("needs", ())]
+            needed = [self.jobs.outcome(before) for before in job["needs"]]
             if any(outcome in _UNSUCCESSFUL for outcome in needed):
-                self.tickets.end(job_id, DEPENDENCY_FAILED)
+                self.jobs.end(job_id, DEPENDENCY_FAILED)
             if any(outcome not in ("succeeded", "unknown") for outcome in needed):
                 return False
-            taken = [gpu for other in running for gpu in self.tickets.gpus(other)]
-            self._start(job_id, ticket, choose_gpus(ticket["gpus"], ticket["local_jobs"], taken))
+            self._start(job_id, job, self._free_gpus(job, running))
         except (OSError, UserError) as error:
             self._refuse(job_id, error)
             return False
         return True
 
-    def _start(self, job_id: str, ticket: dict[str, Any], gpus: list[str]) -> None:
-        with self.tickets.path(job_id, "lock").open("w+") as lock:
-            take_lock(lock, wait=True)
-            write_json(self.tickets.path(job_id, "started"), {"gpus": gpus, "time": time.time()})
-            os.chdir(ticket["working_directory"])
-            folder = Path(ticket["folder"]) / job_id
-            for place in (folder.parent, folder):  # pickles will lie in it
-                private_folder(place, self.tickets.group)
-            import submitit  # see `hpc.scheduler.slurm`: only the runner needs it
+    def _free_gpus(self, job: dict[str, Any], running: Sequence[str]) -> list[str]:
+        taken = [gpu for other in running for gpu in self.jobs.gpus(other)]
+        numbered = [str(number) for number in range(job["gpus"] * job["local_jobs"])]
+        visible = numbered if self._visible_gpus is None else self._visible_gpus
+        return choose_gpus(job["gpus"], visible, taken)
 
-            executor = submitit.LocalExecutor(folder, python=_python_command(job_id, ticket, gpus))
+    def _start(self, job_id: str, job: dict[str, Any], gpus: list[str]) -> None:
+        with self.jobs.path(job_id, "lock").open("w+") as lock:
+            take_lock(lock, wait=True)
+            write_json(self.jobs.path(job_id, "started"), {"gpus": gpus, "time": time.time()})
+            os.chdir(job["working_directory"])
+            folder = Path(job["folder"]) / job_id
+            for place in (folder.parent, folder):  # private, since submitit pickles into it
+                private_folder(place, self.jobs.group)
+            import submitit  # takes 0.2 s, and only the runner needs it
+
+            executor = submitit.LocalExecutor(folder, python=_python_command(job_id, job, gpus))
             executor.update_parameters(
-                tasks_per_node=ticket["tasks"], timeout_min=_NO_LIMIT_MINUTES, signal_delay_s=0
+                tasks_per_node=job["tasks"], timeout_min=_NO_LIMIT_MINUTES, signal_delay_s=0
             )
             with standard_input(lock), called_clean():
-                call = ModuleCall(ticket["module"], tuple(ticket["arguments"]))
-                self._jobs[job_id] = executor.submit(call)
+                call = ModuleCall(job["module"], tuple(job["arguments"]))
+                self._processes[job_id] = executor.submit(call)
 
     def _refuse(self, job_id: str, error: Exception) -> None:
         text = f"error: {one_line(str(error))}\n"
-        write_text(self.tickets.path(job_id, "refused"), text)
-        self.tickets.end(job_id, "failed")
+        write_text(self.jobs.path(job_id, "refused"), text)
+        self.jobs.end(job_id, "failed")
 
     def _record_end(self, job_id: str) -> None:
-        self._jobs.pop(job_id, None)
-        cancelled = self.tickets.path(job_id, "cancelled").exists()
+        self._processes.pop(job_id, None)
+        cancelled = self.jobs.path(job_id, "cancelled").exists()
         results = self._results(job_id)
-        succeeded = len(results) == self._ticket(job_id)["tasks"] and set(results) == {"success"}
+        succeeded = len(results) == self.jobs.read(job_id)["tasks"] and set(results) == {"success"}
         outcome: Outcome = "succeeded" if succeeded else "cancelled" if cancelled else "failed"
-        self.tickets.end(job_id, outcome)
+        self.jobs.end(job_id, outcome)
 
     def _stop(self, job_id: str) -> None:
-        """SIGTERM to the controller, which hands it to the ranks; after a while SIGKILL to all."""
-        alive = processes(self.tickets.path(job_id, "lock"))
+        """Send SIGTERM to the controller, which passes it to the ranks; later SIGKILL to all."""
+        alive = processes(self.jobs.path(job_id, "lock"))
         if job_id not in self._stopped:
             self._stopped[job_id] = time.monotonic()
             send(SIGTERM, [pid for pid, parent in alive.items() if parent not in alive])
@@ -292,57 +310,54 @@ class Runner:
             send(SIGKILL, alive)
 
     def _lost_a_rank(self, job_id: str) -> bool:
-        """Whether a rank has failed while others go on, waiting for it perhaps for ever."""
-        tasks = self._ticket(job_id)["tasks"]
+        """Return True if a rank has failed while others run, which may wait for it for ever."""
+        tasks = self.jobs.read(job_id)["tasks"]
         if tasks == 1:
             return False
         if not 0 < self._num_ranks(job_id) < tasks - self._results(job_id).count("success"):
             self._short_since.pop(job_id, None)
             return False
-        # while the ranks are being started it looks the same, for some milliseconds
+        # a job whose ranks are being started looks the same for some milliseconds
         since = self._short_since.setdefault(job_id, time.monotonic())
         return time.monotonic() - since > _SHORT_SECONDS
 
     def _num_ranks(self, job_id: str) -> int:
-        alive = processes(self.tickets.path(job_id, "lock"))
+        alive = processes(self.jobs.path(job_id, "lock"))
         controllers = [pid for pid, parent in alive.items() if parent not in alive]
         return sum(parent in controllers for parent in alive.values())
 
     def _results(self, job_id: str) -> list[str]:
-        """`success` or `error` for each rank that has left a result; killed ones leave none."""
+        """Return `success` or `error` per rank; a killed rank leaves no result."""
         return [result_of(file) for file in self._folder(job_id).glob("*_result.pkl")]
 
     def _folder(self, job_id: str) -> Path:
-        return Path(self._ticket(job_id)["folder"]) / job_id
-
-    def _ticket(self, job_id: str) -> dict[str, Any]:
-        return read_json(self.tickets.path(job_id, "json"))
+        return Path(self.jobs.read(job_id)["folder"]) / job_id
 
 
-def _python_command(job_id: str, ticket: dict[str, Any], gpus: Sequence[str]) -> str:
-    # submitit numbers GPUs from 0 and runs `setup` in a shell that may come between it and its
-    # signals, so both go before the interpreter, where each step replaces itself by the next
+def _python_command(job_id: str, job: dict[str, Any], gpus: Sequence[str]) -> str:
+    # submitit numbers GPUs from 0, and runs `setup` in a shell that may keep signals from the job.
+    # So both come before the interpreter, and each step replaces itself by the next.
     words = ["env", f"LOSSGRID_JOB_ID={job_id}", f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"]
-    if ticket["setup"]:
-        words += ["bash", "-c", "\n".join([*ticket["setup"], 'exec "$0" "$@"'])]
-    return shlex.join([*words, *shlex.split(ticket["python"])])
+    if job["setup"]:
+        words += ["bash", "-c", "\n".join([*job["setup"], 'exec "$0" "$@"'])]
+    return shlex.join([*words, *shlex.split(job["python"])])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the tickets of a queue until none is left."""
+    """Run the jobs of a local queue until none waits or runs."""
     parser = argument_parser("python -m hpc.scheduler.local", main.__doc__)
-    parser.add_argument("folder", type=Path, help="the folder of the tickets")
+    parser.add_argument("folder", type=Path, help="the folder of the job files")
     parser.add_argument("--group", default="", help="the Unix group that shares the folder")
     parser.add_argument("--lock", type=int, help="inherited descriptor of the runner's lock")
     options = parser.parse_args(argv)
     folder = options.folder.absolute()
     require_private(folder, options.group)
     lock = os.fdopen(options.lock, "a") if options.lock else (folder / "lock").open("a")
-    if not take_lock(lock):  # an inherited one is ours already, and locking it again does nothing
+    if not take_lock(lock):  # an inherited lock is ours already; taking it again does nothing
         raise UserError(f"the queue {folder} has a runner already")
-    # processes that a script starts in the background ignore SIGINT, and so would all jobs
+    # a process started in the background by a script ignores SIGINT, and all jobs would inherit it
     signal(SIGINT, SIG_DFL)
-    Runner(Tickets(folder, options.group), lock).run()
+    Runner(LocalJobs(folder, options.group), lock, visible_gpus()).run()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The files of the local queue, and the processes behind them.
+"""The files of the local queue, and the processes of its jobs.
 
-A job is a ticket: `ID.json` says what to do, `ID.started` and `ID.ended` appear once each, so a job
-starts at most once, whatever dies in between. All processes of a job inherit the open and locked
-`ID.lock` as standard input, and the kernel frees the lock with the last of them: so it tells
-whether a job lives even if its runner was killed, process ids were reused, or another host asks.
+`ID.json` is a local job: it says what to run. `ID.started` and `ID.ended` are written once each, so
+a job starts at most once, whichever process dies in between. All processes of a job inherit the
+open and locked `ID.lock` as standard input, and the kernel frees the lock with the last of them.
+The lock thus tells if a job lives, even if its runner was killed, process ids were reused, or
+another host asks.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder
 
 
-class Tickets:
-    """The files of one queue. What changes them takes `locked`. Nobody but the user, or `group`,
-    may write to them: a ticket is a command."""
+class LocalJobs:
+    """The job files of one queue. Callers that change them hold `locked`.
+
+    Only the user, or `group`, may write to them, since a local job is a command.
+    """
 
     def __init__(self, folder: Path, group: str = "") -> None:
         self.folder = folder
         self.group = group
 
     def path(self, job_id: str, kind: str) -> Path:
-        """The file of a kind: json, started, ended, cancelled or lock."""
+        """Return a file of a job; `kind`: json, started, ended, cancelled, refused or lock."""
         return self.folder / f"{job_id}.{kind}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else adds, starts, cancels or ends a job meanwhile."""
+        """Keep other processes from adding, starting, cancelling or ending jobs in the block."""
         private_folder(self.folder, self.group)
         with self._lock_file("tickets.lock") as file:
             take_lock(file, wait=True)
@@ -46,19 +49,21 @@ class Tickets:
 
     @contextmanager
     def runner_lock(self) -> Iterator[IO[str] | None]:
-        """The lock of the one runner, or None if there is a runner already."""
+        """Yield the runner's lock, or None if another process holds it."""
         with self._lock_file("lock") as file:
             yield file if take_lock(file) else None
 
     def has_runner(self) -> bool:
-        """Return whether a process starts the waiting jobs. Changes nothing; True if the files
-        cannot be read."""
+        """Return whether a process starts the waiting jobs; True if the files cannot be read.
+
+        Changes nothing.
+        """
         try:
             with (
                 (self.folder / "tickets.lock").open() as guard,
                 (self.folder / "lock").open() as lock,
             ):
-                take_lock(guard, fcntl.LOCK_SH, wait=True)  # nobody becomes the runner meanwhile
+                take_lock(guard, fcntl.LOCK_SH, wait=True)  # so that no runner starts meanwhile
                 return not take_lock(lock, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
@@ -74,41 +79,45 @@ class Tickets:
                 f"cannot write {path}: {error.strerror}; make room or mend permissions, run again"
             ) from error
 
-    def add(self, tickets: Sequence[dict[str, Any]], token: str = "") -> list[str]:
-        """Queue jobs; their ids. By `token` they are found again."""
+    def add(self, jobs: Sequence[dict[str, Any]], token: str = "") -> list[str]:
+        """Queue jobs under a submission token. Return their ids."""
         numbers = [int(file.stem.removeprefix("local-")) for file in self.folder.glob("*.json")]
         first = max(numbers, default=0) + 1
-        ids = [f"local-{number:06d}" for number in range(first, first + len(tickets))]
-        for element, (job_id, ticket) in enumerate(zip(ids, tickets, strict=True)):
-            write_json(self.path(job_id, "json"), {**ticket, "token": token, "element": element})
+        ids = [f"local-{number:06d}" for number in range(first, first + len(jobs))]
+        for element, (job_id, job) in enumerate(zip(ids, jobs, strict=True)):
+            write_json(self.path(job_id, "json"), {**job, "token": token, "element": element})
         return ids
 
     def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
-        """The jobs that were added with some tokens, by token and their place among those."""
+        """Return the jobs added under some tokens: token -> index in its submission -> id."""
         found: dict[str, dict[int, str]] = {token: {} for token in tokens}
         for path in self.folder.glob("*.json"):
             with suppress(Damaged, FileNotFoundError):
-                ticket = read_json(path)
-                if ticket.get("token") in found:
-                    found[ticket["token"]][ticket["element"]] = path.stem
+                job = read_json(path)
+                if job.get("token") in found:
+                    found[job["token"]][job["element"]] = path.stem
         return found
 
+    def read(self, job_id: str) -> dict[str, Any]:
+        """Return what a job runs, as `add` got it."""
+        return read_json(self.path(job_id, "json"))
+
     def gpus(self, job_id: str) -> list[str]:
-        """The GPUs that a started job was given."""
+        """Return the GPUs that a started job was given."""
         return read_json(self.path(job_id, "started"))["gpus"]
 
     def end(self, job_id: str, outcome: Outcome) -> None:
-        """Record that a job has ended, and how."""
+        """Record that a job has ended."""
         write_json(self.path(job_id, "ended"), {"outcome": outcome, "time": time.time()})
 
     def open_ids(self) -> list[str]:
-        """The jobs without an end record, in order."""
+        """Return the jobs without an end record, in order."""
         names = {file.name for file in self.folder.iterdir()}
         ids = {name.removesuffix(".json") for name in names if name.endswith(".json")}
         return sorted(job_id for job_id in ids if f"{job_id}.ended" not in names)
 
     def state(self, job_id: str) -> State:
-        """What a job does. A running one whose processes have all died is gone."""
+        """Return the state of a job. A started one without a living process is gone."""
         if self.path(job_id, "ended").exists() or not self.path(job_id, "json").exists():
             return "gone"
         if not self.path(job_id, "started").exists():
@@ -117,8 +126,7 @@ class Tickets:
             return "gone" if take_lock(file, fcntl.LOCK_SH) else "running"
 
     def look(self, job_id: str) -> JobState:
-        """Its state; of one that has ended also its outcome: `cancelled` where that was asked for,
-        even if the job then ended well."""
+        """Return the state of a job, with the outcome if it has ended."""
         state = self.state(job_id)
         if state != "gone":
             return JobState(state)
@@ -126,23 +134,26 @@ class Tickets:
         return JobState(state, "" if outcome == "unknown" else outcome)
 
     def outcome(self, job_id: str) -> str:
-        """Return how a job has ended: an `Outcome`; "unknown" if there is no such job or its record
-        is damaged; "" if that is not recorded yet. A job that was cancelled counts as cancelled
-        even if it ended well."""
+        """Return the `Outcome` of a job; a cancelled one is cancelled even if it ended well.
+
+        "unknown" if there is no such job or its record is damaged; "" if it is not recorded yet.
+        """
         if self.path(job_id, "cancelled").exists():
             return "cancelled"
         try:
             return read_json(self.path(job_id, "ended"))["outcome"]
         except FileNotFoundError:
             return "" if self.path(job_id, "json").exists() else "unknown"
-        except (Damaged, KeyError):  # it has ended; whoever waits for it must not wait for ever
+        except (Damaged, KeyError):  # it has ended, and jobs behind it must not wait for ever
             return "unknown"
 
 
 @contextmanager
 def standard_input(file: IO[str]) -> Iterator[None]:
-    """Processes started meanwhile, and theirs, have `file` as standard input: the one descriptor
-    that submitit's controller passes on."""
+    """Give `file` as standard input to processes started in the block, and to their children.
+
+    It is the one descriptor that submitit's controller passes on.
+    """
     saved = os.dup(0)
     try:
         os.dup2(file.fileno(), 0)
@@ -153,30 +164,30 @@ def standard_input(file: IO[str]) -> Iterator[None]:
 
 
 def processes(lock: Path) -> dict[int, int]:
-    """All processes of a job, with their parents: those that hold its lock as standard input."""
-    held = lock.stat()
+    """Return the processes of a job, pid -> parent: those with its lock as standard input."""
+    of_job = lock.stat()
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.path.samestat(held, (entry / "fd/0").stat()):
+            if entry.name.isdigit() and os.path.samestat(of_job, (entry / "fd/0").stat()):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 found[int(entry.name)] = int(fields[1])
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # it has ended meanwhile, or is another user's
             continue
     return found
 
 
 def send(number: int, to: Iterable[int]) -> None:
-    """Send a signal to processes; those that have ended meanwhile are left out."""
+    """Send signal `number` to processes; ignore those that have ended."""
     for process in to:
         with suppress(ProcessLookupError):
             os.kill(process, number)
 
 
 def result_of(file: Path) -> str:
-    """`success`, or else `error`, of one rank."""
-    # submitit leaves the pickle of (success or error, value): the first string in it tells, and can
-    # be read without running what a pickle may run
+    """Return `success` or `error` from the result file of one rank."""
+    # submitit pickles (success or error, value). The first string of the pickle tells, and reading
+    # it runs no code from the pickle.
     try:
         values = (value for _, value, _ in pickletools.genops(file.read_bytes()))
         first = next(value for value in values if isinstance(value, str))
@@ -185,9 +196,7 @@ def result_of(file: Path) -> str:
     return "success" if first == "success" else "error"
 
 
-def choose_gpus(wanted: int, jobs: int, taken: Iterable[str]) -> list[str]:
-    """GPUs for a job: those that no other job has come first."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = [str(i) for i in range(wanted * jobs)] if visible is None else visible.split(",")
+def choose_gpus(wanted: int, visible: Sequence[str], taken: Iterable[str]) -> list[str]:
+    """Return `wanted` of the `visible` GPUs, first those that no other job has."""
     taken = set(taken)
-    return sorted(every, key=lambda gpu: gpu in taken)[:wanted]
+    return sorted(visible, key=lambda gpu: gpu in taken)[:wanted]

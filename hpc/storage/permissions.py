@@ -1,4 +1,4 @@
-"""Folders that nobody else can write to. submitit unpickles what lies in its folder, and a ticket
+"""Folders that nobody else can write to. submitit unpickles what lies in its folder, and a job
 is a command: whoever can write there, or put another folder in the place of one above, runs code
 as the user.
 

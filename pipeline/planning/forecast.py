@@ -11,6 +11,7 @@ from data_prep.settings import DatasetSettings
 from data_prep.shards.manifest import SPLITS, Manifest
 from data_prep.sources import source_module
 from hpc.cli import UserError
+from hpc.scheduler.auto import jobs_at_once
 from hpc.storage.atomic import read_json
 from jobs.spec.cell import Cell, bundles
 from jobs.spec.task import Task, read_task
@@ -65,7 +66,7 @@ class Forecast:
 
     def _time(self, costs: Sequence[Cost]) -> Iterator[str]:
         cluster = self._grid.cluster
-        at_once = cluster.local_jobs if cluster.kind == "local" else cluster.array_parallelism
+        at_once = jobs_at_once(cluster)
         ranks = cluster.nodes * cluster.tasks_per_node
         total, longest = sum(one.seconds for one in costs), max(one.seconds for one in costs)
         unit = "GPU" if cluster.gpus_per_node else "rank"

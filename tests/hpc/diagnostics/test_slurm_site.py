@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hpc.diagnostics.slurm_site import SlurmSite, amounts, minutes_of, num_gpus
-from hpc.scheduler import slurm
+from hpc.scheduler import slurm_cli
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,5 @@ def test_amounts_of_a_limit():
     ids=["since 22.05", "before"],
 )
 def test_the_types_of_mpi(monkeypatch, said, types):
-    monkeypatch.setattr(slurm, "ask", lambda *_words: said)
+    monkeypatch.setattr(slurm_cli, "ask", lambda *_words: said)
     assert SlurmSite().mpi_types == types

@@ -146,7 +146,7 @@ def lines(path) -> list[str]:
 
 
 def outcome(queue, job_id) -> str:
-    path = queue.tickets.path(job_id, "ended")
+    path = queue.jobs.path(job_id, "ended")
     wait_for(path.exists)
     return read_json(path)["outcome"]
 
@@ -197,7 +197,7 @@ def test_a_job_starts_if_the_record_of_one_that_it_needs_is_damaged(place):
     (job,) = queue.submit([call("note", place / "first", "x")], ONE, "first")
     assert outcome(queue, job) == "succeeded"
     wait_for(lambda: not runners(place))
-    queue.tickets.path(job, "ended").write_text("")
+    queue.jobs.path(job, "ended").write_text("")
     assert queue.look([job])[job] == ("gone", "")
     (then,) = queue.submit([call("note", place / "then", "x")], ONE, "then", needs=[job])
     assert outcome(queue, then) == "succeeded"
@@ -256,7 +256,7 @@ def test_a_job_that_died_unseen_is_gone_and_not_run_again(place):
     (job,) = queue.submit([call("hold", place / "a")], ONE, "one")
     wait_for(lambda: (place / "a").exists())
     kill_runner(place)
-    for pid in processes(queue.tickets.path(job, "lock")):
+    for pid in processes(queue.jobs.path(job, "lock")):
         os.kill(pid, signal.SIGKILL)
     wait_until_gone(queue, [job])
     queue.ensure_runner()
@@ -268,7 +268,7 @@ def test_a_rank_without_its_controller_still_counts_as_the_job(place):
     queue = open_local(place)
     (job,) = queue.submit([call("hold", place / "a")], ONE, "one")
     wait_for(lambda: (place / "a").exists())
-    alive = processes(queue.tickets.path(job, "lock"))
+    alive = processes(queue.jobs.path(job, "lock"))
     (controller,) = [pid for pid, parent in alive.items() if parent not in alive]
     os.kill(controller, signal.SIGKILL)
     time.sleep(0.5)
@@ -294,8 +294,8 @@ def test_a_job_that_does_not_heed_is_killed(place, monkeypatch):
     monkeypatch.setattr(local, "_KILL_WAIT_SECONDS", 0.5)
     monkeypatch.chdir(place)
     queue = open_local(place)
-    queue.tickets.folder.mkdir()
-    with queue.tickets.runner_lock() as lock:
+    queue.jobs.folder.mkdir()
+    with queue.jobs.runner_lock() as lock:
         ids = queue.submit([call("stubborn", place / "a")], ONE, "stubborn")
 
         def cancel():
@@ -304,7 +304,7 @@ def test_a_job_that_does_not_heed_is_killed(place, monkeypatch):
 
         thread = Thread(target=cancel)
         thread.start()
-        Runner(queue.tickets, lock).run()
+        Runner(queue.jobs, lock).run()
         thread.join()
     assert queue.states(ids) == {ids[0]: "gone"}
     assert outcome(queue, ids[0]) == "cancelled"
@@ -334,7 +334,7 @@ def test_a_job_that_was_cancelled_is_told_as_that_even_if_it_ended_well(place):
     queue = open_local(place)
     (job,) = queue.submit([call("hold", place / "hold")], ONE, "one")
     wait_for((place / "hold").exists)
-    queue.tickets.path(job, "cancelled").touch()
+    queue.jobs.path(job, "cancelled").touch()
     (place / "hold.go").touch()
     wait_until_gone(queue, [job])
     assert queue.look([job]) == {job: ("gone", "cancelled")}
@@ -354,7 +354,7 @@ def test_many_submits_at_once_start_one_runner_and_lose_nothing(place):
     assert sorted(lines(place / "out")) == list("0123")
 
 
-def test_a_ticket_added_as_the_runner_leaves_is_not_forgotten(place):
+def test_a_job_added_as_the_runner_leaves_is_not_forgotten(place):
     queue = open_local(place)
     for i in range(3):
         wait_until_gone(queue, queue.submit([call("note", place / "out", i)], ONE, "quick"))
@@ -434,7 +434,7 @@ def test_the_runner_runs_nothing_that_a_result_pickles(place):
     assert attack.exists()  # it does attack those who load it
 
 
-def test_pickles_and_tickets_are_private_under_a_permissive_umask(place):
+def test_pickles_and_job_files_are_private_under_a_permissive_umask(place):
     before = os.umask(0)
     try:
         queue = open_local(place)

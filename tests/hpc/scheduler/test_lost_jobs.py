@@ -107,7 +107,7 @@ def test_a_silent_controller_is_no_answer(slurm, logs):
         open_slurm(logs).sent_as(["t-0"])
 
 
-def test_the_tickets_of_the_local_queue_are_found_by_their_token(tmp_path, monkeypatch):
+def test_jobs_of_the_local_queue_are_found_by_their_token(tmp_path, monkeypatch):
     queue = open_queue(ClusterProfile(kind="local"), tmp_path / "logs", tmp_path / "queue")
     monkeypatch.setattr(LocalQueue, "ensure_runner", lambda _: None)  # they wait
     queue.submit([call()], Resources(), "other", token="t-0")

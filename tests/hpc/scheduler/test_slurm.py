@@ -12,13 +12,14 @@ import pytest
 
 from hpc.cli import UserError
 from hpc.config import parse
-from hpc.scheduler.auto import open_queue
+from hpc.scheduler.auto import jobs_at_once, open_queue
 from hpc.scheduler.base import JobState, QueueUnreachable
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
 from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
 from hpc.scheduler.local import LocalQueue
-from hpc.scheduler.slurm import SlurmQueue, requeue
+from hpc.scheduler.slurm import SlurmQueue
+from hpc.scheduler.slurm_cli import requeue
 from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE
 
 COMMANDS = {
@@ -270,6 +271,23 @@ def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, log
     slurm.answer("error", "slurm_load_jobs error: Unable to contact slurm controller\n")
     with pytest.raises(QueueUnreachable, match="Unable to contact"):
         queue.states(["7"])
+
+
+def test_jobs_of_an_earlier_local_run_are_gone_and_their_logs_are_found(slurm, logs):
+    """squeue, sacct and scancel refuse a whole question for one id that is not Slurm's."""
+    slurm.answer("queue", "7_0 RUNNING None\n")
+    queue = open_slurm(logs)
+    assert queue.states(["local-000001", "7_0"]) == {"local-000001": "gone", "7_0": "running"}
+    queue.remembered(["local-000001", "8"])
+    queue.cancel(["local-000001", "8"])
+    asked = [slurm.asked(command)[0][-1] for command in ("squeue", "sacct", "scancel")]
+    assert asked == ["--jobs=7", "--jobs=8", "8"]
+    assert queue.remembered(["local-000001"]) == {}
+    folder = logs / "local-000001"
+    folder.mkdir(parents=True)
+    for rank in (10, 9):
+        (folder / f"4711_{rank}_log.err").touch()
+    assert queue.log_files("local-000001") == [folder / f"4711_{n}_log.err" for n in (9, 10)]
 
 
 def test_a_limit_that_the_site_does_not_tell_can_be_set(slurm, logs):
@@ -538,9 +556,11 @@ def test_only_a_running_job_is_requeued(slurm):
 
 def test_auto_means_slurm_only_where_there_is_sbatch(slurm, logs, monkeypatch):
     assert isinstance(open_queue(ClusterProfile(kind="local"), logs, logs), LocalQueue)
+    assert jobs_at_once(ClusterProfile()) == 256
     shutil.rmtree(slurm.folder / "bin")
     monkeypatch.setenv("PATH", "/nowhere")
     assert isinstance(open_queue(ClusterProfile(), logs, logs), LocalQueue)
+    assert jobs_at_once(ClusterProfile()) == 1
     with pytest.raises(QueueUnreachable, match="no sbatch on PATH"):
         open_queue(ClusterProfile(kind="slurm"), logs, logs)
 

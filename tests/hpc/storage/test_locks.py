@@ -8,7 +8,7 @@ import fcntl
 import pytest
 
 from hpc.cli import UserError
-from hpc.scheduler.local_jobs import Tickets
+from hpc.scheduler.local_jobs import LocalJobs
 from hpc.storage.locks import require_locks, take_lock
 from hpc.storage.node_cache import staged
 from pipeline.submit import one_at_a_time
@@ -57,8 +57,8 @@ def test_a_file_system_without_locks_is_one_line_with_the_folder_and_what_to_do(
 
 USERS = {
     "submission": one_at_a_time,
-    "tickets": lambda folder: Tickets(folder).locked(),
-    "runner": lambda folder: Tickets(folder).runner_lock(),
+    "local jobs": lambda folder: LocalJobs(folder).locked(),
+    "runner": lambda folder: LocalJobs(folder).runner_lock(),
 }
 
 

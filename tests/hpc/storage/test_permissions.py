@@ -1,4 +1,4 @@
-"""Nobody else can write to the folders that pickles and tickets lie in. Other users are real: the
+"""Nobody else can write to the folders of pickles and local jobs. Other users are real: the
 test takes their ids and tries."""
 
 import grp
@@ -19,7 +19,7 @@ import pytest
 from hpc.cli import UserError
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.local import LocalQueue
-from hpc.scheduler.local_jobs import Tickets
+from hpc.scheduler.local_jobs import LocalJobs
 from hpc.scheduler.slurm import SlurmQueue
 from hpc.storage.permissions import group_number, private_folder, require_private, restrict_umask
 from tests.hpc.scheduler.test_slurm import FakeSlurm
@@ -205,18 +205,18 @@ def test_the_profiles_group_shares_a_run_and_nobody_else(place):
     def work():
         restrict_umask(SHARED)
         private_folder(place / "run", SHARED, keep_readable=True)
-        tickets = Tickets(place / "run" / "queue", SHARED)
-        with tickets.locked():
-            tickets.add([{"module": "m", "arguments": []}])
+        jobs = LocalJobs(place / "run" / "queue", SHARED)
+        with jobs.locked():
+            jobs.add([{"module": "m", "arguments": []}])
 
     folder(place, 0o1777)
     assert as_user(EVE, [EVES_GROUP, SHARED_ID], work)
     assert mode_of(place / "run") == mode_of(place / "run" / "queue") == 0o2770
     assert as_user(BOB, [9999, SHARED_ID], work)
-    tickets = sorted((place / "run" / "queue").glob("*.json"))
-    assert [ticket.stat().st_uid for ticket in tickets] == [EVE, BOB]
-    assert {mode_of(ticket) for ticket in tickets} == {0o660}
-    assert {ticket.stat().st_gid for ticket in tickets} == {SHARED_ID}
+    jobs = sorted((place / "run" / "queue").glob("*.json"))
+    assert [job.stat().st_uid for job in jobs] == [EVE, BOB]
+    assert {mode_of(job) for job in jobs} == {0o660}
+    assert {job.stat().st_gid for job in jobs} == {SHARED_ID}
     assert not as_user(8, [9998], lambda: list((place / "run").iterdir()))
 
     def refused_without_the_group():
@@ -267,7 +267,7 @@ def test_nothing_is_queued_through_a_folder_of_somebody_else(place, which, monke
     assert list((place / which).iterdir()) == []
 
 
-def test_a_runner_refuses_tickets_that_others_can_write(place):
+def test_a_runner_refuses_job_files_that_others_can_write(place):
     queue = folder(place / "queue", 0o777)
     command = [os.sys.executable, "-m", "hpc.scheduler.local", str(queue)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

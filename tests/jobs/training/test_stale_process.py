@@ -14,6 +14,7 @@ import pytest
 from data_prep.shards.manifest import Manifest
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.preemption import StopRequest
+from hpc.scheduler import slurm_cli
 from hpc.scheduler.job import ModuleCall
 from hpc.storage.atomic import file_sha256, read_json
 from hpc.storage.fencing import Superseded
@@ -239,7 +240,7 @@ def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, nu
     newest = Run(task, two_starts[0].group, StopRequest(), {})
     newest.stop.signal = number
     handed_back = []
-    monkeypatch.setattr(train.slurm, "requeue", handed_back.append)
+    monkeypatch.setattr(slurm_cli, "requeue", handed_back.append)
     newest.group.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
     train.leave(newest, 3, 20)
     assert handed_back == ["4711"]
@@ -248,7 +249,7 @@ def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, nu
 def test_a_stale_start_hands_no_job_back_to_slurm(two_starts, monkeypatch):
     stale, _ = two_starts
     stale.stop.signal = signal.SIGUSR2
-    monkeypatch.setattr(train.slurm, "requeue", lambda job: pytest.fail(f"requeued {job}"))
+    monkeypatch.setattr(slurm_cli, "requeue", lambda job: pytest.fail(f"requeued {job}"))
     stale.group.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
     with pytest.raises(Superseded):
         train.leave(stale, 3, 20)

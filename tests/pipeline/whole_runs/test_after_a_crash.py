@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.pack import pack
 from hpc.scheduler.auto import open_queue
-from hpc.scheduler.local_jobs import Tickets, processes, take_lock
+from hpc.scheduler.local_jobs import LocalJobs, processes, take_lock
 from pipeline import status
 from pipeline import submit as command
 from pipeline.config.grid_file import Grid
@@ -35,17 +35,17 @@ def grid(tmp_path) -> Grid:
     return grid
 
 
-def kill_all(tickets: Tickets) -> None:
+def kill_all(jobs: LocalJobs) -> None:
     """The runner first, so that it notes nothing."""
     runner = next(
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and str(tickets.folder).encode() in command_line(entry)
+        if entry.name.isdigit() and str(jobs.folder).encode() in command_line(entry)
     )
     os.kill(runner, signal.SIGKILL)
-    with (tickets.folder / "lock").open() as lock:
+    with (jobs.folder / "lock").open() as lock:
         wait_until(lambda: take_lock(lock))
-    for lock in tickets.folder.glob("local-*.lock"):
+    for lock in jobs.folder.glob("local-*.lock"):
         for pid in processes(lock):
             os.kill(pid, signal.SIGKILL)
         # a dying process keeps its lock longer than other users than root see what it has open
@@ -66,7 +66,7 @@ def test_reduce_and_report_of_before_the_crash_run_behind_the_cells_that_are_lef
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     jobs = submit(grid, queue, ["grid", "reduce", "report"])
     wait_until(lambda: steps_saved(grid))
-    kill_all(Tickets(grid.run.queue))
+    kill_all(LocalJobs(grid.run.queue))
 
     capsys.readouterr()
     assert status.main([str(grid.path)]) == 0

@@ -14,7 +14,7 @@ import pytest
 from data_prep.pack import pack
 from hpc.scheduler.auto import open_queue
 from hpc.scheduler.job import START_PREFIX
-from hpc.scheduler.local_jobs import Tickets, processes
+from hpc.scheduler.local_jobs import LocalJobs, processes
 from hpc.storage import checkpoint
 from pipeline import cancel, logs, retry
 from pipeline.config.grid_file import Grid
@@ -55,7 +55,7 @@ def steps_saved(grid: Grid) -> list[int]:
 def ranks(grid: Grid, job: str) -> dict[int, int]:
     """The process of each rank of a job; its loaders, which come later, have its environment."""
     found = {}
-    for pid in sorted(processes(Tickets(grid.run.queue).path(job, "lock"))):
+    for pid in sorted(processes(LocalJobs(grid.run.queue).path(job, "lock"))):
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         if rank := re.search(rb"\0SUBMITIT_LOCAL_GLOBALID=(\d+)", environment):
             found.setdefault(int(rank.group(1)), pid)

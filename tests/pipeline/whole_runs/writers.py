@@ -17,7 +17,7 @@ import torch
 from hpc.scheduler.auto import open_queue
 from hpc.scheduler.job import ModuleCall
 from hpc.scheduler.local import LocalQueue, Runner
-from hpc.scheduler.local_jobs import Tickets
+from hpc.scheduler.local_jobs import LocalJobs
 from hpc.storage import checkpoint
 from hpc.storage.atomic import file_sha256, read_json
 from jobs import pretrain, train
@@ -166,7 +166,7 @@ def reporting(disk: Disk, folder: Path, data: Path) -> None:
 
 
 def submission(disk: Disk, folder: Path, data: Path) -> None:
-    """Everything that `submit grid` writes itself, and the tickets of the local queue."""
+    """Everything that `submit grid` writes itself, and the jobs of the local queue."""
     grid = grid_of(folder / "run", data, "CE", epochs=1)
     command = ["grid", str(grid.path), "--cluster", "local"]
     with mock.patch.object(LocalQueue, "ensure_runner"):  # nothing is to be trained
@@ -175,7 +175,7 @@ def submission(disk: Disk, folder: Path, data: Path) -> None:
             (submit, "write_bytes"),
             (submit, "write_task"),
             (submit.Submission, "write"),
-            (Tickets, "add"),
+            (LocalJobs, "add"),
         ):
             if disk.mode == "read-only" and name != "one_at_a_time":
                 continue  # it does not get read-only while the lock is open
@@ -187,12 +187,12 @@ def submission(disk: Disk, folder: Path, data: Path) -> None:
         assert submit.main([*command, "--dry-run"]) == 0
         disk.open()
         assert submit.main(command) == 0
-    (ticket,) = grid.run.queue.glob("*.json")
-    assert read_json(ticket)["module"] == "jobs.train"
+    (job,) = grid.run.queue.glob("*.json")
+    assert read_json(job)["module"] == "jobs.train"
 
 
 def local_runner(disk: Disk, folder: Path, data: Path) -> None:
-    """The pickle with which the runner starts a job, and its tickets."""
+    """The pickle with which the runner starts a job, and the job files."""
     grid = grid_of(folder / "run", data, "CE", epochs=1)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     assert isinstance(queue, LocalQueue)
@@ -202,21 +202,21 @@ def local_runner(disk: Disk, folder: Path, data: Path) -> None:
         disk.close()
         disk.refused(queue.ensure_runner)
         return
-    for owner, name in ((Tickets, "state"), (submitit.LocalExecutor, "submit")):
+    for owner, name in ((LocalJobs, "state"), (submitit.LocalExecutor, "submit")):
         with disk.closed_at(owner, name):
-            disk.refused(lambda: run_tickets(grid))
-    run_tickets(grid)
+            disk.refused(lambda: run_local_jobs(grid))
+    run_local_jobs(grid)
     assert queue.states([job]) == {job: "gone"}  # it never ran, and grid would send it again
     with mock.patch.object(LocalQueue, "ensure_runner"):
         call = ModuleCall("data_prep.pack", (str(grid.path),))
         (again,) = queue.submit([call], grid.cluster.single(), "job")
-    run_tickets(grid)
+    run_local_jobs(grid)
     assert read_json(grid.run.queue / f"{again}.ended")["outcome"] == "succeeded"
 
 
-def run_tickets(grid: Grid) -> None:
+def run_local_jobs(grid: Grid) -> None:
     with (grid.run.queue / "lock").open("a") as lock:
-        Runner(Tickets(grid.run.queue), lock).run()
+        Runner(LocalJobs(grid.run.queue), lock).run()
 
 
 # What is written in the same way as something else is tried on a full disk alone.
