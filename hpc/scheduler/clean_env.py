@@ -1,5 +1,6 @@
-"""Variables that a shell may have left over, and that must not change a job or a Slurm command: the
-profile decides where and how a job runs, and the launcher of the job decides which rank is which.
+"""Remove variables of the submitting shell that would change a job or a Slurm command.
+
+The cluster profile decides where and how a job runs, and the job's own launcher numbers its ranks.
 """
 
 from __future__ import annotations
@@ -10,36 +11,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-# What tells a process its rank: torchrun, submitit, Open MPI, MPICH and Intel MPI, MVAPICH, PMIx.
+# A process's rank, by torchrun, submitit, Open MPI, MPICH and Intel MPI, MVAPICH, PMIx.
 LAUNCHER = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_*", "SUBMITIT_*", "OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMI_FD",
     "PMI_PORT", "PMI_ID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_*", "PMIX_RANK",
     "PMIX_NAMESPACE", "PMIX_SERVER_*",
 )  # fmt: skip
-# What is an option of a Slurm command ("INPUT ENVIRONMENT VARIABLES" of its manual page). They win
-# over the `#SBATCH` lines of a script.
+# Options of Slurm commands ("INPUT ENVIRONMENT VARIABLES" of their manual pages). They win over the
+# `#SBATCH` lines of a script.
 OPTIONS = ("SBATCH_*", "SALLOC_*", "SRUN_*", "SQUEUE_*", "SCANCEL_*", "SCONTROL_*", "SACCT_*",
            "SINFO_*")  # fmt: skip
-# Options of srun, and what Slurm tells the processes of a job.
+# Options of srun, and variables that Slurm sets in a job.
 _JOB = ("SLURM_*", "SLURMD_*")
-# Where Slurm is, and who we are to it.
+# The place of Slurm's configuration, and the user's token.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
-# Slurm sets one of these in a job, and srun refuses two. Without any, a step has its job's memory.
+# Slurm sets one of these in a job, and srun refuses two. Without any, a step has the job's memory.
 _MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 _WIDTH = 92
 _NOT_USED = "is not used; jobs get what the cluster profile says"
 
 
 def slurm_environ(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment in which every Slurm command is called, and which sbatch hands to the
-    job: `environ` without options of Slurm, without a surrounding job, without a launcher."""
+    """Return `environ` without options of Slurm, a surrounding job and a launcher's variables.
+
+    Every Slurm command is called with it, and sbatch passes it to the job.
+    """
     dropped = {*_matching(environ, (*OPTIONS, *_JOB, *LAUNCHER))} - {*KEPT}
     return {name: value for name, value in environ.items() if name not in dropped}
 
 
 def ignored_options(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a warning about options of sbatch that the user may have set on purpose."""
+    """Return a warning about dropped options of sbatch that the user may have set on purpose."""
     names = sorted(_matching(environ, ("SBATCH_*", "SLURM_CLUSTERS")))
     line = f"{', '.join(names)} of this shell {_NOT_USED}"
     return [line] if names else []
@@ -47,8 +50,10 @@ def ignored_options(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 @contextmanager
 def called_clean() -> Iterator[None]:
-    """Give this process `slurm_environ` inside the block, for submitit, which starts sbatch, and
-    the jobs of the local queue, in the environment of this process."""
+    """Give this process `slurm_environ` as environment inside the block.
+
+    submitit starts sbatch and local jobs in the environment of the calling process.
+    """
     before = dict(os.environ)
     for name in before.keys() - slurm_environ(before).keys():
         del os.environ[name]
@@ -66,7 +71,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str] | None:
 
 
 def submitting_lines() -> list[str]:
-    """Return lines of a bash script that sends jobs: they drop what `slurm_environ` drops."""
+    """Return lines of a bash script that calls sbatch: they unset what `slurm_environ` drops."""
     return [
         f"for name in {_words((*OPTIONS, *_JOB, *LAUNCHER))}; do",
         f'    [[ $name != SBATCH_* ]] || echo "warning: $name of this shell {_NOT_USED}" >&2',
@@ -76,8 +81,10 @@ def submitting_lines() -> list[str]:
 
 
 def batch_lines() -> list[str]:
-    """Return lines of a batch script: they drop what the submitting shell may have left over for
-    srun and its tasks, and leave what Slurm has set for this job."""
+    """Return lines of a batch script that unset the submitting shell's variables for srun.
+
+    They keep what Slurm has set for this job.
+    """
     return [
         "# left over by the shell that ran sbatch; srun gives the ranks their own",
         f"unset {_words(('SRUN_*', *_MEMORY, *LAUNCHER))}",
@@ -89,6 +96,6 @@ def _matching(environ: Mapping[str, str], patterns: tuple[str, ...]) -> list[str
 
 
 def _words(patterns: tuple[str, ...]) -> str:
-    """Names as bash writes them: `${!PMIX_@}` is all that begin with PMIX_."""
+    """Return the names as bash words; `${!PMIX_@}` expands to all names that begin with PMIX_."""
     words = [f"${{!{p[:-1]}@}}" if p.endswith("*") else p for p in patterns]
     return " \\\n    ".join(textwrap.wrap(" ".join(words), _WIDTH, break_long_words=False))

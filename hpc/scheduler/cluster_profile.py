@@ -1,4 +1,4 @@
-"""The cluster profile: what a site is like, and what a job of ours takes of it."""
+"""Read the cluster profile: the options of a site, and the resources of a job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpc.cli import USER_ERROR_EXIT_CODE, UserError
 from hpc.config import Settings, did_you_mean, parse, read_toml, shown, user_path
 
 _PROFILES = Path("configs/clusters")
-_MOST = 1_000_000  # of whatever is counted
+_MOST = 1_000_000  # upper bound of all counts
 _OUR_OPTIONS = {
     "array", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode", "output",
     "signal",
@@ -23,8 +23,8 @@ _OUR_OPTIONS = {
 _OTHER_CLUSTERS = "clusters"
 
 
-# For a script and for `bash -c`. Without errtrace the trap is for the lines alone, not for what the
-# functions `module` and `conda` call. Failures inside of a sourced file or an `eval` may be meant.
+# For a script and for `bash -c`. Without errtrace the trap covers the setup lines, and no command
+# inside the functions `module` and `conda`. A sourced file or an `eval` may fail on purpose.
 _GUARD = (
     "setup_failed() {  # STATUS LINE",
     '    local line; line=$(sed -n "$2p" <<<"${BASH_EXECUTION_STRING:-$(<"$0")}")',
@@ -38,7 +38,10 @@ _GUARD = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What one job gets. `memory_gb` None is the site's default; `minutes` is the time limit."""
+    """The resources of one job.
+
+    `memory_gb` is per node, None means the site's default; `minutes` is the time limit.
+    """
 
     nodes: int = 1
     tasks_per_node: int = 1
@@ -49,7 +52,7 @@ class Resources:
 
 
 class ClusterProfile(Settings):
-    """What a site is like, and how much of it a job takes. Empty text means: not given to Slurm."""
+    """The options of a site and the resources of a job; an empty text is not passed to Slurm."""
 
     kind: Literal["auto", "slurm", "local"] = "auto"
     """Queue: Slurm, or the local queue. `auto` takes Slurm if `sbatch` is installed."""
@@ -135,7 +138,7 @@ class ClusterProfile(Settings):
     @field_validator("python")
     @classmethod
     def _is_a_command(cls, value: str) -> str:
-        shlex.split(value)  # ValueError where a quote is not closed
+        shlex.split(value)  # ValueError if a quote is not closed
         return value
 
     @field_validator("extra")
@@ -144,7 +147,7 @@ class ClusterProfile(Settings):
         for key, value in extra.items():
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", key):
                 raise ValueError(f"{key!r} is not an sbatch option; write it without dashes")
-            # sbatch takes the start of an option's name for the option
+            # sbatch accepts the start of an option's name
             if any(option.startswith(key.replace("_", "-")) for option in _OUR_OPTIONS):
                 raise ValueError(f"{key!r} is set by us and cannot be given")
             if _OTHER_CLUSTERS.startswith(key):
@@ -171,7 +174,7 @@ class ClusterProfile(Settings):
         return self
 
     def training(self) -> Resources:
-        """All that the profile grants."""
+        """Return the resources of a training job."""
         return Resources(
             nodes=self.nodes,
             tasks_per_node=self.tasks_per_node,
@@ -182,25 +185,25 @@ class ClusterProfile(Settings):
         )
 
     def single(self) -> Resources:
-        """One node, one task, no GPU."""
+        """Return the resources of a job with one task and no GPU."""
         return Resources(
             cpus_per_task=self.cpus_per_task, memory_gb=self.memory_gb, minutes=self.minutes
         )
 
     def reducing(self) -> Resources:
-        """The tasks of an MPI program, without GPUs."""
+        """Return the resources of an MPI job without GPUs."""
         return replace(
             self.single(), nodes=self.reduce_nodes, tasks_per_node=self.reduce_tasks_per_node
         )
 
     def python_command(self) -> str:
-        """The shell words that start Python in a job."""
-        # words, as the local queue takes them: no shell expands what is in them
+        """Return the command that starts Python in a job, quoted for a shell."""
+        # quoted, so that the shell expands nothing, as in the local queue
         return shlex.join(shlex.split(self.python) or [sys.executable])
 
     def setup_lines(self) -> list[str]:
-        """Return the shell lines that come before a job. One of `setup` that fails ends the shell
-        with an error that names it."""
+        """Return the shell lines before a job. A line of `setup` that fails ends the shell with an
+        error that names the line."""
         lines = [*_GUARD, *self.setup, "trap - ERR"] if self.setup else []
         if not self.network_interface:
             return lines
@@ -209,11 +212,15 @@ class ClusterProfile(Settings):
 
 
 def read_profile(name: str | None, near: Path | None = None) -> ClusterProfile:
-    """Return the profile called `name` (configs/clusters/NAME.toml in the working directory, or in
-    `clusters/` beside the file in the folder `near`) or at the path `name`. Without a name, return
-    the defaults.
+    """Return a cluster profile.
 
-    Raises `UserError` for a profile that is not there, with the nearest names, or is not valid.
+    Args:
+        name: A path, or the name of configs/clusters/NAME.toml in the working directory or of
+            clusters/NAME.toml in `near`. None means the defaults.
+        near: The folder of the grid file.
+
+    Raises:
+        UserError: The profile does not exist, with the nearest names, or is not valid.
     """
     if not name:
         return parse(ClusterProfile, {}, "[cluster]")

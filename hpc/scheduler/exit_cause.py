@@ -1,6 +1,8 @@
-"""How a job that is gone has ended, from what is left of it: the queue's last word, and the logs
-of its ranks. Neither alone is enough: Slurm soon forgets, accounting may be off, and a lost node
-writes nothing."""
+"""Find out why a job has ended, from the queue's last word and the logs of its ranks.
+
+Neither is enough alone: Slurm soon forgets jobs, accounting may be off, and a lost node writes no
+log.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ Cause = Literal[
 
 
 class ExitCause(NamedTuple):
-    """Why a job has ended; and the line that says so, where there is one."""
+    """The cause of a job's end, and the line of a log that shows it ("" if none does)."""
 
     cause: Cause
     line: str = ""
 
 
 NEVER_SATISFIED = "DependencyNeverSatisfied"  # squeue's reason
-# of squeue and sacct, and of the local queue
+# the last words of squeue, sacct and the local queue
 _WORDS: dict[str, Cause] = {
     "NODE_FAIL": "node failure",
     "BOOT_FAIL": "node failure",
@@ -47,9 +49,9 @@ _WORDS: dict[str, Cause] = {
     DEPENDENCY_FAILED: "dependency failed",
 }
 _FAILED = "FAILED"
-_WITHOUT_RESULT = "failed"  # a rank of the local queue's job has left none
-# slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***; where
-# it says no more, a step may have been ended because one of its ranks had failed
+_WITHOUT_RESULT = "failed"  # of the local queue: a rank left no result
+# slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***
+# Without a reason, Slurm may have ended a step because one of its ranks had failed.
 _BY_SLURM: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     ("node failure", re.compile(r"DUE TO NODE FAILURE|^srun: error: Node failure on ")),
     ("preemption", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
@@ -64,7 +66,7 @@ _OUT_OF_MEMORY = re.compile(
     r"|^srun: error: \S+: tasks? \S+: Out Of Memory"
 )
 _ERROR_LINE = re.compile(r"^error: |(^|\]: )[\w.]*(Error|Exception)\b")
-# what a rank says whose peer, or loader process, has gone without a word
+# the error of a rank whose peer or loader process was killed
 _LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|connectFullMesh|[Tt]imed out (waiting|after)"
     r"|Socket Timeout|remote process exited|DistNetworkError|DistBackendError"
@@ -76,16 +78,20 @@ _STEP_ENDED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED AT ")
 
 
 def names_error(line: str) -> bool:
-    """Whether a job's last line says that it failed: a refusal of ours, or a traceback's end."""
+    """Return True if a log's line is an error of ours or the end of a traceback."""
     return _ERROR_LINE.search(line) is not None
 
 
 def exit_cause(word: str, logs: Iterable[Path]) -> ExitCause:
-    """How a job has ended whose queue's last word is `word`, or "", from its last start alone: a
-    requeued job goes on in the same logs.
+    """Return why a job has ended.
 
-    A rank that had no memory left explains whatever followed, and so does what Slurm did to the
-    job; then come ranks that were killed, and their errors, unless they only missed their peers.
+    An out-of-memory error of one rank comes first, since it explains all other signs. Then come
+    Slurm's actions on the job, killed ranks, and errors of ranks other than a lost peer.
+
+    Args:
+        word: The queue's last word for the job; "" if it has none.
+        logs: The stderr logs of the ranks. Only their last start counts, since a requeued job
+            appends to them.
     """
     ranks = [last_start(log) for log in logs]
     lines = [line for rank in ranks for line in rank]
@@ -100,7 +106,7 @@ def exit_cause(word: str, logs: Iterable[Path]) -> ExitCause:
 
 
 def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> ExitCause:
-    first_lost = _first(_RANK_ENDED, lines)  # srun tells them in the order in which they ended
+    first_lost = _first(_RANK_ENDED, lines)  # srun lists ranks in the order in which they ended
     if first_lost.endswith(": Killed"):
         return ExitCause("killed", first_lost)
     errors = sorted(filter(None, map(error_of, ranks)), key=_is_no_refusal)
@@ -122,20 +128,22 @@ def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> Ex
 
 
 def error_of(lines: Sequence[str]) -> str:
-    """The line that says why a rank failed, among its lines: our own `error: `, the end of its last
-    traceback, or a last line that names an error; "" where there is none."""
+    """Return the line of a rank's log that says why it failed; "" if none does.
+
+    It is our own `error: `, the end of the last traceback, or a last line that names an error.
+    """
     own = [line for line in lines if not is_launchers(line)]
     refusals = [line for line in own if line.startswith(ERROR_PREFIX)]
     if refusals:
         return refusals[-1]
     begin = traceback_at(own)
-    if begin is not None:  # its message may have more lines
+    if begin is not None:  # the message may have several lines
         return next((line for line in own[begin + 1 :] if names_error(line)), "")
     return own[-1] if own and names_error(own[-1]) else ""
 
 
 def traceback_at(lines: Sequence[str]) -> int | None:
-    """Where the last traceback begins, of an exception that nobody caught."""
+    """Return the index of the line where the last traceback of an uncaught exception begins."""
     starts = [i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     ended = [i for i in starts if not (i and lines[i - 1].startswith("Exception ignored in"))]
     return ended[-1] if ended else None

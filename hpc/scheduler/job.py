@@ -1,5 +1,4 @@
-"""What a job is: one function of one module, called with strings. And how a job's error is read
-back from its logs."""
+"""Define a job: one function of one module, called with strings. Read its error from its logs."""
 
 from __future__ import annotations
 
@@ -19,25 +18,27 @@ from hpc.distributed.preemption import keep_notice
 ERROR_PREFIX = "error: "
 START_PREFIX = "--- start "
 _TAIL_BYTES = 16384
-# what the launcher, and not the job, writes at the end of a log
+# the launcher's own lines at the end of a log
 _LAUNCHER_PREFIXES = ("srun: ", "slurmstepd", "submitit ")
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """Calls `main(list(arguments))` of the module named `module`.
+    """A call of `main(list(arguments))` of the module named `module`.
 
-    This is the object submitit pickles: two names, no live objects, so that a job started days
-    later runs the code as it is then. It has no `checkpoint` method on purpose: the job's own
-    signal handlers replace submitit's, save, and requeue.
+    submitit pickles this object. It holds only strings, so that a job started days later runs the
+    code as it is then. It has no `checkpoint` method, since the job's own signal handlers replace
+    submitit's, save, and requeue.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
 
     def __call__(self) -> None:
-        """Run the job. A `UserError` becomes one line `error: ...` on stderr and exit code 2; a
-        return value other than 0 or None becomes the exit code; other exceptions pass through.
+        """Run the job.
+
+        A `UserError` becomes one line `error: ...` on stderr and exit code 2. A return value other
+        than 0 or None becomes the exit code. Other exceptions pass through.
         """
         protect_output()
         _drop_submitit_handlers()
@@ -46,23 +47,23 @@ class ModuleCall:
             code = importlib.import_module(self.module).main(list(self.arguments))
         except UserError as error:
             print(f"{ERROR_PREFIX}{one_line(str(error))}", file=sys.stderr, flush=True)
-            # SystemExit, which submitit lets pass: the process fails with no traceback after the
-            # line, Slurm shows FAILED, and the absent result tells the local queue the same
+            # submitit lets SystemExit pass, so no traceback follows the line. Slurm shows FAILED,
+            # and the missing result tells the local queue the same.
             raise SystemExit(USER_ERROR_EXIT_CODE) from None
         if code:
             raise SystemExit(code)
 
 
 def _drop_submitit_handlers() -> None:
-    # submitit's would ignore SIGTERM, also in every child; until the job sets its own handlers
-    # there is nothing to save. A job that sets none may use its time to the end.
+    # submitit's handlers would ignore SIGTERM, also in every child. There is nothing to save until
+    # the job sets its own handlers. A job that sets none may use its time to the end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     keep_notice()
 
 
 def _mark_start() -> None:
-    """A line in this rank's log: a requeued job goes on in the log of its starts before."""
+    """Write a line that separates this start in the log, since a requeued job appends to it."""
     env = read_env()
     if env.start_id:
         place = f"rank {env.rank} of {env.world_size} on {env.node}"
@@ -81,8 +82,10 @@ def rank_logs(folder: Path, job_id: str) -> list[Path]:
 
 
 def last_error(logs: Iterable[Path]) -> str | None:
-    """The line that says why a job failed, from the stderr logs of its ranks: the last `error: `
-    line of the first rank that has one, or else the last line of the first log that has any.
+    """Return the line that says why a job failed, from the stderr logs of its ranks.
+
+    It is the last `error: ` line of the first rank that has one, else the last line of the first
+    log that is not empty; None if all are empty.
     """
     starts = [[line for line in last_start(log) if not is_launchers(line)] for log in logs]
     errors = [[line for line in lines if line.startswith(ERROR_PREFIX)] for lines in starts]
@@ -90,8 +93,7 @@ def last_error(logs: Iterable[Path]) -> str | None:
 
 
 def last_start(log: Path) -> list[str]:
-    """What a rank, and its launcher, wrote since the job's last start, as far as it is among the
-    last few thousand characters of a log."""
+    """Return the lines of a log since the job's last start, of the last 16 KiB at most."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -104,5 +106,5 @@ def last_start(log: Path) -> list[str]:
 
 
 def is_launchers(line: str) -> bool:
-    """Whether the launcher, and not the job, wrote a line of its log."""
+    """Return True if the launcher, and not the job, wrote a line of a log."""
     return line.startswith(_LAUNCHER_PREFIXES)

@@ -1,6 +1,6 @@
-"""submitit's executor for Slurm, with the id of a job as `sbatch --parsable` prints it.
+"""Adapt submitit's executor for Slurm: read job ids from `sbatch --parsable`.
 
-Importing submitit takes 0.2 s: import this module only where jobs are sent.
+Importing submitit takes 0.2 s, so import this module only where jobs are submitted.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPat
 
 from hpc.cli import one_line
 
-# `ID[;CLUSTER]`; or what sbatch prints where a wrapper of the site drops --parsable
+# `ID[;CLUSTER]`, or sbatch's usual line if a wrapper of the site drops --parsable
 _ANSWER = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """Send calls as one plain job or one array."""
+    """Submit calls as one plain job or one array."""
 
     def script(self, num_calls: int) -> str:
-        """Return the batch script that would be sent for so many calls."""
+        """Return the batch script for `num_calls` calls."""
         self._count(num_calls)
         return self._make_submission_file_text(self._submitit_command_str, "")
 
     def _internal_process_submissions(
         self, delayed_submissions: list[DelayedSubmission]
     ) -> list[Job[Any]]:
-        # submitit sends an array through its own class, which would ask and read another way
+        # submitit would submit an array through its own class, which reads ids another way
         if len(delayed_submissions) == 1:
             return super()._internal_process_submissions(delayed_submissions)
         self._count(len(delayed_submissions))
@@ -68,8 +68,11 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def job_id(answer: str) -> str:
-    """Return the job's id from what sbatch printed: the last line that is one. A site's wrapper may
-    print other lines before it. Raises `FailedSubmissionError`."""
+    """Return the last job id in the output of sbatch; a site's wrapper may print other lines.
+
+    Raises:
+        FailedSubmissionError: No line is a job id.
+    """
     lines: Sequence[str] = [line.strip() for line in answer.splitlines()]
     found = [match for match in map(_ANSWER.fullmatch, lines) if match]
     if not found:
