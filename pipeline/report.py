@@ -1,5 +1,7 @@
-"""`python -m pipeline.report [CONFIG]`: results.h5 -> table.csv, table.md, table.tex, the files of
-`pipeline.paper.comparison`, and one self-contained page, index.html."""
+"""Turn results.h5 into tables, comparisons, a comparison with the paper, and one page, index.html.
+
+python -m pipeline.report [CONFIG]
+"""
 
 from __future__ import annotations
 
@@ -10,25 +12,26 @@ from pathlib import Path
 
 from hpc import cli
 from hpc.storage.atomic import new_files, write_text
-from pipeline.config.grid_file import find_config, read_grid
-from pipeline.paper.comparison import analyse, write_files
+from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.paper.section import paper_section
 from pipeline.rendering import figures, page
-from pipeline.rendering.figure_data import write_figure_data
-from pipeline.rendering.figure_selection import select
+from pipeline.rendering.figure_data import select, write_figure_data
 from pipeline.rendering.figure_style import PNG_DPI
 from pipeline.rendering.terminal import print_table
+from pipeline.scores import paired_comparison
+from pipeline.scores.evidence import evidence
 from pipeline.scores.results_file import Results, read_results, refuse_fewer
 from pipeline.scores.score_table import Row, blocks, rows, to_csv, to_latex, to_markdown
 
-CSS_DPI = 96  # what a browser takes for an inch
-MOST_DATASETS = 12  # whose classes are drawn
-MOST_SCHEDULES = 12  # drawn of a grid that is not drawn whole
+CSS_DPI = 96  # pixels of an inch in a browser
+MOST_DATASETS = 12  # data sets whose classes are drawn
+MOST_SCHEDULES = 12  # schedules that are drawn if only a part of the rows is
 _OF_BLOCKS = ("trade-off", "recall", "calibration", "confusion")
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """What a report consists of, beside the files of its analysis."""
+    """The main files of a report."""
 
     csv: Path
     markdown: Path
@@ -43,18 +46,29 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--allow-fewer", action="store_true",
                         help="replace a report that has more finished cells")  # fmt: skip
     arguments = parser.parse_args(argv)
-    run = read_grid(find_config(arguments.config)).run
-    results = read_results(run.results)
+    grid = read_grid(find_config(arguments.config))
+    results = read_results(grid.run.results)
     table = rows(results)
-    paths = write_report(results, table, run.report, arguments.allow_fewer)
+    paths = write_report(results, table, grid.run.report, arguments.allow_fewer)
     print_table(results, table, paths.page)
+    if newer := _newer_counts(grid):
+        print(cli.one_line(
+            f"warning: {newer} counts files are newer than {grid.run.results}, so the report lacks "
+            f"them; run `python -m pipeline.reduce {grid.words}`, then report again"
+        ))  # fmt: skip
+
+
+def _newer_counts(grid: Grid) -> int:
+    reduced = grid.run.results.stat().st_mtime
+    return sum(path.stat().st_mtime > reduced for path in grid.run.counts.glob("*.json"))
 
 
 def write_report(
     results: Results, table: Sequence[Row], folder: Path, allow_fewer: bool = False
 ) -> ReportPaths:
-    """Write the report of `results`, whose `rows` are `table`, into `folder`. Equal results give
-    equal files.
+    """Write the report of `results`, whose `rows` are `table`, into `folder`.
+
+    Equal results give equal files.
 
     Raises:
         UserError: the report that is there has more cells, and `allow_fewer` is False.
@@ -67,10 +81,16 @@ def write_report(
         write_text(new.csv, to_csv(table))
         write_text(new.markdown, to_markdown(table))
         write_text(new.latex, to_latex(table))
-        found = analyse(results, table)
-        write_files(found, beside)
+        seen = evidence(results, table)
+        comparisons = paired_comparison.comparisons(seen)
+        write_text(beside / "comparisons.csv", paired_comparison.to_csv(comparisons))
         write_figure_data(results, table, beside)
-        write_text(new.page, page.render(results, table, sections(results, table), found))
+        paper = paper_section(results, table, seen)
+        for name, text in paper.files.items():
+            write_text(beside / name, text)
+        drawn = sections(results, table)
+        html = page.render(results, table, seen, drawn, paper.html, paper.headings)
+        write_text(new.page, html)
     return paths
 
 
@@ -81,7 +101,7 @@ def _paths(folder: Path) -> ReportPaths:
 
 
 def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
-    """The page's figures by topic; a topic without figures is left out."""
+    """Return the page's figures by topic, without the topics that have none."""
     by_name = {dataset.name: dataset for dataset in results.datasets}
     selection, found = select(table), blocks(table)
     of_block = [
@@ -122,7 +142,8 @@ def _svg(title: str, image: bytes) -> page.Drawn:
 
 
 def _png(title: str, image: bytes) -> page.Drawn:
-    # drawn finer than the screen, so that it stays sharp; a PNG's width is in bytes 16 to 19
+    # The image has more pixels than the screen shows, to stay sharp when enlarged. Bytes 16 to 19
+    # of a PNG hold its width.
     pixels = int.from_bytes(image[16:20], "big")
     return page.Drawn(title, _data_uri("image/png", image), round(pixels * CSS_DPI / PNG_DPI))
 

@@ -1,5 +1,7 @@
-"""The paper's claims, each checked on results of one's own. A claim is a pure function of the
-evidence; its threshold and the reason for it stand in its criterion."""
+"""Check each of the paper's claims on a grid's own results.
+
+A claim is a pure function of the evidence. Its `criterion` states its threshold and the reason.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from pipeline.paper.reference import paper_evidence
 from pipeline.paper.verdicts import (
     MARGIN,
     Block,
+    Case,
     Claim,
-    Finding,
     Part,
     above,
     ahead,
@@ -43,8 +45,11 @@ SCALE = "the change that scheduling towards WCE brings over the static CE and di
 SAID = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
-def check(evidence: Evidence) -> list[Claim]:
-    """Judge all claims, in the order of the paper's argument."""
+def check(evidence: Evidence, paper_datasets: Mapping[str, str]) -> list[Claim]:
+    """Judge all claims, in the order of the paper's argument.
+
+    `paper_datasets` maps each data set to the paper's name for it, "" for another data set.
+    """
     return [
         _recall_for_accuracy(evidence),
         _worst_calibrated(evidence),
@@ -55,15 +60,15 @@ def check(evidence: Evidence) -> list[Claim]:
         _ramps_matter_little(evidence),
         _ratios_matter_little(evidence),
         _dice_varies_most(evidence),
-        _deeplab_against_fcn(evidence),
+        _deeplab_against_fcn(evidence, paper_datasets),
         _deeplab_calibrates_worse(evidence),
         _no_class_left_out(evidence),
-        _pre_fine_wins(evidence),
+        _pre_fine_wins(evidence, paper_datasets),
     ]
 
 
 def _recall_for_accuracy(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         compounds, others = block.losses(has_wce), block.losses(plain)
         return block.judged(
             {"a compound loss with WCE": compounds, "a static CE or dice loss": others},
@@ -84,7 +89,7 @@ def _recall_for_accuracy(evidence: Evidence) -> Claim:
 
 
 def _worst_calibrated(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         fl, cemp = block.losses(_static("FL")), block.losses(_static("CEMP"))
         others = block.losses(lambda kind: not any("FL" in t or "MP" in t for t in kind.terms))
         return block.judged(
@@ -101,7 +106,7 @@ def _worst_calibrated(evidence: Evidence) -> Claim:
 
 
 def _static_compounds(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         compounds = block.losses(
             lambda kind: (
                 not kind.scheduled
@@ -128,7 +133,7 @@ def _static_compounds(evidence: Evidence) -> Claim:
 
 
 def _back_to_ce(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         schedules = block.losses(lambda kind: kind.scheduled and kind.end == {"CE"})
         ce = block.losses(_static("CE"))
         pairs = [(loss, other) for loss in schedules for other in ce]
@@ -162,7 +167,7 @@ def _naive_and_alternating(block: Block) -> list[tuple[str, str]]:
 
 
 def _schedules_agree(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         pairs = _naive_and_alternating(block)
         return block.judged(
             {
@@ -186,15 +191,15 @@ def _schedules_agree(evidence: Evidence) -> Claim:
 
 
 def _no_trend(evidence: Evidence) -> Claim:
-    def judge(dataset: str, of_dataset: Sequence[Block]) -> Finding:
+    def judge(dataset: str, of_dataset: Sequence[Block]) -> Case:
         pairs = [(block, _naive_and_alternating(block)) for block in of_dataset]
         models = tuple(block.model for block in of_dataset)
         sides = tuple(dict.fromkeys(loss for _, of in pairs for pair in of for loss in pair))
         if sum(len(of) for _, of in pairs) < 2:
             text = f"missing: {dataset}/two naive schedules with their alternating ones"
-            return Finding(dataset, models, None, (text,), (sides,))
+            return Case(dataset, models, None, (text,), (sides,))
         parts = [_either_way(pairs, score) for score in ("rec", "acc", "cal", "s_rec")]
-        return Finding(dataset, models, *joined(parts), (sides,))
+        return Case(dataset, models, *joined(parts), (sides,))
 
     by_dataset: dict[str, list[Block]] = {}
     for block in blocks(evidence):
@@ -222,7 +227,7 @@ def _either_way(pairs: Sequence[tuple[Block, Sequence[tuple[str, str]]]], score:
 
 
 def _ramps_matter_little(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         kinds = block.evidence.kinds
         scheduled = block.losses(lambda kind: kind.scheduled)
         pairs = [
@@ -246,7 +251,7 @@ def _ramps_matter_little(evidence: Evidence) -> Claim:
 
 
 def _ratios_matter_little(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         kinds = block.evidence.kinds
         static = block.losses(lambda kind: not kind.scheduled and len(kind.end) > 1)
         pairs = [
@@ -270,7 +275,7 @@ def _ratios_matter_little(evidence: Evidence) -> Claim:
 
 
 def _dice_varies_most(evidence: Evidence) -> Claim:
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         dice = block.losses(_static("DL", "WDL"))
         others = [loss for loss in evidence.blocks[block.dataset, block.model] if loss not in dice]
         return block.judged(
@@ -286,11 +291,11 @@ def _dice_varies_most(evidence: Evidence) -> Claim:
     )
 
 
-def _deeplab_against_fcn(evidence: Evidence) -> Claim:
-    def judge(dataset: str, backbone: str, heads: Mapping[str, str]) -> Finding:
-        if evidence.of_the_paper.get(dataset) not in VOC_AND_SBD:
+def _deeplab_against_fcn(evidence: Evidence, paper_datasets: Mapping[str, str]) -> Claim:
+    def judge(dataset: str, backbone: str, heads: Mapping[str, str]) -> Case:
+        if paper_datasets.get(dataset) not in VOC_AND_SBD:
             text = f"missing: {dataset} is neither VOC nor SBD, of which alone the paper says it"
-            return Finding(dataset, tuple(heads.values()), None, (text,), ())
+            return Case(dataset, tuple(heads.values()), None, (text,), ())
         return heads_apart(evidence, dataset, backbone, heads, {"acc": 1, "f1": 1, "rec": 1})
 
     return Claim(
@@ -331,7 +336,7 @@ def _no_class_left_out(evidence: Evidence) -> Claim:
     def expected(kind: Kind) -> bool:
         return ends_in_wce(kind) or (not kind.scheduled and kind.terms == ("DL", "WCE"))
 
-    def judge(block: Block) -> Finding:
+    def judge(block: Block) -> Case:
         complete = block.losses(expected)
         others = block.losses(lambda kind: kind.family in families and not expected(kind))
         return block.judged(
@@ -354,20 +359,20 @@ def _no_class_left_out(evidence: Evidence) -> Claim:
     )
 
 
-def _pre_fine_wins(evidence: Evidence) -> Claim:
+def _pre_fine_wins(evidence: Evidence, paper_datasets: Mapping[str, str]) -> Claim:
     exceptions = _pre_fine_exceptions()
 
-    def judge(block: Block) -> list[Finding]:
+    def judge(block: Block) -> list[Case]:
         losses = evidence.blocks[block.dataset, block.model]
         pre_fine = [loss for loss in losses if loss == PRE_FINE]
         others = [loss for loss in losses if loss != PRE_FINE]
         sides = {PRE_FINE: pre_fine, "another loss": others}
         if not all(sides.values()):
             return [block.judged(sides, list)]
-        paper_dataset = evidence.of_the_paper.get(block.dataset, "")
+        paper_dataset = paper_datasets.get(block.dataset, "")
         return [
             _score_by_score(
-                block.finding(sides, [above(block, pre_fine, others, score)]),
+                block.case(sides, [above(block, pre_fine, others, score)]),
                 (paper_dataset, block.model, score) in exceptions,
             )
             for score in PAPER_SCORES
@@ -379,14 +384,14 @@ def _pre_fine_wins(evidence: Evidence) -> Claim:
         "Starting from weights trained for segmentation wins: pre-fine is the best in every score.",
         f"Each of the paper's six scores is above that of every loss, {NO_LESS}; each score is a "
         f"case of its own. Exceptions in the paper's own table: {named}.",
-        tuple(finding for block in blocks(evidence) for finding in judge(block)),
+        tuple(case for block in blocks(evidence) for case in judge(block)),
     )
 
 
-def _score_by_score(finding: Finding, is_exception: bool) -> Finding:
-    if finding.holds is not False or not is_exception:
-        return finding
-    return replace(finding, texts=(*finding.texts, "so it is in the paper's table"))
+def _score_by_score(case: Case, is_exception: bool) -> Case:
+    if case.holds is not False or not is_exception:
+        return case
+    return replace(case, texts=(*case.texts, "so it is in the paper's table"))
 
 
 @cache
@@ -408,7 +413,7 @@ def _pre_fine_exceptions() -> tuple[tuple[str, str, str], ...]:
 
 
 def to_json(claims: Sequence[Claim]) -> str:
-    """Claims with their verdicts, and every finding with the cells that it compares."""
+    """Return the claims as JSON, with their verdicts and the cells that each case compares."""
     return json.dumps(
         [
             {
@@ -419,13 +424,13 @@ def to_json(claims: Sequence[Claim]) -> str:
                 "extent": claim.extent,
                 "findings": [
                     {
-                        "dataset": finding.dataset,
-                        "models": finding.models,
-                        "holds": finding.holds,
-                        "text": finding.texts,
-                        "cells": finding.cells,
+                        "dataset": case.dataset,
+                        "models": case.models,
+                        "holds": case.holds,
+                        "text": case.texts,
+                        "cells": case.cells,
                     }
-                    for finding in claim.findings
+                    for case in claim.cases
                 ],
             }
             for claim in claims
@@ -436,18 +441,16 @@ def to_json(claims: Sequence[Claim]) -> str:
 
 
 def to_markdown(claims: Sequence[Claim]) -> str:
-    """A heading a claim, a line a finding."""
+    """Return the claims as Markdown, a heading for each claim and a line for each case."""
     parts = []
     for claim in claims:
         parts.append(f"## {markdown_escaped(claim.sentence)}\n\n")
         parts.append(f"**{claim.verdict}** ({claim.extent}). {markdown_escaped(claim.criterion)}\n")
-        for finding in claim.findings:
-            where = markdown_escaped(f"{finding.dataset} · {', '.join(finding.models)}")
-            against = " against ".join(", ".join(side) for side in finding.sides if side)
-            text = markdown_escaped(
-                f"{'; '.join(finding.texts)}. Compared: {against or 'nothing'}."
-            )
-            parts.append(f"\n* {where}: **{SAID[finding.holds]}**. {text}")
+        for case in claim.cases:
+            where = markdown_escaped(f"{case.dataset} · {', '.join(case.models)}")
+            against = " against ".join(", ".join(side) for side in case.sides if side)
+            text = markdown_escaped(f"{'; '.join(case.texts)}. Compared: {against or 'nothing'}.")
+            parts.append(f"\n* {where}: **{SAID[case.holds]}**. {text}")
         parts.append("\n\n")
     return "".join(parts)
 

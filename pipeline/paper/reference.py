@@ -1,4 +1,4 @@
-"""The paper's Table 1 (Taubert et al. 2021), and how results of one's own compare with it."""
+"""The paper's Table 1 (Taubert et al. 2021), and the differences of a grid's results to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.scores.evidence import Evidence, Key, Kind, kind_of_record, kind_o
 from pipeline.scores.results_file import DatasetResults, Results
 from pipeline.scores.score_table import PAPER_SCORES, Row
 
-# The published code drops the class weights of a loss that has no second term.
+# The published code ignores the class weights of a loss that has no second term.
 UNWEIGHTED = {"WCE": "CE", "WDL": "DL"}
 
 # Scores that break their own row's harmonic means by more than rounding.
@@ -36,7 +36,7 @@ VOC_OBJECTS = frozenset(
      "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
      "train", "tvmonitor"}
 )  # fmt: skip
-# Raw ids 4 to 33; the published code has 0 to 3 too.
+# The raw ids 4 to 33. The published code also counts the ids 0 to 3 (`CITYSCAPES_VOID`).
 CITYSCAPES = frozenset(
     {"static", "dynamic", "ground", "road", "sidewalk", "parking", "rail track", "building",
      "wall", "fence", "guard rail", "bridge", "tunnel", "pole", "polegroup", "traffic light",
@@ -46,15 +46,15 @@ CITYSCAPES = frozenset(
 CITYSCAPES_VOID = frozenset({"unlabeled", "ego vehicle", "rectification border", "out of roi"})
 VAL_IMAGES = {"voc": 1449, "sbd": 2857, "cityscapes": 500}
 
-# What of a protocol is the same on all of the paper's data sets.
+# The settings of [protocol] that are equal on all of the paper's data sets.
 COMMON_SETTINGS = ("epochs", "batch_size", "learning_rate", "decay", "momentum", "weight_decay",
                    "train", "backbone_batchnorm", "naive_ramp", "alternating_ramp",
                    "bins")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Match:
-    """Which of the paper's data sets one is ("" for none), and what speaks for or against it."""
+class DatasetMatch:
+    """The paper's name for a data set ("" if it is not one of the paper's), and the reason."""
 
     dataset: str
     reason: str
@@ -62,9 +62,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Difference:
-    """One score of a cell's row beside the paper's. `ours` is over seeds. `doubtful`: the paper's
-    figure contradicts its own row. `unweighted`: the paper's row of that name is the loss without
-    class weights, so that `loss` and `paper_loss` may differ in name."""
+    """One score of a row beside the paper's.
+
+    `ours` is over seeds. `doubtful` marks a figure of the paper that contradicts its own row.
+    `unweighted` marks a row of the paper whose loss has no class weights despite its name;
+    `loss` and `paper_loss` may then differ.
+    """
 
     dataset: str
     model: str
@@ -79,13 +82,13 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """Ours minus the paper's; nan if one of them is."""
+        """Return our mean minus the paper's; nan if either is nan."""
         return self.ours.mean - self.paper
 
 
 @cache
 def paper_table() -> Mapping[Key, Mapping[str, float]]:
-    """The six scores of the paper's 100 rows by (data set, model, loss), in its order."""
+    """Return the six scores of the paper's 100 rows by (data set, model, loss), in its order."""
     text = (files(__package__) / "table1.csv").read_text(encoding="utf-8")
     return {
         (line["dataset"], line["model"], line["loss"]): {s: float(line[s]) for s in PAPER_SCORES}
@@ -94,13 +97,18 @@ def paper_table() -> Mapping[Key, Mapping[str, float]]:
 
 
 def paper_kind(loss: str) -> Kind:
-    """What a loss of the paper's table really was: see `UNWEIGHTED`; pre-fine is CE."""
+    """Return the kind of loss that the paper trained under a name; see `UNWEIGHTED`.
+
+    pre-fine is CE.
+    """
     return kind_of_spec(parse_loss("CE" if loss == PRE_FINE else UNWEIGHTED.get(loss, loss)))
 
 
 def paper_evidence() -> Evidence:
-    """Return the paper's table as claims see it: one seed, the mean of its four. F1 is nan there
-    where a class is never right; the table does not say which."""
+    """Return the paper's table as evidence with one seed, whose scores are means of four.
+
+    F1 is nan if a class is never right. The table does not name the class.
+    """
     table = paper_table()
     return Evidence(
         scores={key: {0: row} for key, row in table.items()},
@@ -110,14 +118,15 @@ def paper_evidence() -> Evidence:
         },
         kinds={loss: paper_kind(loss) for _, _, loss in table},
         most_imbalanced="cityscapes",
-        of_the_paper={dataset: dataset for dataset, _, _ in table},
     )
 
 
-def same_dataset(dataset: DatasetResults) -> Match:
-    """Which of the paper's data sets this is, whatever its name in the grid: its classes have the
-    official names (of Cityscapes the 30 of the paper or the 34 of its code), and it was validated
-    on as many images as the paper's."""
+def match_dataset(dataset: DatasetResults) -> DatasetMatch:
+    """Find the paper's data set that equals `dataset`, whatever its name in the grid.
+
+    The classes must have the official names (for Cityscapes the 30 of the paper or the 34 of its
+    code), and the number of validation images must be the paper's.
+    """
     names = {name.lower().replace("_", " ") for name in dataset.classes}
     images = int(dataset.counts["images"][0]) if dataset.cells else 0
     if len(dataset.classes) == 21 and names > VOC_OBJECTS:
@@ -125,18 +134,22 @@ def same_dataset(dataset: DatasetResults) -> Match:
     elif names in (CITYSCAPES, CITYSCAPES | CITYSCAPES_VOID):
         candidates, classes = ["cityscapes"], f"{len(names)} classes of Cityscapes"
     else:
-        return Match("", f"its {len(names)} classes are those of none of the paper's data sets")
+        reason = f"its {len(names)} classes are those of none of the paper's data sets"
+        return DatasetMatch("", reason)
     expected = {VAL_IMAGES[name]: name for name in candidates}
     if images in expected:
-        return Match(expected[images], f"{classes} and {images} validation images")
+        return DatasetMatch(expected[images], f"{classes} and {images} validation images")
     wanted = " or ".join(map(str, expected))
-    return Match("", f"{classes}, but {images} validation images where the paper has {wanted}")
+    reason = f"{classes}, but {images} validation images where the paper has {wanted}"
+    return DatasetMatch("", reason)
 
 
 def differences(results: Results, table: Iterable[Row]) -> list[Difference]:
-    """Every score that the paper has too, where the data set is the same, in the order of the
-    grid. CE and DL stand beside the paper's WCE and WDL, which are what these names mean."""
-    matches = {dataset.name: same_dataset(dataset).dataset for dataset in results.datasets}
+    """Return the differences of all scores that the paper also has, in grid order.
+
+    CE and DL are compared with the paper's WCE and WDL, which have no class weights.
+    """
+    matches = {dataset.name: match_dataset(dataset).dataset for dataset in results.datasets}
     kinds = {loss["name"]: kind_of_record(loss) for loss in results.record.get("losses", [])}
     return [
         difference
@@ -147,7 +160,7 @@ def differences(results: Results, table: Iterable[Row]) -> list[Difference]:
 
 
 def departures(results: Results, dataset: str) -> list[str]:
-    """Settings of a data set's protocol that are not the paper's: `epochs = 4 (the paper: 30)`."""
+    """Return the protocol settings that differ from the paper's: `epochs = 4 (the paper: 30)`."""
     own: dict[str, Any] = results.record.get("protocol", {}).get(dataset, {})
     paper = Protocol().model_dump(mode="json")
     return [
@@ -158,7 +171,7 @@ def departures(results: Results, dataset: str) -> list[str]:
 
 
 def differences_csv(found: Iterable[Difference]) -> str:
-    """Every difference in full precision, a line a score."""
+    """Return the differences as CSV in full precision, a line for each score."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["dataset", "model", "loss", "paper_dataset", "paper_loss", "score", "ours",
@@ -194,8 +207,10 @@ def _row_differences(row: Row, dataset: str, kinds: Mapping[str, Kind]) -> Itera
 
 
 def _counterpart(loss: str, kind: Kind | None) -> str:
-    """The paper's row to hold a loss against, "" for none: that of its name unless it is made of
-    other terms, and for CE and DL those that are really theirs."""
+    """Return the loss of the paper's row for `loss`, "" for none.
+
+    It is the row of the same name if the terms agree; CE and DL have the rows WCE and WDL.
+    """
     weighted = {plain: name for name, plain in UNWEIGHTED.items()}
     if loss in weighted:
         return weighted[loss]

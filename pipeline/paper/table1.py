@@ -1,5 +1,8 @@
-"""The layout of the paper's Table 1: models as blocks, a row a loss, six scores a data set side by
-side, in two digits. The table of differences to the paper has it too."""
+"""Lay out scores as the paper's Table 1, and write the layout as CSV, Markdown and LaTeX.
+
+Models are blocks, losses are rows, and data sets stand side by side with six scores each, in two
+digits. The table of differences to the paper has the same layout.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _SHRUNK = r"\resizebox{\linewidth}{!}{\usebox0}"
 
 @dataclass(frozen=True)
 class Value:
-    """One number as it is written, whether it is the best of its column, and its footnotes."""
+    """One number as text, with a mark if it is the best of its column, and its footnotes."""
 
     text: str
     best: bool = False
@@ -38,8 +41,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Line:
-    """One loss: six values a data set, or None where it was not trained there, and footnotes that
-    go for all of them."""
+    """One loss: six values for each data set (None if not trained there), and common footnotes."""
 
     loss: str
     cells: tuple[tuple[Value, ...] | None, ...]
@@ -47,15 +49,15 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Data sets side by side, and a block of lines for each model."""
+class Table1Layout:
+    """Data sets side by side, and (model, lines) for each model."""
 
     datasets: tuple[str, ...]
     blocks: tuple[tuple[str, tuple[Line, ...]], ...]
 
     @property
     def footnotes(self) -> dict[str, str]:
-        """Those that some value carries."""
+        """Return the footnotes that some value or line carries."""
         lines = [line for _, block in self.blocks for line in block]
         values = [value for line in lines for cell in line.cells for value in cell or ()]
         notes = {note for line in lines for note in line.notes}
@@ -64,16 +66,18 @@ class Layout:
 
 
 def means(table: Iterable[Row]) -> dict[Key, dict[str, float]]:
-    """The paper's six scores of every row, means over seeds."""
+    """Return the paper's six scores of every row as means over seeds."""
     return {
         (row.dataset, row.model, row.loss): {s: row.scores[s].mean for s in PAPER_SCORES}
         for row in table
     }
 
 
-def table1(scores: Mapping[Key, Mapping[str, float]]) -> Layout:
-    """Table 1 of these means; marked is the best S_rec of a data set and model after pre-fine, by
-    the unrounded mean."""
+def table1(scores: Mapping[Key, Mapping[str, float]]) -> Table1Layout:
+    """Return Table 1 of these means.
+
+    The best S_rec of each data set and model is marked, by the unrounded mean and without pre-fine.
+    """
     best: dict[tuple[str, str], float] = {}
     for (dataset, model, loss), of in scores.items():
         if loss != PRE_FINE and not math.isnan(of["s_rec"]):
@@ -90,8 +94,8 @@ def table1(scores: Mapping[Key, Mapping[str, float]]) -> Layout:
     )  # fmt: skip
 
 
-def difference_table(differences: Iterable[Difference]) -> Layout:
-    """Ours minus the paper's, with a sign, in two digits."""
+def difference_table(differences: Iterable[Difference]) -> Table1Layout:
+    """Return the table of our scores minus the paper's, with a sign."""
     cells: dict[Key, tuple[Value, ...]] = {}
     notes = {}
     for one in differences:
@@ -101,8 +105,8 @@ def difference_table(differences: Iterable[Difference]) -> Layout:
     return _layout(cells, notes)
 
 
-def to_csv(layout: Layout) -> str:
-    """The form of the paper's own file: dataset, model, loss and six scores, a line a cell."""
+def to_csv(layout: Table1Layout) -> str:
+    """Return the table as CSV: dataset, model, loss and six scores in each line."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["dataset", "model", "loss", *PAPER_SCORES])
@@ -114,8 +118,8 @@ def to_csv(layout: Layout) -> str:
     return file.getvalue()
 
 
-def to_markdown(layout: Layout) -> str:
-    """A table a model, the marked values in bold."""
+def to_markdown(layout: Table1Layout) -> str:
+    """Return a Markdown table for each model, with the marked values in bold."""
     columns = [f"{markdown_escaped(d)} {LABELS[s]}" for d in layout.datasets for s in PAPER_SCORES]
     parts = []
     for model, lines in layout.blocks:
@@ -127,9 +131,11 @@ def to_markdown(layout: Layout) -> str:
     return "\n".join(parts)
 
 
-def to_latex(layout: Layout) -> str:
-    """A `tabular`, shrunk where it is wider than the line, for \\input in a document that loads
-    graphicx."""
+def to_latex(layout: Table1Layout) -> str:
+    """Return a LaTeX `tabular` for \\input, shrunk if it is wider than the line.
+
+    The document must load graphicx.
+    """
     count = len(PAPER_SCORES)
     spans = [rf"\multicolumn{{{count}}}{{c}}{{{latex_escaped(d)}}}" for d in layout.datasets]
     labels = [_latex_label(score) for score in PAPER_SCORES] * len(layout.datasets)
@@ -157,12 +163,12 @@ def to_latex(layout: Layout) -> str:
 
 def _layout(
     cells: Mapping[Key, tuple[Value, ...]], notes: Mapping[str, str] = MappingProxyType({})
-) -> Layout:
+) -> Table1Layout:
     datasets = tuple(dict.fromkeys(dataset for dataset, _, _ in cells))
     losses: dict[str, dict[str, None]] = {}  # of a model, in the order of the grid
     for _, model, loss in cells:
         losses.setdefault(model, {})[loss] = None
-    return Layout(
+    return Table1Layout(
         datasets,
         tuple(
             (

@@ -1,5 +1,4 @@
-"""What a claim's check says, and the two ways in which losses are held against each other: one
-above the other, and one like the other."""
+"""The result of a claim's check, and the criteria that compare losses with each other."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from pipeline.scores.evidence import Evidence, Kind, Scores
 from pipeline.scores.paired_comparison import Paired, paired, summary
 from pipeline.scores.score_table import LABELS
 
-# Half a unit of the last digit of the paper's table: what is less would not show there.
+# Half a unit of the last digit of the paper's table; a smaller difference would not show there.
 MARGIN = 0.005
 
 BySeed = Mapping[int, Scores]
@@ -22,9 +21,12 @@ PLAIN_TERMS = frozenset({"CE", "DL", "WDL"})
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A claim on one data set: `holds` is None where it cannot be said. `texts` say by how much,
-    or what is missing. `sides` are the losses held against each other, on each of `models`."""
+class Case:
+    """A claim on one data set; `holds` is None if the claim cannot be judged there.
+
+    `texts` give the margins, or the missing cells. `sides` are the losses that were compared with
+    each other, on each of `models`.
+    """
 
     dataset: str
     models: tuple[str, ...]
@@ -34,24 +36,24 @@ class Finding:
 
     @property
     def cells(self) -> list[str]:
-        """The cells that were compared, `voc/fcn_resnet101/DLNWCE`, all seeds of each."""
+        """Return the compared cells without their seeds: `voc/fcn_resnet101/DLNWCE`."""
         losses = dict.fromkeys(loss for side in self.sides for loss in side)
         return [f"{self.dataset}/{model}/{loss}" for model in self.models for loss in losses]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: its sentence, how it is checked, and what came out where."""
+    """A claim of the paper: its sentence, its criterion, and the judged cases."""
 
     key: str
     sentence: str
     criterion: str
-    findings: tuple[Finding, ...]
+    cases: tuple[Case, ...]
 
     @property
     def verdict(self) -> str:
-        """`holds` or `does not hold` wherever it can be said, else `holds in part`."""
-        said = {finding.holds for finding in self.findings} - {None}
+        """Return `holds`, `does not hold`, `holds in part`, or `cannot be said`."""
+        said = {case.holds for case in self.cases} - {None}
         if not said:
             return "cannot be said"
         if len(said) == 2:
@@ -60,16 +62,16 @@ class Claim:
 
     @property
     def extent(self) -> str:
-        """`4 of 6 cases, 1 cannot be said`."""
-        said = [finding.holds for finding in self.findings if finding.holds is not None]
-        unsaid = len(self.findings) - len(said)
+        """Return the number of cases that hold: `4 of 6 cases, 1 cannot be said`."""
+        said = [case.holds for case in self.cases if case.holds is not None]
+        unsaid = len(self.cases) - len(said)
         parts = [f"{sum(said)} of {len(said)} case{'s' * (len(said) != 1)}"] if said else []
         return ", ".join(parts + [f"{unsaid} cannot be said"] * (unsaid > 0))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One half of a finding."""
+    """One criterion of a case, which holds, does not hold, or (None) cannot be judged."""
 
     holds: bool | None
     text: str
@@ -84,52 +86,59 @@ class Block:
     model: str
 
     def losses(self, test: Callable[[Kind], bool]) -> list[str]:
-        """The losses of a kind; pre-fine is no loss of its own."""
+        """Return the losses whose kind passes `test`; pre-fine is not a loss of its own."""
         kinds = self.evidence.kinds
         names = self.evidence.blocks[self.dataset, self.model]
         return [n for n in names if n != PRE_FINE and n in kinds and test(kinds[n])]
 
     def difference(self, one: str, other: str, score: str) -> Paired:
-        """`one` minus `other` over seeds."""
+        """Return the score of `one` minus that of `other`, paired by seed."""
         return paired(self.values(one, score), self.values(other, score))
 
     def values(self, loss: str, score: str) -> dict[int, float]:
-        """A loss's score by seed."""
+        """Return a loss's score by seed."""
         return self.evidence.by_seed((self.dataset, self.model, loss), score)
 
     def furthest(
         self, pairs: Sequence[tuple[str, str]], score: str
     ) -> tuple[tuple[str, str], Paired]:
-        """The pair of losses whose scores are furthest apart."""
+        """Return the pair of losses with the largest difference, and that difference."""
         found = {names: self.difference(*names, score) for names in pairs}
         return max(found.items(), key=lambda item: abs(item[1].mean))
 
     def effect(self, score: str) -> float:
-        """What scheduling towards WCE changes in a score: the median of these losses minus that of
-        the static CE and dice losses; nan without either."""
+        """Return the effect of schedules towards WCE on a score.
+
+        It is the median over these losses minus the median over the static CE and dice losses, nan
+        if either group is empty.
+        """
         sides = [self.losses(ends_in_wce), self.losses(plain)]
         levels = [[fmean(self.values(loss, score).values()) for loss in side] for side in sides]
         return median(levels[0]) - median(levels[1]) if all(levels) else math.nan
 
     def judged(
         self, sides: Mapping[str, Sequence[str]], judge: Callable[[], Iterable[Part]]
-    ) -> Finding:
-        """The finding of all parts together, or that a side of the comparison has no loss.
-        `sides` are the losses by what they stand for."""
+    ) -> Case:
+        """Return the case that `judge` decides, or an open case if a side has no loss.
+
+        `sides` are the compared losses by the description of their side.
+        """
         absent = [f"{self.dataset}/{self.model}/{what}" for what, side in sides.items() if not side]
         if absent:
-            return self.finding(sides, [Part(None, f"missing: {'; '.join(absent)}")])
-        return self.finding(sides, judge())
+            return self.case(sides, [Part(None, f"missing: {'; '.join(absent)}")])
+        return self.case(sides, judge())
 
-    def finding(self, sides: Mapping[str, Sequence[str]], parts: Iterable[Part]) -> Finding:
-        """One that holds where all its parts hold."""
+    def case(self, sides: Mapping[str, Sequence[str]], parts: Iterable[Part]) -> Case:
+        """Return a case that holds if all its parts hold."""
         given = tuple(tuple(dict.fromkeys(side)) for side in sides.values())
-        return Finding(self.dataset, (self.model,), *joined(parts), given)
+        return Case(self.dataset, (self.model,), *joined(parts), given)
 
 
 def joined(parts: Iterable[Part]) -> tuple[bool | None, tuple[str, ...]]:
-    """Whether all parts hold (False if one does not, else None if one cannot be said), and what
-    they say."""
+    """Return whether all parts hold, and their texts.
+
+    The first value is False if a part does not hold, else None if a part cannot be judged.
+    """
     said = list(parts)
     verdicts = {part.holds for part in said}
     holds = False if False in verdicts else None if None in verdicts else True
@@ -137,28 +146,30 @@ def joined(parts: Iterable[Part]) -> tuple[bool | None, tuple[str, ...]]:
 
 
 def blocks(evidence: Evidence) -> list[Block]:
-    """Every data set and model."""
+    """Return a block for each data set and model."""
     return [Block(evidence, *names) for names in evidence.blocks]
 
 
 def ends_in_wce(kind: Kind) -> bool:
-    """A schedule after which class-weighted CE is alone."""
+    """Return True for a schedule that ends with class-weighted CE alone."""
     return kind.scheduled and kind.end == {"WCE"}
 
 
 def has_wce(kind: Kind) -> bool:
-    """A compound loss, static or scheduled, in which class-weighted CE counts at the end."""
+    """Return True for a compound loss, static or scheduled, that ends with class-weighted CE."""
     return len(kind.terms) > 1 and "WCE" in kind.end
 
 
 def plain(kind: Kind) -> bool:
-    """A static loss of CE and dice, without class-weighted CE."""
+    """Return True for a static loss of CE and dice without class-weighted CE."""
     return not kind.scheduled and PLAIN_TERMS.issuperset(kind.terms)
 
 
 def above(block: Block, highs: Sequence[str], lows: Sequence[str], score: str) -> Part:
-    """Whether each of `highs` has a higher score than each of `lows`, by more than `MARGIN`; the
-    closest pair says by how much."""
+    """Judge whether each of `highs` exceeds each of `lows` by more than `MARGIN` in a score.
+
+    The text gives the difference of the closest pair.
+    """
     pairs = {(high, low): block.difference(high, low, score) for high in highs for low in lows}
     defined = {names: pair for names, pair in pairs.items() if pair.n}
     if not defined:
@@ -174,7 +185,7 @@ def above(block: Block, highs: Sequence[str], lows: Sequence[str], score: str) -
 
 
 def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: float) -> Part:
-    """Whether no pair differs by more than `share` of what scheduling towards WCE changes."""
+    """Judge whether every pair differs by at most `share` of `Block.effect`."""
     limit = share * abs(block.effect(score))
     label = LABELS[score]
     if math.isnan(limit):
@@ -196,8 +207,10 @@ def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: flo
 
 
 def amount(pair: Paired) -> str:
-    """`+0.110 ± 0.010 (4 of 4 seeds)`: the mean difference, its standard deviation over seeds, and
-    in how many of them it has that sign."""
+    """Return the mean difference and its spread over seeds: `+0.110 ± 0.010 (4 of 4 seeds)`.
+
+    The count is the number of seeds whose difference has the sign of the mean.
+    """
     if pair.n < 2:
         return f"{pair.mean:+z.3f}"
     agreeing = pair.positive if pair.mean > 0 else pair.negative
@@ -205,7 +218,7 @@ def amount(pair: Paired) -> str:
 
 
 def varies_more(block: Block, dice: Sequence[str], others: Sequence[str]) -> Part:
-    """Whether the loss whose recall varies most over seeds is one of `dice`."""
+    """Judge whether the loss whose recall varies most over seeds is one of `dice`."""
     values = {loss: list(block.values(loss, "rec").values()) for loss in [*dice, *others]}
     alone = [loss for loss, of in values.items() if len(of) < 2]
     if alone:
@@ -222,9 +235,11 @@ def varies_more(block: Block, dice: Sequence[str], others: Sequence[str]) -> Par
 
 
 def ahead(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> list[int]:
-    """Return 1 for each pair in which the first loss has the higher mean score, -1 if the second
-    has, and 0 if they differ by `MARGIN` at most. A pair without a seed that defines both scores is
-    left out."""
+    """Return 1 for each pair whose first loss has the higher mean score, and -1 for the second.
+
+    The value is 0 if they differ by at most `MARGIN`. Pairs without a seed that defines both scores
+    are left out.
+    """
     means = [pair.mean for names in pairs if (pair := block.difference(*names, score)).n]
     return [(mean > MARGIN) - (mean < -MARGIN) for mean in means]
 
@@ -235,13 +250,16 @@ def heads_apart(
     backbone: str,
     heads: Mapping[str, str],
     signs: Mapping[str, int],
-) -> Finding:
-    """Judge DeepLabV3 against FCN on one backbone. `heads` are the models' names by head; `signs`
-    are 1 for each score in which DeepLabV3 should be the higher, -1 where it should be lower."""
+) -> Case:
+    """Judge DeepLabV3 against FCN on one backbone.
+
+    `heads` are the models' names by head. `signs` are 1 for each score in which DeepLabV3 should be
+    higher, -1 where it should be lower.
+    """
     absent = [head for head in ("deeplabv3", "fcn") if head not in heads]
     if absent:
         text = f"missing: {dataset}/{absent[0]}_{backbone}"
-        return Finding(dataset, tuple(heads.values()), None, (text,), ())
+        return Case(dataset, tuple(heads.values()), None, (text,), ())
     models = heads["deeplabv3"], heads["fcn"]
     one, other = (
         {loss: evidence.scores[dataset, model, loss] for loss in evidence.blocks[dataset, model]}
@@ -250,9 +268,9 @@ def heads_apart(
     both = [loss for loss in one if set(one[loss]) & set(other.get(loss, ()))]
     if not both:
         text = f"missing: a loss on {dataset} that both models have, of equal seed"
-        return Finding(dataset, models, None, (text,), ())
+        return Case(dataset, models, None, (text,), ())
     parts = [_in_the_mean(one, other, both, score, sign) for score, sign in signs.items()]
-    return Finding(dataset, models, *joined(parts), (tuple(both),))
+    return Case(dataset, models, *joined(parts), (tuple(both),))
 
 
 def _in_the_mean(
@@ -270,7 +288,7 @@ def _in_the_mean(
     losses = [loss for loss in losses if loss not in undefined]
     if not losses:
         return Part(None, f"{LABELS[score]} is defined for no loss with both models")
-    # by loss first, so that a missing cell does not shift the mean over losses
+    # Average by loss first, so that a missing cell does not shift the mean over losses.
     by_loss = [
         fmean(one[n][seed][score] - other[n][seed][score] for seed in one[n] if seed in other[n])
         for n in losses
@@ -289,7 +307,7 @@ def _in_the_mean(
 
 
 def classes_left_out(block: Block, complete: Sequence[str], others: Sequence[str]) -> Part:
-    """Judge whether F1 is defined with every seed for `complete` and for no other loss."""
+    """Judge whether F1 is defined with every seed for `complete` and for none of `others`."""
     left_out = {
         loss: block.evidence.never_right[block.dataset, block.model, loss]
         for loss in [*complete, *others]

@@ -1,30 +1,34 @@
-"""What the page of a report says: plain values. `templates/report.html` says how it looks."""
+"""Fill the page of a report with plain values; `templates/report.html` defines its look."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs.metrics.scores import ERRORS, SCORES, Summary
-from pipeline.paper.comparison import Analysis, for_page
+from pipeline.scores import paired_comparison
+from pipeline.scores.evidence import Evidence
 from pipeline.scores.results_file import DatasetResults, Results
 from pipeline.scores.score_table import LABELS, Row, best, blocks, shown
 
 _NUM_CELLS = re.compile(r'<meta name="lossgrid-cells" content="([0-9]{1,9})">')
-_HEAD = 4096  # characters of a page that hold it
+_HEAD = 4096  # the number of a page's first characters, which hold `_NUM_CELLS`
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image as a data URI, and what it shows: data set and model. `width` on the page in
-    pixels; None is the image's own."""
+    """An image as a data URI; the title names its data set and model.
+
+    `width` is in pixels of the page; None means the width of the image.
+    """
 
     title: str
     source: str
@@ -33,8 +37,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """The figures of a topic. The template has the topic's heading and how to read them. `note`:
-    what is not drawn."""
+    """The figures of a topic, whose heading and explanation stand in the template.
+
+    `note` describes the rows that are not drawn.
+    """
 
     topic: str
     figures: list[Drawn]
@@ -43,7 +49,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that a reader must know, and the cells that it is about (none: all of them)."""
+    """A remark for the reader, and the cells that it concerns; without names it concerns all."""
 
     text: str
     cells: list[str]
@@ -64,14 +70,14 @@ class TableRow:
 
     loss: str
     seeds: int
-    champion: bool  # it has the best S_rec of its block
+    champion: bool  # True if its S_rec is the best of its block
     scores: list[ScoreCell]
     never_right: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Block:
-    """The lines that differ by nothing but their loss."""
+    """The lines of one data set and model."""
 
     dataset: str
     model: str
@@ -79,12 +85,12 @@ class Block:
 
 
 def cells_of(results: Results) -> int:
-    """Return how many cells the results have."""
+    """Return the number of finished cells in the results."""
     return sum(len(dataset.cells) for dataset in results.datasets)
 
 
 def num_cells(page: Path) -> int:
-    """Return how many cells a page shows that `render` made; 0 if there is none that tells."""
+    """Return the number of cells on a page of `render`; 0 if the file is missing or unknown."""
     try:
         with page.open(encoding="utf-8", errors="replace") as file:
             found = _NUM_CELLS.search(file.read(_HEAD))
@@ -94,9 +100,24 @@ def num_cells(page: Path) -> int:
 
 
 def render(
-    results: Results, table: Sequence[Row], sections: Sequence[Section], found: Analysis
+    results: Results,
+    table: Sequence[Row],
+    evidence: Evidence,
+    sections: Sequence[Section],
+    paper_html: str = "",
+    paper_headings: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The page as HTML; every name in it is escaped."""
+    """Return the page as HTML.
+
+    Args:
+        results: all finished cells of a grid.
+        table: all rows of `results`.
+        evidence: the scores of `table`.
+        sections: the figures.
+        paper_html: the HTML of the paper's section, in which every name is escaped.
+        paper_headings: the headings of that section by HTML id.
+    """
+    groups = paired_comparison.groups(evidence)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -121,12 +142,17 @@ def render(
         any_never_right=any(row.never_right for row in table),
         sections=sections,
         bins=_bins(results),
-        **for_page(found),
+        paper_html=paper_html,
+        paper_headings=paper_headings,
+        groups=groups,
+        across=paired_comparison.across(groups),
+        compared_labels=[LABELS[score] for score in paired_comparison.COMPARED],
+        shown_pair=paired_comparison.shown,
     )
 
 
 def notes(results: Results) -> list[Note]:
-    """The record's notes, then the cells' own, each once with the cells that carry it."""
+    """Return the notes of the record, then those of cells, each once with all its cells."""
     carriers: dict[str, list[str]] = {}
     for dataset in results.datasets:
         for cell in dataset.cells:
@@ -137,7 +163,7 @@ def notes(results: Results) -> list[Note]:
 
 
 def flattened(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """A nested table as lines of (dotted key, value as JSON)."""
+    """Yield the values of a nested table as (dotted key, value as JSON)."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{key}.")
@@ -191,7 +217,7 @@ def _score_cell(summary: Summary, is_best: bool) -> ScoreCell:
 
 
 def winners(block: Sequence[Row]) -> list[dict[str, str]]:
-    """The rows of a block with the best S_rec, in words."""
+    """Return the rows of a block with the best S_rec, as texts."""
     champions = best(block, "s_rec")
     return [
         {

@@ -1,5 +1,7 @@
-"""A report's table for the terminal. It draws nothing, so that a command that has nothing left to
-do need not wait for matplotlib."""
+"""Print a report's table in the terminal.
+
+This module loads no matplotlib, so that a command without work to do ends at once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.rendering.figure_selection import select
+from pipeline.rendering.figure_data import select
 from pipeline.scores.results_file import Results, read_results
 from pipeline.scores.score_table import LABELS, PAPER_SCORES, Row, best, rows, shown
 from pipeline.tracking.display import console, literal
@@ -23,8 +25,10 @@ def print_report(results_path: str | Path, page_path: Path) -> None:
 
 
 def print_table(results: Results, table: Sequence[Row], page_path: Path) -> None:
-    """Print the rows of `table`, what is missing, and the path of the page."""
-    out = console(width=100)  # what the table needs
+    """Print the rows of `table`, the missing cells, and the path of the page."""
+    out = console(width=100)  # the table's width
+    if not table:
+        out.print(literal("no cell is finished, so the page has no scores; run report again later"))
     for (dataset, model), block in select(table).drawn.items():
         out.print(printed_table(f"{dataset} · {model} · {len(block[0].seeds)} seeds", block))
     if left_out := select(table).left_out:
@@ -33,13 +37,12 @@ def print_table(results: Results, table: Sequence[Row], page_path: Path) -> None
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         out.print(literal(f"missing: {len(missing)} cells without counts: {names}"))
-    # soft_wrap: a path that is broken over two lines cannot be opened
+    # soft_wrap keeps the path in one line, so that a terminal can open it
     out.print(literal(f"page: {page_path}"), soft_wrap=True)
 
 
 def printed_table(title: str, block: Sequence[Row]) -> Table:
-    """The paper's scores of one data set and model for the terminal, the best in bold. Narrow
-    enough for 100 columns."""
+    """Return the scores of one data set and model for 100 columns, the best in bold."""
     printed = Table(
         title=literal(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

@@ -1,5 +1,4 @@
-"""What claims and comparisons look at: the scores of each loss by seed, whether they come from
-counts or from the paper's table."""
+"""The scores of each loss by seed, from counts or from the paper's table."""
 
 from __future__ import annotations
 
@@ -18,9 +17,11 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a loss is, whatever its name: its terms, those of them that count when training starts
-    and when it ends, and whether their weights move in between. `schedule` are its knots, to tell
-    two ramps apart."""
+    """The content of a loss, independent of its name.
+
+    `start` and `end` are the terms with a weight above 0 when training starts and ends. `scheduled`
+    is True if the weights change in between. `schedule` holds the knots, to tell two ramps apart.
+    """
 
     terms: tuple[str, ...]
     start: frozenset[str]
@@ -30,14 +31,13 @@ class Kind:
 
     @property
     def ratio(self) -> tuple[float, ...]:
-        """The shares of the terms when training starts; their sum is 1."""
+        """Return the shares of the terms when training starts; their sum is 1."""
         weights = self.schedule[0][1]
         return tuple(round(weight / sum(weights), 9) for weight in weights)
 
     @property
     def family(self) -> tuple[tuple[str, ...], frozenset[str], frozenset[str], bool]:
-        """Equal for losses that differ only in where their ramps begin and end, or in the ratio of
-        their terms."""
+        """Return a key that ignores the ends of the ramps and the ratio of the terms."""
         return self.terms, self.start, self.end, self.scheduled
 
 
@@ -45,58 +45,57 @@ class Kind:
 class Evidence:
     """The scores of a grid or of the paper.
 
-    `scores` by (data set, model, loss), then by seed. `never_right`: the present classes that leave
-    F1 undefined with at least one seed. `kinds` by the loss's name. `most_imbalanced` is the data
-    set whose most frequent class is the most times as frequent as its rarest; "" without data.
-    `of_the_paper`: which of the paper's data sets each one is; "" for none.
+    `scores` are by (data set, model, loss), then by seed. `never_right` names the present classes
+    that leave F1 undefined with at least one seed. `kinds` are by the loss's name.
+    `most_imbalanced` is the data set with the largest `imbalance`, "" without data.
     """
 
     scores: Mapping[Key, Mapping[int, Scores]]
     never_right: Mapping[Key, tuple[str, ...]]
     kinds: Mapping[str, Kind]
     most_imbalanced: str
-    of_the_paper: Mapping[str, str]
 
     @cached_property
     def blocks(self) -> dict[tuple[str, str], list[str]]:
-        """The losses of every (data set, model), in grid order."""
+        """Return the losses of every (data set, model), in grid order."""
         grouped: dict[tuple[str, str], list[str]] = {}
         for dataset, model, loss in self.scores:
             grouped.setdefault((dataset, model), []).append(loss)
         return grouped
 
     def by_seed(self, key: Key, score: str) -> dict[int, float]:
-        """One score of a loss by seed."""
+        """Return one score of a loss by seed."""
         return {seed: of[score] for seed, of in self.scores[key].items()}
 
 
-def evidence(results: Results, table: Iterable[Row], of_the_paper: Mapping[str, str]) -> Evidence:
-    """Return what the rows of a grid's results say; `of_the_paper` as in `Evidence`."""
+def evidence(results: Results, table: Iterable[Row]) -> Evidence:
+    """Return the evidence of a grid's results; `table` holds all their rows."""
     rows = {(row.dataset, row.model, row.loss): row for row in table}
     return Evidence(
         scores={key: dict(zip(row.seeds, row.by_seed, strict=True)) for key, row in rows.items()},
         never_right={key: tuple(row.never_right) for key, row in rows.items()},
         kinds={loss["name"]: kind_of_record(loss) for loss in results.record.get("losses", [])},
         most_imbalanced=max(results.datasets, key=imbalance).name if results.datasets else "",
-        of_the_paper=of_the_paper,
     )
 
 
 def kind_of_record(loss: Mapping[str, Any]) -> Kind:
-    """The kind of one of a record's losses: {name, terms, schedule: [{at, weights, ramp}]}."""
+    """Return the kind of a recorded loss {name, terms, schedule: [{at, weights, ramp}]}."""
     knots = [(k["at"], tuple(k["weights"]), k["ramp"]) for k in loss["schedule"]]
     return _kind(loss["terms"], knots)
 
 
 def kind_of_spec(loss: LossSpec) -> Kind:
-    """The kind of a loss that the grammar resolved."""
+    """Return the kind of a loss that the grammar resolved."""
     knots = [(knot.at, knot.weights, str(knot.ramp)) for knot in loss.schedule]
     return _kind([term.name for term in loss.terms], knots)
 
 
 def imbalance(dataset: DatasetResults) -> float:
-    """How many times as frequent the most frequent class is as the rarest one, in training pixels
-    of the classes that training and validation have; 0 without any."""
+    """Return the training pixels of the most frequent class divided by those of the rarest.
+
+    Only classes with pixels in both training and validation count. The result is 0 without any.
+    """
     both = (dataset.train_class_pixels > 0) & (dataset.val_class_pixels > 0)
     pixels = dataset.train_class_pixels[both]
     return float(pixels.max() / pixels.min()) if len(pixels) else 0.0

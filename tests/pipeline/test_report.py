@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -14,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from hpc.cli import UserError
-from pipeline.paper.comparison import analyse, write_files
+from pipeline.paper.section import paper_section
 from pipeline.rendering import figures
 from pipeline.rendering.page import render
 from pipeline.rendering.terminal import printed_table
 from pipeline.report import main, write_report
+from pipeline.scores.evidence import evidence
+from pipeline.scores.paired_comparison import comparisons, to_csv
 from pipeline.scores.score_table import rows
 from tests.pipeline.grids import grid_file
 from tests.pipeline.scores import simulated
@@ -111,11 +114,14 @@ def test_the_page_sets_the_results_beside_the_paper(page):
 
 
 def analysed(results, folder):
-    """A page without figures, which take their time, and the files of the analysis."""
+    """A page without figures, which take their time, and the files beside it."""
     table = rows(results)
-    found = analyse(results, table)
-    write_files(found, folder)
-    return Page(render(results, table, [], found))
+    seen = evidence(results, table)
+    paper = paper_section(results, table, seen)
+    for name, text in paper.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "comparisons.csv").write_text(to_csv(comparisons(seen)), encoding="utf-8")
+    return Page(render(results, table, seen, [], paper.html, paper.headings))
 
 
 def test_the_page_says_where_a_claim_holds_and_by_how_much(tmp_path):
@@ -174,7 +180,7 @@ def test_a_grid_of_which_nothing_is_done_has_a_page_too(nothing, tmp_path):
     assert "No cell is done yet." in paths.page.read_text(encoding="utf-8")
 
 
-def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path):
+def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path, capsys):
     grid = grid_file(tmp_path)
     folder = shutil.copytree(report.page.parent, tmp_path / "run/report")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -183,6 +189,7 @@ def test_a_report_of_more_cells_is_not_replaced(report, nothing, tmp_path):
         main([str(grid)])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     main([str(grid), "--allow-fewer"])
+    assert "no cell is finished" in capsys.readouterr().out
     assert "No cell is done yet." in (folder / "index.html").read_text(encoding="utf-8")
 
 
@@ -194,6 +201,20 @@ def test_a_report_that_fails_leaves_the_one_before_whole(report, results, tmp_pa
         report_of(results, folder)
     assert (folder / "table.csv").read_text() == "a table of another day"
     assert not list(folder.glob(".*"))
+
+
+def test_a_report_warns_of_counts_that_its_results_lack(results, tmp_path, capsys):
+    grid, counts = grid_file(tmp_path), tmp_path / "run/counts"
+    counts.mkdir(parents=True)
+    simulated.write_results(tmp_path / "run/results.h5", results)
+    reduced = (tmp_path / "run/results.h5").stat().st_mtime
+    for name, age in (("a-g1", 5), ("b-g1", -5)):
+        (counts / f"{name}.json").touch()
+        os.utime(counts / f"{name}.json", (0, reduced - age))
+    main([str(grid)])
+    said = capsys.readouterr().out
+    assert "warning: 1 counts files are newer than" in said
+    assert f"run `python -m pipeline.reduce {grid}`" in said
 
 
 def test_without_results_the_report_says_what_to_do(tmp_path):

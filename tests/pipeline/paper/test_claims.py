@@ -19,8 +19,9 @@ from tests.pipeline.scores import simulated
 FCN, DEEPLAB = "fcn_resnet101", "deeplabv3_resnet101"
 
 
-def verdicts(of):
-    return {claim.key: claim for claim in check(of)}
+def judged(of, paper_datasets=None):
+    """The claims by key; data sets have the paper's names unless told otherwise."""
+    return {c.key: c for c in check(of, paper_datasets or {data: data for data, _ in of.blocks})}
 
 
 def grid(changes=(), without=(), seeds=4, jitter=0.001):
@@ -47,8 +48,7 @@ def grid(changes=(), without=(), seeds=4, jitter=0.001):
     left_out = {k: ("pole",) if math.isnan(table[k]["f1"]) else () for k in scores}
     names = {loss for _, _, loss in scores}
     kinds = {n: _kind(n) for n in names}
-    names = {"voc": "voc", "cityscapes": "cityscapes"}
-    return Evidence(scores, left_out, kinds, "cityscapes", names)
+    return Evidence(scores, left_out, kinds, "cityscapes")
 
 
 def _kind(loss):
@@ -59,12 +59,12 @@ def _kind(loss):
 
 
 def s_rec_of_pre_fine(of):
-    """The finding on VOC with FCN."""
-    findings = verdicts(of)["pre_fine_wins"].findings
-    return next(f for f in findings if f.texts[0].startswith("S_rec"))
+    """The case of VOC with FCN."""
+    cases = judged(of)["pre_fine_wins"].cases
+    return next(f for f in cases if f.texts[0].startswith("S_rec"))
 
 
-CLAIMS = [claim.key for claim in check(grid())]
+CLAIMS = list(judged(grid()))
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ CLAIMS = [claim.key for claim in check(grid())]
     ],
 )
 def test_the_papers_own_table_supports_its_claims(claim, verdict, extent):
-    found = verdicts(paper_evidence())[claim]
+    found = judged(paper_evidence())[claim]
     assert (found.verdict, found.extent) == (verdict, extent)
 
 
 def test_in_the_papers_table_two_rows_of_deeplab_are_calibrated_as_badly_as_fl():
-    failing = [f for f in verdicts(paper_evidence())["worst_calibrated"].findings if not f.holds]
+    failing = [f for f in judged(paper_evidence())["worst_calibrated"].cases if not f.holds]
     assert [(f.dataset, f.models) for f in failing] == [("voc", (DEEPLAB,)), ("sbd", (DEEPLAB,))]
     assert failing[0].texts == ("Cal -0.030 at the closest pair (DLAWCE over FL), 26 of 28 pairs",)
 
@@ -99,22 +99,22 @@ def test_in_the_papers_table_two_rows_of_deeplab_are_calibrated_as_badly_as_fl()
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_each_claim_holds_on_a_grid_like_the_papers(claim):
     lift = {("voc", DEEPLAB, loss, "cal"): 0.1 for loss in ("DLAWCE", "DLNWCE")}
-    assert verdicts(grid(lift))[claim].verdict == "holds"
+    assert judged(grid(lift))[claim].verdict == "holds"
 
 
 def test_the_papers_own_exceptions_to_pre_fine_are_named_with_the_claim_and_where_they_recur():
-    claim = verdicts(paper_evidence())["pre_fine_wins"]
+    claim = judged(paper_evidence())["pre_fine_wins"]
     assert claim.criterion.endswith(
         f"Exceptions in the paper's own table: Cal of {FCN} on voc; Cal of {FCN} on sbd; "
         f"Rec of {DEEPLAB} on sbd."
     )
-    failing = [finding for finding in claim.findings if finding.holds is False]
+    failing = [finding for finding in claim.cases if finding.holds is False]
     assert [(f.dataset, f.models) for f in failing] == [
         ("voc", (FCN,)), ("sbd", (FCN,)), ("sbd", (DEEPLAB,))
     ]  # fmt: skip
     assert {f.texts[-1] for f in failing} == {"so it is in the paper's table"}
     own = {("voc", DEEPLAB, "pre-fine", "acc"): -0.5}
-    (of_ours,) = [f for f in verdicts(grid(own))["pre_fine_wins"].findings if f.holds is False]
+    (of_ours,) = [f for f in judged(grid(own))["pre_fine_wins"].cases if f.holds is False]
     assert len(of_ours.texts) == 1  # the paper has no such exception
 
 
@@ -132,18 +132,18 @@ AGAINST = {
 
 @pytest.mark.parametrize("claim", AGAINST)
 def test_a_claim_fails_on_the_one_data_set_and_model_where_a_cell_speaks_against_it(claim):
-    found = verdicts(grid(AGAINST[claim]))[claim]
-    assert (FCN,) in {f.models for f in found.findings if f.dataset == "voc" and f.holds is False}
-    before = verdicts(grid())[claim].findings
-    changed = [f for f, b in zip(found.findings, before, strict=True) if f.holds != b.holds]
+    found = judged(grid(AGAINST[claim]))[claim]
+    assert (FCN,) in {f.models for f in found.cases if f.dataset == "voc" and f.holds is False}
+    before = judged(grid())[claim].cases
+    changed = [f for f, b in zip(found.cases, before, strict=True) if f.holds != b.holds]
     assert [(f.dataset, f.models) for f in changed] == [("voc", (FCN,))]
 
 
 def test_accuracy_must_fall_too():
     rise = {("voc", FCN, loss, "acc"): 0.25 for loss in ("DLNWCE",)}
-    found = verdicts(grid(rise))["recall_for_accuracy"]
+    found = judged(grid(rise))["recall_for_accuracy"]
     assert found.verdict == "holds in part"
-    texts = next(f.texts for f in found.findings if not f.holds)
+    texts = next(f.texts for f in found.cases if not f.holds)
     assert texts[0].startswith("Rec +0.1")
     assert texts[1].startswith("Acc -0.0")
     assert "DLNWCE" in texts[1]
@@ -151,41 +151,40 @@ def test_accuracy_must_fall_too():
 
 def test_a_loss_with_one_spread_larger_than_dice_refutes_that_dice_varies_most():
     steady = grid(without=("WDL",))
-    assert verdicts(steady)["dice_varies_most"].verdict == "cannot be said"
+    assert judged(steady)["dice_varies_most"].verdict == "cannot be said"
     wild = {k: dict(v) for k, v in grid().scores.items()}
     wild["voc", FCN, "FL"] = {s: {**of, "rec": 0.6 + 0.1 * s} for s, of in enumerate(
         wild["voc", FCN, "FL"].values())}  # fmt: skip
-    found = verdicts(replace(grid(), scores=wild))["dice_varies_most"]
-    assert [f.dataset for f in found.findings if f.holds is False] == ["voc"]
+    found = judged(replace(grid(), scores=wild))["dice_varies_most"]
+    assert [f.dataset for f in found.cases if f.holds is False] == ["voc"]
 
 
 @pytest.mark.parametrize("score", ["acc", "f1", "rec"])
 def test_deeplab_that_is_below_fcn_in_one_score_refutes_its_claim_on_voc(score):
     other = {("voc", DEEPLAB, loss, score): -0.4 for _, _, loss in grid().scores}
-    found = verdicts(grid(other))["deeplab_against_fcn"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": False, "cityscapes": None}
+    found = judged(grid(other))["deeplab_against_fcn"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": False, "cityscapes": None}
 
 
 def test_the_claim_of_voc_and_sbd_is_not_judged_on_other_data_whatever_their_name():
-    elsewhere = replace(grid(), of_the_paper={"voc": "", "cityscapes": "sbd"})
-    found = verdicts(elsewhere)["deeplab_against_fcn"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": None, "cityscapes": True}
+    found = judged(grid(), {"voc": "", "cityscapes": "sbd"})["deeplab_against_fcn"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": None, "cityscapes": True}
 
 
 def test_deeplab_that_is_better_calibrated_refutes_its_claim_on_that_data_set_alone():
     other = {("voc", DEEPLAB, loss, "cal"): 0.1 for _, _, loss in grid().scores}
-    found = verdicts(grid(other))["deeplab_calibrates_worse"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": False, "cityscapes": True}
+    found = judged(grid(other))["deeplab_calibrates_worse"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": False, "cityscapes": True}
 
 
 @pytest.mark.parametrize("better", ["N", "A"])
 def test_a_schedule_that_is_the_better_one_in_every_pair_of_a_data_set_is_a_trend(better):
     of_schedule = [loss for loss in SCHEDULES if better in loss]
     rise = {("voc", model, loss, "cal"): 0.2 for model in (FCN, DEEPLAB) for loss in of_schedule}
-    found = verdicts(grid(rise))["no_trend"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": False, "cityscapes": True}
+    found = judged(grid(rise))["no_trend"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": False, "cityscapes": True}
     all_but_one = {**rise, ("voc", FCN, of_schedule[0], "cal"): -0.1}
-    assert verdicts(grid(all_but_one))["no_trend"].verdict == "holds"
+    assert judged(grid(all_but_one))["no_trend"].verdict == "holds"
 
 
 def test_pairs_without_a_seed_in_common_are_no_evidence_against_a_trend():
@@ -193,18 +192,18 @@ def test_pairs_without_a_seed_in_common_are_no_evidence_against_a_trend():
     rise = {("voc", model, loss, "cal"): 0.2 for model in (FCN, DEEPLAB) for loss in of_schedule}
     unlike = {k: {s + 10 * (k[2] in of_schedule): of for s, of in v.items()}
               for k, v in grid(rise).scores.items()}  # fmt: skip
-    found = verdicts(replace(grid(), scores=unlike))["no_trend"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": None, "cityscapes": None}
+    found = judged(replace(grid(), scores=unlike))["no_trend"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": None, "cityscapes": None}
     for key in [("voc", FCN, "DLNCE"), ("voc", DEEPLAB, "DLNCE")]:
         unlike[key] = grid(rise).scores[key]
         unlike[*key[:2], "DLACE"] = grid(rise).scores[*key[:2], "DLACE"]
-    found = verdicts(replace(grid(), scores=unlike))["no_trend"]
-    assert {f.dataset: f.holds for f in found.findings} == {"voc": False, "cityscapes": None}
+    found = judged(replace(grid(), scores=unlike))["no_trend"]
+    assert {f.dataset: f.holds for f in found.cases} == {"voc": False, "cityscapes": None}
 
 
 def test_a_static_mixture_with_weighted_ce_must_raise_recall_as_a_schedule_does():
     fall = {("voc", FCN, "DLWCE", "rec"): -0.2}
-    (finding,) = [f for f in verdicts(grid(fall))["recall_for_accuracy"].findings if not f.holds]
+    (finding,) = [f for f in judged(grid(fall))["recall_for_accuracy"].cases if not f.holds]
     assert "DLWCE" in finding.texts[0]
 
 
@@ -214,9 +213,9 @@ def test_a_static_mixture_with_weighted_ce_must_raise_recall_as_a_schedule_does(
 def test_one_loss_too_many_or_too_few_that_predicts_all_classes_refutes_the_claim(loss, classes):
     key = ("cityscapes", FCN, loss)
     changed = replace(grid(), never_right={**grid().never_right, key: classes})
-    found = verdicts(changed)["no_class_left_out"]
-    assert [f.holds for f in found.findings if f.models == (FCN,)] == [False]
-    assert any(loss in text for f in found.findings for text in f.texts if not f.holds)
+    found = judged(changed)["no_class_left_out"]
+    assert [f.holds for f in found.cases if f.models == (FCN,)] == [False]
+    assert any(loss in text for f in found.cases for text in f.texts if not f.holds)
 
 
 def test_a_weighted_ce_that_predicts_all_classes_is_not_in_the_papers_table():
@@ -228,7 +227,7 @@ def test_a_weighted_ce_that_predicts_all_classes_is_not_in_the_papers_table():
         never_right={**base.never_right, key: ()},
         kinds={**base.kinds, "WCE": kind_of_spec(parse_loss("WCE"))},
     )
-    assert verdicts(more)["no_class_left_out"].verdict == "holds"
+    assert judged(more)["no_class_left_out"].verdict == "holds"
 
 
 SCHEDULES = ("DLNCE", "DLACE", "WDLNCE", "WDLACE", "DLNWCE", "DLAWCE", "WDLNWCE", "WDLAWCE")
@@ -253,14 +252,14 @@ MISSING = {
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_without_its_cells_a_claim_cannot_be_said_and_names_what_is_missing(claim):
-    found = verdicts(grid(without=MISSING[claim]))[claim]
+    found = judged(grid(without=MISSING[claim]))[claim]
     assert found.verdict == "cannot be said"
-    assert all(text.startswith("missing: ") for f in found.findings for text in f.texts)
-    assert found.findings[0].dataset in found.findings[0].texts[0]
+    assert all(text.startswith("missing: ") for f in found.cases for text in f.texts)
+    assert found.cases[0].dataset in found.cases[0].texts[0]
 
 
 def test_one_seed_cannot_say_what_varies():
-    (text,) = verdicts(grid(seeds=1))["dice_varies_most"].findings[0].texts
+    (text,) = judged(grid(seeds=1))["dice_varies_most"].cases[0].texts
     assert text == "missing: a second seed of every loss"
 
 
@@ -268,10 +267,10 @@ def test_where_scheduling_changes_nothing_there_is_no_scale_to_call_a_difference
     flat = {}
     for key, of in grid().scores.items():
         flat[key] = {seed: {**one, "rec": 0.5, "acc": 0.5} for seed, one in of.items()}
-    found = verdicts(replace(grid(), scores=flat))
+    found = judged(replace(grid(), scores=flat))
     assert found["recall_for_accuracy"].verdict == "does not hold"
     assert found["schedules_agree"].verdict == "cannot be said"
-    assert "moves Rec by +0.000 only" in found["schedules_agree"].findings[0].texts[0]
+    assert "moves Rec by +0.000 only" in found["schedules_agree"].cases[0].texts[0]
 
 
 def test_a_difference_that_the_papers_two_digits_would_not_show_is_none():
@@ -301,7 +300,7 @@ def test_how_much_comes_with_the_spread_over_seeds_of_the_paired_difference():
 
 
 def test_machines_read_verdicts_and_the_names_of_the_cells_compared():
-    read = {claim["claim"]: claim for claim in json.loads(to_json(check(grid())))}
+    read = {claim["claim"]: claim for claim in json.loads(to_json(list(judged(grid()).values())))}
     assert read["pre_fine_wins"]["verdict"] == "holds"
     cells = read["pre_fine_wins"]["findings"][0]["cells"]
     assert f"voc/{FCN}/pre-fine" in cells
@@ -311,7 +310,7 @@ def test_machines_read_verdicts_and_the_names_of_the_cells_compared():
 
 
 def test_people_read_a_sentence_a_verdict_and_escaped_names():
-    text = to_markdown(check(grid(without=("CEMP",))))
+    text = to_markdown(list(judged(grid(without=("CEMP",))).values()))
     assert "## FL and CEMP have the worst calibration.\n\n**cannot be said**" in text
     assert r"missing: voc/fcn\_resnet101/CEMP" in text
 
@@ -335,18 +334,17 @@ def results(confusions, losses, train=(100, 10)):
 def test_counts_become_evidence_by_seed_with_the_classes_that_one_seed_leaves_out():
     made = results([[[[8, 2], [1, 3]], [[9, 1], [3, 1]]], [[[7, 3], [4, 0]], [[9, 1], [3, 1]]]],
                    ["DLNWCE", "CE"])  # fmt: skip
-    seen = evidence(made, rows(made), {"even": "voc", "uneven": ""})
-    assert seen.of_the_paper == {"even": "voc", "uneven": ""}
+    seen = evidence(made, rows(made))
     assert seen.by_seed(("even", FCN, "DLNWCE"), "acc") == {5: 11 / 14, 2: 10 / 14}
     assert seen.by_seed(("even", FCN, "CE"), "rec") == {5: 0.35, 2: 0.575}
     assert seen.never_right["even", FCN, "DLNWCE"] == ()
     assert seen.never_right["even", FCN, "CE"] == ("pole",)  # predicted by one seed, never right
     assert seen.most_imbalanced == "uneven"
-    claim = verdicts(seen)["no_class_left_out"]
-    assert [(f.dataset, f.holds) for f in claim.findings] == [("uneven", True)]
-    assert verdicts(seen)["recall_for_accuracy"].verdict == "does not hold"
+    claim = judged(seen)["no_class_left_out"]
+    assert [(f.dataset, f.holds) for f in claim.cases] == [("uneven", True)]
+    assert judged(seen)["recall_for_accuracy"].verdict == "does not hold"
 
 
 def test_a_class_without_training_pixels_does_not_make_data_imbalanced():
     made = results([[[[8, 2], [1, 3]]] * 2, [[[7, 3], [4, 0]]] * 2], ["DLNWCE", "CE"], (90, 0))
-    assert evidence(made, rows(made), {}).most_imbalanced == "even"
+    assert evidence(made, rows(made)).most_imbalanced == "even"

@@ -18,8 +18,8 @@ from pipeline.paper.reference import (
     departures,
     differences,
     differences_csv,
+    match_dataset,
     paper_table,
-    same_dataset,
 )
 from pipeline.scores.results_file import DatasetResults, Results
 from pipeline.scores.score_table import rows
@@ -113,13 +113,13 @@ def test_the_papers_wce_has_the_recall_of_losses_without_class_weights():
 def test_a_data_set_is_the_papers_by_its_classes_and_images_whatever_its_name(
     classes, images, expected
 ):
-    assert same_dataset(dataset("voc", classes, images)).dataset == expected
+    assert match_dataset(dataset("voc", classes, images)).dataset == expected
 
 
 def test_what_is_not_the_papers_data_is_said():
-    reason = same_dataset(dataset(images=346)).reason
+    reason = match_dataset(dataset(images=346)).reason
     assert reason == "VOC's 21 classes, but 346 validation images where the paper has 1449 or 2857"
-    assert "21 classes" in same_dataset(dataset(classes=[f"c{i}" for i in range(21)])).reason
+    assert "21 classes" in match_dataset(dataset(classes=[f"c{i}" for i in range(21)])).reason
 
 
 def test_the_thirty_classes_of_cityscapes_and_its_four_kinds_of_void_are_all_its_raw_ids():
@@ -186,4 +186,4 @@ def test_the_csv_has_both_figures_and_what_is_doubtful():
 def test_a_data_set_of_which_nothing_is_done_is_none_of_the_papers():
     data = dataset()
     empty = {name: array[:0] for name, array in data.counts.items()}
-    assert same_dataset(replace(data, cells=[], counts=empty)).dataset == ""
+    assert match_dataset(replace(data, cells=[], counts=empty)).dataset == ""

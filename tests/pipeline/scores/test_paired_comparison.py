@@ -26,7 +26,7 @@ def evidence(values, score="s_rec"):
         key: {seed: {**others, score: value} for seed, value in enumerate(of)}
         for key, of in values.items()
     }
-    return Evidence(scores, dict.fromkeys(values, ()), {}, "", {})
+    return Evidence(scores, dict.fromkeys(values, ()), {}, "")
 
 
 def test_seeds_are_paired_by_their_number_and_not_by_their_order():

@@ -24,7 +24,7 @@ from hpc.storage.atomic import fingerprint, write_json
 from jobs.spec.cell import FORMAT, KEY_LENGTH
 from pipeline import reduce, report, status
 from pipeline.config.grid_file import Grid
-from pipeline.rendering import figure_selection
+from pipeline.rendering import figure_data
 from pipeline.scores.results_file import read_results
 from pipeline.tracking.survey import survey
 
@@ -148,8 +148,8 @@ def reported(run) -> Grid:
     """Its report, of which even less is drawn than of other large ones: drawing takes its time."""
     assert reduce.main([str(run.path)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figure_selection, "MOST_BLOCKS", MOST_BLOCKS)
-        patch.setattr(figure_selection, "MOST_LOSSES", MOST_LOSSES)
+        patch.setattr(figure_data, "MOST_BLOCKS", MOST_BLOCKS)
+        patch.setattr(figure_data, "MOST_LOSSES", MOST_LOSSES)
         patch.setattr(report, "MOST_SCHEDULES", 2)
         report.main([str(run.path)])
     return run
