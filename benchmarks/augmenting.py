@@ -1,10 +1,12 @@
-"""Reading, augmenting and batching with two loader processes, in the paper's protocol (short side
-260 to 1040, flip, crop 480, batches of 12): ours against the same pictures as a folder of PNG and
-of JPEG files, each with Pillow and the transforms of torchvision's reference programs, which the
-published code uses. And one picture: the window alone against Pillow's resize of the whole.
+"""Measure reading, augmenting and batching with two loader processes under the paper's protocol.
 
-Batches are what training gets: uint8, channels first. Whoever resizes with Pillow decodes and
-resizes whole pictures; ours reads and resizes what the crop shows, to the same bytes as Pillow."""
+The protocol has a short side of 260 to 1040, flips, crops of 480, and batches of 12. The peers read
+the same pictures from a folder of PNG or JPEG files. They use Pillow and the transforms of
+torchvision's reference programs, as the published code does. Batches are uint8, channels first.
+
+The peers decode and resize whole pictures. Ours reads and resizes only the part that the crop
+shows, with the same bytes as Pillow. A second comparison measures this for single pictures.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ PROTOCOL = Protocol(batch_size=12)  # the paper's, as are all defaults
 WORKERS = 2
 WHAT = "read, augment and batch, two workers"
 PNG, JPEG = "PNG folder, Pillow", "JPEG folder, Pillow"
-# by set: the ratios to PNG and to JPEG that were aimed at; batches of a round; rounds
+# by set: the target ratios to PNG and to JPEG; batches of a round; rounds
 SETS = {"CamVid": (6.0, 4.0, 48, 5), "2048 x 1024": (10.0, 4.0, 12, 3)}
-# (height, width) of a picture, what it is resized to, and the side of the crop from its middle
+# (height, width) of a picture, its size after resizing, and the side of the crop from its middle
 WINDOWS = (
     ((360, 480), (400, 533), 320),
     ((360, 480), (260, 347), 260),
@@ -45,16 +47,17 @@ WINDOWS = (
 
 
 def measure() -> list[Found]:
-    """Seconds a batch of 12, loaders' start included, and a picture. All with the allocator as a
-    job's loaders have it."""
+    """Compare seconds per batch, with the start of the loaders, and seconds per picture.
+
+    All use the allocator settings of a job's loaders.
+    """
     keep_freed_memory()
     found = on_all(_compared, _no_camvid)
     return found + [one for case in WINDOWS for one in _window(*case)]
 
 
 class Folder(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures as Pillow and torchvision's reference transforms make samples of them: uint8
-    [3, h, w] and [h, w]."""
+    """Samples by Pillow and torchvision's reference transforms: uint8 [3, h, w] and [h, w]."""
 
     def __init__(self, images: list[Path], labels: list[Path]) -> None:
         self._pairs = list(zip(images, labels, strict=True))
@@ -112,14 +115,16 @@ def _compared(pictures: Pictures) -> list[Found]:
 
 
 def _limit() -> str:
-    """What it takes to hand a batch over, once it is made."""
+    """Return the time to copy a finished batch."""
     size = 4 * PROTOCOL.batch_size * PROTOCOL.crop[0] * PROTOCOL.crop[1]  # images and label maps
     rate = copy_bandwidth() / 2
     return f"copying {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
 
 
 def _no_camvid() -> list[Found]:
-    return [Absent(f"{WHAT}, CamVid", peer, "CamVid is not there") for peer in (PNG, JPEG)]
+    return [
+        Absent(f"{WHAT}, CamVid", peer, "CamVid is not on this machine") for peer in (PNG, JPEG)
+    ]
 
 
 def _load(folder: Folder, steps: int) -> None:
@@ -132,7 +137,7 @@ def _drain(batches: Iterable[object], steps: int) -> None:
 
 
 def _window(size: tuple[int, int], resized: tuple[int, int], side: int) -> list[Found]:
-    """A crop from the middle of one picture that was resized, from its pixels in memory."""
+    """Compare the crop from the middle of one resized picture, from its pixels in memory."""
     image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
     whole, width_first = Image.fromarray(image), resized[::-1]
     top, left = ((length - side) // 2 for length in resized)

@@ -1,6 +1,7 @@
-"""One training step of a bundle, with features and steps as `jobs.train` takes them, on random
-weights and one random batch; and the same step as the published code takes it. On whichever device
-the process group has."""
+"""Build one training step of a bundle as `jobs.train` does it, and as the published code does it.
+
+Both use random weights and one random batch, on the device of the process group.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from jobs.training.backbone import freeze
 from jobs.training.cell_trainer import CellTrainer, autocast
 from jobs.training.torch_settings import configure_torch
 
-# those of the paper's table
+# the losses of the paper's table
 LOSSES = (
     "WCE", "WDL", "FL", "CEMP", "DLCE", "WDLCE", "DLWCE", "WDLWCE", "DLNCE", "DLACE", "WDLNCE",
     "WDLACE", "DLNWCE", "DLAWCE", "WDLNWCE", "WDLAWCE",
@@ -37,7 +38,7 @@ CLASSES = 21
 
 
 class Job:
-    """What `jobs.train` holds of a bundle, without a data set: a backbone, cells, one batch."""
+    """A bundle without a data set: a backbone, cells, and one batch."""
 
     def __init__(self, model: str, group: Group, protocol: Protocol) -> None:
         self.model, self.group, self.protocol = model, group, protocol
@@ -52,18 +53,20 @@ class Job:
         freeze(self.backbone, self._cell("CE"))
 
     def cells(self, losses: Sequence[str]) -> list[CellTrainer]:
-        """New trainers, one a loss."""
+        """Return a new trainer for each loss."""
         return [
             CellTrainer(self._cell(loss), CLASSES, np.ones(CLASSES), self.group) for loss in losses
         ]
 
     def pass_backbone(self) -> Features:
-        """What all cells of a bundle share."""
+        """Return the features of the batch, which all cells share."""
         return features(self.backbone, self.batch.images, self._cell("CE"), self.group)
 
     def step(self, trainers: Sequence[CellTrainer]) -> None:
-        """The next step of a bundle of `trainers`, in the middle of their schedules: each draws its
-        dropout anew. Raises `RuntimeError` if a loss is not finite."""
+        """Train all `trainers` for one more step, in the middle of their schedules.
+
+        Dropout is drawn anew in each step. Raises `RuntimeError` if a loss is not finite.
+        """
         self._taken += 1
         inputs = self.pass_backbone()
         for trainer in trainers:
@@ -79,8 +82,11 @@ class Job:
 
 
 def settled(name: str, images: Tensor) -> Backbone:
-    """A backbone of random weights, whose batch norms have the statistics of a batch uint8
-    [b, 3, h, w]: with those they begin with, activations double in each block and leave fp16."""
+    """Return a backbone of random weights with the batch statistics of `images`.
+
+    `images` is uint8 [b, 3, h, w]. With initial statistics the activations double in each block
+    and overflow float16.
+    """
     backbone = build_backbone(name, 0, momentum=1.0).to(images.device)
     with torch.no_grad():
         backbone.train()(normalise(images))
@@ -89,9 +95,10 @@ def settled(name: str, images: Tensor) -> Backbone:
 
 @contextmanager
 def ready(protocol: Protocol) -> Iterator[Group]:
-    """Start a process group of one rank, with torch set as a job of `protocol` sets it.
+    """Start a process group of one rank with the torch settings of `protocol`.
 
-    Raises `UserError` if torch has no kernels for the GPU."""
+    Raises `UserError` if torch has no kernels for the GPU.
+    """
     configure_torch(protocol)
     env = RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
     with TemporaryDirectory() as folder, process_group(env, Path(folder)) as group:
@@ -99,9 +106,12 @@ def ready(protocol: Protocol) -> Iterator[Group]:
 
 
 def published(job: Job, half: torch.dtype | None = None) -> Work:
-    """A step as the published code takes it: one run a model, the backbone in train mode, a
-    backward pass through all of the network, an optimiser that holds the head only (torchvision's
-    model, torch's cross entropy). It computes in float32; with `half` in that, under autocast."""
+    """Return a training step as the published code does it, one run for each model.
+
+    The backbone is in train mode, the backward pass covers the whole network, and the optimiser
+    holds the head only. The model is torchvision's, the loss torch's cross entropy. It computes in
+    float32, or with `half` in that type under autocast.
+    """
     device = job.group.device
     network: nn.Module = getattr(segmentation, job.model)(
         weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=False
@@ -116,7 +126,7 @@ def published(job: Job, half: torch.dtype | None = None) -> Work:
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # as torch comes
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # torch's default
             with autocast(device, half):
                 loss = criterion(network(images)["out"], job.target)
             scaler.scale(loss).backward()

@@ -1,14 +1,14 @@
-"""One training step of a cell at full size, ResNet-101 at 480 x 480 and batch 2, in a bundle of 16
-cells: features and steps as `jobs.train` takes them, with random weights. Against it
+"""Measure a training step in a bundle of 16 cells: ResNet-101, 480 x 480, batch 2.
 
-* the published way: one run a model, the backbone in train mode, a backward pass through all of the
-  network, an optimiser that holds the head only (torchvision's model, torch's cross entropy);
-* the frozen backbone with one cell a run, ours too.
+The cells are the 16 losses of the paper's table, with random weights. The peers are
 
-Seconds are per cell. The cells are the 16 losses of the paper's table. The frozen peer takes each
-once: half of them in a round, as many before the bundle's step as behind it. The published way
-takes the plain cross entropy, the cheapest, before and behind. All run in one process, so the peers
-have our allocator's settings too.
+* the published way: one run for each model, the backbone in train mode, a backward pass through the
+  whole network, an optimiser that holds the head only (torchvision's model, torch's cross entropy);
+* the frozen backbone with one cell in each run, also ours.
+
+Seconds are per cell. In each round the frozen peer trains half of the losses, as many before the
+bundle's step as after it. The published way trains the plain cross entropy, the cheapest loss,
+before and after. All run in one process, so the peers also have our allocator settings.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from jobs.training.cell_trainer import CellTrainer
 
 TARGETS = {"fcn_resnet101": (7.0, 2.5), "deeplabv3_resnet101": (5.0, 2.0)}
 BATCH, SIDE, GROWTH_SIDE = 2, 480, 160
-ROUNDS = 2  # a step of 16 cells lasts most of a minute, and so do the peers beside it
+ROUNDS = 2  # a step of 16 cells and its peers take most of a minute each
 GROWTH = (1, 2, 4, 8, 16, 32)
 
 
 def measure() -> list[Comparison]:
-    """Both models, each in a process of its own, whose peak memory is its own too."""
+    """Compare both models, each in its own process, so that each has its own peak memory."""
     found = []
     for model in TARGETS:
         found += in_own_process(_of_model, model)
@@ -46,8 +46,10 @@ def measure() -> list[Comparison]:
 
 
 def bundle_growth() -> dict[int, tuple[float, ...]]:
-    """Seconds of one step of a bundle, in three rounds, by its number of cells: FCN, batch 2, at
-    160 x 160. Of no cell it is the backbone's alone."""
+    """Return the seconds of a bundle's step in three rounds, by the number of cells.
+
+    The model is FCN with batch 2 at 160 x 160. With 0 cells the backbone runs alone.
+    """
     protocol = _protocol(GROWTH_SIDE)
     with ready(protocol) as group:
         job = Job("fcn_resnet101", group, protocol)
@@ -66,7 +68,7 @@ def _of_model(model: str) -> list[Comparison]:
         job.step(one)
         peak_of_one = _peak_gb()
         many = job.cells(LOSSES)
-        job.step(many)  # warms up, and is the step whose memory counts
+        job.step(many)  # warms up; its peak memory is recorded
         more = {"peak_gb_of_one_cell": peak_of_one, "peak_gb_of_bundle": _peak_gb()}
         limit = _limit(one, job)
         peer = published(job)
@@ -86,7 +88,7 @@ def _of_model(model: str) -> list[Comparison]:
 def _round(
     job: Job, alone: Sequence[CellTrainer], many: Sequence[CellTrainer], peer: Work
 ) -> dict[str, float]:
-    """Seconds a cell: of a step of the bundle `many`, and of the peers' on both sides of it."""
+    """Return seconds per cell of the bundle `many`, and of the peers before and after it."""
     half = len(alone) // 2
     steps = [partial(job.step, [cell]) for cell in alone]
     before = [_seconds(work) for work in steps[:half]], _seconds(peer)
@@ -100,8 +102,10 @@ def _round(
 
 
 def _limit(one: Sequence[CellTrainer], job: Job) -> str:
-    """The arithmetic of a cell's step, the backbone's 16th part and its head's, at the rate of a
-    matrix product. The products of a dilated kernel with padding are left out."""
+    """Return the time of a cell's arithmetic at the rate of a matrix product.
+
+    It is a 16th of the backbone and the whole head, without products of padding.
+    """
     with FlopCounterMode(display=False) as counter:
         inputs = job.pass_backbone()
     backbone = counter.get_total_flops()
@@ -114,8 +118,10 @@ def _limit(one: Sequence[CellTrainer], job: Job) -> str:
 
 
 def _with_padding(head: nn.Module, inputs: Tensor) -> int:
-    """Floating-point operations of a head's step whose factor is padding of a dilated convolution,
-    forward and in the gradient of its kernel."""
+    """Return the floating-point operations on padding of dilated convolutions in a head's step.
+
+    They occur in the forward pass and in the gradient of the kernel.
+    """
     images, channels, *sides = inputs.shape
     found = 0
     for layer in head.modules():

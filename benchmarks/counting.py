@@ -1,10 +1,11 @@
-"""The counts of one image: from logits at stride 8 and a label map to the confusion matrix, the
-histograms of scores by class and of the highest score, Brier and nll.
+"""Measure the evaluation counts of one image, from logits at stride 8 and a label map.
 
-Ours in one pass (`counting = "fused"`) against what one would write with PyTorch, against
-torchmetrics, which counts less (no histograms by class, no Brier, no nll), and against our own
-reference. A picture of 520 x 693, 21 classes, 10 bins; logits of noise, so that all bins are in
-use. All of them on as many threads as there are cores.
+The counts are the confusion matrix, the histograms of scores by class and of the highest score,
+Brier and NLL. Ours counts in one pass (`counting = "fused"`). The peers are plain PyTorch,
+torchmetrics, which counts less (no histograms by class, no Brier, no NLL), and our own reference.
+
+The image has 520 x 693 pixels, 21 classes and 10 bins. Its logits are noise, so that all bins are
+in use. All use as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from jobs.models.build import upsample
 
 CLASSES, STRIDED, SIZE, BINS = 21, (65, 87), (520, 693), 10
 WHAT = "counts of an image of 520 x 693, 21 classes"
-ROUNDS = 15  # two threads vary more than one
+ROUNDS = 15  # the time of two threads varies more than that of one
 TORCHMETRICS = "torchmetrics (confusion and calibration error)"
 
 
 def measure() -> list[Found]:
-    """All comparisons."""
+    """Compare our counts with all peers."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     logits, target = an_image()
@@ -66,7 +67,7 @@ def measure() -> list[Found]:
 def an_image(
     strided: tuple[int, int] = STRIDED, size: tuple[int, int] = SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Logits [C, h, w] of noise and labels uint8 [H, W] of patches, some of them void."""
+    """Return logits [C, h, w] of noise, and labels uint8 [H, W] of patches, some of them void."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(CLASSES, *strided, generator=generator)
     patches = torch.randint(CLASSES + 1, (1, 1, 13, 17), generator=generator)
@@ -75,7 +76,7 @@ def an_image(
 
 
 def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """As one would write it: each line is an operation on the whole image."""
+    """Return the counts by plain PyTorch, where each line is an operation on the whole image."""
     size = target.shape[0], target.shape[1]
     upsampled = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
     keep = target != VOID
@@ -115,7 +116,7 @@ def _torchmetrics(logits: Tensor, target: Tensor) -> object:
 
 
 def _limit(logits: Tensor, target: Tensor) -> str:
-    # 3 to interpolate, 1 to compare, 11 for exp and sum, 2 for score and square; bins not counted
+    # 3 to interpolate, 1 to compare, 11 for exp and sum, 2 for score and square, 0 for the bins
     operations = 17 * CLASSES * target.numel()
     read = logits.numel() * 4 + target.numel()
     memory, sums = read / copy_bandwidth(), operations / matrix_rate()
@@ -126,9 +127,8 @@ def _limit(logits: Tensor, target: Tensor) -> str:
 
 
 def _extra_memory(which: str) -> float:
-    """By how many MB memory peaks above what a process holds before it counts; measured in a
-    process of its own."""
-    # what is freed goes back to the system at once: pages that lie ready would not be counted
+    """Return the peak memory in MB that counting adds, measured in a new process."""
+    # Freed memory goes back to the system at once; reused pages would not raise the peak.
     environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, which], capture_output=True, text=True, check=True,
@@ -155,8 +155,8 @@ def work(logits, target):
         counting.plain(logits, target)
 
 logits, target = counting.an_image()
-work(logits, target[:64, :64].contiguous())  # whatever is loaded on the first call
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+work(logits, target[:64, :64].contiguous())  # load and compile everything
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak
 before = held("VmRSS")
 work(logits, target)
 print(round(held("VmHWM") - before, 2))

@@ -1,13 +1,14 @@
-"""Whole jobs of the paper's networks at full size, with their loaders and their profile, on a GPU
-where there is one: steps a second with and without waiting for data, milliseconds a step by part,
-peak memory, and whether a cell's bits are the same in every job that trains it. Times are of a job
-that measures itself, and so waits for the GPU at the end of each part.
+"""Measure whole jobs of the paper's networks at full size, with loaders, on a GPU if there is one.
 
     python -m benchmarks.full_size [--models NAME ...] [--cells 1 4] [--steps 2] [--batch 2] ...
 
-Every job is `jobs.train` in a process of its own, or in one a rank with --ranks: it trains the
-steps, evaluates two images and leaves heads and counts. Weights are random. With --warm another job
-is trained for so many steps, and its parts are taken off, as those of a start. On two GPUs, say:
+Prints steps per second with and without waiting for data, milliseconds per step by part, and peak
+memory. It also compares the bits of a cell over all jobs that train it. A profiled job waits for
+the GPU at the end of each part.
+
+Every job is `jobs.train` in a new process, or in one for each rank with --ranks. It trains the
+steps, evaluates two images, and writes heads and counts. Weights are random. With --warm N a second
+job trains N steps, and its times are subtracted as the cost of a start. An example for two GPUs:
 
     python -m benchmarks.full_size --cells 1 8 32 --warm 10 --steps 100 --batch 12 --workers 8 \\
         --ranks 2 --set precision=mixed --set deterministic=true
@@ -115,7 +116,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _prepare(folder: Path, options: argparse.Namespace) -> None:
-    """The data set, packed, and the weights of the backbone."""
+    """Pack the data set and write the weights of the backbone."""
     import torch
 
     from benchmarks.bundle_job import settled
@@ -130,7 +131,7 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _grid(folder: Path, steps: int, options: argparse.Namespace) -> Grid:
-    """The grid whose jobs take so many steps."""
+    """Return the grid whose jobs train `steps` steps."""
     from pipeline.config.grid_file import read_grid
 
     settings = {
@@ -154,7 +155,7 @@ def _assignment(key: str, value: str) -> str:
 def _job(
     folder: Path, model: str, number: int, steps: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Train the first `number` cells of a model; what the job recorded, its profile among it."""
+    """Train the first `number` cells of a model; return the job's memory, profile and bits."""
     grid = _grid(folder, steps, options)
     cells = tuple(cell for cell in grid.cells if cell.model == model)[:number]
     run, record = tempfile.mkdtemp(dir=folder), folder / "record.json"
@@ -174,8 +175,8 @@ def _job(
     stopped = [read_json(path)["reason"] for path in task.paths.failures.glob("*.json")]
     if stopped:
         raise UserError(
-            f"{model}: {len(stopped)} of {number} cells stopped, so fewer would be measured "
-            f"({stopped[0]}); choose other settings"
+            f"{model}: {len(stopped)} of {number} cells stopped ({stopped[0]}), so the times would "
+            "be those of fewer cells; choose other settings"
         )
     found: dict[str, Any] = json.loads(record.read_text())
     profile = json.loads(task.paths.profile(task.name, 1, "training").read_text())
@@ -183,7 +184,7 @@ def _job(
 
 
 def _bits(task: Task) -> dict[str, str]:
-    """A digest of the weights and counts of each cell by its loss."""
+    """Return a digest of the weights and counts of each cell, by its loss."""
     from hpc.storage.atomic import file_sha256, fingerprint
     from jobs.spec.counts_file import read_counts, read_index
 
@@ -200,10 +201,10 @@ def _bits(task: Task) -> dict[str, str]:
 
 
 def _row(model: str, number: int, found: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    """A line of the table, of the steps that `found` has beyond `start`."""
+    """Return a line of the table for the steps of `found` beyond those of `start`."""
     steps = found["steps"] - start.get("steps", 0)
     mean = {part: _mean(found, part) - _mean(start, part) for part in PARTS}
-    total = sum(mean.values())  # saving is no part of it: a job saves at its end
+    total = sum(mean.values())  # without saving, which this job does only at its end
     numbers = [steps / total, steps / (total - mean["data"])]
     numbers += [1000 * mean[part] / steps for part in PARTS]
     shown = " | ".join(f"{number:.4g}" for number in numbers)
@@ -212,13 +213,13 @@ def _row(model: str, number: int, found: Mapping[str, Any], start: Mapping[str, 
 
 
 def _mean(found: Mapping[str, Any], part: str) -> float:
-    """Seconds of a part in a mean of ranks; 0 of nothing."""
+    """Return the seconds of a part, averaged over ranks; 0 without ranks."""
     ranks = found.get("ranks", ())
     return sum(rank.get(part, 0.0) for rank in ranks) / max(len(ranks), 1)
 
 
 def _train(task: str, record: str) -> int:
-    """A rank of a job."""
+    """Run one rank of a job."""
     import torch
 
     from hpc.distributed.launcher import read_env

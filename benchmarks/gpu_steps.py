@@ -1,15 +1,15 @@
-"""Training steps on a GPU: ResNet-101 at 480 x 480, batch 12, in bundles of 1, 8 and 32 cells, in
-each half precision that the GPU has, against
+"""Measure training steps on a GPU: ResNet-101 at 480 x 480, batch 12, bundles of 1, 8 and 32 cells.
 
-* the published way, one run a model (see `benchmarks.bundle_job`), in float32, as its code does
-  (torch's own choice for its convolutions is TF32, where the GPU has it), and in the same half
-  precision;
-* one cell a run with the frozen backbone, ours too.
+Ours runs in each half precision that the GPU supports. The peers are
 
-Seconds are of one cell. The batch lies on the GPU already: `benchmarks.full_size` has whole jobs
-with their loaders. The limit is the arithmetic of a cell's head and its share of the backbone, at
-the rate of a matrix product. Then what single settings cost or bring, in a bundle of 8. Each kind
-runs in a process of its own, and one that fails is a row that says why.
+* the published way, one run for each model (see `benchmarks.bundle_job`), in float32 as its code
+  does and in the same half precision (torch's float32 convolutions use TF32 if the GPU has it);
+* the frozen backbone with one cell in each run, also ours.
+
+Seconds are per cell. The batch lies on the GPU; `benchmarks.full_size` measures whole jobs with
+their loaders. The limit is the arithmetic of a cell's head and its share of the backbone, at the
+rate of a matrix product. Further rows measure single settings in a bundle of 8. Each kind runs in a
+new process; if it fails, its row gives the reason.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ def measure() -> Iterator[Found]:
 
 
 class Measured(NamedTuple):
-    """Of bundles of several sizes: seconds of their steps and of a peer's by name, peak memory in
-    GB, limits in words, and why a peer is absent."""
+    """Measurements of bundles of several sizes.
+
+    `seconds` are by size or by a peer's name, `peaks` in GB and `limits` by size. `absent` gives
+    the reason for each peer that was not measured.
+    """
 
     seconds: dict[str, tuple[float, ...]]
     peaks: dict[int, float]
@@ -78,8 +81,10 @@ class Measured(NamedTuple):
 
 
 def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Found]:
-    """Bundles of so many cells, the smallest first, against the published way and, where it is one
-    of them, against one cell."""
+    """Compare bundles of `sizes` cells, in rising order, with the published way.
+
+    If 1 is one of the sizes, they are also compared with one cell in each run.
+    """
     with ready(protocol) as group:
         found = _measured(model, protocol, sizes, group)
     rows: list[Found] = []
@@ -102,7 +107,7 @@ def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Fou
 
 
 def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group) -> Measured:
-    # nothing but numbers leaves: trainers must go before their process group does
+    # Return numbers only: trainers must be freed before their process group.
     job, half = Job(model, group, protocol), half_precision(protocol, group)
     trainers: list[CellTrainer] = []
     ways: dict[str, Work] = {}
@@ -140,15 +145,17 @@ def _limit(job: Job, trainers: Sequence[CellTrainer], size: int) -> str:
 def of_settings(
     model: str, protocol: Protocol, size: int, names: Sequence[str]
 ) -> list[Comparison]:
-    """A bundle of `size` cells as it is against the same with each of `SETTINGS` changed that is
-    named. All have the workspace that deterministic products of matrices ask for."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks once, at its start
+    """Compare a bundle of `size` cells with the same under each named setting of `SETTINGS`.
+
+    All have the workspace that deterministic matrix products need.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
     with ready(protocol) as group:
         ways = {"": _steps(model, group, protocol, size)}
         for name in names:
             ways[name] = _steps(model, group, protocol, size, SETTINGS[name])
         names_and_seconds = in_turns(ways, ROUNDS)
-        ways.clear()  # trainers must go before their process group does
+        ways.clear()  # trainers must be freed before their process group
     seconds = {name: tuple(s / size for s in each) for name, each in names_and_seconds.items()}
     what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}, as it is"
     return [Comparison(what, name, seconds[""], seconds[name]) for name in names]
@@ -157,7 +164,7 @@ def of_settings(
 def _steps(
     model: str, group: Group, protocol: Protocol, size: int, within: Block = nullcontext
 ) -> Work:
-    """The step of a bundle that was built, and is run, within a block."""
+    """Return the step of a bundle that is built and run inside the context `within`."""
     with within():
         job = Job(model, group, protocol)
         trainers = job.cells([LOSSES[i % len(LOSSES)] for i in range(size)])
@@ -196,9 +203,9 @@ def _precisions() -> list[str]:
 def _or_why(
     work: Callable[..., Sequence[Found]], model: str, protocol: Protocol, *arguments: object
 ) -> Sequence[Found]:
-    """What `work` finds in a process of its own; or, if it fails, why."""
+    """Return the comparisons of `work` in a new process, or the reason for its failure."""
     try:
         return in_own_process(work, model, protocol, *arguments)
-    except Exception as error:  # torch and the driver raise what they like
+    except Exception as error:  # torch and the driver raise errors of many types
         what = f"{work.__name__} {' '.join(map(str, arguments))}, {model}, {protocol.precision}"
         return [Absent(what, AS_PUBLISHED, in_short(error))]

@@ -1,5 +1,7 @@
-"""How the cost of packing and of reading goes with the number of processes. Numbers only, to be
-plotted: by that number, the seconds of each round."""
+"""Measure packing and reading over the number of processes; `benchmarks.growth` plots the result.
+
+Each function returns the seconds of each round, by the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ from jobs.data.loader import load_steps
 
 PROCESSES = (1, 2, 3, 4)
 ROUNDS = 3
-STEPS = 96  # batches that are read: what starting processes takes is a small part
-COPIES = 4  # of each picture that is packed, for the same reason
-SHARD_MB = 9  # so that a large picture and its label map are a shard
+STEPS = 96  # batches read; so many that starting the processes is a small part
+COPIES = 4  # of each packed picture, for the same reason
+SHARD_MB = 9  # one large picture and its label map fill a shard
 
 
 def packing_growth() -> dict[int, tuple[float, ...]]:
-    """By the number of packing processes, seconds that `python -m data_prep.pack` takes for
-    `COPIES` times 12 pictures of 2048 x 1024, PNG, into as many shards."""
+    """Return the seconds of `python -m data_prep.pack` by the number of packing processes.
+
+    It packs `COPIES` times 12 PNG pictures of 2048 x 1024 into as many shards.
+    """
     with large_streets() as pictures, TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ("png", "labels"):
@@ -50,8 +54,10 @@ def packing_growth() -> dict[int, tuple[float, ...]]:
 
 
 def reading_growth() -> dict[int, tuple[float, ...]]:
-    """By the number of loader processes, seconds for `STEPS` batches of 12 crops of 480 of pictures
-    of 2048 x 1024, read, augmented and handed over; the processes' start is part of it."""
+    """Return the seconds for `STEPS` batches by the number of loader processes, with their start.
+
+    A batch is 12 crops of 480, read and augmented from pictures of 2048 x 1024.
+    """
     with large_streets() as pictures:
         batches = TrainingBatches(pictures.reader, PROTOCOL, seed=0, rank=0, world_size=1)
 
@@ -62,7 +68,7 @@ def reading_growth() -> dict[int, tuple[float, ...]]:
 
 
 def _by_processes(work: Callable[[int], None]) -> dict[int, tuple[float, ...]]:
-    """All numbers have a turn in each round, after one to warm up."""
+    """Measure each number once in every round, after a call to warm up."""
     work(PROCESSES[-1])
     seconds: dict[int, list[float]] = {number: [] for number in PROCESSES}
     for _ in range(ROUNDS):

@@ -1,6 +1,8 @@
-"""A run as large as one asks, as its jobs leave it when they have ended, without the training:
-packed data sets, task files, the record of the submission, and the counts of every cell, made up
-but such as evaluation leaves them, through the programs' own writers."""
+"""Write a finished run of any size without training it.
+
+It has packed data sets, task files, a submission record, and simulated counts of every cell. The
+programs' own writers write them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ _STATIC = ("CE", "WCE", "DL", "WDL", "FL", "TL", "CEMP", "DLCE", "DLWCE", "WDLWC
 _SCHEDULED = ("DLNCE", "DLNWCE", "WDLNCE", "WDLNWCE", "DLACE", "DLAWCE", "WDLACE", "WDLAWCE")
 _RAMPS = ("", "@0.1-0.5", "@0.2-0.8", "@0.4-0.6", "@0.5-1")
 LOSSES = _STATIC + tuple(name + ramp for ramp in _RAMPS for name in _SCHEDULED)  # 50
-_IMAGES, _SIDE = 100, 500  # of a made-up validation set: pictures, and their pixels a side
+_IMAGES, _SIDE = 100, 500  # of a simulated validation set: pictures, and the side of each in pixels
 _GRID = """
 name = "scale"
 seeds = {seeds}
@@ -63,7 +65,7 @@ def large_grid(
     losses: Sequence[str] = LOSSES,
     cells_per_job: int = 4,
 ) -> Grid:
-    """A grid of `MODELS` and so many seeds, whose data sets are packed; nothing is trained."""
+    """Return a grid of `MODELS` with `seeds` seeds, after packing its data sets in `folder`."""
     text = _GRID.format(
         seeds=list(range(seeds)),
         models=json.dumps(MODELS),
@@ -84,7 +86,7 @@ def large_grid(
 
 
 def send_all(grid: Grid) -> tuple[Task, ...]:
-    """What a submission of the whole grid leaves: the tasks and its record. Nothing is queued."""
+    """Write the tasks and the record of a submission of the whole grid; queue nothing."""
     tasks = make_plan(grid, grid.cells, steps={}, backbones=(), source={}).bundles
     record = Submission(grid.run)
     record.limits(granted(grid.cluster), {})
@@ -96,7 +98,7 @@ def send_all(grid: Grid) -> tuple[Task, ...]:
 
 
 def end(grid: Grid, tasks: Sequence[Task]) -> None:
-    """What is left of tasks whose jobs have ended well: claims, last heartbeats, counts."""
+    """Write the claims, last heartbeats and counts of tasks whose jobs have succeeded."""
     manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
     for task in tasks:
         cells, manifest = task.cells, manifests[task.cells[0].dataset]
@@ -123,8 +125,10 @@ def end(grid: Grid, tasks: Sequence[Task]) -> None:
 
 
 def made_up_counts(num_classes: int, bins: int, seed: int) -> Counts:
-    """The counts of a classifier that is right more often on frequent classes, and more or less
-    sure of itself; the same for the same seed. Their sums agree as those of pixels do."""
+    """Return simulated counts of a classifier that prefers frequent classes; equal seeds are equal.
+
+    All sums agree with each other as those of real pixels do.
+    """
     generator = np.random.default_rng(seed)
     shares = np.geomspace(1.0, 0.003, num_classes)
     pixels = _IMAGES * _SIDE**2
@@ -156,7 +160,7 @@ def made_up_counts(num_classes: int, bins: int, seed: int) -> Counts:
 def _histogram(
     generator: np.random.Generator, hits: NDArray[np.int64], misses: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Bins [..., N, (count, hits, sum of scores)] whose mean scores lie within their bins."""
+    """Return bins [..., N, (count, hits, sum of scores)] whose mean scores lie in their bins."""
     bins = hits.shape[-1]
     count = hits + misses
     score = (np.arange(bins) + generator.uniform(0.2, 0.8, hits.shape)) / bins
@@ -164,7 +168,7 @@ def _histogram(
 
 
 def _pictures(folder: Path, num_classes: int) -> None:
-    """Twelve images to train on and four to validate, with every class in each."""
+    """Write 12 training and 4 validation images, with every class in each."""
     generator = np.random.default_rng(num_classes)
     for split, number in (("train", 12), ("val", 4)):
         for name in (split, f"{split}annot"):

@@ -1,12 +1,12 @@
-"""The pictures that reading and augmenting are measured on, as folders of PNG and of JPEG files and
-as shards, all with the same pixels.
+"""Provide the pictures for measuring reading and augmenting: PNG files, JPEG files, and shards.
 
-    CamVid        photographs of 480 x 360; from the folder that LOSSGRID_CAMVID names, else
-                  ../shared/camvid beside the repository (train and trainannot)
-    large streets drawn scenes of 2048 x 1024, which as PNG take as many bytes a pixel as CamVid's
-                  photographs do
+    CamVid         photographs of 480 x 360, from the folder in LOSSGRID_CAMVID, else from
+                   ../shared/camvid beside the repository (train and trainannot)
+    large streets  drawn scenes of 2048 x 1024; their PNG files need as many bytes per pixel as
+                   those of CamVid
 
-JPEG files come first and PNG files hold what they show, so that no way has easier pixels."""
+All three forms have the same pixels: the PNG files and shards are made from the JPEG files.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from data_prep.shards.reader import SplitReader
 from data_prep.sources.scenes import draw_scene
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NUM_CAMVID, NUM_LARGE = 96, 12  # the least is a batch
+NUM_CAMVID, NUM_LARGE = 96, 12  # at least a batch
 LARGE_SIZE = (1024, 2048)
 JPEG_QUALITY = 92  # that of the CamVid files
 NUM_CLASSES, CAMVID_VOID = 11, 11
@@ -37,8 +37,11 @@ NUM_CLASSES, CAMVID_VOID = 11, 11
 
 @dataclass(frozen=True)
 class Pictures:
-    """One set. root: folders png and jpeg of images and labels of label maps (PNG), equal stems.
-    reader: the shards made of png."""
+    """A set of pictures.
+
+    `root` has the folders png and jpeg with images, and labels with label maps (PNG), all with
+    equal stems. `reader` reads the shards made from png.
+    """
 
     name: str
     root: Path
@@ -46,14 +49,13 @@ class Pictures:
     png_bytes_per_pixel: float
 
     def files(self, folder: str) -> list[Path]:
-        """The files of one of its folders, in the reader's order."""
+        """Return the files of one of its folders, in the reader's order."""
         return sorted((self.root / folder).iterdir())
 
 
 @contextmanager
 def camvid() -> Iterator[Pictures | None]:
-    """The first `NUM_CAMVID` training pictures, in a folder that is gone afterwards; None where
-    there is no CamVid."""
+    """Provide the first `NUM_CAMVID` pictures in a temporary folder, or None without CamVid."""
     source = Path(os.environ.get("LOSSGRID_CAMVID", REPOSITORY.parent / "shared" / "camvid"))
     if not (source / "train").is_dir():
         yield None
@@ -70,7 +72,7 @@ def camvid() -> Iterator[Pictures | None]:
 
 @contextmanager
 def large_streets() -> Iterator[Pictures]:
-    """`NUM_LARGE` drawn scenes, in a folder that is gone afterwards."""
+    """Provide `NUM_LARGE` drawn scenes in a temporary folder."""
     with TemporaryDirectory() as name:
         root = _folders(Path(name))
         for index in range(NUM_LARGE):
@@ -81,7 +83,7 @@ def large_streets() -> Iterator[Pictures]:
 
 
 def on_all(make: Callable[[Pictures], list], without_camvid: Callable[[], list]) -> list:
-    """What `make` gives for each set, one after the other."""
+    """Call `make` with each set in turn and return all results."""
     with camvid() as small:
         found = make(small) if small else without_camvid()
     with large_streets() as large:
@@ -89,13 +91,13 @@ def on_all(make: Callable[[Pictures], list], without_camvid: Callable[[], list])
 
 
 def decoded(file: Path) -> NDArray[np.uint8]:
-    """The pixels of an image or a label map."""
+    """Return the pixels of an image or a label map."""
     with Image.open(file) as image:
         return np.asarray(image)
 
 
 def shard_settings(root: Path, shards: Path, shard_mb: int = 512) -> FolderSettings:
-    """What to pack the folders of a set with."""
+    """Return the settings to pack the folders of a set."""
     return FolderSettings(
         source="folder", root=str(root), shards=str(shards), shard_mb=shard_mb, void=VOID,
         classes=tuple(f"class {number}" for number in range(NUM_CLASSES)),
@@ -110,11 +112,11 @@ def _folders(root: Path) -> Path:
 
 
 def _finished(name: str, root: Path) -> Pictures:
-    """The set, once its JPEG files and label maps lie there."""
+    """Complete the set from its JPEG files and label maps."""
     for file in (root / "jpeg").iterdir():
         Image.fromarray(decoded(file)).save(root / "png" / f"{file.stem}.png")
     files = sorted((root / "png").iterdir())
-    shutil.copy(files[0], root / "val")  # a set has a validation split too
+    shutil.copy(files[0], root / "val")  # packing requires a validation split
     shutil.copy(root / "labels" / files[0].name, root / "vallabels")
     manifest = pack("pictures", shard_settings(root, root / "shards"), processes=1)
     reader = SplitReader(manifest, "train")

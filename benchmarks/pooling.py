@@ -1,9 +1,8 @@
-"""The weights of loss max-pooling for a batch of 12 images of 480 x 480: ours against the published
-way, which sorts the losses and then walks up them in Python, pixel by pixel.
+"""Measure the weights of loss max-pooling for a batch of 12 images of 480 x 480.
 
-The loop is written here from the description of Algorithm 1 of Rota Bulo, Neuhold, Kontschieder
-(CVPR 2017) and solves the problem as that paper states it; the published code makes two mistakes
-in it that change its value and not its time. All ways must give the same weights.
+The published code sorts the losses and then walks through them in Python, pixel by pixel. The loop
+here follows Algorithm 1 of Rota Bulo, Neuhold, Kontschieder (CVPR 2017). The published code has two
+mistakes in it that change its values but not its time. All functions must return the same weights.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from jobs.losses.pooling import SHARE, P, pooling_weights
 
 PIXELS = 12 * 480 * 480
 Q = P / (P - 1)
-HARD = 0.02  # share of pixels that are badly wrong, so that the cap binds, as in a real training
+HARD = 0.02  # share of badly wrong pixels, so that the cap applies as in real training
 
 
 def measure() -> list[Comparison]:
-    """Seconds for the weights of one batch, on two threads."""
+    """Compare the seconds for the weights of one batch, on two threads."""
     torch.set_num_threads(2)
     losses = _losses()
     expected = _ours(losses)
@@ -45,7 +44,7 @@ def _ours(losses: torch.Tensor) -> torch.Tensor:
 def _seconds(
     way: Callable[[torch.Tensor], torch.Tensor], losses: torch.Tensor, expected: torch.Tensor
 ) -> float:
-    """Of one call, which must give the `expected` weights."""
+    """Return the seconds of one call, which must return the `expected` weights."""
     start = time.perf_counter()
     found = way(losses)
     seconds = time.perf_counter() - start
@@ -62,13 +61,13 @@ def _limit() -> str:
 
 
 def published_weights(losses: torch.Tensor) -> torch.Tensor:
-    """The weights, float64 [n]: up the sorted losses, one element of a tensor after the other."""
+    """Return the weights, float64 [n], by a loop over the elements of a tensor."""
     ordered, order = losses.sort()
     return _weights(losses, order, ordered**Q)
 
 
 def tuned_weights(losses: torch.Tensor) -> torch.Tensor:
-    """The same on a list of Python's floats, which is what a loop is at its best."""
+    """Return the same weights by a loop over Python floats, the fastest form of the loop."""
     ordered, order = losses.sort()
     return _weights(losses, order, (ordered**Q).tolist())
 
@@ -76,8 +75,7 @@ def tuned_weights(losses: torch.Tensor) -> torch.Tensor:
 def _weights(
     losses: torch.Tensor, order: torch.Tensor, powers: torch.Tensor | list[float]
 ) -> torch.Tensor:
-    """A loss is capped if, with it and all that are larger capped, the level of the others would
-    lie below it."""
+    """Cap a loss if the level of the smaller losses would lie below it with all others capped."""
     number = len(losses)
     m = SHARE * number
     tau = number ** (-1 / Q) * m ** (-1 / P)
@@ -95,7 +93,7 @@ def _weights(
 
 
 def _losses() -> torch.Tensor:
-    """Cross entropies of a half-trained network: most pixels are nearly right, some far off."""
+    """Return cross entropies like those of a half-trained network: most small, some large."""
     draw = np.random.default_rng(0)
     losses = draw.exponential(0.2, PIXELS)
     losses[draw.random(PIXELS) < HARD] *= 20

@@ -1,9 +1,10 @@
-"""Other ways of keeping a set of pictures, as their users would write them: each gives the set's
-images and label maps one by one, in order, as uint8 arrays.
+"""Read a set of pictures with other libraries, as their users would.
 
-`pip install -e '.[benchmarks]'` brings webdataset. MosaicML Streaming 0.13 asks for numpy below 2.2
-and for five cloud services' libraries, none of which reading local files needs; beside newer
-versions it works, installed as
+Each reader yields the images and label maps in order, as uint8 arrays.
+
+`pip install -e '.[benchmarks]'` installs webdataset. MosaicML Streaming 0.13 requires numpy below
+2.2 and the libraries of five cloud services, but reading local files needs none of them. It works
+with newer versions when installed as
 
     pip install --no-deps 'mosaicml-streaming==0.13.0' 'transformers<5' 'huggingface_hub<1'
     pip install regex requests pyyaml tqdm xxhash zstd Brotli python-snappy 'catalogue<3'
@@ -36,7 +37,7 @@ NEEDS = {WEBDATASET: "webdataset", STREAMING_PNG: "streaming", STREAMING_RAW: "s
 
 
 class PngFolder(VisionDataset):
-    """A folder as torchvision's own data sets (VOCSegmentation, Cityscapes) read it."""
+    """A folder, read as torchvision's own data sets (VOCSegmentation, Cityscapes) do."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -51,7 +52,7 @@ class PngFolder(VisionDataset):
 
 
 def why_absent(peer: str) -> str:
-    """Why a peer cannot be measured; "" if it can."""
+    """Return the reason why a peer cannot be measured; "" if it can."""
     package = NEEDS.get(peer)
     if package is None or find_spec(package) is not None:
         return ""
@@ -59,7 +60,7 @@ def why_absent(peer: str) -> str:
 
 
 def readers(pictures: Pictures) -> dict[str, Callable[[], Pairs]]:
-    """By its name, what starts a pass over the set with each peer that is installed."""
+    """Return, for each installed peer, a function that starts a pass over the set."""
     ways: dict[str, Callable[[Pictures], Callable[[], Pairs]]] = {
         "torchvision, PNG folder": _torchvision,
         WEBDATASET: _webdataset,
@@ -86,7 +87,7 @@ def _webdataset(pictures: Pictures) -> Callable[[], Pairs]:
     samples = (
         webdataset.WebDataset(str(path), shardshuffle=False)
         .to_tuple("image.png", "label.png")
-        .map_tuple(_opened, _opened)  # its own decoder would make label maps RGB, and be slower
+        .map_tuple(_opened, _opened)  # its own decoder is slower and returns label maps as RGB
     )
     return lambda: _as_arrays(samples)
 
@@ -102,7 +103,7 @@ def _streaming_raw(pictures: Pictures) -> Callable[[], Pairs]:
 def _mosaic(
     pictures: Pictures, encoding: str, read: Callable[[Path], object]
 ) -> Callable[[], Pairs]:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a library that it imports looks for updates
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an imported library would look for updates
     from streaming import LocalDataset, MDSWriter
 
     folder = pictures.root / f"mds-{encoding.partition(':')[0]}"

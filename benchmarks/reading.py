@@ -1,8 +1,9 @@
-"""Reading: an image and its label map as uint8 arrays, one process, everything in the page cache;
-shards against the same pictures as a folder of PNG, a tar of PNG, and MosaicML Streaming's shards
-of PNG and of raw arrays (`benchmarks/readers.py`).
+"""Measure reading an image and its label map in one process, with all files in the page cache.
 
-Ours compares every byte with its CRC, the others take what they find."""
+The peers of our shards are a folder of PNG files, a tar of PNG files, and MosaicML Streaming's
+shards of PNG files and of raw arrays (`benchmarks/readers.py`). Only ours compares every byte with
+a checksum.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ OTHERS = ("torchvision, PNG folder", *NEEDS)
 
 
 def measure() -> list[Found]:
-    """Seconds a pair of image and label map. All with the allocator as a job's loaders have it."""
+    """Compare the seconds per image and label map, with the allocator of a job's loaders."""
     keep_freed_memory()
     return on_all(_compared, _no_camvid)
 
@@ -53,7 +54,7 @@ def _compared(pictures: Pictures) -> list[Found]:
 
 
 def _no_camvid() -> list[Found]:
-    return [Absent(f"{WHAT}, CamVid", name, "CamVid is not there") for name in OTHERS]
+    return [Absent(f"{WHAT}, CamVid", name, "CamVid is not on this machine") for name in OTHERS]
 
 
 def _target(peer: str) -> float:
@@ -67,7 +68,7 @@ def _ours(pictures: Pictures) -> Pairs:
 
 
 def _drain(start: Callable[[], Iterable[object]]) -> None:
-    deque(start(), maxlen=0)  # holds no pair while the next one is read
+    deque(start(), maxlen=0)  # keeps no pair in memory while the next is read
 
 
 def _check_same(ours: Pairs, theirs: Pairs, peer: str) -> None:
@@ -79,7 +80,7 @@ def _check_same(ours: Pairs, theirs: Pairs, peer: str) -> None:
 def _pair_bytes(pictures: Pictures) -> float:
     reader = pictures.reader
     sizes = [height * width for height, width in map(reader.size, range(len(reader)))]
-    return 4 * sum(sizes) / len(sizes)  # three of the image and one of the label map
+    return 4 * sum(sizes) / len(sizes)  # 3 bytes of the image and 1 of the label map
 
 
 def _limit(pictures: Pictures) -> str:
@@ -88,7 +89,7 @@ def _limit(pictures: Pictures) -> str:
 
 
 def _more(pictures: Pictures) -> dict[str, float | str]:
-    """What the checks cost, and how far PNG shrinks the pictures."""
+    """Return the cost of the checks, and the bytes per pixel of PNG."""
     ours, units = partial(_drain, partial(_ours, pictures)), len(pictures.reader)
 
     def unchecked() -> None:

@@ -1,9 +1,9 @@
-"""Reducing 100,000 cells on one rank, from their files to the arrays of each data set, against such
-counts in a file of HDF5 a cell, as scripts leave them. Ours lie in a file a job, here of 50 cells
-(the paper's bundles have 32), beside its index, and both are compared with their checksums; the
-peer's are not.
+"""Measure the reduction of 100,000 cells on one rank, from their files to arrays of each data set.
 
-    mpiexec -n 2 python -m benchmarks.reducing GRID     prints the seconds that the ranks take
+The peer has an HDF5 file for each cell, as scripts usually write them. Ours has a file and an index
+for each job, here of 50 cells (the paper's bundles have 32). Only ours compares checksums.
+
+    mpiexec -n 2 python -m benchmarks.reducing GRID     prints the seconds of three reductions
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from pipeline.tracking.finished import finished_cells, many_records
 
 CELLS_PER_JOB = 50
 _PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
-_PEERS = 2000  # cells that the peer reads, of which each costs the same
-_KINDS = 40  # counts that differ, of each data set
+_PEERS = 2000  # cells that the peer reads; each costs the same
+_KINDS = 40  # different counts of each data set
 
 
 def measure() -> list[Found]:
-    """Seconds a cell, ours over 100,000 cells and the peer's over 2,000 of them."""
+    """Compare seconds per cell, ours over 100,000 cells and the peer's over 2,000 of them."""
     with _finished_run(100) as (grid, chosen):
         files = sorted({index.path for index in chosen.values()})
         size = sum(path.stat().st_size for path in files)
@@ -72,8 +72,10 @@ def measure() -> list[Found]:
 
 
 def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
-    """Seconds of three runs by (ranks, cells): from the files, whose indices every rank has, to the
-    arrays on rank 0."""
+    """Return the seconds of three reductions by (ranks, cells).
+
+    They go from the files, whose indices every rank has read, to the arrays on rank 0.
+    """
     found = {}
     mpiexec = Path(sys.executable).with_name("mpiexec")
     for seeds in (0.1, 1, 10, 100):
@@ -95,8 +97,10 @@ def _from_the_files(grid: Grid) -> int:
 
 @many_records()
 def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> int:
-    """What `pipeline.reduce` does once it knows which files there are, up to the arrays of each
-    data set in turn; how many cells this rank has read."""
+    """Read the counts as `pipeline.reduce` does; return the number of cells that this rank read.
+
+    `chosen` is the counts file of each cell by signature.
+    """
     problems: list[str] = []
     mine = files_of(chosen)[ranks.rank :: ranks.size]
     cells = 0
@@ -117,7 +121,7 @@ def _finished_run(seeds: int, few: bool = False) -> Iterator[tuple[Grid, dict[st
 
 
 def _count_all(grid: Grid) -> None:
-    """The counts files of all tasks, through the jobs' own writer."""
+    """Write the counts files of all tasks with the jobs' own writer."""
     manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
     kinds = {
         name: [made_up_counts(len(m.classes), grid.protocols[name].bins, k) for k in range(_KINDS)]
@@ -133,7 +137,7 @@ def _count_all(grid: Grid) -> None:
 
 
 def _file_a_cell(grid: Grid) -> list[Path]:
-    """The counts of some cells, of all data sets alike, each in a file of its own."""
+    """Write the counts of `_PEERS` cells, of all data sets alike, each to its own file."""
     folder = grid.run.root / "singles"
     folder.mkdir()
     paths = [folder / f"{number}.h5" for number in range(_PEERS)]
@@ -174,7 +178,7 @@ def _command(grid: Grid) -> float:
 
 
 def main(path: str) -> None:
-    """Three times, between barriers."""
+    """Print the seconds of three reductions between barriers."""
     grid, ranks = read_grid(path), world()
     chosen = finished_cells(grid.run)[0]
     for _ in range(3):

@@ -1,14 +1,15 @@
-"""A checkpoint of a bundle of four cells, each a head and its momentum, on the disk of this
-machine, per cell: ours, which has a checksum, is synced to disk and appears by one rename, against
-what people write after each epoch. All write new files, and then delete what they wrote the time
-before the last; so all of them fill as much of the page cache anew, which on a virtual machine may
-take longer than writing.
+"""Measure a checkpoint of four cells, each a head and its momentum, on this machine's disk.
 
-* `torch.save` of the same content, which promises nothing to a reader or after a crash;
-* the same with the one sync that makes it last;
-* `torch.save` of the whole model and its optimiser's state, synced too. The optimiser of the
-  published code holds the head alone, so momentum is the head's here as well; `more` has the
-  sizes, and that of a whole model all of which has momentum.
+Ours has a checksum, is synced to disk, and appears by one rename. The peers are
+
+* `torch.save` of the same content, without any guarantee for readers or after a crash;
+* the same with a sync;
+* `torch.save` of the whole model and its optimiser's state, with a sync. The optimiser of the
+  published code holds the head alone, so its state is the head's momentum. `more` holds the sizes,
+  also that of a whole model with all its momentum.
+
+Seconds are per cell. All write new files and keep as many old ones, so all fill the page cache
+alike; on a virtual machine this may take longer than writing.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _SIZES = ("head_mb", "whole_mb", "whole_and_all_momentum_mb")
 
 
 def measure() -> list[Comparison]:
-    """Sizes and seconds for both heads of the paper."""
+    """Compare sizes and seconds for both heads of the paper."""
     torch.set_num_threads(2)
     backbone = build_backbone("resnet101", 0, 0.1)
     found = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # not a file system in main memory
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be in main memory
         for model in MODELS:
             found += _of_model(model, backbone, Path(folder) / model)
     return found
@@ -74,7 +75,7 @@ def _of_model(model: str, backbone: nn.Module, folder: Path) -> list[Comparison]
 
 
 def _of_sizes(model: str, sizes: dict[str, float | str]) -> list[Comparison]:
-    """Sizes as comparisons, in seconds at 1 GB/s."""
+    """Return the sizes as comparisons, in seconds at 1 GB/s."""
     head, whole, largest = (float(sizes[name]) / 1e3 for name in _SIZES)
     what = f"checkpoint of a cell, {model}: size, as seconds at 1 GB/s"
     return [
@@ -99,14 +100,14 @@ def _momentum(module: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
 def _checkpoint(folder: Path, generation: Generation, entries: dict[str, Any]) -> Work:
     steps = iter(range(1, 10**9))
 
-    def save() -> None:  # as in a job: the two newest stay, the third is deleted
+    def save() -> None:  # as in a job, the two newest are kept
         checkpoint.save(folder, next(steps), generation, entries, {"inputs": {}})
 
     return save
 
 
 def _saved(content: Any, folder: Path, synced: Callable[[Path], None] | None = None) -> Work:
-    """What writes `content` once a cell, into a new folder, and keeps as many folders as we do."""
+    """Return a function that writes `content` for each cell to a new folder, and keeps as many."""
     steps = iter(range(1, 10**9))
 
     def save() -> None:
@@ -124,7 +125,7 @@ def _saved(content: Any, folder: Path, synced: Callable[[Path], None] | None = N
 
 
 def _limit(state: dict[str, Any], path: Path) -> str:
-    """The disk's own time for as many bytes, written in one piece and synced."""
+    """Return the time to write and sync as many bytes in one piece."""
     torch.save(state, path)
     data = path.read_bytes()
     seconds = []

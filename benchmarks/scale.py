@@ -1,10 +1,10 @@
-"""How long the commands of the login node take on a large run, whose counts are real files.
+"""Measure the commands of the login node on a large run, whose counts are real files.
 
     python -m benchmarks.scale [--cells 10000] [--keep DIR]
 
-Each command is a process of its own, as a user starts it; wall is what he waits for, CPU is user
-and system time together, which other work on the machine moves less. The exit code is 1 if one
-takes longer than its bound, or the page is too large.
+Each command is a new process, as a user starts it. CPU is user plus system time; other load changes
+it less than the wall time. The exit code is 1 if a command exceeds its bound or the page is too
+large.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.submit import plan_of
 from pipeline.tracking.survey import survey
 
 PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
-BOUNDS = {  # seconds, for 10,000 cells; of what is measured within a process, without its start
+BOUNDS = {  # seconds for 10,000 cells; in-process times exclude the start of Python
     "plan (in-process)": 2.0,
     "submit grid --dry-run": None,
     "status (in-process)": 1.0,
@@ -44,12 +44,12 @@ Seconds = tuple[float, float]  # wall, CPU
 
 
 def main() -> int:
-    """Make the run, measure, print a table; 1 if a bound is missed."""
+    """Write the run, measure, and print a table; return 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--cells", type=int, default=10_000, help=f"a multiple of {PER_SEED}")
-    parser.add_argument("--keep", metavar="DIR", help="make the run there and leave it")
+    parser.add_argument("--keep", metavar="DIR", help="write the run to DIR and keep it")
     options = parser.parse_args()
     if options.cells < 1 or options.cells % PER_SEED:
         parser.error(f"--cells must be a multiple of {PER_SEED}")
@@ -85,7 +85,7 @@ def _measure(folder: Path, seeds: int) -> int:
 
 
 def _row(what: str, found: Seconds) -> list[str]:
-    """Print it; its name if it took too long."""
+    """Print a row; return its name if it exceeds its bound."""
     wall, cpu = found
     bound = BOUNDS[what]
     print(f"| {what} | {wall:.1f} | {cpu:.1f} | {bound or ''} |", flush=True)
@@ -93,7 +93,7 @@ def _row(what: str, found: Seconds) -> list[str]:
 
 
 def _plan(config: str) -> None:
-    """From the grid file to the tasks of a submission."""
+    """Plan from the grid file to the tasks of a submission."""
     grid = read_grid(config)
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
     assert plan_of(grid, state, Forecast(grid)).bundles
@@ -106,7 +106,7 @@ def _survey(config: str) -> None:
 
 
 def _in_new_process(work: Callable[[str], None], config: str) -> Seconds:
-    """Without its start, and without what this process has in memory."""
+    """Measure `work` in a new process, without its start and without this one's memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_timed, work, config).result()
 

@@ -1,9 +1,8 @@
-"""How long the commands of the login node take that have next to nothing to do, and the packages
-that take most of importing.
+"""Measure commands of the login node that have almost nothing to do, and their slowest imports.
 
-    python -m benchmarks.startup [CONFIG]     CONFIG: a grid that is done, for status and `all`
+    python -m benchmarks.startup [CONFIG]     CONFIG: a finished grid, for status and `all`
 
-Each command is a process of its own, in turns with an empty Python.
+Each command is a new process, in turns with an empty Python.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from statistics import median
 from benchmarks.measure import in_turns, time_text, users_environment
 
 ROUNDS = 7
-SLOWEST = 6  # modules that are named
-# from an empty queue until the job, which times nothing once, has ended and the queue has seen it
+SLOWEST = 6  # packages that are listed
+# from an empty queue until the queue reports the end of a job that does nothing
 _LOCAL_JOB = """
 import tempfile
 import time
@@ -38,7 +37,7 @@ with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
 
 
 def main() -> None:
-    """Print a table, and what is imported."""
+    """Print a table of commands, and the slowest imports."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -68,7 +67,7 @@ def main() -> None:
 
 
 def imported(module: str) -> list[tuple[str, float]]:
-    """The packages that importing `module` loads, the longest first: seconds of their modules."""
+    """Return the packages that `module` loads and the seconds of their modules, slowest first."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"import {module}"],
         capture_output=True, text=True, check=True, env=users_environment(),
