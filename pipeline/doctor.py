@@ -1,11 +1,10 @@
-"""Whether a grid would run here: what the site allows, what the grid needs, and, on request, what
-the nodes are like. Changes nothing.
+"""Check that a grid can run here: the site, the grid's needs, and on request the compute nodes.
 
-    python -m pipeline.doctor [CONFIG]               a few seconds; queues nothing
-    python -m pipeline.doctor [CONFIG] --on-nodes    also asks the nodes, by a small job or two
+    python -m pipeline.doctor [CONFIG]               a few seconds; submits nothing
+    python -m pipeline.doctor [CONFIG] --on-nodes    also checks the nodes, with a small job or two
 
-A line a check: pass, with its evidence; FAIL, with what to do; warn; skip, and why. The exit code
-is 1 if any fails.
+Prints a line for each check: pass with its evidence, FAIL with the remedy, warn, or skip with the
+reason. The exit code is 1 if a check fails. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.planning.preflight import check_files, check_room, existing_folder, packed_as_asked
 from pipeline.submission.node_probe import node_results
 
-_QUICK_BYTES = 1 << 30  # of shards, that the login node reads: about two seconds
+_QUICK_BYTES = 1 << 30  # of shards that the login node reads, in about 2 s
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check a grid and its cluster; a line a check."""
+    """Check a grid and its cluster, and print a line for each check."""
     parser = argument_parser("python -m pipeline.doctor", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
-    parser.add_argument("--on-nodes", action="store_true", help="ask the nodes, by a small job")
+    parser.add_argument("--on-nodes", action="store_true", help="check the nodes with a small job")
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
     failed = _show(run_checks([*_scheduler(grid), *_run_directory(grid)]))
     damaged = _show(run_checks(_inputs(grid)))
     if not arguments.on_nodes:
-        _show([CheckResult("skip", "the nodes", "only --on-nodes asks them")])
+        _show([CheckResult("skip", "the nodes", "not checked without --on-nodes")])
     elif failed:
-        why = "a job would meet what fails above; mend it first"
+        why = "a job would fail for the reasons above; fix them first"
         _show([CheckResult("skip", "the nodes", why)])
     else:
         failed = _show(node_results(grid, _say))
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show(found: Iterable[CheckResult]) -> bool:
-    """Print each as it comes. Whether any fails."""
+    """Print each result at once; return True if a check failed."""
     failed = False
     for result in found:
         print(result, flush=True)
@@ -70,7 +69,7 @@ def _say(line: str) -> None:
 
 
 def _scheduler(grid: Grid) -> list[Check]:
-    """What takes the jobs."""
+    """Return the checks of Slurm or the local queue."""
     profile = grid.cluster  # an invalid one raises here
     try:
         queue = open_queue(profile, grid.run.logs, grid.run.queue)
@@ -109,7 +108,7 @@ def _private(grid: Grid) -> str:
 
 
 def _inputs(grid: Grid) -> list[Check]:
-    """What jobs read. The nodes can be asked without it."""
+    """Return the checks of the jobs' inputs, which the checks on the nodes do not need."""
     wanted = {(cell.protocol.weights, cell.model) for cell in grid.cells}
     weights = sorted({pair for pair in wanted if pair[0] not in WITHOUT_FILE})
     return [
@@ -127,10 +126,10 @@ def _software() -> str:
 
 
 def _data_set(grid: Grid, name: str) -> str:
-    """Lengths of all shards, and the content of as many as can be read in a moment."""
+    """Check the lengths of all shards, and the content of at most `_QUICK_BYTES`."""
     settings = grid.datasets[name]
     if not (Path(settings.shards) / MANIFEST).exists():
-        Pictures.of_source(settings)  # raises what packing would refuse
+        Pictures.of_source(settings)  # raises the errors of packing
         raise CheckSkipped("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
     manifest = packed_as_asked(name, settings)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]

@@ -1,5 +1,4 @@
-"""Label images with a trained cell: a label map, whose palette has colours, and a confidence map
-an image.
+"""Label images with a trained cell: write a label map with colours and a confidence map for each.
 
     python -m pipeline.predict CELL IMAGES... --out DIR
 
@@ -29,8 +28,7 @@ from pipeline.config.grid_file import Grid, find_config, read_grid
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write IMAGE.png (class indices, with a palette) and IMAGE-confidence.png (0 to 255 for 0 to
-    1) for each image."""
+    """Write IMAGE.png and IMAGE-confidence.png for each image; see `write_maps`."""
     parser = argument_parser("python -m pipeline.predict", __doc__)
     parser.add_argument("cell", help="name, start of signature, or path of a trained head")
     parser.add_argument("images", nargs="+", type=Path)
@@ -50,11 +48,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
-    """The file of a cell's trained head, and the run it belongs to."""
+    """Return the file of a cell's trained head, and its run.
+
+    Args:
+        cell: the cell's name, the start of its signature, or the path of a trained head (.pt).
+        config: the grid file; None for the default of `find_config`.
+
+    Raises:
+        UserError: the cell is unknown or ambiguous, or has no trained head.
+    """
     if cell.endswith(".pt"):
         head = Path(cell).absolute()
         if not head.is_file():
-            raise UserError(f"there is no trained head {cell}")
+            raise UserError(
+                f"there is no trained head {cell}; give the path of a file in RUN/heads"
+            )
         return head, RunPaths(head.parent.parent)
     grid = read_grid(find_config(config))
     signature = _signature(grid, cell)
@@ -94,13 +102,15 @@ def _refuse_overwriting(images: Sequence[Path], folder: Path) -> None:
 
 
 def _map_paths(folder: Path, stem: str) -> tuple[Path, Path]:
-    """Return where the label map and the confidence of an image go."""
+    """Return the paths of an image's label map and confidence map."""
     return folder / f"{stem}.png", folder / f"{stem}-confidence.png"
 
 
 def write_maps(prediction: Prediction, folder: Path, stem: str, num_classes: int) -> None:
-    """`STEM.png`, whose values are class indices and whose palette tells them apart, and
-    `STEM-confidence.png`, 8-bit grey."""
+    """Write `STEM.png` and `STEM-confidence.png` into `folder`.
+
+    The first holds class indices with a palette, the second confidences from 0 to 1 as 0 to 255.
+    """
     labels = Image.fromarray(prediction.labels)
     labels.putpalette(palette(num_classes))
     confidence = np.round(prediction.confidence * 255).astype(np.uint8)
@@ -111,7 +121,7 @@ def write_maps(prediction: Prediction, folder: Path, stem: str, num_classes: int
 
 
 def palette(num_classes: int) -> list[int]:
-    """RGB of each class, one after the other: hues apart, in two brightnesses."""
+    """Return the RGB values of all classes in one list: different hues, two brightnesses."""
     colours: list[int] = []
     for index in range(num_classes):
         rgb = colorsys.hsv_to_rgb(index / num_classes, 0.65, 0.95 if index % 2 else 0.7)

@@ -1,4 +1,4 @@
-"""Reduce the counts of all finished cells into results.h5, over MPI ranks where there are any.
+"""Reduce the evaluation counts of all finished cells into results.h5, on one or more MPI ranks.
 
 python -m pipeline.reduce [CONFIG]
 mpiexec -n 4 python -m pipeline.reduce [CONFIG]
@@ -31,7 +31,7 @@ from pipeline.tracking.stale import other_data
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write results.h5 and say which cells are missing."""
+    """Write results.h5 and print the missing cells."""
     parser = argument_parser("python -m pipeline.reduce", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--allow-fewer", action="store_true",
@@ -46,12 +46,15 @@ def main(argv: Sequence[str]) -> int:
 
 @many_records()
 def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
-    """Every rank reads its share of the counts files; rank 0 puts them together and writes. Raises
-    `UserError` if the results that are there have more cells, unless `allow_fewer`."""
+    """Let every rank read its share of the counts files, and rank 0 write results.h5.
+
+    Raises:
+        UserError: the existing results have more cells, and `allow_fewer` is False.
+    """
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
     chosen, problems, stale = found
-    why = _said_of(grid, stale)
+    why = _stale_warning(grid, stale)
     if why and ranks.rank == 0:
         problems.append(why)
     indices = files_of(chosen)
@@ -76,10 +79,11 @@ def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
 
 
 def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
-    """The counts file of each finished cell of this grid by signature, what was wrong with others,
-    and the cells that are left out since they were made from other data. Raises `UserError` for
-    files that were counted with a backbone that differs from that of the cells they are compared
-    with."""
+    """Return the counts file of each finished cell by signature, the problems, and stale cells.
+
+    Stale cells were made from other data and are left out. Raises `UserError` if cells that should
+    share a backbone were counted with different ones.
+    """
     done, problems = finished_cells(grid.run)
     chosen = {c.signature: done[c.signature] for c in grid.cells if c.signature in done}
     now = {n: Manifest.load(settings.shards).fingerprint for n, settings in grid.datasets.items()}
@@ -91,8 +95,7 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
     return chosen, problems, stale
 
 
-def _said_of(grid: Grid, stale: Sequence[Cell]) -> str:
-    """One line for all cells that were made from other data; "" if there are none."""
+def _stale_warning(grid: Grid, stale: Sequence[Cell]) -> str:
     if not stale:
         return ""
     return (
@@ -103,18 +106,20 @@ def _said_of(grid: Grid, stale: Sequence[Cell]) -> str:
 
 
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
-    """Cells that should share a backbone's weights were counted with the same ones, and with those
-    that were trained here where that is so."""
+    """Raise `UserError` unless cells that share a backbone were counted with the same weights.
+
+    The weights must also equal the file that the run trained or that the user gave.
+    """
     shared: dict[str, tuple[Any, str]] = {}
     for cell in grid.cells:
         if cell.signature not in chosen:
             continue
         weights, key = cell.protocol.weights, cell.weights_key
         if weights == "pretrain" and key not in shared:
-            with suppress(Damaged, KeyError):  # the notes say so
+            with suppress(Damaged, KeyError):  # `_backbone_notes` reports it
                 sha256 = _trained_here(grid, cell)["sha256"]
                 shared[key] = (sha256, f"{grid.run.backbone(cell.backbone_key)} holds now")
-        # a cell is the same wherever the file of its weights lies, so look at what it holds
+        # the path of a weights file is not part of a cell's identity, so compare the content
         own = weights not in WEIGHTS and key not in shared and weights_path(weights, cell.model)
         if own and own.is_file():
             shared[key] = (file_sha256(own), f"{own} holds now")
@@ -129,8 +134,10 @@ def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> No
 
 
 def _trained_here(grid: Grid, cell: Cell) -> dict[str, Any]:
-    """The record of the backbone that `weights = "pretrain"` trained; empty if there is none.
-    Raises `Damaged`."""
+    """Return the record of the backbone that `weights = "pretrain"` trained, {} if none.
+
+    Raises `Damaged`.
+    """
     try:
         return read_json(grid.run.backbone(cell.backbone_key).with_suffix(".json"))
     except FileNotFoundError:
@@ -153,7 +160,7 @@ def _dataset(
         train_class_pixels=np.array(manifest.splits["train"].class_pixels, np.int64),
         val_class_pixels=np.array(manifest.splits["val"].class_pixels, np.int64),
         cells=[_cell(cells[row], chosen[cells[row].signature]) for row in rows],
-        # all of them need no copy
+        # indexing copies, so avoid it if all cells are there
         counts={k: a if len(rows) == len(cells) else a[rows] for k, a in counts.items()},
     )
 
@@ -199,6 +206,9 @@ def _write(
     for problem in problems:
         print(f"warning: {one_line(problem)}")
     print(f"{one_line(str(grid.run.results))}: {len(have)} of {len(grid.cells)} cells")
+    if not have:
+        command = f"`python -m pipeline.status {grid.words}`"
+        print(one_line(f"warning: no cell is finished, so the results are empty; see {command}"))
     for name in missing:
         print(f"missing: {one_line(name)}")
 
@@ -208,8 +218,10 @@ def _commit(source: Mapping[str, str]) -> str:
 
 
 def _losses(grid: Grid) -> list[dict[str, Any]]:
-    """Return a record for each loss in grid order, or one for each schedule that a loss has on
-    some of the data sets."""
+    """Return a record for each loss in grid order, or for each of its schedules.
+
+    The schedule of a loss can differ between data sets.
+    """
     records = []
     for one_loss in zip(*grid.losses_of.values(), strict=True):
         schedules: dict[LossSpec, list[str]] = {}
@@ -231,7 +243,7 @@ def _data_notes(grid: Grid) -> list[str]:
 
 
 def _backbone_notes(grid: Grid) -> list[str]:
-    """A line for each backbone that was trained here and not elsewhere on more data."""
+    """Return a line for each backbone that this run trained itself."""
     notes: dict[str, str] = {}
     for cell in grid.cells:
         if cell.protocol.weights != "pretrain" or cell.backbone_key in notes:

@@ -1,5 +1,7 @@
-"""The part of `pipeline.doctor` that asks the nodes: jobs as training and `reduce` start them, that
-only tell what they see."""
+"""Check the compute nodes for `pipeline.doctor` with probe jobs.
+
+A probe job starts as a job of training or `reduce` does, and only reports what it finds.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ from pipeline.planning.cost_model import checkpoint_bytes
 from pipeline.planning.forecast import Forecast
 from pipeline.tracking.survey import DEAD_AFTER_SECONDS
 
-_MINUTES = 15  # that a probe job may take, beside the notice before its limit
+_MINUTES = 15  # time limit of a probe job, without the notice before its end
 
 
 def node_results(grid: Grid, say: Callable[[str], None]) -> Iterator[CheckResult]:
-    """What comes out of the checks on the nodes; `say` hears what is waited for."""
+    """Yield the results of the checks on the nodes; `say` gets a line about each wait."""
     try:
         reports = _ask(grid, say)
     except UserError as error:
@@ -55,7 +57,7 @@ def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
 
 
 def _probe_jobs(grid: Grid, queue: Queue, plan: Path) -> list[ProbeJob]:
-    """One as training starts its ranks; and one over MPI, where `reduce` has more than one."""
+    """Return a probe job for training, and one for `reduce` if it has more than one MPI rank."""
     wanted = {"train": grid.cluster.training()}
     if queue.starts_mpi and _num_ranks(grid.cluster.reducing()) > 1:
         wanted["reduce"] = grid.cluster.reducing()
@@ -71,7 +73,10 @@ def _num_ranks(wanted: Resources) -> int:
 
 
 def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
-    """What the reports of the jobs `train` and `reduce`, where there is one, say of the nodes."""
+    """Return the checks of the nodes from the reports of the probe jobs, by job name.
+
+    `train` is required; without `reduce` the check of its MPI is skipped.
+    """
     profile, report = grid.cluster, reports["train"]
     looks: dict[str, Callable[[], str]] = {
         "a job on the nodes": partial(node_checks.launch, profile, report),
@@ -94,7 +99,7 @@ def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
 
 
 def inputs(grid: Grid) -> dict[str, int]:
-    """Bytes of the shards and weights files that are here."""
+    """Return the bytes of each existing shard and weights file, by path."""
     wanted = {(cell.protocol.weights, cell.model) for cell in grid.cells}
     weights = {weights_path(*pair) for pair in wanted if pair[0] not in WITHOUT_FILE}
     paths = [*sorted(weights), *(path for manifest in _packed(grid) for path in _files(manifest))]
@@ -112,7 +117,12 @@ def _files(manifest: Manifest) -> list[Path]:
 
 
 def content(report: Report, packed: Sequence[Manifest]) -> str:
-    """The ranks, each with its share of the shards, have found no byte that is not as packed."""
+    """Check that the ranks found no damaged byte, each in its share of the shards.
+
+    Raises:
+        CheckSkipped: nothing is packed yet.
+        UserError: a shard is damaged.
+    """
     if not packed:
         raise CheckSkipped("nothing is packed yet")
     damaged = node_checks.of_ranks(report, "damaged", "run `python -m data_prep.verify` on it")
@@ -123,7 +133,7 @@ def content(report: Report, packed: Sequence[Manifest]) -> str:
 
 
 def _staged_bytes(grid: Grid) -> int:
-    """Of the largest data set."""
+    """Return the bytes of the largest data set."""
     return max((sum(p.stat().st_size for p in _files(one)) for one in _packed(grid)), default=0)
 
 
@@ -134,7 +144,7 @@ def _time_to_save(grid: Grid, report: Report) -> str:
 
 
 def _saved_bytes(grid: Grid) -> int:
-    """What the largest job writes into a checkpoint."""
+    """Return the bytes of a checkpoint of the largest job."""
     forecast, most = Forecast(grid), grid.cluster.cells_per_job
 
     def saved(cells: Sequence[Cell]) -> int:

@@ -234,7 +234,9 @@ def test_with_nothing_trained_there_are_results_of_nothing(grid, capsys):
     assert [len(dataset.cells) for dataset in results.datasets] == [0, 0]
     assert results.datasets[0].counts["confusion"].shape == (0, 8, 8)
     assert len(results.record["missing"]) == 16
-    assert f"{grid.run.results}: 0 of 16 cells\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{grid.run.results}: 0 of 16 cells\n" in said
+    assert "warning: no cell is finished, so the results are empty; see `python -m pipeline" in said
 
 
 def test_cells_of_other_grids_are_left_out(grid, tmp_path, packed):

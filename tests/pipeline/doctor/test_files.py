@@ -27,7 +27,7 @@ def test_a_healthy_grid_passes_every_check(examine, site, tmp_path):
     assert code == 0
     assert not [line for line in lines if not line.startswith(("pass  ", "skip  "))]
     skipped = [line for line in lines if line.startswith("skip")]
-    assert skipped == ["skip  the nodes: only --on-nodes asks them"]
+    assert skipped == ["skip  the nodes: not checked without --on-nodes"]
     left = {path for path in tree(tmp_path) if not path.startswith("slurm/")} - before.keys()
     assert left == {"grid.toml", "site.toml"}, "what the test itself wrote"
     assert all("--test-only" in words for words in site.asked("sbatch"))
@@ -174,7 +174,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(examine, monkeypatch
 def test_what_fails_here_is_not_sent_to_the_nodes(examine, site):
     code, lines = examine(arguments=["--on-nodes"], partition="gpus")
     assert code == 1
-    assert lines[-1] == "skip  the nodes: a job would meet what fails above; mend it first"
+    assert lines[-1] == "skip  the nodes: a job would fail for the reasons above; fix them first"
     assert not site.asked("sbatch")
 
 
