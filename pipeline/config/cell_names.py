@@ -1,4 +1,4 @@
-"""The cells that a person names on a command line."""
+"""Find the cells that the user names on a command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _MOST_NAMED = 5
 
 
 def cells_named(grid: Grid, names: Sequence[str]) -> list[Cell]:
-    """The cells of these names, as status prints them, each once. Raises `UserError`, with the
-    nearest names, for one that the grid has not."""
+    """Return the cells of `names`, each once; names are as status prints them.
+
+    Raises `UserError` with the nearest names for an unknown name.
+    """
     known = {cell.name: cell for cell in grid.cells}
     for name in names:
         if name not in known:
@@ -24,8 +26,10 @@ def cells_named(grid: Grid, names: Sequence[str]) -> list[Cell]:
 
 
 def one_named(grid: Grid, name: str, others: Sequence[str] = ()) -> Cell | str:
-    """The one cell, or the one of `others`, that `name` means: by its whole name, or else by any
-    part that no other has. Raises `UserError` where it is none or several."""
+    """Return the one cell, or the one of `others`, with this name or a unique part of it.
+
+    Raises `UserError` if no name or several names match.
+    """
     known: dict[str, Cell | str] = {other: other for other in others}
     known |= {cell.name: cell for cell in grid.cells}
     if name in known:
@@ -40,7 +44,7 @@ def one_named(grid: Grid, name: str, others: Sequence[str] = ()) -> Cell | str:
 
 
 def nearest(grid: Grid, name: str, known: Sequence[str] | dict[str, Cell]) -> str:
-    """The end of an error message: the names nearest to `name`, or where all are listed."""
+    """Return the end of an error message: the names nearest to `name`, or where to find all."""
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"

@@ -1,5 +1,7 @@
-"""The grid file -> cells -> tasks. Pure functions of the file and of what exists already; no torch,
-h5py or mpi4py, so that planning costs nothing."""
+"""Read a grid file and resolve it into cells, without torch, h5py or mpi4py.
+
+`read_grid` is the entry point. It refuses every mistake that can be seen in the file alone.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,7 @@ class ProtocolTable(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, resolved. `cells` are in the order of the file: data set, model, loss, seed."""
+    """A resolved grid file; `cells` are in the order data set, model, loss, seed."""
 
     name: str
     path: Path
@@ -83,26 +85,27 @@ class Grid:
     seeds: tuple[int, ...]
     protocols: Mapping[str, Protocol]
     cells: tuple[Cell, ...]
-    notes: tuple[str, ...]  # which cells that the file names there are not, and why
+    notes: tuple[str, ...]  # a line for each cell of the file that cannot exist, with the reason
     profile: Mapping[str, Any] | str  # a [cluster] table, or a profile's name or path
     run: RunPaths
-    asked_profile: str = ""  # by --cluster, in place of the file's
+    asked_profile: str = ""  # the argument of --cluster, which replaces that of the file
 
     @property
     def words(self) -> str:
-        """What names this grid, and where it runs, behind any of the commands."""
+        """Return the command-line arguments that name this grid and its cluster, quoted."""
         profile = ["--cluster", self.asked_profile] if self.asked_profile else []
         return shlex.join([str(self.path), *profile])
 
     @property
     def losses(self) -> tuple[LossSpec, ...]:
-        """The losses of the first data set; those of the others have the same names."""
+        """Return the losses of the first data set; those of the others have the same names."""
         return next(iter(self.losses_of.values()))
 
     @cached_property
     def cluster(self) -> ClusterProfile:
-        """The cluster profile. Read when it is asked for: only what submits needs it, and a job
-        that reads the run's copy of the grid file may not find the profile that lay beside it.
+        """Return the cluster profile, which is read on first use.
+
+        A job reads the run's copy of the grid file, and may not find a profile beside it.
         """
         if isinstance(self.profile, str):
             return read_profile(self.profile or None, near=self.path.parent)
@@ -110,8 +113,10 @@ class Grid:
 
 
 def find_config(given: str | Path | None) -> Path:
-    """The grid file a command means: the one given, `$LOSSGRID_CONFIG`, or ./lossgrid.toml.
-    Raises `UserError` that lists what there is in configs/."""
+    """Return the path of the grid file: `given`, `$LOSSGRID_CONFIG`, or ./lossgrid.toml.
+
+    Raises `UserError`, which lists the files in configs/, if it does not exist.
+    """
     path = Path(given) if given else default_config() or DEFAULT_CONFIG
     if path.is_file():
         return path
@@ -120,13 +125,20 @@ def find_config(given: str | Path | None) -> Path:
     if given or default_config():
         raise UserError(f"there is no grid file {path}{hint}")
     raise UserError(
-        f"no grid file: give one, set LOSSGRID_CONFIG, or run where there is a {path}{hint}"
+        f"no grid file: give one, set LOSSGRID_CONFIG, or change to a folder with {path}{hint}"
     )
 
 
 def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
-    """Read and resolve a grid file; `cluster` names a profile that is used in place of its own.
-    Raises `UserError` for the first thing that is wrong."""
+    """Read and resolve a grid file.
+
+    Args:
+        path: the grid file.
+        cluster: the name or path of a cluster profile to use instead of that of the file.
+
+    Raises:
+        UserError: the first mistake in the file.
+    """
     path = Path(path)
     file = parse(GridFile, read_toml(path), str(path))
     _refuse_repeats(
@@ -151,7 +163,7 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     _refuse_too_many(path, [datasets, file.models, names + file.loss, file.seeds])
     absent = absences(path, file.losses, file.models, datasets, protocols)
     cells = tuple(
-        # of values that were checked above, thousands of times
+        # skip validation: the values were checked above, and there are thousands of cells
         Cell.model_construct(dataset=name, data=identity, model=model, loss=loss, seed=seed,
                              protocol=protocol)
         for name, identity in {n: d.identity() for n, d in datasets.items()}.items()
@@ -177,17 +189,19 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
 
 
 def profiled(grid: Grid) -> Grid:
-    """The same grid, whose jobs measure how long each of their parts takes."""
+    """Return the same grid with jobs that measure the time of each part."""
     return replace(grid, cells=tuple(cell.profiled() for cell in grid.cells))
 
 
 def _folder(name: str) -> str:
-    """A folder's name for a grid's: the same if it can be one, else one of its own, so that two
-    grids never share a run directory unless they say so."""
+    """Return a folder name for a grid name: the same if possible, else one with a hash.
+
+    Two grids then share a run directory only if both set the same `run_dir`.
+    """
     if len(name) <= 60 and re.fullmatch(r"[\w-][\w.-]*", name):
         return name
     words = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).lstrip(".")[:40]
-    return f"{words or 'grid'}+{fingerprint(name)[:8]}"  # no plain name has a plus
+    return f"{words or 'grid'}+{fingerprint(name)[:8]}"  # names that need no hash have no plus
 
 
 def _refuse_repeats(path: Path, lists: Mapping[str, tuple[Any, ...]]) -> None:
@@ -198,7 +212,7 @@ def _refuse_repeats(path: Path, lists: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def _refuse_shared_folders(path: Path, run: Path, datasets: Mapping[str, DatasetSettings]) -> None:
-    """What we write to belongs to one; only the roots that we read may be shared."""
+    """Refuse a folder that two owners would write to; data sets may share a root they only read."""
     folders = [(str(run), "the run directory", True)]
     for name, settings in datasets.items():
         root: str = getattr(settings, "root", "")
@@ -216,8 +230,11 @@ def _refuse_shared_folders(path: Path, run: Path, datasets: Mapping[str, Dataset
 def _refuse_small_sides(
     path: Path, models: Sequence[str], protocols: Mapping[str, Protocol]
 ) -> None:
-    """All pixels of a crop of one position get the same scores, and a batch of one such crop is a
-    batch norm over one value: nothing is learned."""
+    """Refuse sides of at most the model's stride.
+
+    The features of such a crop have one position: all pixels get the same scores, and batch norm
+    over one value learns nothing.
+    """
     model = max(models, key=lambda name: STRIDE[MODELS[name].backbone])
     stride = STRIDE[MODELS[model].backbone]
     for name, protocol in protocols.items():
@@ -243,7 +260,7 @@ def _refuse_too_many(path: Path, axes: Sequence[Collection[Any]]) -> None:
 def _protocols(
     path: Path, file: GridFile, datasets: Mapping[str, DatasetSettings]
 ) -> dict[str, Protocol]:
-    """[protocol] for each data set, with [protocol.per_dataset.NAME] in place of its own keys."""
+    """Return the protocol of each data set; [protocol.per_dataset.NAME] overrides [protocol]."""
     special = _table(file.protocol.get("per_dataset", {}), f"{path}: [protocol.per_dataset]")
     parse(ProtocolTable, file.protocol, f"{path}: [protocol]")
     table = {key: value for key, value in file.protocol.items() if key != "per_dataset"}
@@ -263,7 +280,7 @@ def _table(value: Any, where: str) -> dict[str, Any]:
 
 
 def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` with the keys of `changes` in place of its own, in nested tables too."""
+    """Return `table` updated with `changes`, also inside nested tables."""
     nested = {
         key: _changed(table[key], value)
         for key, value in changes.items()

@@ -1,4 +1,4 @@
-"""The losses of a grid file: the paper's names, and [[loss]] tables. Free of torch."""
+"""Resolve the losses of a grid file: the paper's names and [[loss]] tables, without torch."""
 
 from __future__ import annotations
 
@@ -51,23 +51,28 @@ class LossTable(Settings):
 def with_ramps(
     where: str, names: Sequence[str], ramps: Sequence[tuple[float, float]]
 ) -> tuple[str, ...]:
-    """`names`, and in place of each scheduled one that says no ramp itself one for each of
-    `ramps`. Raises `UserError`."""
+    """Replace each scheduled loss without a ramp in its name by one for each of `ramps`.
+
+    `where` names the grid file. Raises `UserError` for a ramp [s, e] that is not 0 < s < e.
+    """
     for start, end in ramps:
         if not 0 < start < end:
             raise UserError(f"{where}: ramps: [{start:g}, {end:g}] must be [s, e] with 0 < s < e")
     try:
         every = [with_ramp(n, *r) if n != PRE_FINE else n for n in names for r in ramps or ()]
     except UnknownLoss:
-        return tuple(names)  # which will be refused with a hint
+        return tuple(names)  # `resolve_losses` refuses it with a hint
     return tuple(dict.fromkeys(every)) if ramps else tuple(names)
 
 
 def resolve_losses(
     where: str, names: Sequence[str], tables: Sequence[dict[str, Any]], protocol: Protocol
 ) -> Iterator[LossSpec]:
-    """`names` of the paper, under the ramps of `protocol`, and then the [[loss]] `tables` of the
-    grid file `where`. Raises `UserError`."""
+    """Yield the losses of `names` under the ramps of `protocol`, then those of the [[loss]] tables.
+
+    `where` names the grid file. Raises `UserError` for an unknown or repeated name, or without any
+    loss.
+    """
     ramps = (protocol.naive_ramp, protocol.alternating_ramp)
     try:
         yield from (grid_loss(name, *ramps) for name in names)

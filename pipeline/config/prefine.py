@@ -1,5 +1,8 @@
-"""`pre-fine` of the paper: CE that starts from weights trained on COCO with VOC's classes, backbone
-and head. A grid names it among its losses; its cells have these weights and are a bundle apart."""
+"""Resolve `pre-fine` of the paper: CE from weights trained on COCO with VOC's classes.
+
+Both backbone and head start from these weights. A grid names pre-fine among its losses; its cells
+have other weights than the rest and so form bundles of their own.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from jobs.spec.protocol import Protocol
 
 
 def grid_loss(name: str, naive: tuple[float, float], alternating: tuple[float, float]) -> LossSpec:
-    """What a name in a grid's `losses` stands for. Raises `UnknownLoss`."""
+    """Return the loss that a name in a grid's `losses` means. Raises `UnknownLoss`."""
     if name == PRE_FINE:
         return replace(parse_loss("CE"), name=PRE_FINE)
     return parse_loss(name, naive, alternating)
 
 
 def protocol_of(loss: LossSpec, protocol: Protocol) -> Protocol:
-    """The protocol under which `loss` is trained."""
+    """Return the protocol of `loss`: that of the grid, with other weights for pre-fine."""
     return protocol.model_copy(update={"weights": PRE_FINE}) if loss.name == PRE_FINE else protocol
 
 
@@ -34,8 +37,10 @@ def absences(
     datasets: Mapping[str, DatasetSettings],
     protocols: Mapping[str, Protocol],
 ) -> dict[tuple[str, str], str]:
-    """Why there is no pre-fine, by data set and model, for those without. Raises `UserError` if
-    that is all of them, or if `[protocol]` wants its weights for all losses."""
+    """Return the reason for each (data set, model) that cannot have pre-fine.
+
+    Raises `UserError` if none can have it, or if `[protocol]` sets its weights for all losses.
+    """
     wanted = [name for name in datasets if PRE_FINE in (protocols[name].weights, *losses)]
     reasons = {
         (name, model): without_pre_fine(datasets[name], model)

@@ -1,4 +1,4 @@
-"""What one rank of a reduction reads: counts as arrays over the cells of each data set."""
+"""Read one rank's share of the counts files into arrays over the cells of each data set."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from pipeline.config.grid_file import Grid
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has read of one data set: the arrays of `Counts`, the `signatures` of the cells
-    it has, and which of the data set's cells they are, in grid order. The arrays' first axis is all
-    cells of the data set if the share is `whole`, whatever stands where they are another's; else
-    those that the rank has, in the order of `signatures`."""
+    """The counts of one data set that one rank has read.
+
+    `counts` are the arrays of `Counts` with a leading axis of cells. `signatures` are the cells
+    that were read, `rows` their positions among the data set's cells in grid order. In a whole
+    share the axis has all cells of the data set, and rows of other ranks are undefined. Otherwise
+    it has the cells of `signatures` in their order.
+    """
 
     dataset: str
     counts: Mapping[str, Int64]
@@ -30,7 +33,7 @@ class Share:
 
 
 def files_of(chosen: Mapping[str, CountsIndex]) -> list[CountsIndex]:
-    """The counts files of cells, each once, in order of their names."""
+    """Return the counts files of the cells, each once, sorted by name."""
     return sorted({id(i): i for i in chosen.values()}.values(), key=lambda index: index.path.name)
 
 
@@ -41,13 +44,19 @@ def read_shares(
     problems: list[str],
     whole: bool,
 ) -> Iterator[Share]:
-    """Read the counts files of `indices`, each once, one data set of the grid after the other; a
-    damaged file becomes a line in `problems`. A cell that lies in several files counts once, from
-    the one `chosen` for it by signature. Of every file some cells are chosen, all of one data set:
-    that of its job.
+    """Read each of `indices` once and yield a share for each data set, in the grid's order.
 
-    A share lies in the memory of the one before it, which ends with the next step: new memory for
-    each takes longer than reading them, and a rank need not hold them all."""
+    A share is valid until the next one is requested, which reuses its memory: new memory for each
+    would take longer than reading, and a rank need not hold all shares.
+
+    Args:
+        grid: the grid.
+        indices: the counts files of this rank. Each holds at least one chosen cell, and all its
+            chosen cells belong to one data set.
+        chosen: the counts file to use for each cell, by signature. A cell can lie in several files.
+        problems: gets a line for each damaged file.
+        whole: True for arrays over all cells of a data set; see `Share`.
+    """
     rows = _rows_of(grid)
     files: dict[str, list[tuple[CountsIndex, list[int]]]] = {name: [] for name in rows}
     for index in indices:
@@ -72,8 +81,11 @@ def _read(
     buffer: bytearray,
     problems: list[str],
 ) -> list[str]:
-    """Put the chosen cells of files, given by their positions there, into their rows of `counts`,
-    or one behind the other. Returns the signatures of those read."""
+    """Copy the chosen cells of `files` into `counts`; return the signatures of the cells read.
+
+    `files` gives the positions of the chosen cells in each file. `row_of` gives their rows in
+    `counts`; None means one after the other.
+    """
     found: list[str] = []
     for index, mine in files:
         try:
@@ -94,7 +106,7 @@ def _read(
 
 
 def _rows_of(grid: Grid) -> dict[str, dict[str, int]]:
-    """The row of each cell of each data set by signature: grid order."""
+    """Return the row of each cell in its data set, by data set and signature."""
     rows: dict[str, dict[str, int]] = {name: {} for name in grid.datasets}
     for cell in grid.cells:
         of_dataset = rows[cell.dataset]
@@ -109,26 +121,25 @@ def _check_shapes(
     for name, array in wanted.items():
         found, shape = stacked.get(name), (len(index.signatures), *array.shape[1:])
         if found is None or found.dtype != np.int64 or found.shape != shape:
-            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            what = "missing" if found is None else f"{found.dtype} {found.shape}"
             raise Damaged(
-                f"{index.path} has other counts than this grid needs: {name} is {what}, should be "
-                f"int64 {shape}; delete it and run grid again"
+                f"{index.path} has other counts than this grid needs: {name} is {what}, not int64 "
+                f"{shape}; delete it and run grid again"
             )
 
 
 def _shapes(grid: Grid, dataset: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a cell's counts on a data set."""
+    """Return the shapes of one cell's counts on a data set."""
     manifest = Manifest.load(grid.datasets[dataset].shards)
     return shapes(len(manifest.classes), grid.protocols[dataset].bins)
 
 
 def _numbers(of_cell: Mapping[str, tuple[int, ...]]) -> int:
-    """How many numbers the counts of a cell are."""
     return sum(map(math.prod, of_cell.values()))
 
 
 def _views(memory: Int64, cells: int, of_cell: Mapping[str, tuple[int, ...]]) -> dict[str, Int64]:
-    """Arrays of so many cells side by side in `memory`, by name."""
+    """Return arrays of `cells` cells by name, one after the other in `memory`."""
     ends = np.cumsum([cells * math.prod(shape) for shape in of_cell.values()])
     parts = np.split(memory[: ends[-1]], ends[:-1])
     return {

@@ -1,5 +1,8 @@
-"""Losses compared pair by pair on the seeds that both have: cells of equal seed share their order
-of images, augmentation and initial head, so their difference says more than two means."""
+"""Compare losses in pairs on the seeds that both have.
+
+Cells of equal seed share the order of images, the augmentation and the initial head, so paired
+differences vary less than the difference of two means.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,11 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Paired:
-    """The differences of n pairs: their mean, sample standard deviation (nan below two), and how
-    many are above and below 0. `mean` is nan without a pair."""
+    """Statistics of the differences of n pairs.
+
+    `mean` is nan without a pair, the sample standard deviation `std` is nan below two pairs.
+    `positive` and `negative` are the numbers of differences above and below 0.
+    """
 
     mean: float
     std: float
@@ -33,22 +39,26 @@ class Paired:
 
     @property
     def sign_p(self) -> float:
-        """Two-sided p of the exact sign test: signs at least as one-sided as these under fair
-        coins, where a difference of 0 is none. 1 without a sign."""
+        """Return the two-sided p of the exact sign test, in which differences of 0 do not count.
+
+        It is the probability of signs at least as one-sided under fair coins; 1 without a sign.
+        """
         signs = self.positive + self.negative
         tail = sum(math.comb(signs, k) for k in range(min(self.positive, self.negative) + 1))
         return min(1.0, 2 * tail / 2**signs)
 
     @property
     def smallest_p(self) -> float:
-        """The smallest p that so many pairs can reach: 0.125 at 4, 0.031 at 6."""
+        """Return the smallest p that n pairs can reach: 0.125 for 4, 0.031 for 6."""
         return min(1.0, 2 / 2**self.n)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`loss` minus `against` in one score: over the seeds of a data set and model, or, where both
-    are empty, over the means of all data sets and models."""
+    """`loss` minus `against` in one score, over the seeds of a data set and model.
+
+    If `dataset` and `model` are empty, it is over the means of all data sets and models.
+    """
 
     dataset: str
     model: str
@@ -60,17 +70,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Group:
-    """All losses of a data set and model against one of them, a line a loss, a `Paired` a score."""
+    """All losses of a data set and model minus one of them: a line a loss, a `Paired` a score."""
 
     dataset: str
     model: str
     against: str
-    chosen: bool  # because it is the best here, so that it flatters itself
+    chosen: bool  # True if `against` is the best on these results, which biases the comparison
     lines: dict[str, list[Paired]]
 
 
 def summary(differences: Iterable[float]) -> Paired:
-    """The differences that are defined."""
+    """Return the statistics of the defined differences; nan is undefined."""
     values = np.array([value for value in differences if not math.isnan(value)])
     mean = float(values.mean()) if len(values) else math.nan
     std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
@@ -79,12 +89,12 @@ def summary(differences: Iterable[float]) -> Paired:
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Paired:
-    """`one` minus `other` on the seeds that both have and define."""
+    """Return the statistics of `one` minus `other` on the seeds that both have and define."""
     return summary(one[seed] - other[seed] for seed in one if seed in other)
 
 
 def comparisons(evidence: Evidence) -> list[Comparison]:
-    """Every pair of losses on every data set and model, then every pair over all of these."""
+    """Return every pair of losses on every data set and model, then every pair over all of them."""
     found = [
         Comparison(dataset, model, loss, against, score, _pair(evidence, dataset, model, loss,
                                                                against, score))
@@ -101,7 +111,10 @@ def comparisons(evidence: Evidence) -> list[Comparison]:
 
 
 def groups(evidence: Evidence) -> list[Group]:
-    """For every data set and model its losses against CE, or the best in S_rec without CE."""
+    """Return, for every data set and model, its losses minus CE, or minus the best in S_rec.
+
+    The second applies to data sets and models without CE. Groups without a line are left out.
+    """
     made = []
     for (dataset, model), losses in evidence.blocks.items():
         against = REFERENCE if REFERENCE in losses else best_s_rec(evidence, dataset, model)
@@ -116,8 +129,10 @@ def groups(evidence: Evidence) -> list[Group]:
 
 
 def across(found: Sequence[Group]) -> Group | None:
-    """The groups' means over data sets and models, a pair for each; None unless there are two
-    groups against the same loss."""
+    """Return the statistics of the groups' means over data sets and models.
+
+    The result is None unless there are at least two groups, all against the same loss.
+    """
     against = {group.against for group in found}
     if len(found) < 2 or len(against) > 1:
         return None
@@ -132,7 +147,7 @@ def across(found: Sequence[Group]) -> Group | None:
 
 
 def best_s_rec(evidence: Evidence, dataset: str, model: str) -> str:
-    """The loss with the best mean S_rec, "" if none defines it; pre-fine is no loss of its own."""
+    """Return the loss with the best mean S_rec without pre-fine; "" if no loss defines it."""
     means = {
         loss: float(np.mean(list(evidence.by_seed((dataset, model, loss), "s_rec").values())))
         for loss in evidence.blocks[dataset, model]
@@ -143,7 +158,10 @@ def best_s_rec(evidence: Evidence, dataset: str, model: str) -> str:
 
 
 def to_csv(found: Iterable[Comparison]) -> str:
-    """A line a comparison. `n` counts seeds, or data sets and models where no data set is named."""
+    """Return the comparisons as CSV.
+
+    `n` is the number of seeds, or of data sets and models in lines without a data set.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["dataset", "model", "loss", "against", "score", "difference", "std",
@@ -157,8 +175,10 @@ def to_csv(found: Iterable[Comparison]) -> str:
 
 
 def shown(one: Paired) -> str:
-    """For people: `+0.021 ± 0.004, 4 of 4`, where 4 of 4 differences have the mean's sign. A p
-    follows only where so many pairs can reach one below 0.05."""
+    """Return a text such as `+0.021 ± 0.004, 4 of 4`; 4 of 4 differences have the mean's sign.
+
+    A p follows only if this number of pairs can reach one below `SIGNIFICANT`.
+    """
     if math.isnan(one.mean):
         return "nan"
     spread = "" if math.isnan(one.std) else f" ± {one.std:.3f}"

@@ -1,8 +1,8 @@
-"""The format of `results.h5`: the counts of every finished cell of a grid, and what is needed to
-read them. One reader, one writer.
+"""Write and read `results.h5`: the counts of every finished cell of a grid, and their metadata.
 
-The file begins with a user block of HDF5, `lossgrid results 2` and the SHA-256 of all that follows
-it. It is compared before HDF5 sees a byte: damaged structures can hang the library for good.
+The file begins with an HDF5 user block of 512 bytes: `lossgrid results 2` and the SHA-256 of all
+following bytes. It is compared before HDF5 reads a byte, because damaged structures can hang the
+library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jobs.metrics.counts import NAMES, Counts, shapes
 
 _KIND = b"lossgrid results "
 _FORMAT = _KIND + b"2\n"
-_USER_BLOCK = 512  # bytes, the least that HDF5 allows
+_USER_BLOCK = 512  # bytes, the smallest size that HDF5 allows
 CELL_KEYS = ("signature", "name", "model", "loss", "seed", "notes", "backbone")
 
 Int64 = NDArray[np.int64]
@@ -36,9 +36,9 @@ Int64 = NDArray[np.int64]
 class DatasetResults:
     """The finished cells of one data set, in grid order.
 
-    `train_class_pixels` and `val_class_pixels` are labelled pixels of each class, [C]. A cell is a
-    record with the keys `CELL_KEYS`. `counts` are the arrays of `Counts` by name, each with one
-    more leading axis: the cells.
+    `train_class_pixels` and `val_class_pixels` [C] are the labelled pixels of each class. A cell is
+    a record with the keys `CELL_KEYS`. `counts` are the arrays of `Counts` by name with an
+    additional leading axis of cells.
     """
 
     name: str
@@ -49,17 +49,20 @@ class DatasetResults:
     counts: dict[str, Int64]
 
     def counts_of(self, index: int) -> Counts:
-        """The counts of the cell `cells[index]`."""
+        """Return the counts of the cell `cells[index]`."""
         return Counts.from_arrays({name: self.counts[name][index] for name in NAMES})
 
 
 @dataclass(frozen=True)
 class Results:
-    """A whole `results.h5`. `record` is JSON: what cannot be told from the counts. The report shows
-    these of its keys, where present: `missing` (names of cells without counts), `notes` (lines),
-    `protocol` (a table), `commit`, and `losses`, a list in grid order of {name, terms: [names],
-    schedule: [{at, weights, ramp}], datasets: [names]}. A loss whose schedule differs between data
-    sets is there once for each schedule."""
+    """The content of `results.h5`.
+
+    `record` holds JSON values beside the counts. The report shows these keys if present: `missing`
+    (names of cells without counts), `notes` (lines), `protocol` (a table), `commit`, and `losses`.
+    `losses` is a list in grid order of {name, terms: [names], schedule: [{at, weights, ramp}],
+    datasets: [names]}. A loss has an entry for each of its schedules, which can differ between data
+    sets.
+    """
 
     grid: str
     record: dict[str, Any]
@@ -67,23 +70,25 @@ class Results:
 
 
 class ResultsFile:
-    """A `results.h5` that is being made, data set by data set: their arrays need not be in memory
-    together. Equal results give equal bytes."""
+    """Writer of a `results.h5`, data set by data set, so that one of them is in memory at a time.
+
+    Equal results give equal bytes.
+    """
 
     def __init__(self, grid: str) -> None:
-        self._whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
+        self._whole = BytesIO()  # HDF5 crashes the process if the disk is full
         self._file = h5py.File(
             self._whole, "w", libver=("v110", "v110"), userblock_size=_USER_BLOCK
         )
         self._file.attrs["grid"] = grid
 
     def add(self, dataset: DatasetResults) -> None:
-        """The next data set. Raises `ValueError` if its arrays and cells do not fit together."""
+        """Add the next data set. Raises `ValueError` if its arrays and cells do not match."""
         _check(dataset)
         _write_dataset(self._file.create_group(str(len(self._file))), dataset)
 
     def write(self, path: str | Path, record: dict[str, Any]) -> None:
-        """Write the file in one step; nothing can be added any more."""
+        """Write the file in one step; afterwards nothing can be added."""
         self._file.attrs["record"] = _json(record)
         self._file.close()
         content = self._whole.getbuffer()
@@ -94,8 +99,8 @@ class ResultsFile:
 def read_results(path: str | Path) -> Results:
     """Return the results that `ResultsFile` wrote.
 
-    Raises `UserError` if there are none or they are of another version, and `Damaged` if they are
-    not as they were written.
+    Raises `UserError` if the file is missing or of another version, and `Damaged` if its checksum
+    does not match.
     """
     with _opened(path) as file:
         return Results(
@@ -106,7 +111,7 @@ def read_results(path: str | Path) -> Results:
 
 
 def num_cells(path: str | Path) -> int:
-    """Return how many cells the results at `path` have; 0 if they cannot be read."""
+    """Return the number of cells in the results at `path`; 0 if they cannot be read."""
     try:
         with _opened(path) as file:
             return sum(len(file[name]["cells"]) for name in file)
@@ -115,8 +120,10 @@ def num_cells(path: str | Path) -> int:
 
 
 def refuse_fewer(path: str | Path, had: int, have: int, why: str = "") -> None:
-    """Refuse to replace a file made of `had` finished cells by one of `have`, if these are fewer.
-    Raises `UserError`, whose message ends with `why`, where that is known."""
+    """Refuse to replace a file of `had` finished cells by one of `have`, if these are fewer.
+
+    Raises `UserError`, whose message ends with the reason `why` if it is known.
+    """
     if have < had:
         raise UserError(
             f"{path} has {had} finished cells, but would now have {have}, so it was left as it is; "
@@ -134,7 +141,9 @@ def _opened(path: str | Path) -> Iterator[h5py.File]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; run `reduce` again") from error
     if whole.startswith(_KIND) and not whole.startswith(_FORMAT):
-        raise UserError(f"{path} is of another version of this program; run `reduce` again")
+        raise UserError(
+            f"{path} was written by another version of this program; run `reduce` again"
+        )
     if whole[:_USER_BLOCK] != _user_block(whole[_USER_BLOCK:]):
         raise _damaged(path)
     with h5py.File(BytesIO(whole), "r") as file:
@@ -174,7 +183,7 @@ def _write_dataset(group: h5py.Group, dataset: DatasetResults) -> None:
     group.attrs["train_class_pixels"] = np.asarray(dataset.train_class_pixels, np.int64)
     group.attrs["val_class_pixels"] = np.asarray(dataset.val_class_pixels, np.int64)
     cells = [_json(cell) for cell in dataset.cells]
-    # times would make the bytes of equal results differ
+    # without times, so that equal results give equal bytes
     group.create_dataset("cells", data=cells, dtype=h5py.string_dtype(), track_times=False)
     for name in NAMES:
         group.create_dataset(name, data=dataset.counts[name], track_times=False)

@@ -1,5 +1,4 @@
-"""The paper's table for the grid at hand: one row for each (data set, model, loss), as CSV,
-Markdown and LaTeX."""
+"""Compute a grid's table, a row for each (data set, model, loss), as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -36,9 +35,12 @@ NAME_COLUMNS = ("dataset", "model", "loss")
 
 @dataclass(frozen=True)
 class Row:
-    """One loss on one model and data set. `scores` over its seeds by name; `counts` summed over
-    them; `never_right` are the present classes that leave F1 undefined with some seed, and with
-    how many."""
+    """One loss on one model and data set.
+
+    `scores` are summaries over seeds by name, `counts` the sum over seeds. `never_right` gives the
+    number of seeds for each present class that leaves F1 undefined with some seed. `each` and
+    `by_seed` hold the counts and scores of each seed.
+    """
 
     dataset: str
     model: str
@@ -47,17 +49,17 @@ class Row:
     scores: dict[str, Summary]
     never_right: Mapping[str, int]
     counts: Counts
-    each: tuple[Counts, ...]  # one a seed
-    by_seed: tuple[dict[str, float], ...]  # their scores
+    each: tuple[Counts, ...]
+    by_seed: tuple[dict[str, float], ...]
 
 
 def rows(results: Results) -> list[Row]:
-    """All rows in grid order: data set, model, loss."""
+    """Return all rows in grid order: data set, model, loss."""
     return [row for dataset in results.datasets for row in _dataset_rows(results, dataset)]
 
 
 def blocks(table: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows by (data set, model): those that differ by nothing but their loss."""
+    """Return the rows by (data set, model); those of one block differ only in their loss."""
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in table:
         grouped.setdefault((row.dataset, row.model), []).append(row)
@@ -65,8 +67,10 @@ def blocks(table: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def best(block: Iterable[Row], score: str) -> set[str]:
-    """Names of the losses with the best mean of `score`; several if they are exactly equal, none
-    if it is nan everywhere."""
+    """Return the names of the losses with the best mean of `score`.
+
+    These are several if the means are exactly equal, and none if all are nan.
+    """
     sign = -1 if score in ERRORS else 1
     means = {row.loss: sign * row.scores[score].mean for row in block}
     defined = [mean for mean in means.values() if not np.isnan(mean)]
@@ -74,8 +78,11 @@ def best(block: Iterable[Row], score: str) -> set[str]:
 
 
 def to_csv(table: Iterable[Row]) -> str:
-    """Every score in full precision: mean, standard deviation, and number of defined seeds. The
-    names in the column `never_right` are a line of CSV themselves, with semicolons."""
+    """Return the table as CSV: mean, standard deviation and number of defined seeds of each score.
+
+    Numbers have full precision. The names in the column `never_right` are a line of CSV themselves,
+    separated by semicolons.
+    """
     parts = [f"{score}_{part}" for score in SCORES for part in ("mean", "std", "n")]
     lines = [_csv_line([*NAME_COLUMNS, "seeds", *parts, "never_right"])]
     for row in table:
@@ -87,7 +94,7 @@ def to_csv(table: Iterable[Row]) -> str:
 
 
 def to_markdown(table: Iterable[Row]) -> str:
-    """Every score as mean ± standard deviation."""
+    """Return the table as Markdown, every score as mean ± standard deviation."""
     header = ["Data set", "Model", "Loss", "Seeds", *(LABELS[score] for score in SCORES)]
     lines = [header, ["---"] * 3 + ["---:"] * (1 + len(SCORES))]
     lines += [
@@ -98,8 +105,10 @@ def to_markdown(table: Iterable[Row]) -> str:
 
 
 def to_latex(table: Iterable[Row]) -> str:
-    """The paper's six scores as a `tabular` for booktabs, the best of every block in bold. Use it
-    with \\input in a document that loads booktabs."""
+    """Return the paper's six scores as a LaTeX `tabular`, the best of every block in bold.
+
+    Use it with \\input in a document that loads booktabs.
+    """
     columns = [re.sub(r"^S_(\w+)", r"$S_\\mathrm{\1}$", LABELS[score]) for score in PAPER_SCORES]
     header = ["Data set", "Model", "Loss", "Seeds", *columns]
     lines = [r"\begin{tabular}{lll" + "r" * (1 + len(columns)) + "}", r"\toprule"]
@@ -112,8 +121,10 @@ def to_latex(table: Iterable[Row]) -> str:
 
 
 def shown(summary: Summary, plus_minus: str = "±") -> str:
-    """A score for people: `0.87 ± 0.01`, `0.87` for one seed, `nan (3 of 4)` where three of four
-    seeds define it."""
+    """Return a score as text: `0.870 ± 0.012`, or `0.870` for one seed.
+
+    The text is `nan (3 of 4)` if three of four seeds define the score.
+    """
     if np.isnan(summary.mean):
         return f"nan ({summary.defined} of {summary.n})" if summary.defined else "nan"
     if np.isnan(summary.std):
@@ -122,12 +133,12 @@ def shown(summary: Summary, plus_minus: str = "±") -> str:
 
 
 def latex_escaped(name: str) -> str:
-    """`name` as LaTeX text that typesets as itself."""
+    """Return `name` as LaTeX text that typesets as itself."""
     return "".join(_LATEX.get(character, character) for character in _flat(name))
 
 
 def markdown_escaped(name: str) -> str:
-    """`name` as Markdown text that reads as itself, in a table too."""
+    """Return `name` as Markdown text that reads as itself, also in a table."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", _flat(name))
 
 
@@ -138,11 +149,11 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"{\char34}",  # babel takes the character itself for a command
+    '"': r"{\char34}",  # a command in babel
     "'": r"\textquotesingle{}",
     "`": r"\textasciigrave{}",
-    "-": "-{}",  # two would become a dash
-    # at the start of a row they would belong to the \\ or \midrule before it
+    "-": "-{}",  # two hyphens would become a dash
+    # at the start of a row they would be arguments of the \\ or \midrule before it
     **{character: f"{{{character}}}" for character in "[]*"},
     **{character: "\\" + character for character in "{}$&#%_"},
 }
@@ -182,7 +193,7 @@ def _row(dataset: DatasetResults, model: str, loss: str, indices: list[int]) -> 
 
 def _csv_line(values: Iterable[object], delimiter: str = ",") -> str:
     file = io.StringIO()
-    # it quotes only those of \r and \n that end its own lines
+    # the writer quotes a \r or \n in a name only if it is part of its own line end
     csv.writer(file, delimiter=delimiter, lineterminator="\r\n").writerow(values)
     return file.getvalue().removesuffix("\r\n")
 

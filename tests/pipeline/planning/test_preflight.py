@@ -196,7 +196,7 @@ def test_a_disk_without_room_for_what_training_leaves(tmp_path, refusal, monkeyp
 
 def test_no_grid_file_at_all(tmp_path, refusal):
     assert refusal(submit.main, "grid") == (
-        "no grid file: give one, set LOSSGRID_CONFIG, or run where there is a lossgrid.toml"
+        "no grid file: give one, set LOSSGRID_CONFIG, or change to a folder with lossgrid.toml"
     )
     (tmp_path / "configs").mkdir()
     for name in ("b.toml", "a.toml", "notes.md"):

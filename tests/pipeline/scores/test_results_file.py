@@ -64,7 +64,7 @@ def test_any_flipped_byte_is_noticed_before_hdf5_sees_it(tmp_path, results, monk
 
 def test_a_file_of_another_version_is_not_called_damaged(tmp_path):
     (tmp_path / "results.h5").write_bytes(b"lossgrid results 1\n" + bytes(2000))
-    with pytest.raises(UserError, match="is of another version of this program; run `reduce`"):
+    with pytest.raises(UserError, match="written by another version of this program; run `reduce`"):
         read_results(tmp_path / "results.h5")
 
 
