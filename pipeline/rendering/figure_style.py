@@ -1,5 +1,4 @@
-"""What the figures are drawn with: one style, small multiples, names that do not cover each other,
-and images as bytes."""
+"""The style of all figures, small multiples, labels that do not overlap, and images as bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.rendering.plotting import Axes, Bbox, BboxBase, Figure
 
-# Okabe and Ito's colours, told apart under every common colour blindness.
+# Colours by Okabe and Ito, distinct under every common colour blindness.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 TERM_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#555555")
 INK, MUTED, FAINT = "#222222", "#707070", "#dddddd"
 
-# For `rc_context`, whose keys are typed in some versions only.
+# For `rc_context`; `Any`, because only some matplotlib versions type its keys.
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is equal everywhere
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -35,14 +34,14 @@ STYLE: Any = {
     "grid.color": "#ececec",
     "grid.linewidth": 0.8,
     "text.color": INK,
-    "text.parse_math": False,  # a name may hold dollar signs
+    "text.parse_math": False,  # names may contain dollar signs
     "text.usetex": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "svg.hashsalt": "lossgrid",  # else ids in the file are random
+    "svg.hashsalt": "lossgrid",  # ids in the file would be random without it
     "figure.dpi": 100,
 }
 WIDTH = 10.6  # inches
@@ -53,7 +52,7 @@ Point = NDArray[np.float64]
 def small_multiples(
     count: int, per_row: int, panel: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes, row after row, each `panel` (width, height) inches large."""
+    """Return a figure and its `count` axes, row by row; `panel` is (width, height) in inches."""
     num_columns, num_rows = min(count, per_row), math.ceil(count / per_row)
     size = (max(panel[0] * num_columns, WIDTH * 0.35), panel[1] * num_rows + 0.45)
     figure = Figure(figsize=size, layout="constrained")
@@ -64,14 +63,14 @@ def small_multiples(
 
 
 def svg(figure: Figure) -> bytes:
-    """The figure as an SVG file: equal figures, equal bytes."""
+    """Return the figure as an SVG file; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file: equal figures, equal bytes."""
+    """Return the figure as a PNG file; equal figures give equal bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return file.getvalue()
@@ -80,8 +79,8 @@ def png(figure: Figure) -> bytes:
 def name_points(
     figure: Figure, axes: Axes, names: Sequence[str], places: Sequence[tuple[float, float]]
 ) -> None:
-    """Write each point's name beside it, at the first place that covers the least of the rest."""
-    figure.draw_without_rendering()  # so that positions on the page are known
+    """Write each point's name beside it, where it covers least of the other points and names."""
+    figure.draw_without_rendering()  # computes all positions
     points = [axes.transData.transform(place) for place in places]
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     for name, place, point in zip(names, places, points, strict=True):
@@ -103,12 +102,12 @@ def name_points(
 
 
 _DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
-# Around a point at growing distances in pixels, the most readable first.
+# Offsets around a point at growing distances in pixels, the most readable first.
 _OFFSETS = [(x * far, y * far) for far in (8, 18, 30, 44) for x, y in _DIRECTIONS]
 
 
 def _beside(point: Point, size: Point, offset: Point) -> Bbox:
-    # the side of the box that faces the point lies at the offset
+    # place the side of the box that faces the point at the offset
     anchor = (np.sign(np.round(offset)) - 1) / 2
     low = point + offset + anchor * size
     return Bbox.from_bounds(*low, *size)

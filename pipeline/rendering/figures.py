@@ -1,5 +1,7 @@
-"""The report's figures. Values in, the bytes of an image out: SVG for lines and points, PNG for
-matrices. Equal values give equal bytes."""
+"""Draw the report's figures: SVG for lines and points, PNG for matrices.
+
+Each function returns the bytes of an image. Equal values give equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,15 @@ from pipeline.rendering.plotting import (
 from pipeline.scores.results_file import DatasetResults
 from pipeline.scores.score_table import Row
 
-LARGEST_OVERVIEW = (60, 40)  # losses; data sets and models
-LARGEST_LABELLED_MATRIX = 40  # classes; beyond that tick labels overlap
+LARGEST_OVERVIEW = (60, 40)  # numbers of losses, and of data sets and models
+LARGEST_LABELLED_MATRIX = 40  # number of classes above which tick labels overlap
 
 Reals = NDArray[np.float64]
 
 
 @rc_context(STYLE)
 def class_frequencies(dataset: DatasetResults) -> bytes:
-    """Share of the labelled pixels of each class, most frequent first, on a log axis."""
+    """Draw each class's share of the labelled pixels, most frequent first, on a log axis."""
     order = frequency_order(dataset)
     height = np.arange(len(order))[::-1]
     figure = Figure(figsize=(WIDTH * 0.5, 0.9 + 0.23 * len(order)), layout="constrained")
@@ -73,8 +75,10 @@ def class_frequencies(dataset: DatasetResults) -> bytes:
 
 @rc_context(STYLE)
 def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
-    """Recall of every class (columns, most frequent first) under every loss (rows), the mean over
-    seeds. A class without a labelled pixel is left out."""
+    """Draw the recall of every class (columns) under every loss (rows), averaged over seeds.
+
+    Classes are sorted by frequency; those without a labelled pixel are left out.
+    """
     order = [label for label in frequency_order(dataset) if dataset.val_class_pixels[label] > 0]
     table = np.array([mean_recall(row)[order] for row in block])
     width = min(WIDTH * 1.5, max(WIDTH * 0.6, 2.2 + 0.46 * len(order)))
@@ -87,8 +91,10 @@ def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
 
 @rc_context(STYLE)
 def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
-    """S_rec of every loss (rows) on every data set and model (columns), the mean over seeds, for at
-    most `LARGEST_OVERVIEW` of each."""
+    """Draw S_rec of every loss (rows) on every data set and model (columns), averaged over seeds.
+
+    At most `LARGEST_OVERVIEW` of each are drawn.
+    """
     means = {
         (row.loss, key): row.scores["s_rec"].mean for key, rows in found.items() for row in rows
     }
@@ -105,7 +111,7 @@ def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
 
 @rc_context(STYLE)
 def reliability_diagrams(block: Sequence[Row]) -> bytes:
-    """For every loss how often a score comes true, pooled over classes and seeds."""
+    """Draw a reliability diagram for every loss, pooled over classes and seeds."""
     figure, panels = small_multiples(len(block), per_row=6, panel=(WIDTH / 6, WIDTH / 6 + 0.25))
     for axes, row in zip(panels, block, strict=True):
         score, frequency = reliability(row.counts.class_bins.sum(axis=0))
@@ -124,12 +130,12 @@ def reliability_diagrams(block: Sequence[Row]) -> bytes:
 
 @rc_context(STYLE)
 def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
-    """For every loss the confusion matrix, each row divided by its sum, pooled over seeds."""
+    """Draw the confusion matrix of every loss, each row divided by its sum, pooled over seeds."""
     num_classes = len(dataset.classes)
     side = min(3.4, max(1.7, 0.5 + 0.11 * num_classes))
     per_row = max(1, int(WIDTH / side))
     figure, panels = small_multiples(len(block), per_row, (WIDTH / per_row, WIDTH / per_row + 0.1))
-    # long names would leave the matrices no room
+    # enlarge the figure for long names, which would take the room of the matrices
     longest = max(len(one_line(name)) for name in dataset.classes)
     room = max(0.0, 0.058 * longest - 0.9)
     width, height = figure.get_size_inches()
@@ -154,8 +160,11 @@ def confusion_matrices(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
 
 @rc_context(STYLE)
 def loss_schedules(losses: Sequence[dict[str, Any]]) -> bytes:
-    """Draw the weights of the terms of each scheduled loss over training; see `scheduled`. A loss
-    with other schedules on other data sets has a panel for each, which names the data sets."""
+    """Draw the weights of the terms of each scheduled loss over training; see `scheduled`.
+
+    A loss with different schedules on different data sets has a panel for each schedule, with the
+    names of its data sets.
+    """
     figure, panels = small_multiples(len(losses), per_row=4, panel=(WIDTH / 4, 1.75))
     time = np.linspace(0, 1, 501)
     terms = list(dict.fromkeys(term for loss in losses for term in loss["terms"]))
@@ -189,9 +198,13 @@ def _schedule_titles(losses: Sequence[dict[str, Any]]) -> list[str]:
 def trade_off(
     block: Sequence[Row], scheduled_losses: Sequence[str], named: Container[str] | None = None
 ) -> bytes:
-    """Accuracy over recall and cal over recall, a point a loss, bars of one standard deviation over
-    seeds. `scheduled_losses` are drawn in their own colour; only `named` ones have their name
-    (None: all)."""
+    """Draw accuracy over recall, and cal over recall, with a point for each loss.
+
+    Args:
+        block: the rows of one data set and model; bars are one standard deviation over seeds.
+        scheduled_losses: losses that get a colour of their own.
+        named: losses whose name is written; None means all.
+    """
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     for axes, score, label in zip(
         figure.subplots(1, 2), ("acc", "cal"), ("accuracy", "cal"), strict=True
@@ -202,7 +215,7 @@ def trade_off(
         for row in drawn:
             _draw_point(axes, row, score, ORANGE if row.loss in scheduled_losses else BLUE)
         axes.margins(0.12)
-        axes.ticklabel_format(useOffset=False)  # ticks are scores, not differences from one
+        axes.ticklabel_format(useOffset=False)  # show whole scores at the ticks
         axes.set(xlabel="class-averaged recall", ylabel=label)
         with_name = [row for row in drawn if named is None or row.loss in named]
         places = [(row.scores["rec"].mean, row.scores[score].mean) for row in with_name]
@@ -214,12 +227,12 @@ def trade_off(
 
 
 def frequency_order(dataset: DatasetResults) -> list[int]:
-    """The classes from the most to the least frequent in training."""
+    """Return the class indices from the most to the least frequent in training."""
     return [int(label) for label in np.argsort(-dataset.train_class_pixels, kind="stable")]
 
 
 def scheduled(losses: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a record's losses whose weights move over training."""
+    """Return the recorded losses whose weights change during training."""
     return [
         loss
         for loss in losses
@@ -228,13 +241,13 @@ def scheduled(losses: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def weights_over(schedule: Sequence[dict[str, Any]], time: Reals) -> Reals:
-    """The weights [T, terms] of a record's schedule at the fractions `time` [T] of training."""
+    """Return the weights [T, terms] of a recorded schedule at the fractions `time` [T]."""
     knots = [Knot(knot["at"], tuple(knot["weights"]), knot["ramp"]) for knot in schedule]
     return np.array([term_weights(knots, position) for position in time])
 
 
 def _shares(pixels: NDArray[np.int64]) -> Reals:
-    # a log axis has no 0: a class without pixels gets no point
+    # nan draws no point: a log axis has no 0
     return np.where(pixels > 0, pixels / max(1, int(pixels.sum())), np.nan)
 
 

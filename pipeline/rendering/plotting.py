@@ -1,5 +1,7 @@
-"""matplotlib as it is shipped: settings of the shell or of a matplotlibrc neither change figures
-nor stop them. All of this package takes matplotlib from here."""
+"""Import matplotlib with its default settings, whatever the shell or a matplotlibrc sets.
+
+All other modules import matplotlib's names from here.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ __all__ = [
 
 @contextmanager
 def _as_shipped() -> Iterator[None]:
-    """Let matplotlib find no settings while it is imported, when it reads MPLBACKEND and the first
-    matplotlibrc of the working directory, MATPLOTLIBRC and the user's folders."""
+    """Hide all user settings while matplotlib is imported.
+
+    On import it reads MPLBACKEND and the first matplotlibrc in the working directory, MATPLOTLIBRC
+    and the user's folders.
+    """
     environ = dict(os.environ)
     os.environ.pop("MPLBACKEND", None)
     os.environ["MATPLOTLIBRC"] = os.devnull
-    # without a home it warns of a temporary folder
+    # without a home directory it warns of a temporary folder
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         with chdir("/"):
