@@ -143,7 +143,7 @@ def test_launchers_start_ranks_that_agree(tmp_path, launcher, command):
     program.write_text(LAUNCHED)
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*cli, str(program), str(tmp_path)],
+        [*command, str(program), str(tmp_path)],
         env=environ, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
