@@ -1,5 +1,7 @@
-"""Checks of a site before anybody waits for it: each says in one line what holds, or what does not
-and what to do. A check that breaks is a line too, and the others go on."""
+"""Run checks and report each in one line: what holds, or what is wrong and what to do.
+
+A check that fails with an unexpected error is a line too, and the others go on.
+"""
 
 from __future__ import annotations
 
@@ -13,57 +15,63 @@ Verdict = Literal["pass", "warn", "FAIL", "skip"]
 
 
 class CheckSkipped(Exception):
-    """Why a check says nothing here."""
+    """The check does not apply, or cannot be made; the message gives the reason."""
 
 
 class CheckWarning(Exception):
-    """What works today, but had better be known."""
+    """Jobs would run, but the user should know what the message says."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came out of one check. `said` is the evidence of a pass, else what is wrong and what to
-    do about it, or why it was skipped."""
+    """The result of one check.
+
+    Attributes:
+        verdict: Severity of the result.
+        name: Subject of the check.
+        message: The evidence of a pass; else what is wrong and what to do, or why it was skipped.
+    """
 
     verdict: Verdict
-    what: str
-    said: str
+    name: str
+    message: str
 
     def __str__(self) -> str:
-        said = f" ({self.said})" if self.verdict == "pass" else f": {self.said}"
-        return one_line(f"{self.verdict}  {self.what}{said}")
+        message = f" ({self.message})" if self.verdict == "pass" else f": {self.message}"
+        return one_line(f"{self.verdict}  {self.name}{message}")
 
 
 @dataclass(frozen=True)
 class Check:
-    """`look` returns the evidence, or raises `UserError`, `CheckWarning` or `CheckSkipped`."""
+    """A check by name. `look` returns the evidence, or raises `UserError` if the check fails,
+    `CheckWarning` or `CheckSkipped`."""
 
-    what: str
+    name: str
     look: Callable[[], str]
 
     def run(self) -> CheckResult:
-        """What comes out of it; never raises."""
+        """Return the result; raise nothing."""
         try:
-            return CheckResult("pass", self.what, self.look())
+            return CheckResult("pass", self.name, self.look())
         except UserError as error:
-            return CheckResult("FAIL", self.what, str(error))
-        except CheckWarning as doubt:
-            return CheckResult("warn", self.what, str(doubt))
-        except CheckSkipped as why:
-            return CheckResult("skip", self.what, str(why))
-        except Exception as error:  # whatever a site has that nobody thought of
+            return CheckResult("FAIL", self.name, str(error))
+        except CheckWarning as warning:
+            return CheckResult("warn", self.name, str(warning))
+        except CheckSkipped as reason:
+            return CheckResult("skip", self.name, str(reason))
+        except Exception as error:  # a site may have what no check expects
             broken = f"the check itself failed ({type(error).__name__}: {error})"
-            said = f"{broken}; please report it, and go by the others"
-            return CheckResult("FAIL", self.what, said)
+            message = f"{broken}; please report it, and go by the others"
+            return CheckResult("FAIL", self.name, message)
 
 
 def run_checks(checks: Iterable[Check]) -> Iterator[CheckResult]:
-    """What comes out of each, one after the other."""
+    """Run the checks one after the other and yield their results."""
     return (check.run() for check in checks)
 
 
 def shown_bytes(number: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in kB, MB or GB."""
     if number < 5e4:
         return f"{number / 1e3:.1f} kB"
     return f"{number / 1e6:.1f} MB" if number < 5e7 else f"{number / 1e9:.1f} GB"

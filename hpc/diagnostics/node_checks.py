@@ -1,5 +1,8 @@
-"""What the facts of a job's ranks say of the nodes. Each check takes them, and returns its
-evidence, or raises what is wrong."""
+"""Check the nodes by the facts that the ranks of a probe job reported.
+
+Each check returns its evidence. It raises `UserError` if it fails, `CheckWarning`, or
+`CheckSkipped`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from hpc.diagnostics.check import CheckSkipped, CheckWarning, shown_bytes
 from hpc.diagnostics.probe_jobs import Report
 from hpc.scheduler.cluster_profile import ClusterProfile
 
-_SKEW_SECONDS = 1.0  # above it, times in logs begin to mislead
+_SKEW_SECONDS = 1.0  # above it, the times in logs mislead
 _COMPLAINT = re.compile(r"command not found|No such file|[Ee]rror|cannot|[Uu]nable|not found")
 
 
 def launch(profile: ClusterProfile, report: Report) -> str:
-    """Every rank has started, where it should, and knows which one it is."""
+    """Check that every rank started, on the right number of nodes, and knows its number."""
     wanted, facts = report.probe.world_size, report.facts
     if not facts and not report.has_log:
         raise UserError(
@@ -26,19 +29,19 @@ def launch(profile: ClusterProfile, report: Report) -> str:
         )
     if not facts:
         raise UserError(
-            f"job {report.job} ended before it could tell anything ({report.ended}); mend setup or "
+            f"job {report.job} ended before it reported anything ({report.ended}); mend setup or "
             "python in the profile"
         )
     sizes = sorted({rank["world_size"] for rank in facts})
     if sizes != [wanted]:
         raise UserError(
-            f"ranks believe to be of {', '.join(map(str, sizes))}, not of {wanted}: what srun told "
-            "them did not reach Python; mend python in the profile"
+            f"ranks see a world size of {', '.join(map(str, sizes))}, not {wanted}: the variables "
+            "of srun did not reach Python; mend python in the profile"
         )
     if missing := sorted(set(range(wanted)) - {rank["rank"] for rank in facts}):
         raise UserError(
-            f"rank {missing[0]} of {wanted} never told anything ({report.ended}); is the run "
-            "directory there on all nodes? See `sinfo -R`, or exclude the bad node in the profile"
+            f"rank {missing[0]} of {wanted} reported nothing ({report.ended}); see that all nodes "
+            "have the run directory (`sinfo -R`), or exclude the bad node in the profile"
         )
     nodes = sorted({rank["node"] for rank in facts})
     if len(nodes) != report.probe.resources.nodes:
@@ -50,26 +53,26 @@ def launch(profile: ClusterProfile, report: Report) -> str:
 
 
 def shared_folder(report: Report) -> str:
-    """Each node has read what this one wrote, and the other way round."""
+    """Check that each node and this one read files that the other wrote."""
     nodes = sorted(_of_nodes(report, "clock", "the run directory must be on a file system that "
                                               "all nodes share: set run_dir"))  # fmt: skip
     return f"{', '.join(nodes)} and this node read what the other wrote"
 
 
 def clocks(report: Report, most: float) -> str:
-    """No node's clock differs from this one's by `most` seconds or more."""
+    """Check that no node's clock differs from this one's by `most` seconds or more."""
     found = _of_nodes(report, "clock", "without a shared folder clocks cannot be compared")
     worst = 0.0
     for node, times in found.items():
-        # it was left before, and answered after, this node's clock was read
+        # the node wrote before, and read the answer after, this node's clock was read
         ahead = times["left"] - times["between"], times["came"] - times["between"]
         surely = max(ahead[0], -ahead[1])
-        mend = "have it set (chrony, NTP) by those who run the site, or exclude the node"
+        mend = "ask the site's administrators to set it (chrony, NTP), or exclude the node"
         which = "ahead of" if ahead[0] > 0 else "behind"
         if surely >= most:
             raise UserError(
                 f"the clock of {node} is {surely:.0f} s {which} this node's: from {most:.0f} s on "
-                f"jobs that live look dead; {mend}"
+                f"running jobs look dead; {mend}"
             )
         if surely > _SKEW_SECONDS:
             raise CheckWarning(f"the clock of {node} is {surely:.1f} s {which} this node's; {mend}")
@@ -82,18 +85,18 @@ def clocks(report: Report, most: float) -> str:
 
 
 def set_up_words(profile: ClusterProfile, report: Report) -> str:
-    """The set-up lines found what they wanted."""
+    """Check that the setup lines printed no error."""
     if not profile.setup:
         raise CheckSkipped("the profile has none")
-    _told(report)
+    _reported(report)
     if bad := [line for line in report.set_up if _COMPLAINT.search(line)]:
         said = re.sub(r"^\S*/slurm_script: ", "", bad[0])
-        raise UserError(f"they say {said!r}; mend setup in the profile")
+        raise UserError(f"a line prints {said!r}; mend setup in the profile")
     return f"{len(profile.setup)} lines, no complaint"
 
 
 def same_versions(profile: ClusterProfile, report: Report, own: Mapping[str, str]) -> str:
-    """All nodes have the same, and this one too."""
+    """Check that all nodes and this one have the same versions."""
     found = _of_nodes(report, "versions", "install the same on all nodes")
     first = next(iter(found))
     for node, theirs in found.items():
@@ -112,7 +115,7 @@ def same_versions(profile: ClusterProfile, report: Report, own: Mapping[str, str
 
 
 def interface(profile: ClusterProfile, report: Report) -> str:
-    """Each node has the network that the profile names."""
+    """Check that each node has the network interface of the profile."""
     if not profile.network_interface:
         raise CheckSkipped("the profile lets NCCL and gloo choose (network_interface)")
     found = _of_nodes(report, "interfaces", "look at the node")
@@ -126,7 +129,7 @@ def interface(profile: ClusterProfile, report: Report) -> str:
 
 
 def same_files(report: Report, expected: Mapping[str, int]) -> str:
-    """Each node sees the files, in the length that they have here."""
+    """Check that each node sees the files with the size in bytes that they have here."""
     if not expected:
         raise CheckSkipped("there are none yet")
     for node, found in _of_nodes(report, "files", "look at the node").items():
@@ -141,7 +144,7 @@ def same_files(report: Report, expected: Mapping[str, int]) -> str:
 
 
 def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
-    """`node_local` can be written to, and takes `needed` bytes."""
+    """Check that `node_local` can be written to and has room for `needed` bytes."""
     if not profile.node_local:
         raise CheckSkipped("the profile has none (node_local)")
     found = _of_nodes(report, "room", "set node_local in the profile, or leave it out")
@@ -156,7 +159,7 @@ def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
 
 
 def graphics(profile: ClusterProfile, report: Report) -> str:
-    """Torch loads, and every rank has a GPU that it has kernels for."""
+    """Check that torch loads and has kernels for the GPU of every rank."""
     ranks = of_ranks(report, "device", "mend python or setup in the profile")
     if not profile.gpus_per_node:
         raise CheckSkipped("the profile asks for none (gpus_per_node)")
@@ -170,11 +173,11 @@ def graphics(profile: ClusterProfile, report: Report) -> str:
 
 
 def network(profile: ClusterProfile, report: Report) -> str:
-    """All ranks have met as training lets them, and their sum is right."""
+    """Check that all ranks joined one process group, as in training, and summed correctly."""
     over = f" over {profile.network_interface}" if profile.network_interface else ""
     mend = (
-        f"the ranks cannot talk{over}: set network_interface in the profile to one that leads to "
-        "the other nodes (`ip link`), and see that no firewall is between them"
+        f"the ranks cannot communicate{over}: set network_interface in the profile to one that "
+        "leads to the other nodes (`ip link`), and see that no firewall is between them"
     )
     found = of_ranks(report, "met", mend)
     right = sum(range(1, report.probe.world_size + 1))
@@ -186,7 +189,7 @@ def network(profile: ClusterProfile, report: Report) -> str:
 
 
 def time_to_save(profile: ClusterProfile, report: Report, bytes_saved: int) -> str:
-    """The notice before the time limit is long enough to write `bytes_saved`."""
+    """Check that `lead_seconds` is long enough to write `bytes_saved`."""
     rates = of_ranks(report, "bytes_per_second", "look at the disk of the run directory", first=1)
     rate = next(iter(rates.values()))
     seconds = bytes_saved / rate
@@ -200,7 +203,7 @@ def time_to_save(profile: ClusterProfile, report: Report, bytes_saved: int) -> s
 
 
 def mpi_world(profile: ClusterProfile, report: Report) -> str:
-    """MPI sees every rank that srun started."""
+    """Check that MPI sees every rank that srun started."""
     mend = "set mpi in the profile to what mpi4py's MPI speaks (`srun --mpi=list`)"
     found = of_ranks(report, "world", mend)
     for place, size in found.items():
@@ -212,27 +215,38 @@ def mpi_world(profile: ClusterProfile, report: Report) -> str:
 
 
 def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> tuple[str, str, str] | None:
-    """The first name that differs, and both values."""
+    """Return the first name that differs, and both values; None if all are equal."""
     names = (name for name in one if one[name] != other.get(name))
     return next(((name, one[name], other.get(name, "none")) for name in names), None)
 
 
-def _told(report: Report) -> Sequence[dict[str, Any]]:
+def _reported(report: Report) -> Sequence[dict[str, Any]]:
     if not report.facts:
-        raise CheckSkipped("no rank could tell")
+        raise CheckSkipped("no rank reported")
     return report.facts
 
 
 def _of_nodes(report: Report, name: str, mend: str) -> dict[str, Any]:
-    """A fact by node; one process a node has it."""
-    ranks = [rank for rank in _told(report) if rank["local_rank"] == 0]
+    """Return a fact by node, from the first rank of each node."""
+    ranks = [rank for rank in _reported(report) if rank["local_rank"] == 0]
     return {rank["node"]: _fact(report, rank, name, mend) for rank in ranks}
 
 
 def of_ranks(report: Report, name: str, mend: str, first: int | None = None) -> dict[str, Any]:
-    """A fact by rank, of the `first` ranks."""
-    ranks = _told(report)[:first]
-    for rank in ranks:  # a rank's own error explains those that it ended
+    """Return a fact by rank; `first` limits it to the first ranks.
+
+    Args:
+        report: The report of a probe job.
+        name: Name of the fact.
+        mend: What to do if a rank could not find it out.
+        first: Number of ranks; None means all.
+
+    Raises:
+        UserError: A rank failed to find out the fact.
+        CheckSkipped: No rank reported anything.
+    """
+    ranks = _reported(report)[:first]
+    for rank in ranks:  # the error of one rank explains why others ended
         if name in rank["errors"]:
             _fact(report, rank, name, mend)
     return {_place(rank): _fact(report, rank, name, mend) for rank in ranks}
@@ -242,7 +256,7 @@ def _fact(report: Report, rank: dict[str, Any], name: str, mend: str) -> Any:
     if name in rank["errors"]:
         raise UserError(f"{_place(rank)}: {rank['errors'][name]}; {mend}")
     if name not in rank:
-        raise UserError(f"{_place(rank)} ended before it could tell ({report.ended}); {mend}")
+        raise UserError(f"{_place(rank)} ended before it reported this ({report.ended}); {mend}")
     return rank[name]
 
 

@@ -1,5 +1,7 @@
-"""What one process can tell of where it runs: on a node for its job, on the login node to compare
-with. Every fact is taken on its own, so that one that cannot be had leaves the others."""
+"""Find out facts about the machine of a process, on nodes and, to compare, on the login node.
+
+Each fact is found out on its own, so that one that fails does not hide the others.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ from hpc.distributed.launcher import RankEnv
 from hpc.storage.atomic import TEMPORARY_PREFIX, write_json, write_text
 
 HELLO, ANSWER, FACTS = "hello", "answer", "json"
-_ANSWER_SECONDS = 60.0  # network file systems may show a new file late
+_ANSWER_SECONDS = 60.0  # a network file system may show a new file late
 _POLL_SECONDS = 0.05
 _TRIAL_BYTES = 32 << 20
 
 
 class Facts:
-    """What a rank has found so far, on disk after every fact."""
+    """The facts of one rank, written to disk after each fact."""
 
     def __init__(self, folder: Path, name: str, env: RankEnv) -> None:
         self._path = folder / f"{name}-{env.rank}.{FACTS}"
@@ -36,7 +38,7 @@ class Facts:
         }  # fmt: skip
 
     def note(self, name: str, look: Callable[[], Any]) -> bool:
-        """Take a fact, or note why it cannot be had; whether it could."""
+        """Record the result of `look`, or the error that it raises. Return True if it succeeded."""
         try:
             self._known[name] = look()
         except (Exception, SystemExit) as error:
@@ -49,8 +51,12 @@ class Facts:
 
 
 def versions(packages: Iterable[str], sources: Sequence[Path]) -> dict[str, str]:
-    """Of Python and of installed packages, which are not imported; and a hash of our own source in
-    the folders `sources`."""
+    """Return the versions of Python and installed packages, and a hash of the source code.
+
+    Args:
+        packages: Names of packages; they are not imported.
+        sources: Folders of our source code.
+    """
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -70,18 +76,24 @@ def _source_hash(folders: Sequence[Path]) -> str:
 
 
 def network_interfaces() -> list[str]:
-    """The names of this node's."""
+    """Return the names of this node's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 def sizes(paths: Iterable[str]) -> dict[str, int]:
-    """Bytes of each file; -1 for one that this node does not see or may not read."""
+    """Return the size of each file in bytes; -1 if this node does not see or may not read it."""
     return {path: Path(path).stat().st_size if os.access(path, os.R_OK) else -1 for path in paths}
 
 
 def room(place: str) -> int:
-    """Free bytes where this node's folder `place` is, or would be made; its variables are the
-    node's. Raises `UserError` if it cannot be written to."""
+    """Return the free bytes on the disk where folder `place` is, or would be made.
+
+    Args:
+        place: An absolute path; its variables are expanded with this node's environment.
+
+    Raises:
+        UserError: The path is not absolute, or cannot be written to.
+    """
     path = Path(os.path.expandvars(place))
     if "$" in str(path) or not path.is_absolute():
         raise UserError(f"{place!r} names no folder on {socket.gethostname()}")
@@ -95,7 +107,7 @@ def room(place: str) -> int:
 
 
 def bytes_per_second(folder: Path) -> float:
-    """How fast a file reaches the disk of `folder`, measured on one that is gone at once."""
+    """Measure how fast 32 MiB reach the disk of `folder`, with a temporary file."""
     data = os.urandom(_TRIAL_BYTES)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY_PREFIX) as file:
         begin = time.perf_counter()
@@ -106,11 +118,17 @@ def bytes_per_second(folder: Path) -> float:
 
 
 def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
-    """Leave a file, and wait for the login node's answer to it: seconds since 1970, on this node's
-    clock, of leaving and of the answer's coming, and on the login node's in between. Raises
-    `UserError` if no answer comes."""
+    """Write a file and wait for the login node's answer to it.
+
+    Returns:
+        Seconds since 1970: `left` and `came`, of the file and the answer on this node's clock, and
+        `between`, of the answer on the login node's clock.
+
+    Raises:
+        UserError: No answer comes within 60 s.
+    """
     hello, answer = (folder / f"{name}-{rank}.{kind}" for kind in (HELLO, ANSWER))
-    for old in (hello, answer):  # of a start before: the job may have been requeued
+    for old in (hello, answer):  # of an earlier start, if the job was requeued
         old.unlink(missing_ok=True)
     left = time.time()
     write_text(hello, f"{left!r}")
@@ -126,7 +144,7 @@ def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
 
 
 def answer_hellos(folder: Path) -> None:
-    """The login node's part of it: answer every rank that waits, by writing its own clock."""
+    """Answer every rank that waits in `meet_login_node`, with this login node's clock."""
     for hello in folder.glob(f"*.{HELLO}"):
         answer = hello.with_suffix(f".{ANSWER}")
         if not answer.exists():

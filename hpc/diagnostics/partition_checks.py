@@ -1,5 +1,8 @@
-"""Whether the nodes of a profile's partition are what it asks for, one property at a time: so one
-reads which of them asks too much."""
+"""Check the nodes of a partition against a profile, one property per check, so that it is named.
+
+Each check returns its evidence. It raises `UserError` if it fails, `CheckWarning`, or
+`CheckSkipped`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ from hpc.diagnostics.check import CheckSkipped, CheckWarning
 from hpc.diagnostics.slurm_site import Row, SlurmSite, num_gpus
 from hpc.scheduler.cluster_profile import ClusterProfile
 
-# not POWERED_DOWN: such nodes are started for a job
+# POWERED_DOWN is left out, since Slurm starts such nodes for a job
 _AWAY = re.compile(r"(^|\+)(DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN)|\*")
 
 
 def partitions_of(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
-    """The partitions that the profile names, or the site's default. Raises `UserError` for one that
-    is not there."""
+    """Return the partitions that the profile names, or the site's default.
+
+    Raises:
+        UserError: A partition does not exist.
+    """
     if not profile.partition:
         default = [row for row in site.partitions.values() if row.get("Default") == "YES"]
         if not default:
@@ -36,7 +42,11 @@ def partitions_of(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 
 
 def known_partitions(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
-    """The same for all checks but the partition's own: one mistake is one line."""
+    """Return `partitions_of`, for checks other than the partition's own.
+
+    Raises:
+        CheckSkipped: A partition does not exist; its own check says so.
+    """
     try:
         return partitions_of(profile, site)
     except UserError as error:
@@ -44,7 +54,7 @@ def known_partitions(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 
 
 def nodes_of_partition(profile: ClusterProfile, site: SlurmSite) -> str:
-    """So many nodes that are not excluded, and may be asked for at once."""
+    """Check that the partition has enough nodes, without excluded ones, and allows so many."""
     for row in known_partitions(profile, site):
         most = row.get("MaxNodes", "")
         if most.isdigit() and profile.nodes > int(most):
@@ -63,7 +73,7 @@ def nodes_of_partition(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def features(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Enough nodes have what `constraint` names."""
+    """Check that enough nodes have the features of `constraint`."""
     if not profile.constraint:
         raise CheckSkipped("the profile has no constraint")
     if not re.fullmatch(r"[\w.&,|-]+", profile.constraint):
@@ -84,7 +94,7 @@ def features(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def cpus(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Enough nodes have CPUs for all tasks."""
+    """Check that enough nodes have CPUs for all tasks."""
     wanted = profile.tasks_per_node * profile.cpus_per_task
     return _enough_of(
         profile, site, lambda node: int(node.get("CPUEfctv") or node["CPUTot"]), wanted,
@@ -93,7 +103,7 @@ def cpus(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def memory(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Enough nodes have the memory."""
+    """Check that enough nodes have the memory."""
     if not profile.memory_gb:
         raise CheckSkipped("the profile leaves it to the site's default (memory_gb)")
     megabytes = round(1024 * profile.memory_gb)
@@ -102,7 +112,7 @@ def memory(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def gpus(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Enough nodes have the GPUs, of the kind that `gres` names."""
+    """Check that enough nodes have the GPUs, of the kind in `gres`."""
     if not profile.gpus_per_node:
         raise CheckSkipped("the profile asks for none (gpus_per_node)")
     words = profile.gres.split(":")
@@ -113,10 +123,10 @@ def gpus(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def nodes_up(profile: ClusterProfile, site: SlurmSite) -> str:
-    """A job of so many nodes could start at some time without anybody mending any."""
+    """Check that enough nodes are up for a job."""
     nodes = _nodes(profile, site)
     if len(nodes) < profile.nodes:
-        raise CheckSkipped("there are not so many, up or down")
+        raise CheckSkipped("the partition has too few nodes, up or down")
     away = [n["NodeName"] for n in nodes if _AWAY.search(n.get("State", ""))]
     if len(nodes) - len(away) < profile.nodes:
         raise CheckWarning(
@@ -127,7 +137,7 @@ def nodes_up(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def _nodes(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
-    """The nodes of the profile's partitions, without those that it excludes."""
+    """Return the nodes of the profile's partitions, without excluded ones."""
     names = {row["PartitionName"] for row in known_partitions(profile, site)}
     excluded = site.hosts(profile.exclude)
     return [
@@ -140,9 +150,9 @@ def _nodes(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 def _enough(
     profile: ClusterProfile, nodes: Sequence[Row], fits: Callable[[Row], bool], what: str, mend: str
 ) -> str:
-    """Enough of `nodes` have `what`: how many, else what to mend."""
+    """Check that enough of `nodes` have `what`."""
     fitting = sum(map(fits, nodes))
-    if fitting < min(profile.nodes, len(nodes)):  # too few nodes is another line
+    if fitting < min(profile.nodes, len(nodes)):  # another check reports too few nodes
         raise UserError(
             f"nodes = {profile.nodes}, but only {fitting} of the partition's {len(nodes)} have "
             f"{what}; {mend} in the profile"
@@ -158,7 +168,7 @@ def _enough_of(
     key: str,
     unit: str,
 ) -> str:
-    """Enough nodes have `wanted` of a unit."""
+    """Check that enough nodes have `wanted` of a unit."""
     nodes = _nodes(profile, site)
     most = max(map(amount, nodes), default=0)
     mend = f"the most is {most}, so set {key}"

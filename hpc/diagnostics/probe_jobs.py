@@ -1,5 +1,4 @@
-"""Jobs whose ranks only tell what they see: sent through the queue as any other, waited for, and
-gone without a trace."""
+"""Run probe jobs, whose ranks report facts about their nodes, and remove all their files."""
 
 from __future__ import annotations
 
@@ -21,18 +20,18 @@ from hpc.scheduler.job import START_PREFIX, ModuleCall, is_launchers
 from hpc.storage.atomic import TEMPORARY_PREFIX, Damaged, read_json
 from hpc.storage.permissions import private_folder
 
-_SHORT_SECONDS, _LOOK_SECONDS = 0.3, 2.0  # the longest between questions to the queue
+_SHORT_SECONDS, _LOOK_SECONDS = 0.3, 2.0  # the longest pause between questions to the queue
 _ANSWER_SECONDS = 0.05
-_LATE_SECONDS = 10.0  # by which a network file system shows what a node has written
-_END_SECONDS = 90.0  # what cancelled jobs get to end
-# Slurm's reasons for which a job waits until somebody does something
+_LATE_SECONDS = 10.0  # until a network file system shows a file of a node
+_END_SECONDS = 90.0  # for cancelled jobs to end
+# Slurm's reasons for which a job waits until the user changes something
 _FOR_EVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit",
             "PerJob")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """A job of ours; its ranks leave their facts under its name."""
+    """A probe job; its ranks write their facts under its name."""
 
     name: str
     call: ModuleCall
@@ -40,14 +39,22 @@ class ProbeJob:
 
     @property
     def world_size(self) -> int:
-        """How many ranks it has."""
+        """Return the number of ranks."""
         return self.resources.nodes * self.resources.tasks_per_node
 
 
 @dataclass(frozen=True)
 class Report:
-    """Return of one probe job: the facts of its ranks, in order; how its job ended, in words;
-    and what its set-up lines wrote. `has_log` False: nothing of the job reached this machine."""
+    """The report of one probe job.
+
+    Attributes:
+        probe: The probe job.
+        job: Its job id.
+        facts: The facts of its ranks, in order of rank.
+        ended: Its exit cause, in words.
+        has_log: Its log is visible on this machine.
+        set_up: Lines that its setup lines printed.
+    """
 
     probe: ProbeJob
     job: str
@@ -59,8 +66,7 @@ class Report:
 
 @contextmanager
 def passing_folder(parent: Path, group: str) -> Iterator[Path]:
-    """A private folder in `parent` that is gone after the block, with all that had to be made for
-    it."""
+    """Make a private folder in `parent` for the block; then remove it and all new parents."""
     made = [place for place in (parent, *parent.parents) if not place.exists()]
     folder = parent / f"{TEMPORARY_PREFIX}doctor-{uuid.uuid4().hex[:12]}"
     try:
@@ -69,16 +75,27 @@ def passing_folder(parent: Path, group: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for place in made:
-            with suppress(OSError):  # somebody has put something there meanwhile
+            with suppress(OSError):  # the folder is not empty any more
                 place.rmdir()
 
 
 def run_probe_jobs(
     queue: Queue, probe_jobs: Sequence[ProbeJob], folder: Path, say: Callable[[str], None]
 ) -> list[Report]:
-    """Send them, and wait until all have ended; `say` hears what is waited for. Whatever stops the
-    waiting, Ctrl-C too, ends the jobs. Raises `UserError` if the queue refuses one, or would keep
-    it for ever."""
+    """Submit probe jobs and wait until all have ended. An exception, Ctrl-C too, ends the jobs.
+
+    Args:
+        queue: Takes the jobs.
+        probe_jobs: The jobs.
+        folder: The folder in which their ranks write facts.
+        say: Takes a line when the state of the jobs changes.
+
+    Returns:
+        One report per job.
+
+    Raises:
+        UserError: The queue refuses a job, or would keep it waiting for ever.
+    """
     jobs: list[str] = []
     try:
         for probe in probe_jobs:
@@ -119,7 +136,7 @@ def _wait(queue: Queue, jobs: Sequence[str], folder: Path, say: Callable[[str], 
 
 
 def _end(queue: Queue, jobs: Sequence[str]) -> None:
-    """Cancel what was sent, and see it gone: its files are removed next."""
+    """Cancel the jobs and wait until they are gone, since their files are removed next."""
     if not jobs:
         return
     with suppress(QueueUnreachable):
@@ -153,7 +170,7 @@ def _facts(folder: Path, name: str) -> tuple[dict[str, Any], ...]:
 
 
 def _set_up(logs: Sequence[Path]) -> tuple[str, ...]:
-    """What came before the first rank's start: the words of the batch script."""
+    """Return what the batch script printed before the first rank started."""
     lines = logs[0].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
     starts = [number for number, line in enumerate(lines) if line.startswith(START_PREFIX)]
     first = lines[: starts[0]] if starts else []

@@ -1,5 +1,8 @@
-"""Whether a site has, and allows, what a cluster profile asks for. Each check takes the profile and
-what Slurm said, and returns its evidence, or raises what is wrong."""
+"""Check that a Slurm site has, and allows, what a cluster profile asks for.
+
+Each check takes the profile and the site, and returns its evidence. It raises `UserError` if it
+fails, `CheckWarning`, or `CheckSkipped`.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[
 
 
 def partition(profile: ClusterProfile, site: SlurmSite) -> str:
-    """It exists, is up, and lets the profile's account and quality of service in."""
+    """Check that the partition is up and admits the profile's account and quality of service."""
     rows = partitions_of(profile, site)
     for row in rows:
         name = row["PartitionName"]
@@ -76,15 +79,15 @@ def partition(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def account(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Accounting knows this user in the profile's account."""
-    rows = _asked(lambda: site.associations)
+    """Check that accounting knows this user in the profile's account."""
+    rows = _or_skip(lambda: site.associations)
     own = list(dict.fromkeys(row["Account"] for row in rows))
     enforced = "associations" in site.config.get("AccountingStorageEnforce", "")
     if not own:
         if enforced:
             raise UserError(
                 f"accounting knows no account of {site.user!r}, and Slurm takes no job without; "
-                "ask those who run the site for one"
+                "ask the site's administrators for one"
             )
         raise CheckSkipped(f"accounting knows no account of {site.user!r}, and Slurm wants none")
     if profile.account and profile.account not in own:
@@ -96,10 +99,10 @@ def account(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def quality(profile: ClusterProfile, site: SlurmSite) -> str:
-    """The profile's quality of service exists, and this user may have it."""
+    """Check that the profile's quality of service exists and this user may use it."""
     if not profile.qos:
         return "the profile names none, so the default"
-    known = _asked(lambda: site.qualities)
+    known = _or_skip(lambda: site.qualities)
     if profile.qos not in known:
         raise UserError(
             f"there is no quality of service {shown(profile.qos)}; "
@@ -109,33 +112,33 @@ def quality(profile: ClusterProfile, site: SlurmSite) -> str:
     if any(granted) and profile.qos not in granted:
         raise UserError(
             f"you may not use qos = {shown(profile.qos)}, only {', '.join(sorted(set(granted)))}; "
-            "set qos in the profile, or ask those who run the site"
+            "set qos in the profile, or ask the site's administrators"
         )
     return profile.qos
 
 
 def time_limit(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Partition, quality of service and account allow jobs so long."""
+    """Check that partition, quality of service and account allow the time limit."""
     limits = {f"the partition {row['PartitionName']}": row.get("MaxTime", "")
               for row in known_partitions(profile, site)}  # fmt: skip
-    limits |= {of: row["MaxWall"] for of, row in _granted(profile, site).items()}
+    limits |= {of: row["MaxWall"] for of, row in _limits(profile, site).items()}
     least = min(limits, key=lambda of: minutes_of(limits[of]))
     most = minutes_of(limits[least])
     if profile.minutes > most:
         raise UserError(
             f"minutes = {profile.minutes}, but {least} allows {most:.0f}; set minutes = {most:.0f} "
-            "or less in the profile: what takes longer is requeued and goes on"
+            "or less in the profile: a job that takes longer is requeued and resumes"
         )
     allowed = "no limit" if most == float("inf") else f"{least} allows {most:.0f}"
     return f"{profile.minutes} minutes; {allowed}"
 
 
 def job_limits(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Accounting allows one job so much."""
+    """Check that accounting allows one job the nodes, CPUs and GPUs."""
     tasks = profile.nodes * profile.tasks_per_node
     wanted = {"node": profile.nodes, "cpu": tasks * profile.cpus_per_task,
               "gres/gpu": profile.nodes * profile.gpus_per_node}  # fmt: skip
-    granted = _asked(lambda: _granted(profile, site, silent=False))
+    granted = _or_skip(lambda: _limits(profile, site, silent=False))
     for of, row in granted.items():
         for name, most in amounts(row["MaxTRES"]).items():
             if wanted.get(name, 0) > most:
@@ -147,14 +150,17 @@ def job_limits(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def queue_limits(profile: ClusterProfile, site: SlurmSite) -> str:
-    """How many jobs may wait; what is too many for one array or one user is split or held back."""
+    """Check that `max_jobs` is within the site's limit of jobs in the queue.
+
+    Longer arrays are split, and jobs beyond the limit are deferred.
+    """
     array = int(site.config.get("MaxArraySize", 0))
     if array < 2:
         raise CheckWarning(
-            "the site has no job arrays (MaxArraySize); every job is sent on its own"
+            "the site has no job arrays (MaxArraySize); every job is submitted on its own"
         )
     limits = {of: row.get("MaxSubmitJobs") or row.get("MaxSubmitPU", "")
-              for of, row in _granted(profile, site).items()}  # fmt: skip
+              for of, row in _limits(profile, site).items()}  # fmt: skip
     numbers = {of: int(limit) for of, limit in limits.items() if limit.isdigit()}
     if not numbers:
         return f"arrays of up to {array - 1}, no limit of your own known"
@@ -168,7 +174,7 @@ def queue_limits(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def mpi_type(profile: ClusterProfile, site: SlurmSite) -> str:
-    """srun knows what the profile calls `mpi`."""
+    """Check that srun has the MPI type of the profile."""
     if not profile.mpi:
         return f"the profile names none, so {site.config.get('MpiDefault', 'the default')}"
     if profile.mpi not in site.mpi_types:
@@ -181,7 +187,7 @@ def mpi_type(profile: ClusterProfile, site: SlurmSite) -> str:
 
 
 def setup_lines(profile: ClusterProfile, _site: SlurmSite | None = None) -> str:
-    """A shell can read them."""
+    """Check that a shell can parse the setup lines."""
     if not profile.setup:
         raise CheckSkipped("the profile has none (setup)")
     text = "\n".join(profile.setup)
@@ -189,25 +195,25 @@ def setup_lines(profile: ClusterProfile, _site: SlurmSite | None = None) -> str:
     if read.returncode:
         said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
         raise UserError(f"the shell cannot read them ({said}); mend setup in the profile")
-    return "a shell can read them; what they do, only a node can tell"
+    return "a shell can read them; only a node can tell if they work"
 
 
 def requeueing(profile: ClusterProfile, _site: SlurmSite) -> str:
-    """Slurm puts a job back that was stopped before its end."""
+    """Check that Slurm may requeue a job that was stopped before its end."""
     for line in sbatch_options.warnings(profile):
         raise CheckWarning(line)
     return "a job that is stopped before its end goes back into the queue"
 
 
 def options_in_shell(_profile: ClusterProfile, _site: SlurmSite) -> str:
-    """The shell has no options of sbatch that the user may expect to count."""
+    """Check that the shell has no options of sbatch, which would be ignored."""
     for line in ignored_options():
         raise CheckWarning(line)
     return "none"
 
 
 def trial(queue: Queue, profile: ClusterProfile, site: SlurmSite) -> str:
-    """sbatch would queue what `grid`, `prep`, `reduce` and `report` send."""
+    """Check that sbatch would take the jobs of `grid`, `prep`, `reduce` and `report`."""
     known_partitions(profile, site)
     single = dict.fromkeys((profile.single(), profile.reducing()))
     said = [_trial(queue, profile.training(), 2), *(_trial(queue, one, 1) for one in single)]
@@ -222,15 +228,16 @@ def _trial(queue: Queue, wanted: Resources, num_calls: int) -> str:
     return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", said[-1]) if said else "it is taken"
 
 
-def _asked(look: Callable[[], T]) -> T:
+def _or_skip(question: Callable[[], T]) -> T:
     try:
-        return look()
+        return question()
     except QueueUnreachable as error:
         raise CheckSkipped(f"accounting does not answer ({error})") from error
 
 
 def _associations(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
-    """Of the profile's account, or the only one there is, in its partition or in all."""
+    """Return the user's associations in the profile's account, or in the only one, that apply to
+    its partition."""
     places = {"", *profile.partition.split(",")}
     accounts = {row["Account"] for row in site.associations}
     own = {profile.account} if profile.account else accounts if len(accounts) == 1 else set()
@@ -239,9 +246,9 @@ def _associations(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     ]
 
 
-def _granted(profile: ClusterProfile, site: SlurmSite, silent: bool = True) -> dict[str, Row]:
-    """Who limits jobs of this profile: its associations, its quality of service and those of its
-    partitions. Where accounting is off nobody does."""
+def _limits(profile: ClusterProfile, site: SlurmSite, silent: bool = True) -> dict[str, Row]:
+    """Return what limits jobs of this profile: its associations, its quality of service and those
+    of its partitions. Without accounting nothing does; `silent=False` raises instead."""
     try:
         found = {f"the account {row['Account']}": row for row in _associations(profile, site)}
         named: Iterable[str] = [

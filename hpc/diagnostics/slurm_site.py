@@ -1,5 +1,7 @@
-"""What Slurm says of a site: its partitions, nodes, limits and MPI types. Each is asked once, when
-it is first needed. Asking changes nothing."""
+"""Ask Slurm about a site: its partitions, nodes, limits and MPI types.
+
+Each question is asked once, when its answer is first needed, and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,34 +20,36 @@ _QUALITY = ("Name", "MaxSubmitPU", "MaxWall", "MaxTRES")
 
 
 class SlurmSite:
-    """The answers of scontrol, sacctmgr, srun and sbatch. Raises `QueueUnreachable` where one does
-    not answer."""
+    """The answers of scontrol, sacctmgr and srun.
+
+    Attributes raise `QueueUnreachable` if the command does not answer.
+    """
 
     @cached_property
     def user(self) -> str:
-        """Who asks."""
+        """Return the name of the user."""
         return user_name(os.getuid())
 
     @cached_property
     def partitions(self) -> dict[str, Row]:
-        """scontrol's fields of each partition, by its name."""
+        """Return scontrol's fields of each partition, by name."""
         return {row["PartitionName"]: row for row in _shown("partition")}
 
     @cached_property
     def nodes(self) -> list[Row]:
-        """scontrol's fields of each node."""
+        """Return scontrol's fields of each node."""
         return _shown("node")
 
     @cached_property
     def config(self) -> Row:
-        """Slurm's own settings."""
+        """Return the settings of Slurm."""
         lines = slurm_cli.ask("scontrol", "show", "config").splitlines()
         pairs = (line.partition("=") for line in lines if "=" in line)
         return {key.strip(): value.strip() for key, _, value in pairs}
 
     @cached_property
     def mpi_types(self) -> set[str]:
-        """What `srun --mpi=` takes."""
+        """Return the values that `srun --mpi=` accepts."""
         said = slurm_cli.ask("srun", "--mpi=list").replace("srun:", "")
         versions = re.findall(r"available: *(.*)", said)
         lines = (line.strip() for line in said.splitlines())
@@ -54,12 +58,12 @@ class SlurmSite:
 
     @cached_property
     def associations(self) -> list[Row]:
-        """What accounting grants this user, a row an account and partition."""
+        """Return the user's associations, one row per account and partition."""
         return _accounting("assoc", f"user={self.user}", _ASSOCIATION)
 
     @cached_property
     def qualities(self) -> dict[str, Row]:
-        """Every quality of service of the site, by its name."""
+        """Return every quality of service of the site, by name."""
         return {row["Name"]: row for row in _accounting("qos", "", _QUALITY)}
 
     def hosts(self, listed: str) -> set[str]:
@@ -70,7 +74,7 @@ class SlurmSite:
 
 
 def minutes_of(limit: str) -> float:
-    """Minutes of a time limit as Slurm writes it, D-HH:MM:SS; infinite for UNLIMITED or none."""
+    """Return a time limit as Slurm writes it, D-HH:MM:SS, in minutes; infinite if there is none."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
         return float("inf")
     days, _, clock = limit.rpartition("-")
@@ -85,13 +89,13 @@ def minutes_of(limit: str) -> float:
 
 
 def amounts(tres: str) -> dict[str, int]:
-    """`cpu=64,gres/gpu=8` as numbers; what is none (memory has a unit) is left out."""
+    """Return `cpu=64,gres/gpu=8` as numbers, without those that have a unit, such as memory."""
     pairs = (part.partition("=") for part in tres.split(","))
     return {name: int(number) for name, _, number in pairs if number.isdigit()}
 
 
 def num_gpus(gres: str, kind: str = "") -> int:
-    """How many GPUs a node's `Gres=gpu:v100:4(S:0-1)` holds, of one kind if it is given."""
+    """Return the number of GPUs in a node's `Gres=gpu:v100:4(S:0-1)`, of one kind if given."""
     found = re.findall(r"(?:^|,)gpu(?::([A-Za-z][\w.-]*))?(?::(\d+))?(?=[(,]|$)", gres)
     return sum(int(number or 1) for name, number in found if not kind or name == kind)
 

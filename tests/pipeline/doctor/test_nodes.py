@@ -145,12 +145,12 @@ BREAKS = {
     full_node: "disk of the nodes: n2 has 1.0 kB free in /tmp, not the ",
     no_gpu: "GPUs as torch sees them: torch sees no GPU on rank 3 on n2; install a build of torch",
     no_peer: "network between the ranks: rank 2 on n2: RuntimeError: Unable to find address for: "
-    "ib0; the ranks cannot talk over lo: set network_interface in the profile to one that leads",
+    "ib0; the ranks cannot communicate over lo: set network_interface in the profile to one",
     wrong_sum: "network between the ranks: rank 1 on n1 has a sum of 1 instead of 10; the ranks",
     slow_disk: "time to save: a job saves 0.2 GB in about 162880.0 s, at 0 MB a second, which is",
     damage: "content of the shards: val-00000.h5 is damaged (and 1 more)",
-    lost_rank: "a job on the nodes: rank 2 of 4 never told anything (error: srun: n2: 1); is the",
-    alone: "a job on the nodes: ranks believe to be of 1, not of 4: what srun told them did",
+    lost_rank: "a job on the nodes: rank 2 of 4 reported nothing (error: srun: n2: 1); see that",
+    alone: "a job on the nodes: ranks see a world size of 1, not 4: the variables of srun did",
     one_node: "a job on the nodes: ranks are on n1, not on 2 nodes; look at extra in the profile",
 }
 
@@ -168,10 +168,10 @@ def test_a_requeued_job_is_answered_anew(tmp_path):
 
 
 def test_which_way_a_clock_is_wrong_is_said(examine):
-    assert " s ahead of this node's: from 30 s on jobs that live look dead; " in only_failure(
+    assert " s ahead of this node's: from 30 s on running jobs look dead; " in only_failure(
         examine(late(45))
     )
-    assert " s behind this node's: from 30 s on jobs" in only_failure(examine(late(-45)))
+    assert " s behind this node's: from 30 s on running jobs" in only_failure(examine(late(-45)))
 
 
 @pytest.mark.parametrize("seconds", [5, -5])
@@ -219,18 +219,18 @@ def test_a_job_that_could_leave_nothing_does_not_see_the_run_directory(examine):
         "a job on the nodes: the nodes do not see the run directory: job 7 could leave neither log "
         "nor facts there; set run_dir to a folder on a file system that the nodes share"
     )
-    assert "skip  clocks: no rank could tell" in lines
+    assert "skip  clocks: no rank reported" in lines
 
 
 def test_a_job_whose_python_does_not_start(examine):
     line = only_failure(examine(list.clear, ended="error: bash: no-python: command not found"))
-    assert "ended before it could tell anything (error: bash: no-python: command not found" in line
+    assert "ended before it reported anything (error: bash: no-python: command not found" in line
 
 
 def test_set_up_lines_that_fail_on_the_nodes(examine):
     said = "line 9: module: command not found"
     line = only_failure(examine(set_up=("Loading mpi", f"/spool/n1/slurm_script: {said}")))
-    assert line == f"set-up lines on the nodes: they say '{said}'; mend setup in the profile"
+    assert line == f"set-up lines on the nodes: a line prints '{said}'; mend setup in the profile"
 
 
 def test_software_that_differs_from_the_login_nodes(examine, grid, tmp_path):
@@ -274,7 +274,7 @@ def test_a_torch_that_does_not_load_is_told_where_no_gpu_is_asked_for_too(examin
     lines = examine(change, on=replace(grid, profile={**profile, "gpus_per_node": 0}))
     failed = [line for line in lines if line.startswith("FAIL")]
     assert failed[0].startswith("FAIL  GPUs as torch sees them: rank 0 on n1: ImportError: libgomp")
-    assert failed[1].startswith("FAIL  network between the ranks: rank 0 on n1 ended before it cou")
+    assert failed[1].startswith("FAIL  network between the ranks: rank 0 on n1 ended before it rep")
 
 
 def test_ranks_read_every_byte_of_the_shards(examine, grid, streets, tmp_path):
