@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those on the cluster take longest, so they begin."""
+    """Run the tests on the cluster first, since they take longest."""
     items.sort(key=lambda item: _CLUSTER not in item.nodeid)
 
 

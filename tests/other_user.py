@@ -4,7 +4,7 @@ import os
 
 
 def as_user(user, groups, action) -> bool:
-    """Whether `action` ends without an OSError when another user does it."""
+    """Return whether `action` ends without an OSError when another user does it."""
     own = os.getgroups()
     try:
         os.setgroups(groups)

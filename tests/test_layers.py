@@ -19,7 +19,7 @@ Table = dict[str, set[str]]
 
 
 def layer_table(design: str) -> Table:
-    """What each layer may import, as the table under `## Layers and rooms` says."""
+    """Return the imports that the table under `## Layers and rooms` allows each layer."""
     section = design.split("## Layers and rooms", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
     return {
         m[1]: {word for word in re.split(r"[, ]+", m[2]) if word} for m in ROW.finditer(section)

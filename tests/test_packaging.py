@@ -1,4 +1,4 @@
-"""What is installed: three lists of versions in step, every package and template, no path of the
+"""An installation has three lists of versions in step, every package and template, no path of the
 machine it was written on."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_a_pin_that_drifts_apart_is_seen():
 
 
 def packages() -> set[str]:
-    """What setuptools finds by the configuration."""
+    """Return the packages that setuptools finds by the configuration."""
     setuptools = pytest.importorskip("setuptools")
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     found = setuptools.find_namespace_packages(str(REPOSITORY), include=include)

@@ -59,7 +59,7 @@ ALLOWED = {
 
 
 def dangers(source: str) -> Iterator[str]:
-    """What a file imports or calls that could load a pickle, or run a text."""
+    """Yield imports and calls of a file that could load a pickle or run a text."""
     aliases: dict[str, str] = {}
     tree = ast.parse(source)
     for node in ast.walk(tree):

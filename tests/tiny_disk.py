@@ -41,7 +41,7 @@ def on_tiny_disk(
 
 @cache
 def may_mount() -> bool:
-    """Whether this user can have a disk of their own."""
+    """Return whether this user can have a disk of their own."""
     try:
         attempt = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         return subprocess.run(attempt, capture_output=True).returncode == 0

@@ -138,7 +138,7 @@ class BundleRun:
 
     @property
     def times_started(self) -> int:
-        """How often the job was started, also where a start was stopped before its first step."""
+        """Return the number of starts of the job, those stopped before their first step too."""
         return len(re.findall("^--- start .*: rank 0 of ", self.log(), re.M))
 
     @property
@@ -159,7 +159,7 @@ class BundleRun:
         return results(self.run)
 
     def log(self) -> str:
-        """What rank 0 of all jobs and starts has written, in order of jobs."""
+        """Return the output of rank 0 of all jobs and starts, in order of jobs."""
         logs = sorted(
             self.run.logs.glob("*_0_log.err"), key=lambda log: int(log.name.split("_")[0])
         )
@@ -189,6 +189,6 @@ class BundleRun:
         assert len(first) - resumed <= most_redone
 
     def most_redone(self) -> int:
-        """How many steps can be begun in the interval between two checkpoints, since each takes at
+        """Return the number of steps that can begin between two checkpoints, since each takes at
         least its pause."""
         return math.ceil(CHECKPOINT_SECONDS / self._pause)

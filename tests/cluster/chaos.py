@@ -59,7 +59,7 @@ PATIENCE = 1800.0  # seconds for a round
 
 @dataclass
 class Plan:
-    """What a run of this program is to do."""
+    """The settings of a run of this program."""
 
     faults: int
     seed: int
@@ -236,7 +236,7 @@ class Round:
         ]
 
     def _tasks(self) -> dict[str, Submitted]:
-        """What was last submitted for each bundle."""
+        """Return the last submission of each bundle."""
         keys = {cell.signature: cell.bundle_key for cell in self.grid.cells}
         return {keys[task.cells[0]]: task for task in submissions(self.run)}
 
@@ -253,7 +253,7 @@ class Round:
         return {job for job, word in self._queue().items() if word == "RUNNING"}
 
     def _is_lost(self, key: str, queue: Collection[str]) -> bool:
-        """Whether a bundle's job has ended, known to be dead, so that `grid` would send it anew."""
+        """Return whether a bundle's job is known to be dead, so `grid` would submit it again."""
         task = self._tasks().get(key)
         if task is None:
             return True
@@ -281,7 +281,7 @@ def _newest_start(victim: Victim) -> tuple[int, int]:
 
 
 def _can_be_struck(victim: Victim, kind: str) -> bool:
-    """Whether a bundle is being trained, with progress since a checkpoint, and not near its end."""
+    """Return whether a bundle trains, has progress since a checkpoint, and is not near its end."""
     saved = victim.steps_saved
     if len(saved) < (2 if kind == TWO_CHECKPOINTS else 1):
         return False

@@ -1,4 +1,4 @@
-"""What faults did to the bundles they struck, judged from the record of steps begun; and whether a
+"""Judge the effect of faults on bundles by the record of steps begun; and whether a
 run of `tests.cluster.chaos` passes."""
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ class Strike:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a strike did: steps that the start had begun and not saved when it ended, or had to hand
-    over; steps done twice; seconds from the last step before it to the first beyond that.
-    uncounted: why it does not count, or "". harm: what it must not have done, or ""."""
+    """The effect of a strike.
+
+    Attributes:
+        unsaved: Steps that the start had begun and not saved when it ended, or had to hand over.
+        redone: Steps done twice.
+        seconds: Seconds from the last step before it to the first one beyond it.
+        uncounted: The reason why it does not count, or "".
+        harm: A forbidden effect of it, or "".
+    """
 
     kind: str
     unsaved: int = 0
@@ -37,8 +43,10 @@ class Outcome:
 
 
 def judge(strike: Strike, record: Sequence[Begun]) -> Outcome:
-    """What a strike did, once its bundle is done. It counts only if it interrupted a start that had
-    unsaved progress, so that a later one had to go on."""
+    """Return the effect of a strike, once its bundle is done.
+
+    It counts only if it interrupted a start with unsaved progress, so that a later start went on.
+    """
     steps = [begun for begun in record if begun.bundle == strike.bundle]
     struck = [begun for begun in steps if begun.generation == strike.generation]
     after = [begun for begun in steps if begun.generation > strike.generation]
@@ -62,7 +70,7 @@ def judge(strike: Strike, record: Sequence[Begun]) -> Outcome:
 
 
 def judge_all(strikes: Sequence[Strike], record: Sequence[Begun]) -> list[Outcome]:
-    """What each strike did; a start counts once, however often it was struck."""
+    """Return the effect of each strike; a start counts once, however often it was struck."""
     outcomes: list[Outcome] = []
     struck: set[tuple[str, int]] = set()
     for strike in strikes:

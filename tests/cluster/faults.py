@@ -1,4 +1,4 @@
-"""What strikes a running bundle on a cluster, one small piece a kind: each is a block that is
+"""Strike a running bundle on a cluster, one function per kind of fault: each is a block that is
 entered when the fault has had its effect, and heals at its end what does not heal by itself."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Victim:
 
     @contextmanager
     def requeued(self) -> Iterator[None]:
-        """What is done inside makes Slurm requeue the job; returns when that has happened."""
+        """Expect that the block makes Slurm requeue the job; wait until it has."""
         before = self.cluster.job(self.job)["Restarts"]
         yield
         until(lambda: self.cluster.job(self.job)["Restarts"] != before, self.what_is_known)
@@ -71,7 +71,7 @@ class Victim:
         until(lambda: len(self.starts) > number, self.what_is_known)
 
     def is_training(self, seconds: float) -> bool:
-        """Whether it begins a step within so many seconds."""
+        """Return whether it begins a step within so many seconds."""
         before, deadline = self.starts, time.monotonic() + seconds
         while self.starts == before:
             if time.monotonic() > deadline:
@@ -84,7 +84,7 @@ class Victim:
         return [p for p in self.cluster.processes(self.job, node) if p.rank is not None]
 
     def what_is_known(self) -> str:
-        """What Slurm and its own logs say of its job."""
+        """Return the state in Slurm and the logs of its job."""
         logs = self.run.logs.glob(f"{self.job}_*_log.err")
         return f"{self.cluster.job(self.job)} " + "".join(log.read_text() for log in sorted(logs))
 

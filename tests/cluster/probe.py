@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def meet(folder: Path, name: str, other: str) -> list[float]:
-    """How often each rank of this job was met; returns when the other job's ranks meet too."""
+    """Return how often each rank of this job was met, once the other job's ranks meet too."""
     import torch
 
     from hpc.distributed.process_group import process_group
@@ -46,6 +46,6 @@ def meet(folder: Path, name: str, other: str) -> list[float]:
 
 
 def seen_by(folder: Path, job_id: str) -> list[dict]:
-    """What the ranks of a job have left, in order."""
+    """Return the records of the ranks of a job, in order."""
     paths = sorted((folder / job_id).glob("*.json"), key=lambda path: int(path.stem))
     return [json.loads(path.read_text()) for path in paths]

@@ -34,7 +34,7 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it is more than what its parent has yet to read."""
+        """Return whether the process is more than an exit code for its parent to read."""
         return job_processes.lives(Path(f"/proc/{self.pid}"))
 
     def send(self, number: signal.Signals) -> None:
@@ -137,13 +137,13 @@ class Cluster:
         )  # fmt: skip
 
     def answer(self, *words: object, **environ: str) -> str:
-        """What a command prints that must succeed."""
+        """Return the output of a command that must succeed."""
         done = self.command(*words, **environ)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What Slurm knows of a job that it has not forgotten: JobState, Restarts, Reason, ..."""
+        """Return the fields of a job that Slurm still knows: JobState, Restarts, Reason, ..."""
         text = self.answer("scontrol", "show", "job", job_id)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
@@ -172,7 +172,7 @@ class Cluster:
         return self.sbatch(f"sleep {seconds}", "--partition=urgent", *options)
 
     def processes(self, job_id: str, node: str) -> list[Process]:
-        """What runs of a job on a node: its ranks, and all that they started."""
+        """Return the processes of a job on a node: its ranks, and all that they started."""
         own, parents = {}, {}
         for pid in self.answer("ip", "netns", "pids", self._spaces + node).split():
             try:

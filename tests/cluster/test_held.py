@@ -39,7 +39,8 @@ class Site:
             wrapper.chmod(0o755)
 
     def run(self, module: str, *words: object) -> tuple[str, Counter[str]]:
-        """What a program prints that must succeed, and how often it called each of Slurm's."""
+        """Return the output of a program that must succeed, and its number of calls of each Slurm
+        command."""
         self._asked.write_text("")
         path = f"{self._path}:{self._cluster.environ['PATH']}"
         said = self._cluster.answer(PYTHON, "-m", module, *words, PATH=path)
@@ -84,7 +85,7 @@ def test_2500_held_jobs_are_three_calls_of_sbatch_one_of_squeue_and_one_of_scanc
     assert (len(jobs), len(arrays)) == (BUNDLES, 3)
 
     def queued() -> list[str]:
-        """What Slurm itself lists of these arrays, with the reasons."""
+        """Return Slurm's own list of these arrays, with the reasons."""
         lines = cluster.answer("squeue", "--noheader", "--array", "--format=%F %i %T %r")
         return [line.partition(" ")[2] for line in lines.splitlines() if line.split()[0] in arrays]
 

@@ -1,4 +1,4 @@
-"""What the nodes of the test cluster see of this machine."""
+"""The nodes of the test cluster see only their part of this machine."""
 
 from __future__ import annotations
 

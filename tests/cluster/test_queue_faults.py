@@ -1,4 +1,4 @@
-"""What befalls submissions and the queue on a real Slurm: a bundle ends with the same bits all the
+"""Faults of submissions and of the queue on a real Slurm: a bundle ends with the same bits all the
 same, and nothing is sent twice."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def started(cluster: Cluster, command: list[str]) -> subprocess.Popen[str]:
 
 
 def refused(bundle: BundleRun, module: str, *words: str) -> str:
-    """What a command says in one line, and nothing else, that cannot do its work now."""
+    """Return the only line of a command that cannot do its work now."""
     done = bundle.cluster.command(*bundle.command(module, *words))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr

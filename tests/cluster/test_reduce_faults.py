@@ -40,7 +40,7 @@ def grid(cluster) -> Grid:
 
 @pytest.fixture(scope="module")
 def results(cluster, grid) -> tuple[bytes, bytes]:
-    """What one rank makes of the four; and of all, which have been counted meanwhile."""
+    """Return the results of one rank for four cells, and for all once they have counts."""
     reduce = [PYTHON, "-m", "pipeline.reduce", grid.path]
     cluster.answer(*reduce)
     before = grid.run.results.read_bytes()

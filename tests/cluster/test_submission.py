@@ -1,4 +1,4 @@
-"""What submitit and Slurm do to a job between its submission and its first line."""
+"""Submitit and Slurm pass a job unchanged from its submission to its first line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong with text and records: bits flip, disks lose or zero sectors, people edit. One to
+"""Damage text and records: bits flip, disks lose or zero sectors, users edit. One to
 three at a time, and as often near the beginning, where formats keep what matters, as anywhere."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many cases each property-based test tries, and what stops one that hangs.
+"""Set the number of cases of each property-based test, and stop one that hangs.
 
     @fuzzed(0.15, damage=st.binary())
     def test_a_damaged_thing_is_named(damage, fixture): ...
@@ -72,7 +72,7 @@ def fuzzed(share: float, **strategies: SearchStrategy[Any]) -> Callable[[Any], A
 
 
 def tried() -> dict[str, int]:
-    """How many cases each test has tried in this process."""
+    """Return the number of cases that each test has tried in this process."""
     return dict(_tried)
 
 

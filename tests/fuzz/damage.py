@@ -1,4 +1,4 @@
-"""What may happen to a file on a disk, as a function from its bytes to what is found there."""
+"""Damage a file on a disk: functions from its bytes to the damaged bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a grid file may say, told a second time and in another way: a table of keys and a condition
+"""Describe valid grid files a second time and in another way: a table of keys and a condition
 on each value. A file that `read_grid` accepts must hold nothing else, and must come out unchanged.
 """
 
@@ -221,7 +221,7 @@ def assert_same(given: Any, read: Any, key: str) -> None:
 
 
 def sides_are_seen(models: Sequence[str], protocol: Mapping[str, Any]) -> bool:
-    """Whether all sides are more than one position of what the models see."""
+    """Return whether all sides are longer than one position of the models' features."""
     position = 16 if any("mobilenet" in model for model in models) else 8  # pixels a side
     sides = [*protocol.get("crop", ()), *protocol.get("resize", ())]
     return min([*sides, protocol.get("eval_size", 0) or math.inf]) > position

@@ -1,4 +1,4 @@
-"""Whatever happens to a folder of checkpoints, a job goes on from a state that was saved for it, at
+"""After any damage to a folder of checkpoints, a job goes on from a state that was saved for it, at
 the step it says, or starts over; what it passed over is named, and nobody deletes what is whole."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def equal(one: object, other: object) -> bool:
 
 
 def fits(entry: str, state: object) -> bool:
-    """What a job knows of its states: names and shapes."""
+    """Hold the names and shapes of a job's states."""
     try:
         return state["network"]["weight"].shape == (SIZES[entry], 7)  # type: ignore[index]
     except (KeyError, TypeError, AttributeError):
@@ -76,7 +76,7 @@ class Opens:
 
 
 class Accidents:
-    """What may happen to the folder `ours` of a copy of the two bundles."""
+    """Damages to the folder `ours` of a copy of the two bundles."""
 
     def __init__(self, root: Path, chance: random.Random) -> None:
         self.root, self.folder, self.chance = root, root / "ours", chance
@@ -166,7 +166,7 @@ class Accidents:
 
 
 def intact(folder: Path, whole: Path, step: int, number: int, entry: str) -> bool:
-    """Whether an entry's file and its index are, byte by byte, as they were written."""
+    """Return whether an entry's file and its index have the bytes that were written."""
     name = f"step-{step:09d}-g{number}"
     return all(
         (folder / name / file).is_file()
@@ -176,7 +176,7 @@ def intact(folder: Path, whole: Path, step: int, number: int, entry: str) -> boo
 
 
 def is_flawed(path: Path, wanted: str, whole: Path, forged: Collection[str]) -> bool:
-    """Whether a checkpoint, by its name, is not what was saved for one of the entries."""
+    """Return whether a checkpoint, by its name, differs from the one saved for an entry."""
     try:
         index = json.loads((path / INDEX).read_bytes())
         written = json.loads((whole / path.name / INDEX).read_bytes())

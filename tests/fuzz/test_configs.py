@@ -76,7 +76,7 @@ def read_plainly(content: bytes) -> dict | None:
 
 
 def assert_right(path: Path, content: bytes) -> str:
-    """What is accepted is a grid by the table of keys, unchanged, in folders of its own."""
+    """Assert that an accepted file is a grid by the table of keys, in folders of its own."""
     path.write_bytes(content)
     grid = refusal_or_grid(path)
     if isinstance(grid, str):

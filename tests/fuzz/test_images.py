@@ -1,4 +1,4 @@
-"""Whatever bytes lie in an image file: it is read as what it holds, or refused in one line that
+"""An image file of any bytes is read as its content, or refused in one line that
 names it, and soon."""
 
 from __future__ import annotations

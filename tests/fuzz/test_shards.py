@@ -1,4 +1,4 @@
-"""Whatever happens to a shard: `verify` names the file; a reader names file and sample, or gives
+"""After any damage to a shard, `verify` names the file; a reader names file and sample, or gives
 back what was packed; what the damage did not touch stays readable."""
 
 from __future__ import annotations
