@@ -15,7 +15,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("hpc", "data_prep", "jobs", "pipeline")
-FINISHED = ("jobs/losses", "benchmarks", "tests/cluster", "tests/fuzz")  # folders whose docstrings are checked
+# folders whose docstrings are checked
+FINISHED = ("jobs/losses", "benchmarks", "tests/cluster", "tests/fuzz")
 ROOTS = (*PACKAGES, "benchmarks", "tests", "configs", "docs")
 NOUN_CLAUSE = re.compile(
     r"(What|Who|Whose|How|Whether|Where|When|Which|Why|Those|Whatever|Whoever)\b"

@@ -92,9 +92,11 @@ def test_every_template_is_package_data():
         if path.is_file() and path.suffix != ".py" and path.parent.name != "__pycache__"
     ]
     assert Path("pipeline/rendering/templates/report.html") in others
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}" for package in data for pattern in data[package]
+    ]
     for path in others:
-        inside = path.relative_to(path.parts[0])
-        assert any(fnmatch(str(inside), pattern) for pattern in data[path.parts[0]]), path
+        assert any(fnmatch(str(path), pattern) for pattern in patterns), path
 
 
 MACHINE_PATH = re.compile(r"(?<![\w./}~-])/(work|root|home)/")
