@@ -1,5 +1,5 @@
 """What a cluster gives: files, ranks, queues."""
 
-from hpc.account import stand_in
+from hpc.account import ensure_account
 
-stand_in()
+ensure_account()

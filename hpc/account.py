@@ -28,7 +28,7 @@ def expanded(text: str | Path) -> Path:
         return Path(text)
 
 
-def stand_in(environ: MutableMapping[str, str] = os.environ) -> None:
+def ensure_account(environ: MutableMapping[str, str] = os.environ) -> None:
     """Give this process, and those that it starts, a name and a home if they have none. Libraries
     ask for them as they are imported: torch raises without a name, and others make a folder `~`."""
     if any(environ.get(name) for name in _NAMES) and environ.get("HOME"):

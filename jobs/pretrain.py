@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.shards.local_copy import nearby
+from data_prep.shards.local_copy import local_shards
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.reader import SplitReader
 from hpc.cli import UserError, argument_parser, run
@@ -57,7 +57,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
         return True
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
     _refuse_failed(trained)
-    with nearby(task.data, task.node_local) as manifest:
+    with local_shards(task.data, task.node_local) as manifest:
         require_data(task, manifest, group)
         return pretrain_on(manifest, trained, consumer, group, stop)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_prep.shards.local_copy import nearby
+from data_prep.shards.local_copy import local_shards
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.reader import SplitReader
 from hpc.cli import UserError, argument_parser, run
@@ -64,7 +64,7 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
     Those that are done already are left out."""
     task = unfinished(task, group)
     if task.cells:
-        with nearby(task.data, task.node_local) as manifest:
+        with local_shards(task.data, task.node_local) as manifest:
             require_data(task, manifest, group)
             train_on(manifest, task, group, stop)
 

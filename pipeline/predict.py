@@ -19,7 +19,7 @@ from PIL import Image
 from data_prep.images import decode_rgb, read_bytes
 from hpc.cli import UserError, argument_parser, one_line, run
 from hpc.config import did_you_mean
-from hpc.distributed.launcher import alone
+from hpc.distributed.launcher import single_process
 from hpc.distributed.process_group import process_group
 from hpc.storage.atomic import new_file
 from jobs.spec.run_paths import RunPaths
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     _refuse_overwriting(arguments.images, arguments.out)
     head, paths = find_head(arguments.cell, arguments.config)
-    with process_group(alone(), paths.rendezvous) as group:
+    with process_group(single_process(), paths.rendezvous) as group:
         predictor = Predictor(head, paths, group)
         for path in arguments.images:
             image = decode_rgb(read_bytes(path), str(path))

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.shards.manifest import Manifest
-from hpc.storage.node_cache import SharedFile, staged
+from hpc.storage.node_cache import SharedFile, cached_copy
 
 
 @contextmanager
-def nearby(folder: str | Path, node_local: str) -> Iterator[Manifest]:
+def local_shards(folder: str | Path, node_local: str) -> Iterator[Manifest]:
     """The manifest of the data set in `folder`, whose shards lie in the node's folder `node_local`
     while the block runs; in `folder` itself if that is "" or has no room for them."""
     manifest = Manifest.load(folder)
@@ -21,5 +21,5 @@ def nearby(folder: str | Path, node_local: str) -> Iterator[Manifest]:
         return
     shards = [shard for half in manifest.splits.values() for shard in half.shards]
     files = [SharedFile(shard.file, shard.bytes, shard.sha256) for shard in shards]
-    with staged(manifest.folder, files, manifest.fingerprint, node_local) as place:
+    with cached_copy(manifest.folder, files, manifest.fingerprint, node_local) as place:
         yield replace(manifest, folder=place)

@@ -1,4 +1,4 @@
-"""What the C library does with memory that a program frees."""
+"""Tell the C library to keep freed memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for what this process allocates next; from then on the process
-    stays as large as it ever was. False where the C library is another one and nothing changes.
+    """Make glibc keep freed memory for later allocations of this process.
 
-    Otherwise large blocks go back to the kernel as they are freed, and every step of a training
-    has its gigabytes mapped, zeroed and faulted in anew, page by page.
+    The process never shrinks from then on. Without this, glibc returns large blocks to the kernel,
+    and each training step maps, zeroes and faults in its gigabytes again, page by page.
+
+    Returns:
+        False if the C library is not glibc; then nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # not M_MMAP_THRESHOLD: before glibc 2.35 it takes no more than 32 MB
+    # M_MMAP_THRESHOLD would not do: before glibc 2.35 its maximum is 32 MB
     return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

@@ -1,4 +1,4 @@
-"""What the launcher says about this process: the one reader of the environment. Stdlib only."""
+"""Read the launcher's environment: rank, world size, job. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hpc.account import expanded
 
 Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
 
-# Of Open MPI; of MPICH and Intel MPI.
+# Open MPI; MPICH, Intel MPI and Slurm's pmi2; MVAPICH
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# Open MPI; MPICH and Intel MPI
 _MPI_NAMES = (
     (
         "OMPI_COMM_WORLD_RANK",
@@ -27,30 +29,31 @@ _MPI_NAMES = (
 
 @dataclass(frozen=True)
 class RankEnv:
-    """This process's place in its job.
+    """The place of this process in its job.
 
-    `start_id` is equal on all ranks of one start of a job and differs from every other start, so
-    that ranks find each other and not those of a start before; it is "" where the launcher gives
-    none (`mpiexec`) or where there is only one rank. `job_id` is Slurm's, as `scontrol requeue`
-    takes it; "" outside of Slurm. `on_one_node` is False where the launcher does not say so.
+    `start_id` is equal on all ranks of one start of a job and differs from every other start. With
+    it, ranks find each other, and not the ranks of an earlier start.
     """
 
     launcher: Launcher
     rank: int
     world_size: int
     local_rank: int
-    node: str
-    job_id: str
-    start_id: str
-    master: tuple[str, int] | None = None  # address and port of rank 0, where the launcher chose
-    agent_store: bool = False  # torchrun's agent serves that port itself; every rank is a client
-    on_one_node: bool = False  # all ranks of the job
+    node: str  # host name
+    job_id: str  # Slurm's, as `scontrol requeue` takes it; "" outside Slurm
+    start_id: str  # "" under `mpiexec`, which gives none, and for one rank
+    master: tuple[str, int] | None = None  # address and port of rank 0, if the launcher chose them
+    agent_store: bool = False  # torchrun's agent serves that port; every rank is a client
+    on_one_node: bool = False  # whether the launcher says that all ranks share a node
 
 
 def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
-    """Who am I? torchrun's variables come first, since they are the most explicit; Slurm's count
-    only inside an `srun` step: a batch shell has them too, but is one process. `mpiexec` in an
-    allocation brings its ranks up in a step of its own, which has one task a node."""
+    """Return the place of this process in its job.
+
+    torchrun's variables come first, since they are the most explicit. Slurm's count only inside an
+    `srun` step: a batch shell has them too, but is one process. `mpiexec` inside an allocation
+    starts its ranks in a step of its own, which has one task per node.
+    """
     node = socket.gethostname()
     if _has_torchrun(environ):
         master = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
@@ -67,7 +70,7 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
                        start_id=f"{environ.get('LOSSGRID_JOB_ID', node)}-{job}")  # fmt: skip
     tasks = environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in environ else None
     for rank, size, local, local_size in _MPI_NAMES:
-        # under `srun --mpi=pmi2` they and Slurm's agree, and Slurm's say more
+        # under `srun --mpi=pmi2` these agree with Slurm's variables, which say more
         if rank in environ and environ.get(size, tasks) != tasks:
             return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
                            job_id=_slurm_job(environ), start_id="",
@@ -82,15 +85,14 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
 
 
-def alone() -> RankEnv:
-    """Return the place of a process that is no rank of a job, whatever a launcher has left in its
-    environment: of commands that users start on a login node."""
+def single_process() -> RankEnv:
+    """Return the place of a command on a login node: one rank, whatever the environment says."""
     return RankEnv("single", 0, 1, 0, socket.gethostname(), "", "")
 
 
 def _has_torchrun(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, or a launcher that sets its variables, started this process. Some of them,
-    or a world smaller than the step of Slurm that we are in, are left over from another one."""
+    # variables left over from another launcher: some are missing, or the world is smaller than the
+    # Slurm step of this process
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return False
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environ else "1"
@@ -102,19 +104,44 @@ def _place(environ: Mapping[str, str], rank: str, size: str, local: str) -> tupl
 
 
 def _slurm_job(environ: Mapping[str, str]) -> str:
-    """The id that `scontrol requeue` takes: of an array's element it is `ARRAY_TASK`."""
+    # `scontrol requeue` takes an array element as ARRAY_TASK
     if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID", "")
 
 
+def announced_mpi_size(environ: Mapping[str, str]) -> int | None:
+    """Return the number of ranks that an MPI launcher announced; None without an MPI launcher."""
+    for name in _MPI_SIZES:
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    return srun_tasks(environ) if _srun_starts_mpi(environ) else None
+
+
+def srun_tasks(environ: Mapping[str, str]) -> int | None:
+    """Return the number of tasks of this `srun` step; None outside one."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdigit() else None
+
+
+def speaks_only_pmix(environ: Mapping[str, str]) -> bool:
+    """Return whether the launcher speaks PMIx alone, as Open MPI's and `srun --mpi=pmix` do."""
+    return "PMIX_RANK" in environ and "PMI_RANK" not in environ
+
+
+def _srun_starts_mpi(environ: Mapping[str, str]) -> bool:
+    # srun tells every task its plugin, "none" among them; PMIx and PMI name the rank as well
+    plugin = environ.get("SLURM_MPI_TYPE", "none")
+    return plugin != "none" or "PMIX_RANK" in environ or "PMI_RANK" in environ
+
+
 def torch_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where torch keeps downloaded weights, by torch's own rule."""
+    """Return the folder of downloaded weights, as `torch.hub.get_dir` finds it."""
     cache = environ.get("XDG_CACHE_HOME") or expanded("~/.cache")
     return expanded(environ.get("TORCH_HOME") or Path(cache) / "torch")
 
 
 def default_config(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The grid file that `$LOSSGRID_CONFIG` names, if it is set."""
+    """Return the grid file that `$LOSSGRID_CONFIG` names; None if it is not set or empty."""
     name = environ.get("LOSSGRID_CONFIG")
     return expanded(name) if name else None

@@ -1,7 +1,8 @@
-"""The MPI communicator, or its one-rank stand-in where no MPI launched us.
+"""Join the MPI ranks of this program, or run as one rank without MPI.
 
-mpi4py is imported only under an MPI launcher. Under a launcher of another MPI it silently becomes
-many worlds of size one that all write the same file: sizes are compared, and a mismatch stops."""
+mpi4py is imported only under an MPI launcher. If launcher and mpi4py belong to different MPIs,
+every rank silently sees a world of size 1. The sizes are compared, so that a mismatch is an error.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.distributed.launcher import announced_mpi_size, speaks_only_pmix, srun_tasks
 
 T = TypeVar("T")
-# Open MPI; MPICH, Intel MPI and Slurm's pmi2; MVAPICH
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-# Bytes of a message: still in the cache when its rows are put in their places, and far below the
-# 2^31 numbers at which MPI's own counts end
-_MESSAGE = 2**21
+# Bytes of a message: small enough for the cache, and far below MPI's limit of 2^31 elements
+_MESSAGE_BYTES = 2**21
 
 
 class World:
-    """The ranks that work together. Without a communicator: rank 0 of 1."""
+    """The ranks of an MPI communicator; without one, rank 0 of 1."""
 
     def __init__(self, communicator: Any = None) -> None:
         self._communicator = communicator
@@ -40,27 +39,32 @@ class World:
         self.size: int = communicator.Get_size() if communicator else 1
 
     def bcast(self, value: T) -> T:
-        """Rank 0's value on every rank; what the others pass is ignored."""
+        """Return rank 0's `value` on every rank. The other ranks' values are ignored."""
         return self._communicator.bcast(value, root=0) if self._communicator else value
 
     def gather(self, value: T) -> list[T] | None:
-        """On rank 0 every rank's value, in order of ranks; None elsewhere."""
+        """Return the values of all ranks, in rank order, on rank 0; None on the others."""
         return self._communicator.gather(value, root=0) if self._communicator else [value]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Block until every rank has called this."""
         if self._communicator:
             self._communicator.Barrier()
 
     def rows_to_root(self, arrays: Iterable[NDArray[np.int64]], places: NDArray[np.intp]) -> None:
-        """Put the rows of all ranks into rank 0's arrays, which have its own already. On the others
-        arrays begin with those rows that belong in the `places` of rank 0's. The arrays of ranks,
-        as many on each, have equally long rows. No two ranks may have the same place."""
+        """Copy the rows of all ranks into rank 0's arrays.
+
+        Args:
+            arrays: int64, C-contiguous, as many on each rank, with rows of equal shape. On rank 0
+                they hold all rows, its own already filled in. On another rank they begin with the
+                `len(places)` rows that it sends.
+            places: row numbers in rank 0's arrays, of this rank's rows. Distinct over all ranks.
+        """
         of_ranks = self.gather(places)
         assert of_ranks is None or len(found := np.concatenate(of_ranks)) == len(np.unique(found))
         for array in arrays:
             assert array.dtype == np.int64 and array.flags.c_contiguous
-            most = max(1, _MESSAGE // (array.itemsize * math.prod(array.shape[1:])))
+            most = max(1, _MESSAGE_BYTES // (array.itemsize * math.prod(array.shape[1:])))
             if of_ranks is None:
                 for at in range(0, len(places), most):
                     self._communicator.Send(array[at : min(at + most, len(places))], dest=0)
@@ -74,10 +78,11 @@ class World:
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:
-        """An error in the block ends all ranks: the others would wait for this one for ever.
+        """End all ranks if the block raises: the others would wait for this one for ever.
 
-        It is printed here, one line for a `UserError`, since nothing runs after the abort. With
-        one rank it is passed on."""
+        The error is printed here, since nothing runs after the abort: as one line for a
+        `UserError`, else with its traceback. With one rank it is raised as usual.
+        """
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
@@ -98,14 +103,14 @@ class World:
 
 
 def _await_reader(stream: TextIO, seconds: float = 2.0) -> None:
-    # on an abort mpiexec drops what it has not read yet, and the message with it
+    # on an abort mpiexec drops all unread output, the message included
     end = time.monotonic() + seconds
     while _unread(stream) and time.monotonic() < end:
         time.sleep(0.01)
 
 
 def _unread(stream: TextIO) -> int:
-    """Bytes that wait in the pipe behind `stream`; 0 if it is no pipe."""
+    """Return the number of unread bytes in the pipe behind `stream`; 0 if it is no pipe."""
     try:
         descriptor = stream.fileno()
         if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
@@ -116,12 +121,13 @@ def _unread(stream: TextIO) -> int:
     return int.from_bytes(answer, sys.byteorder)
 
 
-def world(environ: Mapping[str, str] | None = None) -> World:
-    """The ranks that the launcher started, or one rank where there was no MPI launcher.
+def world(environ: Mapping[str, str] = os.environ) -> World:
+    """Return the ranks that the launcher started, or one rank without an MPI launcher.
 
-    Raises `UserError` where MPI does not see the ranks that the launcher announced."""
-    environ = os.environ if environ is None else environ
-    size = launched_size(environ)
+    Raises:
+        UserError: MPI sees another number of ranks than the launcher announced.
+    """
+    size = announced_mpi_size(environ)
     if size is None:
         _refuse_tasks_without_mpi(environ)
         return World()
@@ -130,26 +136,8 @@ def world(environ: Mapping[str, str] | None = None) -> World:
     return _checked_world(size, environ)
 
 
-def launched_size(environ: Mapping[str, str]) -> int | None:
-    """How many ranks the launcher announced; None where no MPI launcher is in play."""
-    for name in _SIZE_VARIABLES:
-        if environ.get(name, "").isdigit():
-            return int(environ[name])
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks.isdigit() and _slurm_speaks_mpi(environ):
-        return int(tasks)
-    return None
-
-
-def _slurm_speaks_mpi(environ: Mapping[str, str]) -> bool:
-    # srun tells every task its plugin, "none" among them; PMIx and PMI name the rank as well
-    plugin = environ.get("SLURM_MPI_TYPE", "none")
-    return plugin != "none" or "PMIX_RANK" in environ or "PMI_RANK" in environ
-
-
 def _refuse_tasks_without_mpi(environ: Mapping[str, str]) -> None:
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks.isdigit() and int(tasks) > 1:
+    if (tasks := srun_tasks(environ) or 1) > 1:
         raise UserError(
             f"srun started {tasks} tasks without MPI: each would do the whole work; use "
             "`srun --mpi=pmix` (or pmi2: what your MPI was built for), or `srun -n 1`"
@@ -160,7 +148,7 @@ def _checked_world(size: int, environ: Mapping[str, str]) -> World:
     try:
         import mpi4py
 
-        # a library that meets a launcher it does not know may end the process where it starts
+        # an MPI library may end the process at its start if it does not know the launcher
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -168,9 +156,9 @@ def _checked_world(size: int, environ: Mapping[str, str]) -> World:
             f"{size} ranks were launched, but mpi4py does not load ({error}); load the site's MPI "
             "module or install the `mpich` wheel, or start a single process"
         ) from error
-    if _cannot_speak(MPI, environ):
+    if speaks_only_pmix(environ) and _is_mpich_without_pmix(MPI):
         raise _mismatch(size, "in PMIx, which this MPI does not speak", MPI)
-    with warnings.catch_warnings(action="ignore"):  # of what is compared here
+    with warnings.catch_warnings(action="ignore"):  # mpi4py warns of the mismatch checked below
         if not MPI.Is_initialized():
             MPI.Init_thread()
     found = World(MPI.COMM_WORLD)
@@ -179,12 +167,9 @@ def _checked_world(size: int, environ: Mapping[str, str]) -> World:
     return found
 
 
-def _cannot_speak(library: Any, environ: Mapping[str, str]) -> bool:
-    """Whether the launcher speaks PMIx alone, as Open MPI's and `srun --mpi=pmix` do, and this is
-    an MPICH that was built without it."""
-    pmix_alone = "PMIX_RANK" in environ and "PMI_RANK" not in environ
+def _is_mpich_without_pmix(library: Any) -> bool:
     is_mpich = library.get_vendor()[0] == "MPICH"
-    return pmix_alone and is_mpich and "pmix" not in library.Get_library_version().lower()
+    return is_mpich and "pmix" not in library.Get_library_version().lower()
 
 
 def _mismatch(size: int, what: str, library: Any) -> UserError:

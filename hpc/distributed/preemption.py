@@ -1,5 +1,4 @@
-"""Stopping: signals set a flag, and the ranks agree on it at a step's edge. No work is done inside
-a handler."""
+"""Stop a job on a signal: a handler only sets a flag, and ranks agree on it between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Which stop signal has come, if any."""
+    """The first stop signal that this process has received, if any."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -21,25 +20,29 @@ class StopRequest:
         return self.signal is not None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        # the first one counts: a time limit's USR2 is followed by TERM
+        # keep the first one: at a time limit, TERM follows USR2
         self.signal = self.signal or signal.Signals(number)
 
 
 _early = StopRequest()
 
 
-def keep_notice() -> None:
-    """Until the job listens, keep a time limit's notice for it, which comes once. Blocking the
-    signal would not do: libraries have threads by then that do not block it. One that no job
-    listens for changes nothing."""
+def keep_early_notice() -> None:
+    """Record a SIGUSR2 that arrives before `stop_request` listens: Slurm sends it only once.
+
+    Blocking the signal would not work: threads that libraries have started do not block it.
+    """
     _early.signal = None
     signal.signal(signal.SIGUSR2, _early._note)
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listen for USR2 (time limit ahead), TERM (preemption, cancel) and INT inside the block.
-    Replaces submitit's handlers, which act on rank 0 alone. What `keep_notice` kept counts too."""
+    """Yield a request that USR2 (time limit ahead), TERM (preemption, cancel) or INT sets.
+
+    A signal that `keep_early_notice` recorded counts too. submitit's handlers are replaced inside
+    the block, since they act on rank 0 alone.
+    """
     request = StopRequest()
     request.signal = _early.signal
     before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
@@ -50,8 +53,10 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_rank(_worker: int = 0) -> None:
-    """For loader processes. Slurm and terminals signal every process of a job; a loader that died
-    of it would take the rank with it, before it has saved. Loaders end when their rank does."""
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """Ignore stop signals in a loader process, which ends when its rank does.
+
+    Slurm and terminals signal every process of a job. A rank whose loader dies cannot save.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,7 @@
-"""The torch process group of a job, and the few collectives that we use. One rank is the same
-path: it has a process group of size one."""
+"""Start torch's process group for a job, and offer the few collectives that jobs use.
+
+One rank takes the same path, with a process group of size 1.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ from hpc.distributed.launcher import RankEnv
 from hpc.distributed.timer import Stopwatch
 from hpc.storage.atomic import write_text
 
-TIMEOUT = datetime.timedelta(minutes=10)  # minutes, so that nobody waits for the dead
+TIMEOUT = datetime.timedelta(minutes=10)  # a rank waits no longer for one that died
 COMMUNICATION = "communication"
 _POLL_SECONDS = 0.1
 _LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 
 class Group:
-    """All ranks of one job. `watch` is this rank's stopwatch; what follows is `communication`."""
+    """All ranks of one job. `watch`, this rank's stopwatch, counts collectives as a part."""
 
     def __init__(self, env: RankEnv, device: torch.device) -> None:
         self.env = env
@@ -40,17 +42,17 @@ class Group:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and talks."""
+        """Return whether this is rank 0, which writes files and log lines."""
         return self.rank == 0
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """torch's object, for modules that communicate themselves."""
+        """Return torch's group, for modules that call collectives themselves."""
         assert dist.group.WORLD is not None
         return dist.group.WORLD
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over all ranks, on all ranks; no gradient runs through it."""
+        """Return the sum of `value` over all ranks, on all ranks, detached from the graph."""
         total = value.detach().clone()
         if self.world_size > 1:
             with self.watch.part(COMMUNICATION):
@@ -58,7 +60,7 @@ class Group:
         return total
 
     def max(self, value: int) -> int:
-        """The largest of all ranks' integers: how ranks agree on what to do next."""
+        """Return the largest of all ranks' integers, on all ranks: the ranks' agreement."""
         if self.world_size == 1:
             return value
         agreed = torch.tensor(value, dtype=torch.int64)
@@ -67,7 +69,7 @@ class Group:
         return int(agreed)
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The plain value of the rank `source`, on all ranks."""
+        """Return the picklable `value` of rank `source`, on all ranks."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -76,7 +78,7 @@ class Group:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Block until all ranks have called this."""
         if self.world_size > 1:
             with self.watch.part(COMMUNICATION):
                 dist.barrier()
@@ -84,15 +86,21 @@ class Group:
 
 @contextmanager
 def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
-    """Start torch's process group for this job and end it with the block.
+    """Start torch's process group for this job, and end it with the block.
 
-    `rendezvous` is a folder that all ranks see, where rank 0 leaves its address: it takes a free
-    port itself, so two jobs on one node cannot collide.
+    Rank 0 listens on a free port, so that two jobs on one node cannot collide.
+
+    Args:
+        env: the place of this process in the job.
+        rendezvous: a folder that all ranks see; rank 0 writes its address there.
+
+    Raises:
+        UserError: torch has no kernels for the GPU, or rank 0 does not write its address.
     """
     device = own_device(env)
     _use_loopback(env)
     store = _store(env, rendezvous)
-    # integers that ranks agree on lie in main memory, hence gloo beside NCCL
+    # gloo beside NCCL: integers that ranks agree on lie in main memory
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with named_wait(f"all {env.world_size} ranks of this job to meet"):
         dist.init_process_group(
@@ -101,8 +109,8 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     try:
         yield Group(env, device)
     except BaseException as error:
-        # what its frames hold, such as DDP's hooks, must go before the group does: freed after it,
-        # at the process's end, they now and then wait for ever
+        # free what the frames hold, such as DDP's hooks, before the group: freed after it, at the
+        # end of the process, they sometimes wait for ever
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -110,8 +118,11 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
 
 
 def own_device(env: RankEnv) -> torch.device:
-    """The GPU of this rank, or the CPU where none is visible. Raises `UserError` if torch has no
-    kernels for it."""
+    """Return this rank's GPU, or the CPU if no GPU is visible.
+
+    Raises:
+        UserError: torch has no kernels for the GPU.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
@@ -157,8 +168,7 @@ def _torchrun_store(env: RankEnv) -> dist.Store:
 
 
 def _mpi_store(env: RankEnv) -> dist.Store:
-    """Ranks that `mpiexec` started find each other through MPI itself."""
-    from hpc.distributed.mpi import world  # mpi4py only where MPI is there
+    from hpc.distributed.mpi import world  # loads mpi4py
 
     communicator = world()
     store = _listen(env) if env.rank == 0 else None
@@ -174,15 +184,17 @@ def _connect(env: RankEnv, host: str, port: int, serves: bool = False) -> dist.T
 
 
 def _listen(env: RankEnv) -> dist.TCPStore:
-    # the name is for our own connection; the store listens on all interfaces
+    # rank 0 connects by this name; the store listens on all interfaces
     return dist.TCPStore(
         "localhost", 0, env.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT
     )
 
 
 def _use_loopback(env: RankEnv) -> None:
-    """Let gloo connect ranks of one node over loopback: by itself it takes the address that the
-    host name resolves to, which need not lead anywhere."""
+    """Make gloo connect the ranks of one node over loopback.
+
+    By default it takes the address that the host name resolves to, which may be unreachable.
+    """
     if env.on_one_node and env.world_size > 1 and _LOOPBACK_INTERFACE in _interfaces():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
 
@@ -192,9 +204,11 @@ def _interfaces() -> list[str]:
 
 
 def _own_address(env: RankEnv) -> str:
-    """Return how the other ranks reach this one: over loopback if all are on this node, else by
-    what our host name resolves to. Where that is loopback too, as Debian has it, return the name,
-    which other nodes resolve better."""
+    """Return the address at which the other ranks reach this one.
+
+    This is loopback if all are on this node, else the address of the host name. If that is
+    loopback too, as on Debian, return the name, which other nodes resolve better.
+    """
     if env.on_one_node:
         return _LOOPBACK
     name = socket.gethostname()
@@ -213,5 +227,5 @@ def _wait_for(address: Path) -> str:
         except FileNotFoundError:
             time.sleep(_POLL_SECONDS)
             if address.parent.exists():
-                list(address.parent.iterdir())  # makes NFS look again
+                list(address.parent.iterdir())  # makes NFS refresh its cache
     raise UserError(f"rank 0 did not leave its address in {address} within {TIMEOUT}")

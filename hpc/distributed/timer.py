@@ -1,4 +1,4 @@
-"""How long each part of the work takes."""
+"""Measure the seconds that each part of the work takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ OTHER = "other"
 
 
 class Stopwatch:
-    """Seconds by part. Every moment belongs to one part, so they add up to the time that has
-    passed; a part inside another one is not counted there too. Until it is started it measures
-    nothing, and waits for no GPU.
+    """Seconds by part.
+
+    Every moment belongs to exactly one part, the innermost, so that the parts add up to the elapsed
+    time. Before `start` nothing is measured and no GPU is waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,21 +26,21 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
 
     def start(self) -> None:
-        """Measure from now on."""
+        """Start measuring."""
         self.running, self._since = True, time.perf_counter()
 
     def lap(self) -> dict[str, float]:
-        """The seconds by part since the start, or the last lap."""
+        """Return the seconds by part since the start or the last lap."""
         self.begin(self._part)
         seconds, self._seconds = self._seconds, {}
         return seconds
 
     def begin(self, part: str) -> None:
-        """From now on it is `part`."""
+        """Count the time from now on as `part`."""
         if not self.running:
             return
         if self._device.type == "cuda":
-            # this stream alone: what NCCL still does on its own is no work of the part before
+            # this stream alone: what NCCL still does on its own belongs to no earlier part
             torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
@@ -47,7 +48,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The block is the part `name`."""
+        """Count the time inside the block as the part `name`."""
         before = self._part
         self.begin(name)
         try:

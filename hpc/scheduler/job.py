@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line, protect_output
 from hpc.distributed.launcher import read_env
-from hpc.distributed.preemption import keep_notice
+from hpc.distributed.preemption import keep_early_notice
 
 ERROR_PREFIX = "error: "
 START_PREFIX = "--- start "
@@ -59,7 +59,7 @@ def _drop_submitit_handlers() -> None:
     # the job sets its own handlers. A job that sets none may use its time to the end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    keep_notice()
+    keep_early_notice()
 
 
 def _mark_start() -> None:

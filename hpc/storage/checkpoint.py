@@ -37,7 +37,7 @@ _NAME = re.compile(r"step-(\d{9})-g(\d+)")
 _INDEX = "index.json"
 
 # Whether a state that was read is one of the entry's own: names, shapes, types.
-Fits = Callable[[str, Any], bool]
+StateMatches = Callable[[str, Any], bool]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Checkpoint:
     checksums: Mapping[str, str]
     record: Mapping[str, Any]
 
-    def load(self, entry: str, fits: Fits) -> Any:
+    def load(self, entry: str, state_matches: StateMatches) -> Any:
         """The state saved for `entry`. Raises `Damaged` if its file is not as written, or its state
         does not fit."""
         import torch  # planning reads indices and must not pay for it
@@ -67,7 +67,7 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds for a file that is not its own
             kind = type(error).__name__
             raise Damaged(f"{path} is foreign (as a state it gives {kind})") from error
-        if not fits(entry, state):
+        if not state_matches(entry, state):
             raise Damaged(f"{path} is foreign (its state has other names, shapes or types)")
         return state
 
@@ -197,7 +197,7 @@ def newest(folder: Path) -> dict[str, Checkpoint]:
 def load_latest(
     folder: Path,
     entries: Iterable[str],
-    fits: Fits = lambda _entry, state: isinstance(state, dict),
+    state_matches: StateMatches = lambda _entry, state: isinstance(state, dict),
     newest: int | None = None,
 ) -> tuple[int, dict[str, dict[str, Any]], list[Mapping[str, Any]], list[str]]:
     """The newest step, up to `newest`, at which all `entries` have an intact checkpoint whose state
@@ -215,7 +215,7 @@ def load_latest(
             for entry in wanted:
                 if entry in checkpoint.checksums and entry not in states:
                     try:
-                        states[entry] = checkpoint.load(entry, fits)
+                        states[entry] = checkpoint.load(entry, state_matches)
                         if checkpoint.record not in records:
                             records.append(checkpoint.record)
                     except Damaged as error:

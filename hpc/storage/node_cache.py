@@ -36,7 +36,7 @@ class SharedFile:
 
 
 @contextmanager
-def staged(
+def cached_copy(
     source: Path,
     files: Sequence[SharedFile],
     identity: str,

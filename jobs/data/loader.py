@@ -29,7 +29,7 @@ from torch import Tensor
 
 from data_prep.shards.reader import Bytes
 from hpc.cli import UserError
-from hpc.distributed.preemption import leave_signals_to_the_rank
+from hpc.distributed.preemption import ignore_stop_signals
 from hpc.distributed.process_group import TIMEOUT
 from jobs.data.batches import Batch, EvaluationImages, TrainingBatches
 
@@ -135,7 +135,7 @@ class _Filler(Generic[T]):
 
     def run(self, worker: int, connection: Connection) -> None:
         """Deliver every item that is this worker's turn."""
-        leave_signals_to_the_rank()
+        ignore_stop_signals()
         torch.set_num_threads(1)
         for count, position in enumerate(range(worker, len(self._indices), self.workers)):
             if count >= _PREFETCH:

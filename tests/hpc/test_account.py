@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.account import expanded, stand_in, user_name
+from hpc.account import ensure_account, expanded, user_name
 
 NOBODY = 54321
 AS_NOBODY = ("unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}", "env", "-i")
@@ -36,7 +36,7 @@ def test_training_can_be_imported():
 
 def test_who_has_a_name_and_a_home_keeps_them():
     environ = {"LOGNAME": "me", "HOME": "/people/me"}
-    stand_in(environ)
+    ensure_account(environ)
     assert environ == {"LOGNAME": "me", "HOME": "/people/me"}
 
 

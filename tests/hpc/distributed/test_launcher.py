@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.distributed.launcher import RankEnv, alone, default_config, read_env, torch_home
+from hpc.distributed.launcher import RankEnv, default_config, read_env, single_process, torch_home
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -101,7 +101,7 @@ def test_some_of_torchruns_variables_are_left_over(missing):
 def test_a_command_of_the_login_node_is_alone(monkeypatch):
     for name, value in {**TORCHRUN, **STEP}.items():
         monkeypatch.setenv(name, value)
-    env = alone()
+    env = single_process()
     assert (env.launcher, env.rank, env.world_size, env.job_id) == ("single", 0, 1, "")
 
 
@@ -148,8 +148,8 @@ def test_srun_that_speaks_pmi_is_still_srun():
 
 def test_the_job_is_named_as_scontrol_requeue_takes_it():
     assert read_env(STEP).job_id == "1_0"  # its raw id could be the whole array's
-    alone = {k: v for k, v in STEP.items() if not k.startswith("SLURM_ARRAY")}
-    assert read_env(alone).job_id == "2"
+    no_array = {k: v for k, v in STEP.items() if not k.startswith("SLURM_ARRAY")}
+    assert read_env(no_array).job_id == "2"
     assert read_env({**BATCH, **TORCHRUN}).job_id == read_env(BATCH).job_id == "1_0"
     assert read_env({**BATCH, **MPICH}).job_id == "1_0"
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hpc.cli import UserError
-from hpc.distributed.mpi import launched_size, world
+from hpc.distributed.launcher import announced_mpi_size
+from hpc.distributed.mpi import world
 
 REPOSITORY = Path(__file__).parents[3]
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
@@ -55,7 +56,7 @@ def _ranks(
     ],
 )
 def test_what_launchers_announce(environ, size):
-    assert launched_size(environ) == size
+    assert announced_mpi_size(environ) == size
 
 
 def test_one_process_needs_no_mpi():

@@ -35,9 +35,9 @@ for line in sys.stdin:
 # A job with a loader's worker, whose process id it says first.
 WITH_WORKER = """
 import multiprocessing, signal, sys, time
-from hpc.distributed.preemption import leave_signals_to_the_rank, stop_request
+from hpc.distributed.preemption import ignore_stop_signals, stop_request
 def work(ready):
-    leave_signals_to_the_rank(0)
+    ignore_stop_signals(0)
     ready.set()
     time.sleep(60)
 context = multiprocessing.get_context("fork")

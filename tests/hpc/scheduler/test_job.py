@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.distributed.preemption import keep_notice, stop_request
+from hpc.distributed.preemption import keep_early_notice, stop_request
 from hpc.scheduler.job import ModuleCall, last_error
 
 REPOSITORY = Path(__file__).parents[3]
@@ -36,7 +36,7 @@ def program(tmp_path, monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    keep_notice()  # forgets one of an earlier test
+    keep_early_notice()  # forgets one of an earlier test
     signal.signal(signal.SIGUSR2, handlers[signal.SIGUSR2])
 
 

@@ -10,7 +10,7 @@ import pytest
 from hpc.cli import UserError
 from hpc.scheduler.local_jobs import LocalJobs
 from hpc.storage.locks import require_locks, take_lock
-from hpc.storage.node_cache import staged
+from hpc.storage.node_cache import cached_copy
 from pipeline.submit import one_at_a_time
 
 
@@ -74,7 +74,7 @@ def test_whoever_needs_a_lock_says_so(without_locks, tmp_path, user):
 
 def test_copies_on_a_node_are_done_without(without_locks, tmp_path, capsys):
     without_locks(errno.ENOLCK)
-    with staged(tmp_path, [], "key", str(tmp_path)) as folder:
+    with cached_copy(tmp_path, [], "key", str(tmp_path)) as folder:
         assert folder == tmp_path
     said = capsys.readouterr().err
     assert said.startswith(f"warning: cannot lock a file in {tmp_path}") and "node_local" in said

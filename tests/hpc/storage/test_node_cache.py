@@ -14,7 +14,7 @@ import pytest
 
 from hpc.storage import node_cache
 from hpc.storage.atomic import Damaged
-from hpc.storage.node_cache import SharedFile, staged
+from hpc.storage.node_cache import SharedFile, cached_copy
 from tests.tiny_disk import REPOSITORY, may_mount, on_tiny_disk
 
 CONTENT = {"a.h5": b"one" * 1000, "b.h5": b"two" * 5_000_000}
@@ -22,11 +22,11 @@ CONTENT = {"a.h5": b"one" * 1000, "b.h5": b"two" * 5_000_000}
 USER = """
 import sys, hashlib
 from pathlib import Path
-from hpc.storage.node_cache import SharedFile, staged
+from hpc.storage.node_cache import SharedFile, cached_copy
 source, place = map(Path, sys.argv[1:3])
 files = [SharedFile(f.name, f.stat().st_size, hashlib.sha256(f.read_bytes()).hexdigest())
          for f in sorted(source.glob("*.h5"))]
-with staged(source, files, "key", str(place)) as folder:
+with cached_copy(source, files, "key", str(place)) as folder:
     found = {f.name: f.stat().st_ino for f in folder.glob("*.h5")}
     print(folder, found, flush=True)
     sys.stdin.read()
@@ -81,7 +81,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def test_the_copy_is_whole_and_private_and_gone_afterwards(source, disk):
-    with staged(source, files(), "key", str(disk)) as folder:
+    with cached_copy(source, files(), "key", str(disk)) as folder:
         assert folder != source
         assert {f.name: f.read_bytes() for f in folder.glob("*.h5")} == CONTENT
         assert folder.parent.stat().st_mode & 0o077 == 0
@@ -119,7 +119,7 @@ def test_what_a_killed_process_leaves_the_next_one_removes(source, disk):
         process.kill()
         process.wait()
     assert len(left_on(disk)) == 4
-    with staged(source, files()[:1], "another", str(disk)):
+    with cached_copy(source, files()[:1], "another", str(disk)):
         assert not [path for path in left_on(disk) if "/key" in path]
     assert left_on(disk) == []
 
@@ -133,7 +133,7 @@ def test_half_a_copy_is_made_anew(source, disk, monkeypatch):
     (own / "key" / "complete").unlink()
     (own / "key" / "b.h5").write_bytes(b"two")
     monkeypatch.setattr(node_cache, "_sweep", lambda own: None)  # the others were at it as well
-    with staged(source, files(), "key", str(disk)) as folder:
+    with cached_copy(source, files(), "key", str(disk)) as folder:
         assert (folder / "b.h5").read_bytes() == CONTENT["b.h5"]
 
 
@@ -141,14 +141,14 @@ def test_a_damaged_file_is_named_and_nothing_stays(source, disk):
     with (source / "b.h5").open("r+b") as file:
         file.write(b"T")
     with pytest.raises(Damaged, match=r"shared/b\.h5 is damaged"):
-        staged(source, files(), "key", str(disk)).__enter__()
+        cached_copy(source, files(), "key", str(disk)).__enter__()
     assert [path for path in left_on(disk) if path.endswith(".h5")] == []
 
 
 @pytest.mark.parametrize("place", ["$NO_SUCH_VARIABLE/x", "$EMPTY", "/proc/nothing"])
 def test_where_there_is_no_such_folder_the_shared_one_is_read(source, place, monkeypatch, capsys):
     monkeypatch.setenv("EMPTY", "")
-    with staged(source, files(), "key", place) as folder:
+    with cached_copy(source, files(), "key", place) as folder:
         assert folder == source
     said = capsys.readouterr().err
     assert said.startswith("warning: ")
@@ -160,12 +160,12 @@ FULL = """
 import sys
 from pathlib import Path
 from hpc.storage import node_cache
-from hpc.storage.node_cache import SharedFile, staged
+from hpc.storage.node_cache import SharedFile, cached_copy
 if sys.argv[2:] == ["unforeseen"]:  # others fill the disk while we copy
     node_cache._SPARE_BYTES = -10**9
 place = Path(sys.argv[1])
 source = place.parent / "shared"
-with staged(source, [SharedFile("b.h5", 15_000_000, "?")], "key", str(place)) as folder:
+with cached_copy(source, [SharedFile("b.h5", 15_000_000, "?")], "key", str(place)) as folder:
     print(folder == source)
 print([str(path.name) for path in place.rglob("*") if path.suffix == ".h5"])
 """
@@ -186,7 +186,7 @@ def test_a_copy_that_others_remove_meanwhile_is_made_again(source, disk):
     for _ in range(3):
         with user(source, disk) as (process, _said):
             process.stdin.close()
-            with staged(source, files(), "key", str(disk)) as folder:
+            with cached_copy(source, files(), "key", str(disk)) as folder:
                 time.sleep(0.05)
                 assert {f.name: f.read_bytes() for f in folder.glob("*.h5")} == CONTENT
             process.wait(timeout=30)
@@ -194,5 +194,5 @@ def test_a_copy_that_others_remove_meanwhile_is_made_again(source, disk):
 
 
 def test_the_place_is_of_this_user_alone(source, disk):
-    with staged(source, files(), "key", str(disk)) as folder:
+    with cached_copy(source, files(), "key", str(disk)) as folder:
         assert folder.parent.name == f"lossgrid-{os.geteuid()}"
