@@ -1,4 +1,4 @@
-"""Users without an account, as containers have: a number, but neither a name nor a home."""
+"""Support users without an account, as in containers: no name and no home, only a number."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pwd
 from collections.abc import MutableMapping
 from pathlib import Path
 
-_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where `getpass` looks before the accounts
-_NO_HOME = "/nonexistent"  # what Debian gives accounts without one; nobody can make files there
+_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # the variables that `getpass` reads first
+_NO_HOME = "/nonexistent"  # as Debian sets for accounts without a home; cannot be written to
 
 
 def user_name(number: int) -> str:
@@ -20,8 +20,7 @@ def user_name(number: int) -> str:
 
 
 def expanded(text: str | Path) -> Path:
-    """Return a path in which `~` and `~NAME` are homes. It stays as it is if there is no such user,
-    as in a shell."""
+    """Return a path with `~` and `~NAME` expanded; unchanged if there is no such user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -29,8 +28,10 @@ def expanded(text: str | Path) -> Path:
 
 
 def ensure_account(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Give this process, and those that it starts, a name and a home if they have none. Libraries
-    ask for them as they are imported: torch raises without a name, and others make a folder `~`."""
+    """Set `USER` and `HOME` in `environ` if the user has no account.
+
+    Libraries ask for them on import: torch raises without a name, others make a folder called `~`.
+    """
     if any(environ.get(name) for name in _NAMES) and environ.get("HOME"):
         return
     try:

@@ -1,5 +1,8 @@
-"""Files and folders that appear whole: unique temporary name, fsync, os.replace, fsync of the
-parent. Readers never see half of one, and every JSON record carries a checksum."""
+"""Write files and folders that appear whole, and JSON records with a checksum.
+
+Each is written under a unique temporary name, flushed to disk, renamed, and its parent is flushed.
+Readers never see half of one.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,36 @@ from hpc.cli import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
 _DEAD_AFTER_SECONDS = 3600.0  # since a temporary folder or anything in it was last written
-# A record's last line holds the hash of the bytes above it, which is compared in no time, and saves
-# writing the record anew for its checksum.
+# The last line of a record holds the hash of the bytes above it, which is cheap to compare. The
+# checksum of the canonical text would need the record to be encoded again; it serves as a fallback
+# for a record that was reformatted.
 _END = b',\n "above": "%s"\n}\n'
 _NO_SHA256 = b"0" * 64
 _CHECKSUMS = frozenset({"checksum", "above"})
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-# Asked when all is on disk, right before it appears: raises if it must not appear any more.
+# Called when all data are on disk, right before they appear; raises if they must not appear.
 Check = Callable[[], None]
 
 
 class Damaged(UserError):
-    """A file that exists but whose content is not what was written."""
+    """A file that cannot be read, or whose content is not what was written."""
 
 
 @contextmanager
 def new_file(
     path: str | Path, check: Check | None = None, final: Callable[[], Path] | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends without an error the file written
-    there becomes `path` in one step, replacing an older one. On an error, or if `check` raises,
-    nothing is left. `final`: returns, after the block, the path to use in place of `path`; it must
-    lie in the same folder.
+    """Yield a temporary path; the file written there becomes `path` in one step after the block.
+
+    An older file of that name is replaced. If the block or `check` raises, nothing is left.
+
+    Args:
+        path: where the file appears; its folder is made if it is missing.
+        check: called right before the file appears; raises to prevent it.
+        final: called after the block; returns the path to use instead, in the same folder.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     path = Path(path)
     _make_parent(path)
@@ -56,14 +67,17 @@ def new_file(
     except OSError as error:
         raise _explained(error, path) from error
     finally:
-        with suppress(OSError):  # there may be none; and one on a disk that is read-only by now
+        with suppress(OSError):  # it was renamed, or the disk has become read-only
             temporary.unlink()
 
 
 @contextmanager
 def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` by one rename, unless `check` raises. `path`
-    must not exist yet: if it does, `FileExistsError`, and the older one stays untouched.
+    """Yield a temporary folder that becomes `path` by one rename, unless `check` raises.
+
+    Raises:
+        FileExistsError: `path` exists already; it stays untouched.
+        UserError: the folder cannot be written.
     """
     path = Path(path)
     _make_parent(path)
@@ -83,7 +97,7 @@ def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
     except FileExistsError:
         raise
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY:  # another writer was quicker than our look
+        if error.errno == errno.ENOTEMPTY:  # another writer came between the test and the rename
             raise FileExistsError(f"{path} exists already") from error
         raise _explained(error, path) from error
     finally:
@@ -92,9 +106,13 @@ def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: str | Path, last: str) -> Iterator[Path]:
-    """Yield a temporary folder in `folder`; when the block ends without an error, its files replace
-    those of the same names in `folder`, the one called `last` after all others. On an error nothing
-    of `folder` has changed.
+    """Yield a temporary folder whose files are moved into `folder` after the block.
+
+    They replace files of the same names; the file called `last` is moved after all others. If the
+    block raises, `folder` is unchanged.
+
+    Raises:
+        UserError: a file cannot be written or moved.
     """
     folder = Path(folder)
     temporary = _temporary_name(folder / last)
@@ -113,8 +131,7 @@ def new_files(folder: str | Path, last: str) -> Iterator[Path]:
 
 
 def remove_folder(path: str | Path) -> None:
-    """Delete a folder so that readers see it whole or not at all, even if we are killed meanwhile;
-    nothing happens where there is none."""
+    """Delete a folder, if it exists. Readers see it whole or not at all, even if this is killed."""
     path = Path(path)
     temporary = _temporary_name(path)
     try:
@@ -127,7 +144,7 @@ def remove_folder(path: str | Path) -> None:
 
 
 def remove_file(path: str | Path) -> None:
-    """Delete a file; nothing happens where there is none."""
+    """Delete a file, if it exists."""
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
@@ -135,8 +152,7 @@ def remove_file(path: str | Path) -> None:
 
 
 def rename_file(path: str | Path, new: str | Path) -> None:
-    """Give a file or folder another name, replacing a file that has it; its new folder is made
-    where there is none."""
+    """Rename a file or folder, replacing a file called `new`. Make its new folder if needed."""
     _make_parent(Path(new))
     try:
         Path(path).rename(new)
@@ -145,10 +161,12 @@ def rename_file(path: str | Path, new: str | Path) -> None:
 
 
 def remove_dead_folders(parent: str | Path) -> None:
-    """Delete the temporary folders that killed processes left in `parent`: those to which nothing
-    was written for an hour."""
+    """Delete temporary folders in `parent` that were not written to for an hour.
+
+    Killed processes left them.
+    """
     for folder in Path(parent).glob(f"{TEMPORARY_PREFIX}*/"):
-        with suppress(FileNotFoundError):  # its writer has just renamed it
+        with suppress(FileNotFoundError):  # its writer renamed it meanwhile
             written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - written > _DEAD_AFTER_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -166,8 +184,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, record: dict[str, Any], check: Check | None = None) -> None:
-    """Write a record of plain values, with checksums of itself under the keys `checksum` and
-    `above`, which no record has of its own, unless `check` raises."""
+    """Write a record of plain values in one step, unless `check` raises.
+
+    The keys `checksum` and `above` are added, and replaced if the record has them.
+    """
     body = {key: value for key, value in record.items() if key not in _CHECKSUMS}
     whole = {**body, "checksum": fingerprint(body)}
     text = json.dumps(whole, indent=1, ensure_ascii=False).removesuffix("\n}").encode("utf-8")
@@ -175,10 +195,13 @@ def write_json(path: str | Path, record: dict[str, Any], check: Check | None = N
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A record that `write_json` wrote, without its checksum. It may be laid out anew since, but
-    not changed.
+    """Return a record that `write_json` wrote, without its checksums.
 
-    Raises `FileNotFoundError` if there is none and `Damaged` if it is not as it was written.
+    Its text may have been reformatted since, but no value changed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: it cannot be read, or is not as it was written.
     """
     try:
         text = Path(path).read_bytes()
@@ -200,33 +223,33 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a value of plain types in canonical JSON: equal values, equal fingerprints."""
+    """Return the SHA-256 of a plain value's canonical JSON: equal for equal values."""
     return text_sha256(canonical(value))
 
 
 def canonical(value: Any) -> str:
-    """The JSON text that `fingerprint` is the hash of."""
+    """Return the canonical JSON text of a plain value, which `fingerprint` hashes."""
     return _CANONICAL.encode(value)
 
 
 def canonical_table(texts: Mapping[str, str]) -> str:
-    """`canonical` of a table from those of its values, by plain keys."""
+    """Return `canonical` of a table, given that of each value. Keys need no escape in JSON."""
     return "{" + ",".join([f'"{key}":{texts[key]}' for key in sorted(texts)]) + "}"
 
 
 def text_sha256(text: str) -> str:
-    """SHA-256 of ASCII text."""
+    """Return the SHA-256 of ASCII text."""
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _temporary_name(path: Path) -> Path:
-    # host and random part: two nodes that write the same name must not share a temporary file
+    # with host and random part, since two nodes may write the same path at once
     return path.parent / f"{TEMPORARY_PREFIX}{socket.gethostname()}-{uuid.uuid4().hex}"
 
 
@@ -238,7 +261,7 @@ def _make_parent(path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file or folder to disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

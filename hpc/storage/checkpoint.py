@@ -1,10 +1,10 @@
-"""Checkpoints: one folder a (step, generation) that appears by one rename, with one entry a unit
-of work, so that units come and go without touching each other's progress.
+"""Write and read checkpoints: one folder per (step, generation), with one entry per unit of work.
 
     FOLDER/step-000000120-g3/ENTRY.pt, index.json
 
-An entry holds tensors and plain values only. The index is read without torch, by planning too; it
-names its own place, so that one that was copied or renamed is not taken for what it is not.
+A folder appears by one rename. Units of work come and go without touching each other's progress.
+An entry holds tensors and plain values only. The index is read without torch, by planning too. It
+names its own place, so that a copied or renamed index is refused.
 """
 
 from __future__ import annotations
@@ -32,28 +32,31 @@ from hpc.storage.atomic import (
 from hpc.storage.checksum import SummingFile, file_crc32
 from hpc.storage.fencing import Generation
 
-KEPT = 2  # of each entry: the newest, and one to fall back to
+KEPT = 2  # checkpoints of each entry: the newest, and one to fall back to
 _NAME = re.compile(r"step-(\d{9})-g(\d+)")
 _INDEX = "index.json"
 
-# Whether a state that was read is one of the entry's own: names, shapes, types.
+# Called with entry and state: returns whether the state has the entry's names, shapes and types.
 StateMatches = Callable[[str, Any], bool]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder: the step it was written after, by which generation, and each entry's checksum."""
+    """One checkpoint folder."""
 
     path: Path
-    step: int
-    generation: int
-    checksums: Mapping[str, str]
-    record: Mapping[str, Any]
+    step: int  # number of steps done
+    generation: int  # the generation that wrote it
+    checksums: Mapping[str, str]  # by entry
+    record: Mapping[str, Any]  # plain values that describe all entries
 
     def load(self, entry: str, state_matches: StateMatches) -> Any:
-        """The state saved for `entry`. Raises `Damaged` if its file is not as written, or its state
-        does not fit."""
-        import torch  # planning reads indices and must not pay for it
+        """Return the state saved for `entry`.
+
+        Raises:
+            Damaged: the file is not as it was written, or `state_matches` returns False.
+        """
+        import torch  # planning reads indices and must not load torch
 
         path = self.path / f"{entry}.pt"
         try:
@@ -64,7 +67,7 @@ class Checkpoint:
             raise
         except OSError as error:
             raise Damaged(f"{path} cannot be read: {error.strerror}") from error
-        except Exception as error:  # torch raises many kinds for a file that is not its own
+        except Exception as error:  # torch raises many types for a file of another program
             kind = type(error).__name__
             raise Damaged(f"{path} is foreign (as a state it gives {kind})") from error
         if not state_matches(entry, state):
@@ -80,13 +83,23 @@ def save(
     record: Mapping[str, Any],
     resumed: int | None = None,
 ) -> None:
-    """Publish a checkpoint of `entries` after `step`, then prune older ones. `record` holds plain
-    values that describe all entries; `resumed` is as for `prune`. Raises `Superseded` if another
-    start has taken over.
+    """Publish a checkpoint of `entries` after `step`, then prune older ones.
+
+    Args:
+        folder: where checkpoints lie.
+        step: number of steps done.
+        generation: the claim of this start.
+        entries: the states to save, of tensors and plain values.
+        record: plain values that describe all entries.
+        resumed: as for `prune`.
+
+    Raises:
+        Superseded: a later start has taken over.
+        UserError: the checkpoint cannot be written.
     """
     generation.check()
     path = folder / f"step-{step:09d}-g{generation.number}"
-    if path.exists():  # the same start at the same step: the same state
+    if path.exists():  # this start has saved this step already
         return
     with new_folder(path, generation.check) as temporary:
         checksums = _dump_entries(entries, temporary)
@@ -95,16 +108,20 @@ def save(
 
 
 def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = None) -> None:
-    """Write tensors and plain values as one file that appears whole, unless `check` raises, and
-    that `torch.load` reads with `weights_only=True`."""
+    """Write tensors and plain values as one file that appears whole, unless `check` raises.
+
+    `torch.load` reads it with `weights_only=True`.
+    """
     with new_file(path, check) as temporary, temporary.open("wb") as file:
         _dump(state, file)
 
 
 def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, str]:
-    """Write a file for each entry; their checksums. While one is written the one before goes to
-    disk."""
-    from concurrent.futures import ThreadPoolExecutor  # with logging: planning reads checkpoints
+    """Write a file for each entry and return their checksums.
+
+    While one is written, a thread flushes the file before to disk.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and planning imports us
 
     checksums, synced = {}, []
     with ThreadPoolExecutor(1) as syncer, _without_crc32():
@@ -126,7 +143,7 @@ def _checksum(crc32: int) -> str:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """torch's own checksums cost half of its time, and a checkpoint has one of the whole file."""
+    # torch's own checksums take half of the time to save, and the index has one of the whole file
     from torch.serialization import get_crc32_options, set_crc32_options
 
     before = get_crc32_options()
@@ -138,7 +155,6 @@ def _without_crc32() -> Iterator[None]:
 
 
 def _dump(state: Mapping[str, Any], file: BinaryIO) -> None:
-    """torch gets a file, not a path, whose name would become part of the content."""
     import torch
 
     try:
@@ -150,7 +166,7 @@ def _dump(state: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """All checkpoints of a folder, newest first, and a line for each that cannot be read."""
+    """Return all checkpoints of a folder, newest first, and a line for each unreadable one."""
     found, problems = [], []
     for path in folder.iterdir() if folder.is_dir() else ():
         if _NAME.fullmatch(path.name) is None:
@@ -186,7 +202,7 @@ def _place(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> dict[str, Checkpoint]:
-    """The newest checkpoint of each entry of a folder."""
+    """Return the newest checkpoint of each entry of a folder."""
     found: dict[str, Checkpoint] = {}
     for checkpoint in find(folder)[0]:
         for entry in checkpoint.checksums:
@@ -200,10 +216,19 @@ def load_latest(
     state_matches: StateMatches = lambda _entry, state: isinstance(state, dict),
     newest: int | None = None,
 ) -> tuple[int, dict[str, dict[str, Any]], list[Mapping[str, Any]], list[str]]:
-    """The newest step, up to `newest`, at which all `entries` have an intact checkpoint whose state
-    fits, with their states, the records of the folders they lie in, and a line for each damaged or
-    foreign file that was passed over. Step 0 and no states where there is none, or nothing is
-    wanted. Entries may lie in different folders of the same step.
+    """Load the newest step at which all `entries` have an intact checkpoint.
+
+    Entries may lie in different folders of the same step.
+
+    Args:
+        folder: where checkpoints lie.
+        entries: the names of the wanted states.
+        state_matches: says whether a state is the entry's own; others are passed over.
+        newest: the largest step to consider; None for no limit.
+
+    Returns:
+        (step, states by entry, records of their folders, a line for each file passed over).
+        Step 0 and no states if there is no such step or no entry is wanted.
     """
     wanted = list(entries)
     checkpoints, problems = find(folder) if wanted else ([], [])
@@ -228,11 +253,20 @@ def load_latest(
 def prune(
     folder: Path, generation: Generation, finished: Iterable[str], resumed: int | None = None
 ) -> None:
-    """Delete what the entries of `generation` need no more: an entry needs its `KEPT` newest until
-    it is `finished`. `resumed` is the step that this start went on from: what older starts left
-    beyond it was damaged, or not shared by all entries, and counts for nothing. Entries of others
-    and folders of a later generation are not touched, and nothing at all once this generation has
-    a successor."""
+    """Delete checkpoints that the entries of `generation` no longer need.
+
+    Entries of other claims and folders of a later generation are not touched.
+
+    Args:
+        folder: where checkpoints lie.
+        generation: the claim of this start.
+        finished: entries that need no checkpoint; the others need their `KEPT` newest.
+        resumed: the step from which this start resumed. Checkpoints of earlier starts beyond it
+            were damaged or not shared by all entries, and are deleted.
+
+    Raises:
+        Superseded: a later start has taken over; nothing more is deleted.
+    """
     generation.check()
     done = frozenset(finished)
     seen: Counter[str] = Counter()
@@ -250,11 +284,11 @@ def prune(
 
 
 def _drop(checkpoint: Checkpoint, entries: Collection[str]) -> None:
-    """Delete the files of `entries`; the last of a folder take it with them."""
+    """Delete the files of `entries`, and the folder if no other entry is left in it."""
     files = {entry: checkpoint.path / f"{entry}.pt" for entry in checkpoint.checksums}
     if any(files[entry].exists() for entry in files.keys() - set(entries)):
         for entry in entries:
-            if not files[entry].is_dir():  # that is none of ours
+            if not files[entry].is_dir():  # a folder is not ours
                 remove_file(files[entry])
     else:
         remove_folder(checkpoint.path)

@@ -1,5 +1,4 @@
-"""The CRC32 of bytes, as zlib, PNG and Ethernet have it, by the fastest way that is installed; that
-of files, while they are written and later."""
+"""Compute CRC32 (as in zlib, PNG and Ethernet) of bytes and files, with the fastest library."""
 
 from __future__ import annotations
 
@@ -7,37 +6,37 @@ from pathlib import Path
 from typing import BinaryIO
 
 try:
-    # by the processor's carry-less multiplication: ten times as fast as zlib's, whose checks would
-    # cost more than all else of reading
+    # uses the processor's carry-less multiplication, 10 times as fast as zlib; with zlib the checks
+    # would take most of the time to read
     from isal.isal_zlib import crc32
-except ImportError:  # it has no wheel for this machine; the numbers are the same
+except ImportError:  # no wheel for this machine; the values are the same
     from zlib import crc32
 
 __all__ = ["SummingFile", "crc32", "file_crc32"]
 
-_PIECE = 2**20  # bytes that are read at once
+_CHUNK_BYTES = 2**20
 
 
 class SummingFile:
-    """A file for writing, and the `crc32` of all that went through it."""
+    """A wrapper of a binary file that keeps the `crc32` of all bytes written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.crc32 = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """As a file's."""
+        """Write `data` and return the number of bytes written."""
         self.crc32 = crc32(data, self.crc32)
         return self._file.write(data)
 
     def flush(self) -> None:
-        """As a file's."""
+        """Flush the file's buffer."""
         self._file.flush()
 
 
 def file_crc32(path: str | Path) -> int:
-    """Of a file's content."""
-    found, buffer = 0, bytearray(_PIECE)
+    """Return the CRC32 of a file's content."""
+    found, buffer = 0, bytearray(_CHUNK_BYTES)
     with Path(path).open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             found = crc32(memoryview(buffer)[:size], found)

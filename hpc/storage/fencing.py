@@ -1,6 +1,9 @@
-"""One writer: every start of a job claims the next generation number for the entries it will
-write, and looks for a higher claim on any of them before it publishes or deletes. A process that
-was cut off and outlives its successor's start can do no harm."""
+"""Fencing tokens: keep a process that was superseded from writing.
+
+Every start of a job claims the next generation number for the entries that it will write. Before
+it publishes or deletes, it looks for a higher claim on any of them. A process that was cut off and
+outlives the start of its successor can do no harm.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from hpc.storage.atomic import Damaged
 
 
 class Superseded(UserError):
-    """A later start has claimed what this process was about to write."""
+    """A later start has claimed an entry that this process was about to write."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Generation:
     entries: frozenset[str]
 
     def is_superseded(self) -> bool:
-        """Whether a later claim shares an entry with this one, or all claims were deleted."""
+        """Return whether a later claim shares an entry, or the folder of claims was deleted."""
         try:
             later = [n for n in _numbers(self.folder) if n > self.number]
         except FileNotFoundError:
@@ -46,8 +49,10 @@ class Generation:
 
 
 def claim(folder: Path, entries: Iterable[str]) -> Generation:
-    """Take the next number in `folder`; two processes never get the same one. Raises `UserError`
-    if the folder cannot be written to.
+    """Claim the next number in `folder` for `entries`. No two processes get the same number.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
     names = frozenset(entries)
     draft = folder / f".tmp-{uuid.uuid4().hex}"
@@ -79,5 +84,5 @@ def _entries(path: Path) -> frozenset[str]:
     try:
         return frozenset(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        # whose it is cannot be known, so nothing may be written against it
+        # nobody can tell which entries it covers, so it may cover ours
         raise Damaged(f"the claim {path} is damaged; delete it and run grid again") from error

@@ -1,7 +1,6 @@
-"""Locks of open files, which the kernel frees with the last process that has the file open.
+"""Lock open files. The kernel frees a lock with the last process that has the file open.
 
-Not every file system has them: Lustre only if it is mounted with `flock`, NFS only beside a running
-lock daemon.
+Not every file system has locks: Lustre needs the mount option `flock`, NFS a running lock daemon.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import IO
 
 from hpc.cli import UserError, named_wait
 
-# takes the lock of a file in another process; exit code 0 if that worked, 1 if it is held
+# tries to take the lock in another process: exit code 0 on success, 1 if the file is locked
 _CONTENDER = (
     "import fcntl, sys\n"
     "try: fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
@@ -28,7 +27,7 @@ def take_lock(file: IO[str], kind: int = fcntl.LOCK_EX, wait: bool = False) -> b
     """Lock an open file.
 
     Args:
-        file: open for writing for `LOCK_EX`, for reading for `LOCK_SH`: NFS wants that.
+        file: open for writing for `LOCK_EX`, for reading for `LOCK_SH`, as NFS requires.
         kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
         wait: whether to wait for a lock that another process holds.
 
@@ -57,8 +56,11 @@ def _lock(file: IO[str], operation: int) -> bool:
 
 
 def require_locks(folder: Path) -> str:
-    """Return evidence that a lock in `folder` keeps another process out. Leave nothing behind.
-    Raises `UserError` if it does not, or if the folder has no locks."""
+    """Test that a lock in `folder` keeps another process out, and return a line that says so.
+
+    Raises:
+        UserError: it does not, or the folder cannot be written to or has no locks.
+    """
     try:
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".lock-") as file:
             take_lock(file.file)

@@ -1,8 +1,10 @@
-"""Copies of shared files on a node's own disk: made once a node, checked, shared by the processes
-there, and removed by the last of them. What a killed process leaves, the next one removes.
+"""Copy shared files to a node's own disk, once per node.
 
-Every copy has a lock file beside it. Its users hold the lock shared, and the kernel frees it with
-the last of them, however they end: an unused copy is one whose lock can be taken alone.
+The processes of a node share a checked copy, and the last of them removes it. Copies that killed
+processes left are removed by the next user.
+
+Every copy has a lock file beside it, and its users hold the lock shared. The kernel frees it with
+the last of them, however they end. A copy is unused if its lock can be taken exclusively.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder
 
 _COMPLETE = "complete"
-_SPARE_BYTES = 1 << 28  # left free beside the copy
+_SPARE_BYTES = 1 << 28  # space to leave free beside the copy
 
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file by its name in its folder, with its length and the SHA-256 of its content."""
+    """A file's name in its folder, its length in bytes and the SHA-256 of its content."""
 
     name: str
     bytes: int
@@ -42,11 +44,19 @@ def cached_copy(
     identity: str,
     place: str,
 ) -> Iterator[Path]:
-    """The folder in which this node finds `files` of the folder `source` while the block runs.
+    """Yield the folder in which this node finds `files` while the block runs.
 
-    identity: names their content; equal ones share a copy. place: a folder of the node, with
-    variables of its environment ($TMPDIR). Where it cannot be used or has no room, a warning says
-    why, and the folder is `source` itself. Raises `Damaged` if a file is not what it should be.
+    It is a copy on the node's disk. If `place` cannot be used or has too little space, warn and
+    yield `source` itself.
+
+    Args:
+        source: the shared folder of the files.
+        files: the files to copy and their checksums.
+        identity: names their content; users of equal identities share a copy.
+        place: a folder on the node; may use its environment variables ($TMPDIR).
+
+    Raises:
+        Damaged: a file is missing or not what it should be.
     """
     try:
         own = _own_folder(place)
@@ -87,7 +97,7 @@ class _Copy:
         while self._lock is None:
             lock = self._lock_path.open("a+")
             try:
-                take_lock(lock, fcntl.LOCK_SH, wait=True)  # while another copies
+                take_lock(lock, fcntl.LOCK_SH, wait=True)  # until another process has copied
                 if self._is_whole(lock):
                     self._lock = lock
                 elif take_lock(lock) and _is_at(lock, self._lock_path):
@@ -118,7 +128,7 @@ class _Copy:
             raise
 
     def give_back(self) -> None:
-        """Let the copy go; it is removed if nobody else uses it."""
+        """Release the copy, and remove it if no other process uses it."""
         assert self._lock is not None
         with self._lock as lock:
             fcntl.flock(lock, fcntl.LOCK_UN)
@@ -127,21 +137,21 @@ class _Copy:
 
 
 def _sweep(own: Path) -> None:
-    """Remove the copies that nobody uses: what killed jobs left."""
+    """Remove unused copies, which killed jobs left."""
     for path in own.glob("*.lock"):
         with suppress(FileNotFoundError), path.open("r+") as lock:
             _remove_unused(path.with_suffix(""), path, lock)
 
 
 def _remove_unused(folder: Path, lock_path: Path, lock: IO[str]) -> None:
-    # if it is not there, it was removed, and perhaps made anew, before we had the lock
+    # another process may have removed the lock file, and made it again, before we had the lock
     if take_lock(lock) and _is_at(lock, lock_path):
         shutil.rmtree(folder, ignore_errors=True)
         lock_path.unlink()
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

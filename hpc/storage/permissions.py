@@ -1,13 +1,16 @@
-"""Folders that nobody else can write to. submitit unpickles what lies in its folder, and a job
-is a command: whoever can write there, or put another folder in the place of one above, runs code
-as the user.
+"""Make and require folders that no other user can write to.
 
-Owners and mode bits decide, and POSIX access lists: their mask shows as the group's bits, so only
-where a trusted group may write can an entry for somebody else hide. NFSv4 lists are the server's
-affair, which shows in the mode bits what they grant. Whoever owns a folder above that nobody else
-can write to administers the place, as root does, and is not refused. In a user namespace, as
-containers without root make, the machine's root shows as the overflow user, who may therefore own a
-sticky folder above, such as /tmp or /scratch.
+submitit unpickles the files in its folder, and a local job is a command. Another user who can write
+there, or replace a parent folder, can run code as this user.
+
+Owners, mode bits and POSIX access lists decide:
+- The mask of an access list shows as the group's bits. So an entry for another user can only hide
+  where a trusted group may write.
+- The server applies NFSv4 access lists, and shows in the mode bits what they grant.
+- The owner of a parent folder that no other user can write to administers the place, as root does,
+  and is not refused.
+- In a user namespace (containers without root) the machine's root shows as the overflow user. So
+  that user may own a sticky parent folder, such as /tmp or /scratch.
 """
 
 from __future__ import annotations
@@ -27,17 +30,23 @@ from hpc.cli import UserError
 
 _ACCESS_LIST = "system.posix_acl_access"
 _ACL_USER, _ACL_GROUP, _ACL_WRITE = 2, 8, 2
-_MOST_LINKS = 40
+_MAX_LINKS = 40
 _ELSEWHERE = "choose another folder"
 
 
 def private_folder(
     path: str | Path, group: str = "", *, keep_readable: bool = False, remedy: str = _ELSEWHERE
 ) -> None:
-    """Make `path` a folder of mode 0700, or 2770 for `group`, whatever the umask. An existing one
-    of ours is closed to the others; with `keep_readable` they may go on reading it.
+    """Make `path` a folder of mode 0700, or 2770 for `group`, whatever the umask.
 
-    Raises `UserError` as `require_private` does, and where the folder cannot be made.
+    Args:
+        path: the folder, with parents that may be missing.
+        group: a Unix group that may read and write; "" for none.
+        keep_readable: let other users go on reading a folder that exists and is ours.
+        remedy: the advice at the end of an error message.
+
+    Raises:
+        UserError: the folder cannot be made, or as `require_private`.
     """
     require_private(path, group, remedy)
     number = group_number(group)
@@ -63,15 +72,19 @@ def private_folder(
 
 
 def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE) -> None:
-    """Raise `UserError` if anybody but this user, root and the members of `group` can write into
-    the folder `path` or replace it. It may be missing: then the folders above it count. Changes
-    nothing."""
+    """Refuse a folder that others than this user, root and the members of `group` can write to.
+
+    The folder may be missing: then only its parents count. Nothing is changed.
+
+    Raises:
+        UserError: another user can write into the folder, or replace it.
+    """
     trusted = _trusted(os.geteuid(), group)
     writers: dict[Path, str] = {}
-    for place in _way(Path(path).absolute()):
+    for place in _folders_on_the_way(Path(path).absolute()):
         info = place.lstat()
         ours = info.st_uid in (0, os.geteuid())
-        # what lies among other people's things may be renamed or removed by its owner
+        # its owner may rename or remove it in a folder that others can write to
         if writers.get(place.parent) and not (ours or _is_of_group(info, group)):
             raise _not_ours(place, info, remedy)
         if stat.S_ISLNK(info.st_mode):
@@ -82,7 +95,7 @@ def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE)
             raise _open_to_others(place, info, writers[place], remedy)
     real = Path(os.path.realpath(path))
     if real.exists():
-        if real not in writers:  # somebody made it while we looked
+        if real not in writers:  # another process has made it meanwhile
             return require_private(path, group, remedy)
         info = real.stat()
         if writers[real]:
@@ -93,14 +106,20 @@ def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE)
 
 
 def restrict_umask(group: str = "") -> None:
-    """What this process and those it starts write from now on, nobody else may change; with
-    `group` its members may, and the others see nothing. Slurm hands the umask on to jobs."""
+    """Set the umask so that other users cannot change the files that this process writes.
+
+    With `group`, its members can change them and others cannot read them. Child processes inherit
+    the umask, and Slurm hands it on to jobs.
+    """
     os.umask(0o007 if group else os.umask(0o077) | 0o022)
 
 
 def group_number(group: str) -> int | None:
-    """The id of a Unix group; None for the name "". Raises `UserError` for one that does not exist
-    or that this user is not in."""
+    """Return the id of a Unix group; None for the name "".
+
+    Raises:
+        UserError: the group does not exist, or this user is not in it.
+    """
     if not group:
         return None
     own = {os.getegid(), *os.getgroups()}
@@ -117,8 +136,7 @@ def group_number(group: str) -> int | None:
 
 @lru_cache
 def _trusted(user: int, group: str) -> frozenset[int]:
-    """Groups that may write: root's, the given one, and the one that many systems make for each
-    user, who is alone in it."""
+    """Return the groups that may write: root's, `group`, and the user's private group, if any."""
     given = group_number(group)
     trusted = {0} if given is None else {0, given}
     try:
@@ -142,8 +160,8 @@ def _outer_root() -> int | None:
         return None
 
 
-def _way(path: Path) -> Iterator[Path]:
-    """Every folder and link that one passes from / to `path`, as far as they exist."""
+def _folders_on_the_way(path: Path) -> Iterator[Path]:
+    """Yield every existing folder and link on the way from / to `path`."""
     place, ahead = Path("/"), list(reversed(path.parts[1:]))
     yield place
     links = 0
@@ -155,7 +173,7 @@ def _way(path: Path) -> Iterator[Path]:
         yield place
         if place.is_symlink():
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 raise UserError(f"{path}: its symbolic links lead nowhere; choose another folder")
             target = place.readlink()
             place = Path("/") if target.is_absolute() else place.parent
@@ -167,7 +185,7 @@ def _is_of_group(info: os.stat_result, group: str) -> bool:
 
 
 def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
-    """Who else may write: empty for nobody."""
+    """Return which other users may write, as a phrase; "" if none."""
     if info.st_mode & stat.S_IWOTH:
         return "everybody"
     if not info.st_mode & stat.S_IWGRP:
