@@ -1,4 +1,4 @@
-"""What a cluster gives: files, ranks, queues."""
+"""Use a cluster: crash-safe files, ranks, job queues. Knows nothing of segmentation."""
 
 from hpc.account import ensure_account
 

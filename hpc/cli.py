@@ -1,4 +1,4 @@
-"""The edge of every command: where a user's mistake becomes one line and exit code 2."""
+"""Run a command: one line and exit code 2 for a user's mistake, and output that cannot fail."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
-SLOW_SECONDS = 30.0  # after which whoever waits says for what
-# so that logs, which are read as UTF-8, are written as such
+SLOW_SECONDS = 30.0  # a wait that takes longer is reported
+# logs are read as UTF-8
 _ENCODING_OF_CHILDREN = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, and what to do."""
+    """An error that the user can correct. Its message is one line: what, where, what to do."""
 
 
 class MissingInput(UserError):
-    """A file or folder to be read is not there yet. A dry run notes it and goes on."""
+    """A file or folder to be read does not exist yet. A dry run notes it and goes on."""
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    # argparse declares overloads for other namespaces, which nobody here gives it
+    # argparse declares overloads for a given namespace, which no command passes
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
-        """Options may stand between the other arguments: `grid --wait CONFIG`."""
+        """Parse arguments with options anywhere between them: `grid --wait CONFIG`."""
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -41,33 +41,32 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def argument_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose errors are one line, and that has `--debug` like every command of ours."""
+    """Return a parser with one-line errors and the option `--debug`, which all commands have."""
     parser = _OneLineParser(prog=prog, description=description)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def one_line(text: str) -> str:
-    """`text` with line breaks and control characters escaped, so that it stays one line."""
+    """Return `text` with line breaks and control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def unreadable(error: OSError, message: str) -> UserError:
-    """Return the error to raise for `error`: `MissingInput` if nothing is there."""
+    """Return the error to raise for `error`: `MissingInput` if the file does not exist."""
     absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
     return MissingInput(message) if absent else UserError(message)
 
 
 def warn(text: str) -> None:
-    """A line on stderr that begins with `warning: `."""
+    """Write `text` to stderr as one line that begins with `warning: `."""
     sys.stderr.write(f"warning: {one_line(text)}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def named_wait(what: str) -> Iterator[None]:
-    """Print one line on stderr if the block, which waits for `what`, takes longer than
-    `SLOW_SECONDS`."""
+    """Print one line on stderr if the block waits for `what` longer than `SLOW_SECONDS`."""
     line = one_line(f"waiting for {what}, {SLOW_SECONDS:.0f} s so far")
     timer = threading.Timer(SLOW_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
@@ -79,13 +78,14 @@ def named_wait(what: str) -> Iterator[None]:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Call `main(argv)` and leave the process: its return value or 0, 2 for a `UserError` or for
-    output that a full disk did not take, 130 after Ctrl-C. The traceback of a `UserError` is shown
-    only with `--debug`.
+    """Call `main(argv)` and exit the process.
+
+    The exit code is the return value or 0; 2 for a `UserError` or output lost to a full disk; 130
+    after Ctrl-C. The traceback of a `UserError` is shown only with `--debug`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     protect_output()
-    atexit.register(gc.freeze)  # else the process looks through all it has for garbage as it ends
+    atexit.register(gc.freeze)  # skip the garbage collection of the whole process at its end
     try:
         code = main(arguments) or 0
         if lost := lost_output():
@@ -94,7 +94,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except UserError as error:
         if "--debug" in arguments:
             raise
-        # in one write, so that the lines of many ranks do not mix
+        # one write, so that lines of several ranks do not mix
         sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
@@ -103,15 +103,15 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 
 
 class _Sink(io.FileIO):
-    """A file descriptor whose write errors are kept instead of raised."""
+    """A file descriptor that keeps its first write error instead of raising it."""
 
     lost: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, or drop, `data`."""
+        """Write `data`, or drop it after an error; return its length."""
         try:
             return super().write(data)
-        except BlockingIOError:  # nothing is lost yet
+        except BlockingIOError:  # the caller tries again
             raise
         except OSError as error:
             self.lost = self.lost or error
@@ -119,11 +119,14 @@ class _Sink(io.FileIO):
 
 
 def protect_output() -> None:
-    """Replace the standard streams by ones that never fail. Streams that are no files of the
-    process, as those of a test, stay."""
+    """Replace the standard streams by streams that never fail.
+
+    Characters that a terminal lacks are escaped. Output that a full disk or a closed pipe refuses
+    is dropped. Streams that are not files, as in tests, stay.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started us
+        if stream is None:  # the parent process closed it
             setattr(sys, name, io.TextIOWrapper(_Sink(os.devnull, "w"), encoding="utf-8"))
         elif type(stream) is io.TextIOWrapper and not isinstance(_raw(stream), _Sink):
             setattr(sys, name, _protected(stream))
@@ -131,8 +134,10 @@ def protect_output() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Return why a part of standard output could not be written; None if all was, or if its reader
-    left early (`| head`)."""
+    """Return the error that lost a part of standard output.
+
+    None if nothing was lost, or if the reader left early (`| head`).
+    """
     if sys.stdout:
         sys.stdout.flush()
     sink = _raw(sys.stdout)

@@ -1,5 +1,7 @@
-"""TOML files -> frozen models. Unknown keys and wrong values are refused in one line that names
-the file, the key and, where one is near, the valid name."""
+"""Read TOML files into frozen models.
+
+Unknown keys and wrong values are refused in one line that names file, key and nearest valid name.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,13 @@ from pydantic_core import ErrorDetails
 
 from hpc.cli import UserError
 
-_LONGEST_SHOWN = 200  # characters of a wrong value
+_MAX_SHOWN = 200  # characters of a wrong value
 
 
 class Settings(BaseModel):
-    """Base of every configuration table: frozen, no unknown keys, no silent conversion, numbers
-    finite."""
+    """Base of all configuration tables: frozen, strict types, finite numbers, no unknown keys."""
 
-    # a model's validator is made when it is first used: a command uses few of them
+    # build a model's validator at its first use: a command uses few of them
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
     )
@@ -32,11 +33,11 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_toml_spelling(cls, table: Any) -> Any:
-        # TOML writes 1 where 1.0 is meant, and lists where tuples are meant
-        return _loosen(cls, table) if isinstance(table, dict) else table
+        # users write 1 for 1.0, and TOML has lists only, no tuples
+        return _with_python_types(cls, table) if isinstance(table, dict) else table
 
     def __copy__(self) -> Self:
-        # without what was computed and kept: `model_copy(update=...)` is another one
+        # leave out cached properties: `model_copy(update=...)` may change their values
         return self.model_construct(
             set(self.model_fields_set),
             **{name: getattr(self, name) for name in type(self).model_fields},
@@ -52,26 +53,37 @@ def _one_line(name: str) -> str:
     return name
 
 
-# What people call a thing by; it appears in logs and tables.
+# A name that the user chooses; it appears in logs and tables.
 Name = Annotated[str, AfterValidator(_one_line)]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file; `UserError` if it cannot be read or is not TOML."""
+    """Return the tables of a TOML file.
+
+    Raises:
+        UserError: the file cannot be read or is not TOML.
+    """
     try:
         return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; TOML files must be") from error
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also for huge integers
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
 def user_path(text: str, where: str) -> Path:
-    """The absolute path that a configuration means: `~` is the home, and a relative one starts at
-    the working directory. Raises `UserError`, which begins with `where`, for one that no file can
-    have."""
+    """Return the absolute path for `text` of a configuration.
+
+    `~` is the home; a relative path starts at the working directory.
+
+    Raises:
+        UserError: no file can have this path. The message begins with `where`.
+    """
     try:
         path = Path(text).expanduser().absolute()
         path.lstat()
@@ -84,16 +96,16 @@ def user_path(text: str, where: str) -> Path:
 
 
 def shown(value: Any) -> str:
-    """A wrong value as messages show it: one line, cut where it is very long."""
+    """Return a wrong value as messages show it: one line, at most 200 characters and `…`."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
         return "a number of thousands of digits" if isinstance(value, int) else "what is given"
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the valid names nearest to `name`, or all of them."""
+    """Return the end of an error message: the valid names nearest to `name`, or all of them."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
@@ -102,9 +114,15 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def parse(model: type[SettingsT], table: Any, where: str) -> SettingsT:
-    """`table` as a `model`. `where` is how messages name its place, as in `grid.toml: [protocol]`.
+    """Return `table` as a `model`.
 
-    Raises `UserError` for the first thing that is wrong.
+    Args:
+        model: the class to make.
+        table: a TOML table.
+        where: the table's place, for messages, such as `grid.toml: [protocol]`.
+
+    Raises:
+        UserError: a key or value is wrong; the message is about the first one.
     """
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table, not {shown(table)}")
@@ -114,7 +132,7 @@ def parse(model: type[SettingsT], table: Any, where: str) -> SettingsT:
         raise UserError(f"{where}: {_first_problem(model, table, error)}") from error
 
 
-def _loosen(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
+def _with_python_types(model: type[BaseModel], table: dict[str, Any]) -> dict[str, Any]:
     loose = {}
     for key, value in table.items():
         field = model.model_fields.get(key)
@@ -131,7 +149,7 @@ def _float(number: int) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.inf  # and so refused
+        return math.inf  # which the model refuses
 
 
 def _tuples(value: Any) -> Any:
@@ -139,7 +157,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _kinds(field: FieldInfo) -> set[Any]:
-    """The plain types that an annotation such as `float | None` or `tuple[int, ...]` admits."""
+    """Return the plain types of an annotation such as `float | None` or `tuple[int, ...]`."""
     annotation = field.annotation
     origin = getattr(annotation, "__origin__", None)
     if origin is tuple:
@@ -150,7 +168,7 @@ def _kinds(field: FieldInfo) -> set[Any]:
 
 def _first_problem(model: type[BaseModel], table: dict[str, Any], error: ValidationError) -> str:
     problems = error.errors()
-    # a misspelled key is missing as well: say what it is, not what it is not
+    # a misspelled key is also missing: report the misspelling
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = _place(problem, table)
     key = ".".join(path)
@@ -158,15 +176,19 @@ def _first_problem(model: type[BaseModel], table: dict[str, Any], error: Validat
         return f"unknown key {shown(key)}; {did_you_mean(path[-1], _fields_at(model, path[:-1]))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
-    messages = dict.fromkeys(_in_toml_words(p) for p in problems if _place(p, table) == path)
+    messages = dict.fromkeys(_in_toml_terms(p) for p in problems if _place(p, table) == path)
     message = " or ".join(messages)
     given = problem["input"]
-    told = isinstance(given, dict) or problem["type"] in ("value_error", "too_short", "too_long")
-    return f"{key}: {message}{'' if told else f', not {shown(given)}'}" if key else message
+    complete = isinstance(given, dict) or problem["type"] in (
+        "value_error",
+        "too_short",
+        "too_long",
+    )
+    return f"{key}: {message}{'' if complete else f', not {shown(given)}'}" if key else message
 
 
 def _place(problem: ErrorDetails, table: dict[str, Any]) -> list[str]:
-    """The keys that lead to a problem, without the names of the kinds that a value may have."""
+    """Return the keys that lead to a problem, without pydantic's names of a union's members."""
     path: list[str] = []
     value: Any = table
     for part in problem["loc"]:
@@ -179,7 +201,7 @@ def _place(problem: ErrorDetails, table: dict[str, Any]) -> list[str]:
     return path
 
 
-def _in_toml_words(problem: ErrorDetails) -> str:
+def _in_toml_terms(problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = re.sub(r" or instance of \w+$", "", message)
     for python, toml in (("tuple", "list"), ("Tuple", "List"), ("dictionary", "table")):
