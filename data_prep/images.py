@@ -1,7 +1,8 @@
-"""One image or label map as it lies in a public data set: its header, its pixels, its refusal.
+"""Read an image or label map of a public data set, or refuse it.
 
-The orientation that a file's metadata ask for is ignored everywhere: label maps are drawn on the
-stored rows. What a file is, is decided by its content, not by its suffix."""
+The content of a file, not its suffix, decides its format. The orientation in a file's metadata is
+ignored everywhere, since label maps are drawn on the stored rows.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 Codec = Literal["raw", "encoded"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-_OTHER_SPACES = {"LAB", "HSV", "La", "RGBa"}  # 8 bits too
-# no others, whatever a file's name: for EPS, say, Pillow would start Ghostscript
+_OTHER_SPACES = {"LAB", "HSV", "La", "RGBa"}  # of 8 bits, but not convertible to RGB here
+# only these, since Pillow would start Ghostscript for EPS, for instance
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 
-# a TIFF's other ways of compression, such as JPEG, do not keep every value
+# other compressions of TIFF, such as JPEG, do not keep every value
 _LOSSLESS_TIFF = (
     "raw",
     "packbits",
@@ -42,7 +43,7 @@ _LOSSLESS_TIFF = (
     "zstd",
 )
 _ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 0x0100, 0x0101  # tags
-# by orientation, what undoes the transposition that Pillow applies when it loads a TIFF
+# by orientation, the inverse of the transposition that Pillow applies when it loads a TIFF
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -53,7 +54,7 @@ _UNDO = {
     8: Image.Transpose.ROTATE_270,
 }
 
-# what Pillow warns of is refused here or of no matter; threads cannot share `catch_warnings`
+# this module refuses files itself; a global filter, since `catch_warnings` is not thread-safe
 warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
@@ -63,15 +64,19 @@ class BadFile(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of an image file tell."""
+    """The header of an image file."""
 
     height: int
     width: int
-    keeps_jpeg: bool  # its own bytes can be kept: a JPEG in RGB or grey
+    keeps_jpeg: bool  # a JPEG in RGB or grey, whose own bytes can be kept
 
 
 def read_header(path: Path) -> Header:
-    """Size and kind of an image without decoding it. Raises `BadFile`."""
+    """Read size and kind of an image without decoding it.
+
+    Raises:
+        BadFile: the image cannot be read or packed.
+    """
     with _opened(path, str(path)) as image:
         _refuse_deep(image, str(path))
         keeps_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
@@ -79,7 +84,11 @@ def read_header(path: Path) -> Header:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content. Raises `BadFile`."""
+    """Return a file's content.
+
+    Raises:
+        BadFile: the file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -87,9 +96,16 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
-    """The image in `data`, converted to RGB, as a fresh uint8 array [H, W, 3].
+    """Return the image in `data`, converted to RGB, as a new uint8 array [H, W, 3].
 
-    Raises `BadFile` (naming `name`) for what is truncated, no image, or deeper than 8 bits."""
+    Args:
+        data: the content of an image file.
+        name: the file's name, for messages.
+
+    Raises:
+        BadFile: `data` is truncated, is no image, or has more than 8 bits per channel.
+        UserError: there is not enough memory.
+    """
     _check_png(data, name)
     with _opened(io.BytesIO(data), name) as image:
         _refuse_deep(image, name)
@@ -97,27 +113,30 @@ def decode_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def read_index_map(path: Path) -> NDArray[np.uint8]:
-    """The values of a label map as they are in its file, uint8 [H, W].
+    """Return the values of a label map as they are in its file, uint8 [H, W].
 
-    Raises `BadFile` unless it is single-channel 8-bit (grey, or palette indices) and lossless."""
+    Raises:
+        BadFile: the file is not lossless or does not have one channel of 8 bits (grey, or palette
+            indices).
+    """
     return read_palette_map(path)[0]
 
 
 def read_palette_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-    """The same, and its palette, uint8 [N, 3], RGB; None if it is grey."""
+    """Return `read_index_map` and the palette, uint8 [N, 3] in RGB; None for a grey file."""
     data = read_bytes(path)
     _check_png(data, str(path))
     with _opened(io.BytesIO(data), str(path)) as image:
         _refuse_misread_bmp(image, str(path))
         _refuse_inexact(image, path)
-        # Pillow stretches 2- and 4-bit grey to 0..255: the values would be no indices
+        # Pillow scales 2- and 4-bit grey to 0..255, so that the values are no indices
         stretched = image.mode == "L" and "L;" in _raw_mode(image)
         if image.mode not in ("L", "P") or stretched:
             raise BadFile(
                 f"{path} is no label map: it must have one channel of 8 bits, not mode "
                 f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
             )
-        stored = _as_stored(image)  # before anything else that loads it
+        stored = _as_stored(image)  # before any other call that loads the image
         colours = np.array(stored.getpalette() or [], np.uint8).reshape(-1, 3)
         return np.array(stored), colours if stored.mode == "P" else None
 
@@ -171,11 +190,11 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
             yield image
     except BadFile:
         raise
-    except MemoryError as error:  # no fault of the file: not to be left out as a bad one
+    except MemoryError as error:  # the file is not bad, so `skip_bad` must not leave it out
         raise UserError(
             f"there is not enough memory to decode {name}; run again with fewer --processes"
         ) from error
-    except Exception as error:  # Pillow raises nearly any type on damaged bytes
+    except Exception as error:  # Pillow raises many types on damaged bytes
         reason = (
             "no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
         )
@@ -184,7 +203,7 @@ def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
 
 
 def _check_png(data: bytes, name: str) -> None:
-    # decoding skips the CRCs of a PNG's pixels, and what follows them
+    # decoding alone skips the CRCs of a PNG's pixels, and the chunks after them
     with _opened(io.BytesIO(data), name) as image:
         if image.format == "PNG":
             image.verify()
@@ -193,7 +212,7 @@ def _check_png(data: bytes, name: str) -> None:
 def _refuse_deep(image: Image.Image, name: str) -> None:
     if image.mode in _OTHER_SPACES:
         raise BadFile(f"{name} is in the colour space {image.mode}; convert it to 8-bit RGB")
-    # Pillow reads 16-bit RGB as mode RGB and drops half of each value without a word
+    # Pillow reads 16-bit RGB as mode RGB and silently drops half of each value
     if image.mode not in _EIGHT_BIT_MODES or ";16" in _raw_mode(image):
         raise BadFile(
             f"{name} has more than 8 bits a channel (mode {_raw_mode(image) or image.mode}); "
@@ -205,7 +224,7 @@ def _refuse_deep(image: Image.Image, name: str) -> None:
 
 
 def _refuse_misread_bmp(image: Image.Image, name: str) -> None:
-    # Pillow reads grey of 4 bits as if it were of 8, and two greys of 8 bits as if they were of 1
+    # Pillow reads 4-bit grey as 8-bit, and 8-bit files with a palette of two greys as 1-bit
     right = {"L": 8, "1": 1}.get(image.mode)
     if image.format == "BMP" and right and (bits := _bmp_bits(image)) != right:
         raise BadFile(f"{name} is a grey BMP of {bits} bits a pixel, not read; save it as PNG")
@@ -241,14 +260,14 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _as_stored(image: Image.Image) -> Image.Image:
-    """Decode the image, its pixels in the order of the file."""
+    """Decode the image, with its pixels in the order of the file."""
     orientation = image.getexif().get(_ORIENTATION) if image.format == "TIFF" else None
     image.load()
     return image.transpose(_UNDO[orientation]) if orientation in _UNDO else image
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How pixels lie in the file, such as `RGB;16B` or `L;4`; empty where Pillow does not say."""
+    """Return Pillow's name of the pixel format in the file, such as `RGB;16B` or `L;4`, or ""."""
     arguments = _tile_arguments(image)
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""

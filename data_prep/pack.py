@@ -1,8 +1,9 @@
-"""Packs the data sets of a grid file into shards: `python -m data_prep.pack CONFIG`.
+"""Pack the data sets of a grid file into shards: `python -m data_prep.pack CONFIG`.
 
-Uses all cores, or the ranks of `mpiexec`. It may be killed at any point and run again: shards that
-are good stay, and the manifest, without which nothing is read, comes last. A shard of other content
-has another name, so jobs that read the earlier shards go on undisturbed."""
+It uses all cores, or the ranks of `mpiexec`. It may be killed at any point and run again: good
+shards stay. The manifest, without which nothing is read, is written last. A shard of other content
+has another name, so jobs that read earlier shards are not disturbed.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +35,17 @@ from hpc.config import did_you_mean
 from hpc.distributed.mpi import World, world
 from hpc.storage.atomic import TEMPORARY_PREFIX
 
-_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(-[0-9a-f]{{12}})?\.(h5|json)")
+_OUR_FILES = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(-[0-9a-f]{{12}})?\.(h5|json)")
 _DEAD_AFTER = 3600.0  # seconds since anything was written to a temporary file
-_KEPT_DAYS = 30  # shards of the content before: longer than a job runs that may still open them
+_KEPT_DAYS = 30  # how long shards of earlier content stay: longer than a job that may open them
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns its exit code."""
+    """Run the command, and return its exit code."""
     parser = argument_parser("python -m data_prep.pack", __doc__)
     parser.add_argument("config", help="grid file with [dataset.NAME] tables")
     parser.add_argument("--dataset", metavar="NAME", help="only this data set")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad files out, list them")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad files out and list them")
     parser.add_argument("--processes", type=int, metavar="N", help="default: all usable cores")
     options = parser.parse_args(argv)
     if options.processes is not None and options.processes < 1:
@@ -75,23 +76,35 @@ def pack(
     processes: int | None = None,
     ranks: World | None = None,
 ) -> Manifest:
-    """Pack train and val of one data set into `settings.shards`; its manifest, on every rank.
+    """Pack both splits of one data set into `settings.shards`. All ranks must call it.
 
-    Shards of an unchanged source are kept; if all are, this is quick. `processes` (default: all
-    usable cores, if there is enough to do) counts where there is one rank. All ranks must call it.
-    With `skip_bad`, here or in `settings`, bad files are left out instead of refused.
-    Raises `UserError` for anything the source has wrong, and for a folder that holds the data set
-    of other settings; what was packed before then stays as it was."""
+    Shards of an unchanged source are kept; if all are, this is quick.
+
+    Args:
+        name: the data set's name.
+        settings: its settings.
+        skip_bad: leave bad files out instead of refusing them; also if `settings.skip_bad`.
+        processes: number of processes; default all usable cores, if there is enough work. Ignored
+            with more than one rank.
+        ranks: the MPI ranks that share the work; default one.
+
+    Returns:
+        The manifest, on every rank.
+
+    Raises:
+        UserError: the source has an error, or the folder holds a data set of other settings. Data
+            that were packed before are unchanged.
+    """
     ranks = ranks or World()
     skip_bad = skip_bad or settings.skip_bad
-    source = _own_source(name, settings) if ranks.rank == 0 else None
+    source = _checked_source(name, settings) if ranks.rank == 0 else None
     finished = ranks.bcast(_finished(name, source) if source else None)
     if finished:
         return finished
     plan = ranks.bcast(plan_shards(source) if source else None)
     assert plan is not None
     packed = _pack_missing(name, plan, skip_bad, processes, ranks)
-    manifest = _conclude(name, source, plan, packed, skip_bad) if source else None
+    manifest = _write_manifest(name, source, plan, packed, skip_bad) if source else None
     manifest = ranks.bcast(manifest)
     assert manifest is not None
     return manifest
@@ -106,22 +119,26 @@ def _chosen(config: str, only: str | None) -> dict[str, DatasetSettings]:
     return {only: datasets[only]}
 
 
-def _own_source(name: str, settings: DatasetSettings) -> SourceFiles:
-    """Return the source's files. Raises `UserError` if the folder for the shards holds a data set
-    of other settings, unless all that differs is where the same files lie."""
-    held, origin = _held(settings), settings.origin()
-    different = held.differences(origin) if held else {}
+def _checked_source(name: str, settings: DatasetSettings) -> SourceFiles:
+    """Return the source's files.
+
+    Raises:
+        UserError: the folder for the shards holds a data set of other settings. Settings that
+            only locate the same files may differ.
+    """
+    existing, origin = _existing_manifest(settings), settings.origin()
+    different = existing.differences(origin) if existing else {}
     # before `find_source`, which draws synthetic images
-    if held and different.keys() - ROOTS:
-        held.require_settings(origin, settings.shards, name)
+    if existing and different.keys() - ROOTS:
+        existing.require_settings(origin, settings.shards, name)
     source = find_source(settings)
-    if held and held.source_stamp != source.stamp:
-        held.require_settings(origin, settings.shards, name)
+    if existing and existing.source_stamp != source.stamp:
+        existing.require_settings(origin, settings.shards, name)
     return source
 
 
-def _held(settings: DatasetSettings) -> Manifest | None:
-    """The manifest in the folder for the shards, if there is one that can be read."""
+def _existing_manifest(settings: DatasetSettings) -> Manifest | None:
+    """Return the manifest in the folder for the shards; None if there is no readable one."""
     try:
         return Manifest.load(settings.shards)
     except UserError:
@@ -129,7 +146,7 @@ def _held(settings: DatasetSettings) -> Manifest | None:
 
 
 def _finished(name: str, source: SourceFiles) -> Manifest | None:
-    """The manifest of an earlier run, if it describes the source as it is now."""
+    """Return the manifest of an earlier run, if it describes the source as it is now."""
     folder = Path(source.settings.shards)
     try:
         manifest = Manifest.load(folder)
@@ -140,7 +157,7 @@ def _finished(name: str, source: SourceFiles) -> Manifest | None:
         return None
     if manifest.origin != source.settings.origin():  # the source moved
         manifest = replace(manifest, origin=source.settings.origin())
-        with suppress(UserError):  # what is packed may well lie on a read-only disk
+        with suppress(UserError):  # the packed data may be on a read-only disk
             manifest.save()
     manifest.require_classes(source.settings)
     _remove_stale(manifest)
@@ -150,8 +167,8 @@ def _finished(name: str, source: SourceFiles) -> Manifest | None:
 def _pack_missing(
     name: str, plan: PackingPlan, skip_bad: bool, processes: int | None, ranks: World
 ) -> list[PackedShard]:
-    """Pack what is not packed yet; on rank 0 the outcome of all shards."""
-    kept, todo = ranks.bcast(_divide(plan, skip_bad) if ranks.rank == 0 else ([], []))
+    """Pack the missing shards; return the results of all shards on rank 0."""
+    kept, todo = ranks.bcast(_kept_and_todo(plan, skip_bad) if ranks.rank == 0 else ([], []))
     mine = todo[ranks.rank :: ranks.size]
     workers = _workers(processes, mine) if ranks.size == 1 else 1
     work = in_processes(partial(pack_shard, skip_bad=skip_bad), mine, workers)
@@ -164,7 +181,7 @@ def _workers(asked: int | None, todo: Sequence[ShardPlan]) -> int:
     return asked or sensible_processes(sum(shard.bytes for shard in todo))
 
 
-def _divide(plan: PackingPlan, skip_bad: bool) -> tuple[list[PackedShard], list[ShardPlan]]:
+def _kept_and_todo(plan: PackingPlan, skip_bad: bool) -> tuple[list[PackedShard], list[ShardPlan]]:
     kept, todo = list[PackedShard](), list[ShardPlan]()
     for shard in plan.shards:
         packed = already_packed(shard, skip_bad)
@@ -177,7 +194,7 @@ def _divide(plan: PackingPlan, skip_bad: bool) -> tuple[list[PackedShard], list[
     return kept, todo
 
 
-def _conclude(
+def _write_manifest(
     name: str, source: SourceFiles, plan: PackingPlan, packed: list[PackedShard], skip_bad: bool
 ) -> Manifest:
     splits = {}
@@ -196,20 +213,20 @@ def _conclude(
         leaked=_leaked(packed), origin=settings.origin(),
     )  # fmt: skip
     manifest.require_classes(settings)
-    before = _held(settings)
-    if before and before.source_stamp != source.stamp:
-        # another grid may have packed here meanwhile
-        before.require_settings(settings.origin(), settings.shards, name)
-    if before:
-        earlier = before.files.union(before.kept if _is_recent(before) else ())
-        manifest = replace(manifest, kept=tuple(sorted(earlier - manifest.files)))
+    earlier = _existing_manifest(settings)
+    if earlier and earlier.source_stamp != source.stamp:
+        # another grid may have packed into this folder meanwhile
+        earlier.require_settings(settings.origin(), settings.shards, name)
+    if earlier:
+        old_files = earlier.files.union(earlier.kept if _is_recent(earlier) else ())
+        manifest = replace(manifest, kept=tuple(sorted(old_files - manifest.files)))
     manifest.save()
     _remove_stale(manifest)
     return manifest
 
 
 def _leaked(packed: Sequence[PackedShard]) -> tuple[str, ...]:
-    """Return the ids of the validation images whose content a training image has, under any id."""
+    """Return the ids of validation images whose content is also a training image's."""
     trained = {content for p in packed if p.split == "train" for content in p.contents}
     validated = ((p.summary.ids, p.contents) for p in packed if p.split == "val" and p.summary)
     pairs = chain.from_iterable(zip(*both, strict=True) for both in validated)
@@ -224,19 +241,21 @@ def _refuse(name: str, bad: Sequence[str]) -> None:
 
 
 def _remove_stale(manifest: Manifest) -> None:
-    """Remove shards that the manifest does not name, and what killed writers left. The shards of
-    the content before stay for a while: running jobs open them when they first need them."""
+    """Remove shards that the manifest does not name, and temporary files of killed writers.
+
+    Shards of earlier content stay for `_KEPT_DAYS`: running jobs open them when first needed.
+    """
     needed = manifest.files.union(manifest.kept if _is_recent(manifest) else ())
     needed |= {f"{shard_stem(shard)}.json" for shard in manifest.files}
     for file in manifest.folder.iterdir():
-        stale = _OURS.fullmatch(file.name) and file.name not in needed
+        stale = _OUR_FILES.fullmatch(file.name) and file.name not in needed
         if stale or (file.name.startswith(TEMPORARY_PREFIX) and _is_dead(file)):
-            with suppress(OSError):  # what is packed may well lie on a read-only disk
+            with suppress(OSError):  # the packed data may be on a read-only disk
                 file.unlink()
 
 
 def _is_recent(manifest: Manifest) -> bool:
-    """Whether jobs may still run that began before this manifest was written."""
+    """Return whether jobs that began before this manifest was written may still run."""
     age = time.time() - (manifest.folder / MANIFEST).stat().st_mtime
     return age < _KEPT_DAYS * 86400
 
@@ -244,7 +263,7 @@ def _is_recent(manifest: Manifest) -> bool:
 def _is_dead(temporary: Path) -> bool:
     try:
         return time.time() - temporary.stat().st_mtime > _DEAD_AFTER
-    except FileNotFoundError:  # its writer has just renamed it
+    except FileNotFoundError:  # its writer renamed it meanwhile
         return False
 
 

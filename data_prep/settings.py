@@ -1,4 +1,7 @@
-"""The [dataset.NAME] tables of a grid file. Free of torch, h5py and mpi4py: planning reads it."""
+"""Read the [dataset.NAME] tables of a grid file.
+
+Free of torch, h5py and mpi4py: planning imports it.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,15 @@ from hpc.storage.atomic import fingerprint
 LabelValue = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=32, le=32_768)]  # pixels of a drawn image
 
-VOID = 255  # the label value in shards that counts nowhere, whatever the source calls void
+VOID = 255  # the value of void pixels in shards, whatever the source uses
 MAX_CLASSES = 255
 
 
 class DatasetSettings(Settings):
-    """What every source has. `published`: the images of each of its lists, where that is known
-    without the files."""
+    """The settings of every source."""
 
-    published: ClassVar[Mapping[str, int]] = {}
-    mending: ClassVar[str] = "choose lists with images of more classes"  # the end of a message
+    published: ClassVar[Mapping[str, int]] = {}  # images in each official list, if known
+    few_classes_remedy: ClassVar[str] = "choose lists with images of more classes"
     source: str
     """Format of the raw data set."""
     shards: str = ""
@@ -39,21 +41,29 @@ class DatasetSettings(Settings):
     """Leave damaged files out and list them; otherwise the first one ends packing."""
 
     def identity(self) -> str:
-        """Hash of the settings that change what is packed, whatever the paths."""
-        # skip_bad: without bad files it changes nothing, and with some all is refused without it
+        """Return a hash of the settings that change the packed samples; paths do not count."""
+        # skip_bad does not count: it only decides whether bad files are refused
         others = {"root", "voc_root", "shards", "shard_mb", "codec", "skip_bad"}
         return fingerprint(self.model_dump(mode="json", exclude=others))[:16]
 
     def label_values(self, label: int) -> tuple[int, ...]:
-        """Return the values in label maps that the user's settings map to `label`, a class index or
-        VOID; empty for sources whose mapping is fixed."""
+        """Return the values in label maps that the user's settings map to `label`.
+
+        Args:
+            label: a class index or VOID.
+
+        Returns:
+            The values; empty for sources with a fixed mapping.
+        """
         return ()
 
     def origin(self) -> dict[str, Any]:
-        """Return what a folder of shards belongs to: every setting that decides which files are
-        packed and how, with absolute paths. Defaults are left out."""
+        """Return all settings that decide which files are packed and how.
+
+        Paths are absolute. Defaults are left out. A folder of shards belongs to one origin.
+        """
         found = self.model_dump(mode="json", exclude={"shards", "skip_bad"}, exclude_defaults=True)
-        lists = {key: found[key] for key in ("train", "val") if _is_file(found.get(key))}
+        lists = {key: found[key] for key in ("train", "val") if _is_list_file(found.get(key))}
         return {**found, **{key: str(expanded(p).absolute()) for key, p in lists.items()}}
 
 
@@ -61,10 +71,10 @@ class FolderSettings(DatasetSettings):
     """Images and label maps (8-bit, one channel) of equal stem in pairs of folders.
 
     A value in a label map is a class index, or `labels` maps it to the name of a class. Validation
-    fills in what `labels` implies: `classes` in the order of `labels`, and a `void` without the
-    values that are classes. So equal fields mean equal label maps."""
+    derives `classes` and `void` from `labels`, so that equal fields mean equal label maps.
+    """
 
-    mending: ClassVar[str] = (
+    few_classes_remedy: ClassVar[str] = (
         'map the label values to classes, such as labels = {0 = "background", 255 = "road"}, '
         "choose another void = VALUE, or correct the label maps"
     )
@@ -124,7 +134,7 @@ class FolderSettings(DatasetSettings):
 
     @property
     def void_values(self) -> tuple[int, ...]:
-        """The values in label maps that are void."""
+        """Return the values in label maps that are void."""
         return self.void if isinstance(self.void, tuple) else (self.void,)
 
     def label_values(self, label: int) -> tuple[int, ...]:
@@ -145,7 +155,7 @@ def _label_value(key: str) -> int:
 
 
 class SyntheticSettings(DatasetSettings):
-    """Street-like scenes with 8 classes whose areas span three orders of magnitude."""
+    """Drawn street scenes with 8 classes whose areas span three orders of magnitude."""
 
     source: Literal["synthetic"]
     """Drawn street scenes with 8 classes."""
@@ -161,12 +171,12 @@ class SyntheticSettings(DatasetSettings):
     """Seed of the drawing."""
 
     def origin(self) -> dict[str, Any]:
-        """As for any source, but the folder does not matter: the settings decide every pixel."""
+        """Return the settings without `root`: the others decide every pixel."""
         return {key: value for key, value in super().origin().items() if key != "root"}
 
 
 class VocSettings(DatasetSettings):
-    """PASCAL VOC 2012. A list is train, val, trainval, or a text file of one's own (`.txt`)."""
+    """PASCAL VOC 2012. A list is train, val, trainval, or a text file of the user (`.txt`)."""
 
     published: ClassVar = {"train": 1464, "val": 1449, "trainval": 2913}
     source: Literal["voc"]
@@ -180,8 +190,11 @@ class VocSettings(DatasetSettings):
 
 
 class SbdSettings(DatasetSettings):
-    """The Semantic Boundaries Dataset. A list is train, val, train_noval, or a text file of one's
-    own; `val` may also be voc_val, VOC 2012's validation images with VOC's own label maps."""
+    """The Semantic Boundaries Dataset.
+
+    A list is train, val, train_noval, or a text file of the user (`.txt`). `val` may also be
+    voc_val: VOC 2012's validation images with VOC's own label maps.
+    """
 
     published: ClassVar = {"train": 8498, "val": 2857, "train_noval": 5623, "voc_val": 1449}
     source: Literal["sbd"]
@@ -228,14 +241,23 @@ SOURCES: dict[str, type[DatasetSettings]] = {
 }
 
 
-def _is_file(chosen: Any) -> bool:
-    """Whether a setting names a list file of the user, not a list of the data set."""
+def _is_list_file(chosen: Any) -> bool:
     return isinstance(chosen, str) and chosen.endswith(".txt")
 
 
 def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
-    """One [dataset.NAME] table, its paths absolute. Relative paths start at the working
-    directory; `~` is the home. Raises `UserError`."""
+    """Return the settings of one [dataset.NAME] table, with absolute paths.
+
+    Relative paths start at the working directory; `~` is the home.
+
+    Args:
+        name: NAME.
+        table: the TOML table.
+        where: the grid file, for messages.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
     where = f"{where}: [dataset.{name}]"
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table")
@@ -249,7 +271,7 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     given = {key: getattr(settings, key, "") for key in ("root", "voc_root")}
     paths = {key: str(user_path(p, f"{where}: {key}")) for key, p in given.items() if p}
     settings = settings.model_copy(update=paths)
-    # without its hash, other images under the same name would lie in the same folder
+    # with a hash, so that other images under the same name get another folder
     folder = settings.shards or f"data/{name}-{fingerprint(settings.origin())[:8]}"
     shards = user_path(folder, f"{where}: shards")
     root = paths.get("root") or str(shards / "source")
@@ -257,7 +279,11 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
 
 
 def read_datasets(config: str | Path) -> dict[str, DatasetSettings]:
-    """All data sets of a grid file by name. Raises `UserError`."""
+    """Return the settings of all data sets of a grid file, by name.
+
+    Raises:
+        UserError: the file cannot be read, has no data set, or a table is wrong.
+    """
     tables = read_toml(config).get("dataset", {})
     if not isinstance(tables, dict) or not tables:
         raise UserError(f"{config}: no data set; add a table [dataset.NAME] with a source")

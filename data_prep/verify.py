@@ -1,7 +1,8 @@
-"""Checks a packed data set to its last byte: `python -m data_prep.verify DIR`.
+"""Check every byte of a packed data set: `python -m data_prep.verify DIR`.
 
-Manifest, each shard's SHA-256, every CRC, every label value, and all counts. Lists what is damaged,
-one line each."""
+It checks the manifest, each shard's SHA-256, every CRC, every label value and all counts. Each
+damage is listed in one line.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from hpc.storage.atomic import Damaged, file_sha256
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns its exit code."""
+    """Run the command, and return its exit code."""
     parser = argument_parser("python -m data_prep.verify", __doc__)
     parser.add_argument("folder", help="folder of a packed data set")
     options = parser.parse_args(argv)
@@ -37,18 +38,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def verify(manifest: Manifest, processes: int | None = None) -> list[str]:
-    """Everything that is damaged, one message each, in the manifest's order; empty if nothing."""
+    """Check all shards of a data set.
+
+    Args:
+        manifest: the data set.
+        processes: number of processes; default all usable cores, if there is enough work.
+
+    Returns:
+        One message for each damage, in the manifest's order.
+    """
     checks = [
         _Check(manifest.folder, shard, len(manifest.classes))
         for half in manifest.splits.values()
         for shard in half.shards
     ]
-    found = in_processes(_problems, checks, processes or _sensible(checks))
+    found = in_processes(_problems, checks, processes or _default_processes(checks))
     by_file = dict(with_progress(found, len(checks), f"{manifest.name}: shards verified"))
     return [problem for check in checks for problem in by_file[check.summary.file]]
 
 
-def _sensible(checks: Sequence[_Check]) -> int:
+def _default_processes(checks: Sequence[_Check]) -> int:
     return sensible_processes(sum(check.summary.bytes for check in checks))
 
 
@@ -85,10 +94,10 @@ def _sample_problems(
             problems.append(str(error))
             continue
         counts += found
-        strange = [v for v in np.flatnonzero(found) if check.num_classes <= v != VOID]
-        if strange:
+        invalid = [v for v in np.flatnonzero(found) if check.num_classes <= v != VOID]
+        if invalid:
             problems.append(
-                f"{path}: label map {entry.id!r} holds {strange[0]}, which is neither one of "
+                f"{path}: label map {entry.id!r} holds {invalid[0]}, which is neither one of "
                 f"{check.num_classes} classes nor void; {remedy(path)}"
             )
     return problems, counts

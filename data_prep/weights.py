@@ -1,5 +1,7 @@
-"""Pre-trained weights: where they lie on disk, and whether they are what they should be. Compute
-nodes have no internet, so the login node fetches them: `python -m data_prep.weights CONFIG`."""
+"""Download and check pre-trained weights: `python -m data_prep.weights CONFIG`.
+
+Run it on the login node, since compute nodes have no internet.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from hpc.storage.atomic import Damaged, file_sha256, new_file
 T = TypeVar("T", dict, list)
 
 SOURCE = "https://download.pytorch.org/models"
-PRE_FINE = "pre-fine"  # weights, and the paper's name of CE from these
-OF_ONE_MODEL = ("coco", PRE_FINE)  # each model has a file of its own, with a backbone of its own
-VOC_CLASSES = 21  # that the classifiers in COCO's files tell apart
+PRE_FINE = "pre-fine"  # these weights, and the paper's name of CE started from them
+OF_ONE_MODEL = ("coco", PRE_FINE)  # weights with a file and a backbone for each model
+VOC_CLASSES = 21  # the classes of the classifiers in COCO's files
 _IMAGENET = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
@@ -32,9 +34,9 @@ _COCO = {
     "deeplabv3_resnet101": "deeplabv3_resnet101_coco-586e9e4e.pth",
     "deeplabv3_mobilenet_v3_large": "deeplabv3_mobilenet_v3_large-fc3c493d.pth",
 }
-# (weights, model) -> file. ImageNet's are the first published ones, those of the paper's time;
-# COCO's are COCO_WITH_VOC_LABELS_V1, of which `coco` takes the backbone and `pre-fine` the head
-# too. A file's name ends with the start of its SHA-256.
+# (weights, model) -> file. ImageNet's are the first published ones, which the paper could use.
+# COCO's are COCO_WITH_VOC_LABELS_V1: `coco` takes their backbone, `pre-fine` the head as well.
+# A file's name ends with the start of its SHA-256.
 FILES = {
     **{
         ("imagenet", f"{head}_{backbone}"): file
@@ -49,8 +51,15 @@ WITHOUT_FILE = ("none", "pretrain")
 
 
 def weights_path(weights: str, model: str) -> Path:
-    """Where the file lies that `weights` (one of `PUBLISHED`, or a path) means for `model`. Raises
-    `UserError` if no such weights are published."""
+    """Return the path of the file that `weights` means for `model`. It may be missing.
+
+    Args:
+        weights: one of `PUBLISHED`, or a path.
+        model: a model's name.
+
+    Raises:
+        UserError: no such weights are published for the model.
+    """
     if (weights, model) in FILES:
         return torch_home() / "hub" / "checkpoints" / FILES[weights, model]
     if weights in PUBLISHED:
@@ -62,7 +71,11 @@ def weights_path(weights: str, model: str) -> Path:
 
 
 def require_weights(weights: str, model: str) -> Path:
-    """The same, of a file that exists. Raises `UserError`; does not read the file."""
+    """Return `weights_path` of a file that exists; the file is not read.
+
+    Raises:
+        UserError: there is no such file, or as `weights_path`.
+    """
     path = weights_path(weights, model)
     if path.is_file():
         return path
@@ -78,7 +91,7 @@ def require_weights(weights: str, model: str) -> Path:
 
 
 def without_pre_fine(settings: DatasetSettings, model: str) -> str:
-    """Why there is no pre-fine of `model` on this data set; "" where there is."""
+    """Return why `model` has no pre-fine weights for this data set; "" if it has."""
     if (PRE_FINE, model) not in FILES:
         return f"no weights trained on COCO are published for {model}"
     found = len(source_module(settings.source).classes(settings))
@@ -88,7 +101,11 @@ def without_pre_fine(settings: DatasetSettings, model: str) -> str:
 
 
 def check_published(path: Path) -> None:
-    """Raise `Damaged` if a published file's content does not fit the hash in its name."""
+    """Check a published file against the hash in its name.
+
+    Raises:
+        Damaged: the content has another hash.
+    """
     expected = _hash_prefix(path)
     if not file_sha256(path).startswith(expected):
         raise Damaged(f"{path} is damaged (its SHA-256 does not start with {expected}); delete it")
@@ -99,8 +116,12 @@ def _hash_prefix(path: Path) -> str:
 
 
 def fetch(path: Path) -> None:
-    """Download a published file to `path`, whole and checked or not at all."""
-    # planning looks for files here and must not pay for these
+    """Download a published file to `path`, whole and checked.
+
+    Raises:
+        UserError: the file cannot be downloaded or written, or has another hash.
+    """
+    # imported here because planning imports this module
     from http.client import HTTPException
     from urllib.error import URLError
 
@@ -110,14 +131,14 @@ def fetch(path: Path) -> None:
     with new_file(path) as temporary:
         try:
             torch.hub.download_url_to_file(url, str(temporary), hash_prefix=_hash_prefix(path))
-        # inside, as these are OSErrors, which `new_file` takes for a full disk;
-        # RuntimeError: the hash does not fit
+        # caught inside `new_file`, which takes OSErrors for errors of the disk;
+        # RuntimeError: the hash differs
         except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
             raise UserError(f"cannot fetch {url}: {error}") from error
 
 
 def main(argv: Sequence[str]) -> int:
-    """Fetch and check what the models of a grid file need."""
+    """Fetch and check the weights of a grid file, and return the exit code."""
     parser = argument_parser("python -m data_prep.weights", __doc__)
     parser.add_argument("config", type=Path, help="the grid file")
     arguments = parser.parse_args(argv)
@@ -138,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _needed(config: Path) -> set[tuple[str, str]]:
-    """The (weights, model) of a grid file. Raises `UserError` if it is not one."""
+    """Return the (weights, model) that a grid file needs."""
     grid = read_toml(config)
     protocol = _of_type(dict, grid.get("protocol", {}), f"{config}: [protocol]")
     where = f"{config}: [protocol.per_dataset]"

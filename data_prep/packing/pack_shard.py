@@ -1,4 +1,4 @@
-"""The packing of one shard: what one process or MPI rank is given."""
+"""Pack one shard: the unit of work of a process or MPI rank."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hpc.storage.atomic import Damaged, file_sha256, new_file, read_json, write_
 
 @dataclass(frozen=True)
 class PackedShard:
-    """What became of a shard. No summary: it was not written, as its samples are bad."""
+    """The result of packing one shard."""
 
     split: str
     number: int
-    summary: ShardSummary | None
-    bad: tuple[str, ...]  # one message a sample that cannot be packed
-    contents: tuple[str, ...]  # of each packed image a hash of its bytes or pixels
+    summary: ShardSummary | None  # None: not written, because of bad samples
+    bad: tuple[str, ...]  # one message per sample that cannot be packed
+    contents: tuple[str, ...]  # a hash of the bytes or pixels of each packed image
 
 
 def already_packed(plan: ShardPlan, skip_bad: bool) -> PackedShard | None:
-    """The shard as an earlier run left it, if its source is unchanged and it is there."""
+    """Return the result of an earlier run, if the shard exists and its source is unchanged."""
     try:
         record = read_json(plan.record_path)
         if record["stamp"] != plan.stamp or (record["left_out"] and not skip_bad):
@@ -46,8 +46,14 @@ def already_packed(plan: ShardPlan, skip_bad: bool) -> PackedShard | None:
 
 
 def pack_shard(plan: ShardPlan, skip_bad: bool) -> PackedShard:
-    """Write the shard and then its record, each in one step. Bad samples are left out with
-    `skip_bad`; without it they are all found and nothing is written."""
+    """Write the shard and then its record, each in one step.
+
+    Bad samples are left out with `skip_bad`. Without it, nothing is written if there are any, and
+    the result lists them all.
+
+    Raises:
+        UserError: a file cannot be written, or there is not enough memory.
+    """
     samples, bad = plan.samples, dict[str, str]()
     while samples:
         try:
@@ -87,7 +93,7 @@ def _write(
                 except BadFile as error:
                     reasons[planned.sample.id] = str(error)
                     continue
-                if not reasons:  # once one is bad the rest is only checked
+                if not reasons:  # after the first bad sample the others are only checked
                     writer.add(pixels, label)
                     contents.append(_content(planned, pixels))
                     counts += np.bincount(label.reshape(-1), minlength=256)
@@ -112,16 +118,22 @@ def _write(
 def read_sample(
     planned: PlannedSample, plan: ShardPlan
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The sample's bytes for the arenas, checked: raw [H, W, 3] or a JPEG's own [N], and the label
-    map [H, W]. Raises `BadFile`."""
+    """Read and check a sample.
+
+    Returns:
+        (pixels, label map): uint8 [H, W, 3], or [N] for a JPEG's own bytes, and uint8 [H, W].
+
+    Raises:
+        BadFile: the image or label map cannot be packed.
+    """
     sample, entry = planned.sample, planned.entry
     data = read_bytes(sample.image)
-    image = decode_rgb(data, str(sample.image))  # an encoded image too must decode to its end
+    image = decode_rgb(data, str(sample.image))  # checks an encoded image too
     label = source_module(plan.settings.source).read_label(plan.settings, sample)
     if image.shape[:2] != label.shape:
         raise BadFile(
             f"{sample.image} is {_size(image)} but its label map {sample.label} is "
-            f"{_size(label)} (width x height); mend one of them"
+            f"{_size(label)} (width x height); replace one of them"
         )
     pixels = np.frombuffer(data, np.uint8) if entry.codec == "encoded" else image
     if image.shape[:2] != (entry.height, entry.width) or pixels.size != entry.pixels_size:

@@ -1,4 +1,4 @@
-"""What is to be packed: which samples go into which shard, before any pixel is decoded."""
+"""Plan which samples go into which shard, before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hpc.cli import UserError
 from hpc.storage.atomic import fingerprint
 
 MEGABYTE = 1_000_000
-_READING = 2  # raise it when the same files give other pixels, labels or records
-_HEADER_THREADS = 8  # headers are tiny reads: on a parallel file system waiting is all they do
+_READING = 2  # raise it when a change of the program gives other pixels, labels or records
+_HEADER_THREADS = 8  # reading headers is mostly waiting for a parallel file system
 
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """A sample whose header was read."""
+    """A sample and its entry in a shard's index, made from the image's header."""
 
     sample: Sample
     entry: Entry
@@ -34,7 +34,7 @@ class PlannedSample:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be packed; `stamp` changes when its source files or settings do."""
+    """One shard to be packed. `stamp` changes if its source files or settings do."""
 
     settings: DatasetSettings
     split: str
@@ -44,50 +44,54 @@ class ShardPlan:
 
     @property
     def folder(self) -> Path:
-        """Where the shard is written."""
+        """Return the folder of the shard."""
         return Path(self.settings.shards)
 
     @property
     def stem(self) -> str:
-        """The beginning of the names of the shard and of its record."""
+        """Return the common start of the file names of shard and record."""
         return f"{self.split}-{self.number:05d}"
 
     @property
     def record_path(self) -> Path:
-        """The small file beside the shard that says it is done."""
+        """Return the path of the small file beside the shard that marks it as done."""
         return self.folder / f"{self.stem}.json"
 
     @property
     def bytes(self) -> int:
-        """Bytes of its arenas."""
+        """Return the bytes of its arenas."""
         return sum(_arena_bytes(planned.entry) for planned in self.samples)
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """All shards of a data set, and the samples whose headers were already found bad."""
+    """All shards of a data set, and the samples with bad headers."""
 
     shards: tuple[ShardPlan, ...]
-    bad: dict[str, tuple[str, ...]]  # by split, one message a sample
+    bad: dict[str, tuple[str, ...]]  # by split, one message per sample
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a data set as they are now. Made without opening any."""
+    """The files of a data set as they are now; none was opened."""
 
     settings: DatasetSettings
     classes: tuple[str, ...]
     samples: dict[str, list[Sample]]
-    stamps: dict[str, list[list[Any]]]  # by split, a sample's names, sizes, times, annotation
+    stamps: dict[str, list[list[Any]]]  # by split: names, sizes, times, annotation of each sample
 
     @property
     def stamp(self) -> str:
-        """Changes when any file or a setting that matters does."""
+        """Return a hash that changes if any file or relevant setting does."""
         return _stamp(self.settings, list(self.stamps.items()))
 
 
 def find_source(settings: DatasetSettings) -> SourceFiles:
-    """Make or check the source's files, and list them. Raises `UserError`."""
+    """List the source's files, after checking or making them.
+
+    Raises:
+        UserError: files are missing, do not pair or cannot be read.
+    """
     module = source_module(settings.source)
     module.prepare(settings)
     samples = {split: module.samples(settings, split) for split in SPLITS}
@@ -96,7 +100,7 @@ def find_source(settings: DatasetSettings) -> SourceFiles:
 
 
 def plan_shards(source: SourceFiles) -> PackingPlan:
-    """Deal the samples, sorted by id, to shards of about `shard_mb`, all by their headers."""
+    """Divide the samples, sorted by id, into shards of about `shard_mb`, by their headers."""
     shards: list[ShardPlan] = []
     bad: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
@@ -109,7 +113,11 @@ def plan_shards(source: SourceFiles) -> PackingPlan:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make `folder`; `UserError` if its disk has less than `needed` bytes free."""
+    """Make `folder`, and check that there is space for `needed` bytes.
+
+    Raises:
+        UserError: the folder cannot be written to, or there is too little space.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -176,7 +184,7 @@ def _stamp(settings: DatasetSettings, content: list[Any]) -> str:
 
 def _sample_stamp(sample: Sample) -> list[Any]:
     image = [sample.image.name, *_stat(sample.image)]
-    if sample.annotation:  # the file's own time would repack every sample for a change of one
+    if sample.annotation:  # the time of the common file would change all samples at once
         return [sample.id, image, fingerprint(sample.annotation)]
     return [sample.id, image, [sample.label.name, *_stat(sample.label)]]
 

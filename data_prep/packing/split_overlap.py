@@ -1,4 +1,4 @@
-"""Pictures that are trained on in one place and validated on in another."""
+"""Find images that are in a training and in a validation set, of one or of two data sets."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from data_prep.sources import source_module
 from data_prep.sources.files import Sample
 from hpc.cli import UserError
 
-_SAME_PICTURES = {"voc", "sbd"}  # sources whose equal ids are the same photograph
+_SHARED_IMAGES = {"voc", "sbd"}  # sources in which equal ids are the same photograph
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of a data set, by id."""
+    """The ids of a data set's images."""
 
     train: Sequence[str]
     val: Sequence[str]
-    leaked: Sequence[str]  # of `val`, those whose content is in `train` too
+    leaked: Sequence[str]  # ids in `val` whose content is also in `train`
 
     @classmethod
     def packed(cls, manifest: Manifest) -> Self:
-        """Those of a packed data set."""
+        """Return those of a packed data set."""
         train, val = (
             [one for shard in manifest.splits[split].shards for one in shard.ids]
             for split in SPLITS
@@ -36,8 +36,13 @@ class Pictures:
 
     @classmethod
     def of_source(cls, settings: DatasetSettings) -> Self:
-        """Those of the files that are to be packed. Compares only images of equal ids: reading all
-        is left to packing. Raises `UserError` for files that are missing or do not pair."""
+        """Return those of a data set that is not packed yet.
+
+        Only images of equal ids are compared; packing compares all.
+
+        Raises:
+            UserError: files are missing or do not pair.
+        """
         source = source_module(settings.source)
         train, val = ({s.id: s for s in source.samples(settings, split)} for split in SPLITS)
         leaked = [one for one in val if one in train and _same_image(train[one], val[one])]
@@ -49,9 +54,16 @@ PicturesByName = Mapping[str, Pictures]
 
 
 def overlap_warnings(datasets: Datasets, pictures: PicturesByName) -> list[str]:
-    """Return one line for each overlap of data sets whose `pictures` are given: pictures in both
-    lists of one, and training pictures of VOC or SBD on which another of the two validates, or VOC
-    itself where an SBD's `voc_root` still holds its list."""
+    """Return one line for each overlap of training and validation images.
+
+    Overlaps are images in both splits of a data set, and training images of VOC or SBD that another
+    data set of these validates on. SBD is compared with VOC itself if VOC is not among the data
+    sets and SBD's `voc_root` has VOC's list.
+
+    Args:
+        datasets: settings by name.
+        pictures: the images of the data sets to compare, by name.
+    """
     return [
         *_within(datasets, pictures), *_between(datasets, pictures), *_with_voc(datasets, pictures)
     ]  # fmt: skip
@@ -61,12 +73,12 @@ def _same_image(one: Sample, other: Sample) -> bool:
     try:
         return one.image == other.image or filecmp.cmp(one.image, other.image, shallow=False)
     except OSError:
-        return False  # packing tells what is wrong with it
+        return False  # packing reports the error
 
 
 def _within(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
     for name, of in pictures.items():
-        by_id = _shared(of.train, of.val) if datasets[name].source in _SAME_PICTURES else []
+        by_id = _shared(of.train, of.val) if datasets[name].source in _SHARED_IMAGES else []
         if shared := sorted({*of.leaked, *by_id}, key=str.encode):
             yield (
                 f"{len(shared)} of {len(of.val)} validation images of the data set {name!r} "
@@ -76,7 +88,7 @@ def _within(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
 
 
 def _between(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
-    related = [name for name in pictures if datasets[name].source in _SAME_PICTURES]
+    related = [name for name in pictures if datasets[name].source in _SHARED_IMAGES]
     for trained, validated in permutations(related, 2):
         if shared := _shared(pictures[trained].train, pictures[validated].val):
             yield _seen(
@@ -86,7 +98,7 @@ def _between(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
 
 def _with_voc(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
     if any(datasets[name].source == "voc" for name in pictures):
-        return  # it is compared as it is
+        return  # `_between` compares it
     for name in pictures:
         settings = datasets[name]
         if not isinstance(settings, SbdSettings):
@@ -95,7 +107,7 @@ def _with_voc(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
         if settings.val != sbd.VOC_VAL:
             try:
                 theirs = sbd.voc_val_ids(settings)
-            except UserError:  # shards outlive what they were packed from
+            except UserError:  # the source files may be gone once they are packed
                 continue
             if shared := _shared(pictures[name].train, theirs):
                 yield _seen(name, shared, len(theirs), "VOC 2012")

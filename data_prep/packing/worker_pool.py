@@ -1,4 +1,4 @@
-"""Work dealt to processes, with progress on the terminal."""
+"""Distribute work over processes, and show progress on the terminal."""
 
 from __future__ import annotations
 
@@ -22,21 +22,31 @@ from hpc.cli import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-
-_WORTH_A_PROCESS = 64_000_000  # bytes; starting one takes as long as packing about so much
+_BYTES_PER_PROCESS = 64_000_000  # packing about so much takes as long as starting a process
 
 
 def sensible_processes(num_bytes: int) -> int:
-    """How many processes to use for so much work: at most the cores that this process may run on
-    (Slurm and taskset give fewer than the node has)."""
-    return min(len(os.sched_getaffinity(0)), 1 + num_bytes // _WORTH_A_PROCESS)
+    """Return how many processes to use for `num_bytes` of work.
+
+    They are at most the cores that this process may run on; Slurm and taskset may allow fewer than
+    the node has.
+    """
+    return min(len(os.sched_getaffinity(0)), 1 + num_bytes // _BYTES_PER_PROCESS)
 
 
 def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[R]:
-    """`function(item)` of every item as they get done, in any order. One process means this one.
+    """Yield `function(item)` for every item, in order of completion.
 
-    `function` and items must be picklable; processes are spawned, since a fork copies the locks of
-    threads and of HDF5."""
+    Processes are spawned, since a fork copies the locks of threads and of HDF5.
+
+    Args:
+        function: picklable.
+        items: picklable.
+        processes: number of processes; with 1, this process does the work.
+
+    Raises:
+        UserError: a process was killed, or processes cannot be started.
+    """
     processes = min(processes, len(items))
     if processes <= 1:
         yield from map(function, items)
@@ -62,7 +72,7 @@ def in_processes(function: Callable[[T], R], items: Sequence[T], processes: int)
 def _start_of(processes: int) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # no locks in /dev/shm, or no more processes
+    except OSError as error:  # /dev/shm is not writable, or too many processes
         raise UserError(
             f"cannot start {processes} packing processes: {error.strerror}; make /dev/shm writable "
             "and allow more processes, or pack with --processes 1"
@@ -70,8 +80,10 @@ def _start_of(processes: int) -> Iterator[None]:
 
 
 def with_progress(items: Iterator[R], total: int, title: str) -> Iterator[R]:
-    """Pass `items` on, showing how many of `total` are done: a bar, or plain lines where standard
-    error is no terminal."""
+    """Yield `items`, and show how many of `total` are done.
+
+    This is a bar on a terminal, and else about 20 lines on standard error.
+    """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         for done, item in enumerate(items, 1):
@@ -85,7 +97,7 @@ def with_progress(items: Iterator[R], total: int, title: str) -> Iterator[R]:
 
 
 def _die_with_parent() -> None:
-    # a worker whose parent was killed would otherwise wait for work for ever
+    # otherwise a worker whose parent was killed waits for work for ever
     parent = multiprocessing.parent_process()
     assert parent is not None
     leave = partial(_leave_after, parent.join)

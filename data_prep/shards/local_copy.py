@@ -1,4 +1,4 @@
-"""A packed data set on the node's own disk, where the cluster profile names one."""
+"""Read a packed data set from the node's own disk, if the cluster profile names one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from hpc.storage.node_cache import SharedFile, cached_copy
 
 @contextmanager
 def local_shards(folder: str | Path, node_local: str) -> Iterator[Manifest]:
-    """The manifest of the data set in `folder`, whose shards lie in the node's folder `node_local`
-    while the block runs; in `folder` itself if that is "" or has no room for them."""
+    """Yield the manifest of the data set in `folder`, with its shards on the node's disk.
+
+    The shards lie in the node's folder `node_local` while the block runs. They stay in `folder` if
+    `node_local` is "" or has too little space.
+
+    Raises:
+        UserError: `folder` holds no packed data set.
+        Damaged: the manifest or a shard is damaged.
+    """
     manifest = Manifest.load(folder)
     if not node_local:
         yield manifest

@@ -1,6 +1,7 @@
-"""What a packed data set consists of: shards, ids, sizes, class pixel counts, checksums.
+"""Describe a packed data set: its shards, ids, sizes, class pixel counts and checksums.
 
-Free of torch, h5py and mpi4py: planning reads it on the login node."""
+Free of torch, h5py and mpi4py: planning reads manifests on the login node.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from hpc.storage.atomic import Damaged, fingerprint, read_json, write_json
 MANIFEST = "manifest.json"
 FORMAT = "lossgrid shards 4"
 SPLITS = ("train", "val")
-ROOTS = frozenset({"root", "voc_root"})  # settings that only say where the files lie
-_SHOWN = 3  # class names in a message
+ROOTS = frozenset({"root", "voc_root"})  # settings that only locate the files
+_MAX_SHOWN = 3  # class names in a message
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """One shard file, its samples in their order in the file."""
+    """One shard file. Its samples are listed in their order in the file."""
 
-    file: str  # name within the folder; it ends with a part of `sha256`, see `shard_name`
+    file: str  # name within the folder, see `shard_name`
     bytes: int
     sha256: str  # of the whole file
-    arenas: tuple[tuple[int, int], ...]  # of pixels and of labels: (offset, bytes)
-    frame_sha256: str  # of all bytes outside them: says at opening that content is the manifest's
+    arenas: tuple[tuple[int, int], ...]  # (offset, bytes) of pixels and of labels
+    frame_sha256: str  # of all bytes outside the arenas; checked when the shard is opened
     ids: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]  # (height, width)
-    class_pixels: tuple[int, ...]  # one count a class
+    class_pixels: tuple[int, ...]  # one count per class
     void_pixels: int
 
     @property
@@ -41,7 +42,7 @@ class ShardSummary:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ShardSummary:
-        """The summary that `asdict` turned into plain values."""
+        """Return the summary that `asdict` turned into plain values."""
         lists = {
             "arenas": tuple((offset, size) for offset, size in record["arenas"]),
             "ids": tuple(record["ids"]),
@@ -56,7 +57,7 @@ class SplitSummary:
     """The training or the validation half of a data set."""
 
     shards: tuple[ShardSummary, ...]
-    left_out: tuple[str, ...] = ()  # what `skip_bad` left out: one message a sample
+    left_out: tuple[str, ...] = ()  # one message per sample that `skip_bad` left out
 
     @property
     def images(self) -> int:
@@ -65,34 +66,37 @@ class SplitSummary:
 
     @property
     def class_pixels(self) -> tuple[int, ...]:
-        """Number of labelled pixels of each class."""
+        """Return the number of labelled pixels of each class."""
         counts = zip(*(shard.class_pixels for shard in self.shards), strict=True)
         return tuple(sum(of_class) for of_class in counts)
 
     @property
     def void_pixels(self) -> int:
-        """Number of pixels that count nowhere."""
+        """Return the number of void pixels."""
         return sum(shard.void_pixels for shard in self.shards)
 
     @property
     def void_share(self) -> str:
-        """The void pixels among all, such as `2.5 %`."""
+        """Return the share of void pixels as text, such as `2.5 %`."""
         return f"{100 * self.void_pixels / (sum(self.class_pixels) + self.void_pixels):.1f} %"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A packed data set. `fingerprint` is the SHA-256 of all that the manifest says about classes
-    and content (not of names, paths and times), to be recorded with whatever was made from it."""
+    """A packed data set.
+
+    `fingerprint` is the SHA-256 of classes and content, without names, paths and times. It is
+    recorded with everything that is made from the data.
+    """
 
     folder: Path
     name: str
     classes: tuple[str, ...]
     splits: dict[str, SplitSummary]
     source_stamp: str = ""  # names, sizes and times of the source files and the settings
-    leaked: tuple[str, ...] = ()  # ids of validation images that are training images too
+    leaked: tuple[str, ...] = ()  # ids of validation images that are also training images
     origin: Mapping[str, Any] = field(default_factory=dict)  # see `DatasetSettings.origin`
-    kept: tuple[str, ...] = ()  # shards of earlier contents, which running jobs may still open
+    kept: tuple[str, ...] = ()  # shards of earlier content, which running jobs may still open
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,8 +106,12 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a packed data set. Raises `UserError` if there is none or it is of
-        another version of this program, `Damaged` if it is not as it was written."""
+        """Read the manifest of a packed data set.
+
+        Raises:
+            UserError: there is none, or another version of this program wrote it.
+            Damaged: it is not as it was written.
+        """
         return _from_record(Path(folder), _read(Path(folder)))
 
     def save(self) -> None:
@@ -124,12 +132,15 @@ class Manifest:
 
     @property
     def files(self) -> set[str]:
-        """The names of all shards."""
+        """Return the file names of all shards."""
         return {shard.file for half in self.splits.values() for shard in half.shards}
 
     def differences(self, origin: Mapping[str, Any]) -> dict[str, str]:
-        """Return how the settings that the data set was packed with differ from others, which
-        `origin` gives: a phrase by setting, empty if they do not differ."""
+        """Compare the settings that the data set was packed with to `origin`.
+
+        Returns:
+            A phrase for each setting that differs, by its name.
+        """
         keys = {key for key in {*self.origin, *origin} if self.origin.get(key) != origin.get(key)}
         return {
             key: f"{key} = {_shown(self.origin, key)} there, {_shown(origin, key)} here"
@@ -139,9 +150,17 @@ class Manifest:
     def require_settings(
         self, origin: Mapping[str, Any], folder: str | Path, name: str, moved: str = ""
     ) -> None:
-        """Raise `UserError` if the data set in `folder` was packed with other settings than those
-        of [dataset.`name`], given as for `differences`. `moved` ends the message where only the
-        places of the files differ."""
+        """Refuse a data set that was packed with other settings than `origin`.
+
+        Args:
+            origin: the present settings, see `DatasetSettings.origin`.
+            folder: the folder of the data set, for the message.
+            name: the name of the data set, for the message.
+            moved: the end of the message if only the places of the files differ.
+
+        Raises:
+            UserError: the settings differ.
+        """
         if found := self.differences(origin):
             moved = moved if found.keys() <= ROOTS else ""
             raise UserError(
@@ -151,8 +170,14 @@ class Manifest:
             )
 
     def require_classes(self, settings: DatasetSettings) -> None:
-        """Raise `UserError` if fewer than two classes have pixels in a split: there is nothing to
-        tell apart. `settings` tell which values of label maps the pixels had."""
+        """Refuse a split in which fewer than two classes have pixels.
+
+        Args:
+            settings: give the label values of classes and void, for the message.
+
+        Raises:
+            UserError: a split has fewer than two such classes.
+        """
         for split, half in self.splits.items():
             found = [index for index, pixels in enumerate(half.class_pixels) if pixels]
             if len(found) >= 2:
@@ -163,10 +188,12 @@ class Manifest:
                 name = f"{self.classes[found[0]]!r}{_values(settings, found[0])}"
                 what = f"{name} is the only class with pixels in {where}"
             void = f"{half.void_share} of the pixels are void{_values(settings, VOID)}"
-            raise UserError(f"{what}; {void}; at least two are needed: {settings.mending}")
+            raise UserError(
+                f"{what}; {void}; at least two are needed: {settings.few_classes_remedy}"
+            )
 
     def warnings(self) -> list[str]:
-        """Return one line for each split in which no pixel has one of the classes."""
+        """Return one line for each split in which a class has no pixel."""
         effects = {
             "train": "no cell can learn it",
             "val": "scores are averaged over the classes that do occur",
@@ -184,20 +211,30 @@ class Manifest:
         ]
 
     def check_files(self) -> None:
-        """`Damaged` for the first shard that is missing or of another length. Reads no content."""
+        """Check that all shards exist and have their lengths, without reading content.
+
+        Raises:
+            Damaged: a shard is missing or has another length; the first one.
+        """
         for half in self.splits.values():
             for shard in half.shards:
                 check_length(self.folder / shard.file, shard.bytes)
 
 
 def read_fingerprint(folder: str | Path) -> str:
-    """The fingerprint of the packed data set in `folder`, quicker than by all of its manifest.
-    Raises as `Manifest.load`."""
+    """Return the fingerprint of the data set in `folder`, faster than `Manifest.load`.
+
+    Raises the same errors.
+    """
     return str(_read(Path(folder))["fingerprint"])
 
 
 def check_length(path: Path, expected: int) -> None:
-    """`Damaged` if the file is missing or has not `expected` bytes."""
+    """Check the length of a file.
+
+    Raises:
+        Damaged: the file is missing or does not have `expected` bytes.
+    """
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -212,19 +249,22 @@ def _values(settings: DatasetSettings, label: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = ", ".join(repr(name) for name in names[:_MAX_SHOWN])
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
     return f"each of the classes {shown}{more}" if len(names) > 1 else f"the class {shown}"
 
 
 def remedy(path: Path) -> str:
-    """What to do about a damaged shard."""
+    """Return the advice for a damaged shard."""
     return f"delete {path.name} if it is there and run `python -m data_prep.pack CONFIG` again"
 
 
 def shard_name(stem: str, sha256: str) -> str:
-    """Return the file name of a shard: other content gets another name, so that packing anew
-    replaces no shard that a running job may still open."""
+    """Return the file name of a shard, which ends with a part of its SHA-256.
+
+    Other content gets another name, so that packing again replaces no shard that a running job may
+    still open.
+    """
     return f"{stem}-{sha256[:12]}.h5"
 
 

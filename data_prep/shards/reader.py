@@ -1,17 +1,8 @@
-"""THE format of a shard, and its reader: an HDF5 file of two contiguous byte arenas and an index.
+"""Read samples from shards, and check every byte against its CRC (the format: `format.py`).
 
-    pixels      uint8, contiguous: raw images (H*W*3 bytes, RGB rows) or a JPEG's own bytes
-    labels      uint8, contiguous: label maps (H*W bytes), the class index or VOID
-    index       a row a sample: id, pixels_offset, pixels_size, labels_offset, height, width, codec
-    pixels_crc  CRC32 of each band of 64 rows, sample after sample (encoded: one for all bytes)
-    labels_crc  the same for label maps
-
-Every byte is under a checksum: those of the arenas under the CRC of their band, all others under
-the manifest's SHA-256 of the frame, which is checked before HDF5 opens the file.
-
-HDF5 is asked once for the index; from then on a read is one `os.preadv` on the plain file, with no
-HDF5 lock or library state that a forked loader worker could inherit broken. `layout.py` holds the
-index's table, `shard_writer.py` the writer."""
+HDF5 reads the index once. From then on a read is one `os.preadv` on the plain file, without a lock
+or state of the HDF5 library that a forked loader process could inherit broken.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +23,24 @@ from hpc.storage.checksum import crc32
 
 Bytes = NDArray[np.uint8]
 
-# Bytes that are read at once: they are still in a core's own cache when their CRCs are computed.
-_CACHED = 2**20
+# Bytes to read at once, few enough to be still in the core's cache when their CRCs are computed.
+_CHUNK_BYTES = 2**20
 
 
 class ShardFile:
-    """An opened shard. Every read is checked against its CRCs."""
+    """An open shard. Every read is checked against its CRCs."""
 
     def __init__(self, path: Path, summary: ShardSummary) -> None:
-        """Read the index of `path`; `Damaged` if it is not the shard that `summary` describes."""
+        """Open `path` and read its index.
+
+        Raises:
+            Damaged: the file is not the shard that `summary` describes.
+        """
         self._descriptor = -1
         self._path = path
         check_length(path, summary.bytes)
         try:
-            # HDF5 reads over damage to its own structures, or follows it anywhere
+            # HDF5 does not detect damage to its own structures
             if frame_sha256(path, summary.arenas) != summary.frame_sha256:
                 raise ValueError(_frame_damage(summary))
             self._read_index(summary)
@@ -58,7 +53,7 @@ class ShardFile:
             os.close(self._descriptor)
 
     def image(self, k: int, rows: tuple[int, int] | None = None) -> Bytes:
-        """Image `k` as uint8 [H, W, 3], or only its rows [first, stop)."""
+        """Return image `k` as uint8 [H, W, 3], or only its rows [first, stop)."""
         entry = self.entries[k]
         what = f"image {entry.id!r}"
         if entry.codec == "raw":
@@ -68,7 +63,7 @@ class ShardFile:
         return self._decode(data, entry)[slice(*rows) if rows else slice(None)]
 
     def label(self, k: int, rows: tuple[int, int] | None = None) -> Bytes:
-        """Label map `k` as uint8 [H, W], or only its rows [first, stop)."""
+        """Return label map `k` as uint8 [H, W], or only its rows [first, stop)."""
         entry = self.entries[k]
         what = f"label map {entry.id!r}"
         data = self._labels.read(self._descriptor, k, rows or (0, entry.height), what)
@@ -98,8 +93,10 @@ class ShardFile:
 
 
 class SplitReader:
-    """The samples of one split by number, over all its shards, sorted by id. Each process opens a
-    shard for itself when it first needs it."""
+    """The samples of one split by number, over all its shards, sorted by id.
+
+    Each process opens a shard itself when it first needs it.
+    """
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         self._folder = manifest.folder
@@ -111,24 +108,34 @@ class SplitReader:
         return self._starts[-1]
 
     def id(self, i: int) -> str:
-        """The stem of the source's files."""
+        """Return the id of sample `i`: the stem of its files in the source."""
         shard, k = self._place(i)
         return self._shards[shard].ids[k]
 
     def size(self, i: int) -> tuple[int, int]:
-        """(height, width) in pixels. Opens no shard."""
+        """Return (height, width) of sample `i` in pixels. Opens no shard."""
         shard, k = self._place(i)
         return self._shards[shard].sizes[k]
 
     def image(self, i: int, rows: tuple[int, int] | None = None) -> Bytes:
-        """Image `i` as a fresh uint8 array [H, W, 3], RGB, or only its rows [first, stop).
-        `Damaged` names file and sample."""
+        """Return image `i` as a new uint8 array [H, W, 3], RGB, or only its rows [first, stop).
+
+        Raises:
+            Damaged: the shard or the sample is damaged; the message names both.
+        """
         shard, k = self._place(i)
         return self._file(shard).image(k, rows)
 
     def label(self, i: int, rows: tuple[int, int] | None = None) -> Bytes:
-        """Label map `i` as a fresh uint8 array [H, W], class index or VOID, or only its rows
-        [first, stop). `Damaged` names file and sample."""
+        """Return label map `i` as a new uint8 array [H, W], class index or VOID, or some rows.
+
+        Args:
+            i: number of the sample.
+            rows: (first, stop) of the rows to return; None for all.
+
+        Raises:
+            Damaged: the shard or the sample is damaged; the message names both.
+        """
         shard, k = self._place(i)
         return self._file(shard).label(k, rows)
 
@@ -146,7 +153,7 @@ class SplitReader:
 
 
 class _Arena:
-    """Where each sample's bytes lie in the file, and the CRCs of their bands."""
+    """The places of all samples' bytes in the file, and the CRCs of their bands."""
 
     def __init__(
         self,
@@ -161,7 +168,7 @@ class _Arena:
         self._first_crc = list(accumulate((one.num_bands for one in layouts), initial=0))
 
     def read(self, descriptor: int, k: int, rows: tuple[int, int], what: str) -> Bytes:
-        """The bytes of the rows [first, stop) of sample `k`; whole bands are read and checked."""
+        """Return the bytes of the rows [first, stop) of sample `k`. Whole bands are checked."""
         layout = self._layouts[k]
         first, stop = rows
         assert 0 <= first < stop <= layout.rows, f"rows {rows} of {layout.rows}"
@@ -169,7 +176,7 @@ class _Arena:
         width = layout.row_bytes
         data = np.empty((bottom - top) * width, np.uint8)
         left, offset, row = data.data, self._begins[k] + top * width, top
-        step = max(1, _CACHED // (BAND_ROWS * width)) * BAND_ROWS
+        step = max(1, _CHUNK_BYTES // (BAND_ROWS * width)) * BAND_ROWS
         while left:
             piece, left = left[: step * width], left[step * width :]
             self._fill(piece, descriptor, offset, what)
@@ -178,7 +185,6 @@ class _Arena:
         return data[(first - top) * width : (stop - top) * width]
 
     def _fill(self, piece: memoryview, descriptor: int, offset: int, what: str) -> None:
-        """Read what lies at `offset`."""
         try:
             found = _read_into(descriptor, piece, offset)
         except OSError as error:
@@ -187,7 +193,7 @@ class _Arena:
             raise self._damaged(what, f"the file ends at least {len(piece) - found} bytes early")
 
     def _check(self, piece: memoryview, k: int, row: int, what: str) -> None:
-        """Compare the bands of sample `k` from `row` on with their CRCs."""
+        """Compare the bands of sample `k` that begin at `row` with their CRCs."""
         size = BAND_ROWS * self._layouts[k].row_bytes
         number = self._first_crc[k] + row // BAND_ROWS
         for begin in range(0, len(piece), size):
@@ -210,7 +216,7 @@ def _frame_damage(summary: ShardSummary) -> str:
 
 def _read_into(descriptor: int, piece: memoryview, offset: int) -> int:
     done = 0
-    while done < len(piece):  # a signal may cut a read on a network file system short
+    while done < len(piece):  # a signal may shorten a read on a network file system
         got = os.preadv(descriptor, [piece[done:]], offset + done)
         if got == 0:
             break

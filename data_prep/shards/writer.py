@@ -1,7 +1,8 @@
-"""Writes one shard (the format is told in `shards.py`). Equal samples give equal bytes.
+"""Write one shard (the format: `format.py`). Equal samples give equal bytes.
 
-HDF5 lays the file out and fills the index; the arenas are then written as plain bytes, since a disk
-that gets full while HDF5 writes ends in a crash of the library instead of an error."""
+HDF5 lays the file out and writes the index. The arenas are then written as plain bytes: on a full
+disk HDF5 crashes instead of reporting an error.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +21,17 @@ from hpc.storage.checksum import crc32
 
 # superblock and object headers of one fixed version, whatever the installed HDF5 prefers
 _LIBVER = ("v110", "v110")
-_METADATA_BYTES = 1_000_000  # more than all of HDF5's own
+_METADATA_BYTES = 1_000_000  # an upper bound of HDF5's own structures
 
 Bytes = NDArray[np.uint8]
 
 
 class ShardWriter:
-    """A context that writes one shard. `add` takes the samples in the order of `entries`.
+    """A context manager that writes one shard.
 
-    `frame_sha256` is known when the block has ended. A full disk is an `OSError`."""
+    `add` takes the samples in the order of `entries`. `frame_sha256` is set when the block has
+    ended. A full disk raises `OSError`.
+    """
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._entries = list(entries)
@@ -43,7 +46,7 @@ class ShardWriter:
 
     @property
     def arenas(self) -> tuple[tuple[int, int], ...]:
-        """Where pixels and labels lie in the file: (offset, bytes)."""
+        """Return the places of pixels and labels in the file: (offset, bytes) each."""
         sizes = {
             "pixels": sum(entry.pixels.size for entry in self._entries),
             "labels": sum(entry.labels.size for entry in self._entries),
@@ -51,8 +54,12 @@ class ShardWriter:
         return tuple((self._begin[arena], size) for arena, size in sizes.items())
 
     def add(self, pixels: Bytes, label: Bytes) -> None:
-        """Append the next entry's sample: `pixels` uint8 [H, W, 3] or the JPEG's bytes [N],
-        `label` uint8 [H, W]."""
+        """Append the next entry's sample.
+
+        Args:
+            pixels: uint8 [H, W, 3], or the bytes [N] of a JPEG file.
+            label: uint8 [H, W].
+        """
         entry = self._entries[self._added]
         self._append("pixels", pixels, entry.pixels)
         self._append("labels", label, entry.labels)
@@ -90,7 +97,7 @@ class ShardWriter:
 
 
 def _lay_out(path: Path, entries: list[Entry], table: NDArray[np.void]) -> dict[str, int]:
-    """Make the file with its index and room for the rest; where each dataset begins."""
+    """Make the file with its index, allocate the rest, and return each dataset's offset."""
     shapes = {
         "pixels": (sum(e.pixels.size for e in entries), "u1"),
         "labels": (sum(e.labels.size for e in entries), "u1"),
@@ -108,7 +115,7 @@ def _lay_out(path: Path, entries: list[Entry], table: NDArray[np.void]) -> dict[
 
 
 def _check_room(path: Path, size: int) -> None:
-    # what HDF5 itself writes is written once by us: if that fails, it is an error
+    # write as many bytes as HDF5 will: unlike HDF5, this raises an error on a full disk
     with path.open("wb") as file:
         file.write(bytes(size))
         file.flush()

@@ -1,8 +1,8 @@
-"""The data sets that can be packed: one module a source. Each offers
+"""The data sets that can be packed, one module per source. Each module defines
 
-classes(settings) -> tuple[str, ...]         the names of the classes, by label value
-prepare(settings) -> None                    checks that the files are there, or makes them
-samples(settings, split) -> list[Sample]     sorted by id (bytes of its UTF-8)
+classes(settings) -> tuple[str, ...]           the class names, in the order of their indices
+prepare(settings) -> None                      check that all files exist, or make them
+samples(settings, split) -> list[Sample]       sorted by id (as UTF-8 bytes)
 read_label(settings, sample) -> uint8 [H, W]   class index or VOID; raises `BadFile`
 """
 
@@ -15,7 +15,9 @@ SOURCES = ("voc", "sbd", "cityscapes", "coco", "folder", "synthetic")
 
 
 def source_module(source: str) -> ModuleType:
-    """The module of one of `SOURCES`. Loaded when it is asked for: they read pictures, and most
-    commands of the login node never do."""
+    """Return the module of one of `SOURCES`.
+
+    It is imported here: the modules read images, which most commands on the login node never do.
+    """
     assert source in SOURCES
     return import_module(f"data_prep.sources.{source}")

@@ -1,5 +1,7 @@
-"""Cityscapes with fine annotations, as leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip
-unpack. Label maps hold raw ids, which become one of three sets of classes."""
+"""Read Cityscapes with fine annotations: leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip.
+
+Label maps hold raw ids, which are mapped to one of three sets of classes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ RAW_IDS = (
     "terrain", "sky", "person", "rider", "car", "truck", "bus", "caravan", "trailer", "train",
     "motorcycle", "bicycle",
 )  # fmt: skip
-# by number of classes, the raw ids that are classes; all others are void
+# number of classes -> the raw ids of these classes; all other ids are void
 CLASS_IDS = {
     34: tuple(range(34)),
     30: tuple(range(4, 34)),
@@ -36,19 +38,26 @@ _REMEDY = (
 
 
 def classes(settings: CityscapesSettings) -> tuple[str, ...]:
-    """The names of the chosen classes, in the order of their raw ids."""
+    """Return the names of the chosen classes, in the order of their raw ids."""
     return tuple(RAW_IDS[raw] for raw in CLASS_IDS[settings.num_classes])
 
 
 def prepare(settings: CityscapesSettings) -> None:
-    """Raises `UserError` if images or label maps are not there or do not pair."""
+    """Check that all images and label maps exist and pair.
+
+    Raises:
+        UserError: they do not.
+    """
     for split in SPLITS:
         samples(settings, split)
 
 
 def samples(settings: CityscapesSettings, split: str) -> list[Sample]:
-    """The pictures of all cities, their ids CITY/STEM, sorted by id. Raises `UserError` as
-    `prepare` does."""
+    """Return the images of all cities, with ids CITY/STEM, sorted by id.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     images, labels = (Path(settings.root) / kind / split for kind in ("leftImg8bit", "gtFine"))
     cities = _folders(images)
     found = [s for city in cities for s in _of_city(images / city, labels / city)]
@@ -59,7 +68,11 @@ def samples(settings: CityscapesSettings, split: str) -> list[Sample]:
 
 
 def read_label(settings: CityscapesSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    """Return a label map as uint8 [H, W], class index or VOID.
+
+    Raises:
+        BadFile: the label map cannot be packed.
+    """
     index = {raw_id: number for number, raw_id in enumerate(CLASS_IDS[settings.num_classes])}
     label_of = {raw_id: index.get(raw_id, VOID) for raw_id in (*range(len(RAW_IDS)), VOID)}
     return map_labels(read_index_map(sample.label), label_of, sample.label)

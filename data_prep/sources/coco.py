@@ -1,8 +1,10 @@
-"""COCO 2017 with the classes of VOC, as its archives unpack: objects drawn as polygons, crowds as
-run lengths. Label maps are made as torchvision makes them for its published COCO weights: a pixel
-of two objects is void, also if they are of one class, and all that is no object of VOC's classes is
-background. Training leaves out images whose objects of these classes have an area of 1000 pixels or
-less; validation keeps all."""
+"""Read COCO 2017 with the classes of VOC: objects as polygons, crowds as run lengths.
+
+Label maps are made as torchvision makes them for its published COCO weights. A pixel of two objects
+is void, even if they have the same class. A pixel of no object of VOC's classes is background.
+Training leaves out images whose objects of these classes cover 1000 pixels or less; validation
+keeps all images.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ from data_prep.sources import voc
 from data_prep.sources.files import LAYOUTS, Sample, names_in, refuse_missing
 from hpc.cli import UserError, unreadable
 
-LEAST_AREA = 1000.0  # pixels of an image's objects, to be trained on
-_FARTHEST = 1e5  # a coordinate beyond it is damage, and would take gigabytes to draw
-# where COCO's name of a class is not VOC's
+LEAST_AREA = 1000.0  # pixels; training uses images whose objects cover more
+_MAX_COORDINATE = 1e5  # pixels; a larger one is damage, and would take gigabytes to draw
+# VOC's name of a class -> COCO's, if they differ
 _COCO_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -42,29 +44,36 @@ _REMEDY = (
 
 
 class _Picture(NamedTuple):
-    """What the annotations say of an image."""
+    """The annotations of one image."""
 
     file_name: str
     stem: str
-    area: float  # of its objects of VOC's classes
+    area: float  # pixels of its objects of VOC's classes
     annotation: str  # JSON: height, width, objects as [class index, segmentation, box]
 
 
 def classes(settings: CocoSettings) -> tuple[str, ...]:
-    """VOC's classes, background first."""
+    """Return VOC's classes, background first."""
     return voc.CLASSES
 
 
 def prepare(settings: CocoSettings) -> None:
-    """Raises `UserError` if pycocotools, annotations or images are not there."""
+    """Check that pycocotools, annotations and images exist.
+
+    Raises:
+        UserError: they do not.
+    """
     for split in SPLITS:
         samples(settings, split)
 
 
 def samples(settings: CocoSettings, split: str) -> list[Sample]:
-    """The annotated images of `split`, sorted by id. Raises `UserError` as `prepare` does.
+    """Return the annotated images of `split`, sorted by id.
 
-    Reading the annotations of train2017 takes a while, and is done once while they do not change.
+    The annotations are cached as long as their file does not change: parsing them is slow.
+
+    Raises:
+        UserError: as `prepare`, or the annotations are inconsistent.
     """
     _pycocotools()
     path = Path(settings.root) / "annotations" / f"instances_{split}2017.json"
@@ -82,16 +91,20 @@ def samples(settings: CocoSettings, split: str) -> list[Sample]:
 
 
 def read_label(settings: CocoSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`.
+    """Return a label map as uint8 [H, W], class index or VOID.
 
-    An object without a polygon or run lengths makes its box void: some of it is the object."""
+    The box of an object without polygon or run lengths is void, since the object is inside it.
+
+    Raises:
+        BadFile: the annotation cannot be drawn.
+    """
     try:
         return _draw(**json.loads(sample.annotation))
-    except Exception as error:  # pycocotools raises nearly any type
+    except Exception as error:  # pycocotools raises many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadFile(
-            f"{sample.label} says of {sample.image.name} what cannot be drawn ({reason}); replace "
-            "the file"
+            f"{sample.label}: the annotation of {sample.image.name} cannot be drawn ({reason}); "
+            "replace the file"
         ) from error
 
 
@@ -127,7 +140,7 @@ def _read(path: Path) -> tuple[_Picture, ...]:
 
 @lru_cache(maxsize=len(SPLITS))
 def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
-    """The pictures of an annotation file, which `size` and `modified` tell from a newer one."""
+    """Parse an annotation file. `size` and `modified` are keys of the cache, to notice changes."""
     content = json.loads(path.read_bytes())
     _refuse_inconsistent(path, content)
     class_of = _class_of_category(content["categories"])
@@ -151,14 +164,14 @@ def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
 
 
 def _refuse_inconsistent(path: Path, content: dict[str, Any]) -> None:
-    """Raise `UserError` for entries that would be lost, or count twice, without a word."""
+    """Refuse entries that would silently be lost or count twice."""
     images, categories = content["images"], content["categories"]
     _refuse_twice(path, "images", "id", (one["id"] for one in images))
     _refuse_twice(path, "images", "stem of file_name", (Path(i["file_name"]).stem for i in images))
     _refuse_twice(path, "categories", "id", (one["id"] for one in categories))
     _refuse_twice(path, "categories", "name", (one["name"] for one in categories))
     annotations = content["annotations"]
-    # some files number the objects of each image anew
+    # some files number the objects of each image from 0
     numbered = ((one["image_id"], one["id"]) for one in annotations if "id" in one)
     _refuse_twice(path, "annotations", "image_id and id", numbered)
     for key, listed in (("image_id", images), ("category_id", categories)):
@@ -186,29 +199,29 @@ def _refuse_lost(path: Path, key: str, lost: Sequence[Any], known: set[Any]) -> 
 
 
 def _compact(height: int, width: int, objects: list[list[Any]]) -> str:
-    # text takes a quarter of the memory of the numbers, and is what goes to other processes
+    # text needs a quarter of the memory of numbers, and is cheap to send to other processes
     picture = {"height": height, "width": width, "objects": objects}
     return json.dumps(picture, separators=(",", ":"))
 
 
 def _class_of_category(categories: list[Mapping[str, Any]]) -> dict[int, int]:
-    """COCO's category id -> index of VOC's class."""
+    """Return the index of VOC's class by COCO's category id."""
     ids = {one["name"]: one["id"] for one in categories}
     names = [_COCO_NAMES.get(name, name) for name in voc.CLASSES]
     return {ids[name]: index for index, name in enumerate(names) if index}
 
 
 def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_] | None:
-    """The pixels of an object, bool [H, W]; None if nothing says which they are."""
+    """Return the pixels of an object, bool [H, W]; None if it has no outline."""
     api = _pycocotools()
     if isinstance(segmentation, dict):
         runs = segmentation["counts"]
         rle = segmentation if isinstance(runs, str) else _from_runs(segmentation, height, width)
     else:
-        polygons = [one for one in segmentation or [] if len(one) >= 6]  # of three points or more
+        polygons = [one for one in segmentation or [] if len(one) >= 6]  # three points or more
         if not polygons:
             return None
-        if not all(np.abs(np.asarray(one, float)).max() < _FARTHEST for one in polygons):
+        if not all(np.abs(np.asarray(one, float)).max() < _MAX_COORDINATE for one in polygons):
             raise ValueError("a coordinate far outside the image")
         rle = api.merge(api.frPyObjects(polygons, height, width))
     return api.decode(rle).astype(bool)
@@ -216,7 +229,9 @@ def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_] | Non
 
 def _from_runs(segmentation: Any, height: int, width: int) -> Any:
     if sum(segmentation["counts"]) != height * width:
-        raise ValueError("run lengths that do not fill the image")  # the rest would be left unset
+        raise ValueError(
+            "run lengths that do not fill the image"
+        )  # pycocotools leaves the rest unset
     return _pycocotools().frPyObjects(segmentation, height, width)
 
 

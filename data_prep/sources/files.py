@@ -1,4 +1,4 @@
-"""Lists of ids and the files that they name, as official data sets lay them out."""
+"""Find the files of samples in the folders and lists of official data sets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LAYOUTS = "docs/how-to/public-data-sets.md shows the tree"
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its label map, as files.
+    """The files of one image and its label map.
 
-    Where one file holds the labels of many pictures, `label` is that file, and `annotation` is what
-    it says of this one, in the source's own text. It travels with the sample, so that a large file
-    is parsed once and not by every process that packs."""
+    If one file holds the labels of many images, `label` is that file, and `annotation` the part of
+    this image, in the source's own text. So a large file is parsed once, not by every process.
+    """
 
     id: str
     image: Path
@@ -26,8 +26,17 @@ class Sample:
 
 
 def names_in(folder: Path, remedy: str) -> set[str]:
-    """The names of what lies in `folder`; `UserError`, which ends with `remedy`, if it is not
-    there. One listing: asking for every file would take a parallel file system minutes."""
+    """Return the names in `folder`, without hidden ones.
+
+    One listing is used, since testing every file takes minutes on a parallel file system.
+
+    Args:
+        folder: the folder to list.
+        remedy: the end of the error message.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
     try:
         return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
@@ -36,8 +45,15 @@ def names_in(folder: Path, remedy: str) -> set[str]:
 
 
 def read_list(path: Path, remedy: str) -> list[str]:
-    """The ids of a list, one a line, in its order. Raises `UserError`: not there (`remedy`), empty,
-    an id twice, a line that is no id."""
+    """Return the ids of a list with one id per line, in its order.
+
+    Args:
+        path: a text file.
+        remedy: the end of the error message if it cannot be read.
+
+    Raises:
+        UserError: the list cannot be read, is empty, or has a line that is no id or is repeated.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -68,8 +84,19 @@ def read_list(path: Path, remedy: str) -> list[str]:
 def listed_samples(
     ids: Iterable[str], named_by: str, images: Path, labels: Path, suffix: str, remedy: str
 ) -> list[Sample]:
-    """The samples of `ids`, sorted by id: images/ID.jpg and labels/ID`suffix`. Raises `UserError`
-    for files that are not there; `named_by` says what names them."""
+    """Return the samples of `ids`, sorted by id: images/ID.jpg and labels/ID`suffix`.
+
+    Args:
+        ids: the ids, each once.
+        named_by: the list that names them, for messages.
+        images: the folder of images.
+        labels: the folder of label maps.
+        suffix: the suffix of label maps.
+        remedy: the end of the error message.
+
+    Raises:
+        UserError: files are missing.
+    """
     ordered = sorted(ids, key=str.encode)
     for folder, ending in ((images, ".jpg"), (labels, suffix)):
         there = names_in(folder, remedy)
@@ -79,7 +106,7 @@ def listed_samples(
 
 
 def refuse_missing(missing: Sequence[str], folder: Path, named_by: str, remedy: str) -> None:
-    """`MissingInput` if there are any files `missing` in `folder`."""
+    """Raise `MissingInput` if the list `missing` of file names in `folder` is not empty."""
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingInput(

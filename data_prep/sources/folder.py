@@ -1,4 +1,4 @@
-"""A data set that lies in pairs of folders: images and label maps of equal stem, of any size."""
+"""Read a data set in pairs of folders: images and label maps of equal stem, of any size."""
 
 from __future__ import annotations
 
@@ -15,22 +15,30 @@ from data_prep.shards.manifest import SPLITS
 from data_prep.sources.files import Sample
 from hpc.cli import UserError, unreadable
 
-_SHOWN = 3  # file names in a message
+_MAX_SHOWN = 3  # file names in a message
 
 
 def classes(settings: FolderSettings) -> tuple[str, ...]:
-    """The class names of the grid file."""
+    """Return the class names of the grid file."""
     return settings.classes
 
 
 def prepare(settings: FolderSettings) -> None:
-    """Raises `UserError` if a folder is missing or empty or its files do not pair."""
+    """Check that no folder is missing or empty and that the files pair.
+
+    Raises:
+        UserError: they do not.
+    """
     for split in SPLITS:
         samples(settings, split)
 
 
 def samples(settings: FolderSettings, split: str) -> list[Sample]:
-    """The pairs of `split`, sorted by id. Raises `UserError` as `prepare` does."""
+    """Return the pairs of `split`, sorted by id.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     names = {
         "train": (settings.train_images, settings.train_labels),
         "val": (settings.val_images, settings.val_labels),
@@ -53,7 +61,11 @@ def samples(settings: FolderSettings, split: str) -> list[Sample]:
 
 
 def read_label(settings: FolderSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    """Return a label map as uint8 [H, W], class index or VOID.
+
+    Raises:
+        BadFile: the label map cannot be packed.
+    """
     values = read_index_map(sample.label)
     remedy = "correct the label map, or the settings classes, labels and void of the data set"
     return map_labels(values, settings.label_of_value(), sample.label, remedy)
@@ -102,8 +114,8 @@ def _refuse_unpaired(
                 f"{_form(stem)} and {_form(twin.stem)}; rename one of them (macOS writes NFD)"
             )
     if alone:
-        names = ", ".join(have[stem].name for stem in alone[:_SHOWN])
-        more = f" and {len(alone) - _SHOWN} more" if len(alone) > _SHOWN else ""
+        names = ", ".join(have[stem].name for stem in alone[:_MAX_SHOWN])
+        more = f" and {len(alone) - _MAX_SHOWN} more" if len(alone) > _MAX_SHOWN else ""
         advice = _unread(where, f"{missing}s as PNG", alone)
         raise UserError(
             f"{names}{more} in {have[alone[0]].parent}: no {missing} of the same stem in {where}"
@@ -112,7 +124,7 @@ def _refuse_unpaired(
 
 
 def _unread(folder: Path, remedy: str, stems: Iterable[str] | None = None) -> str:
-    """The end of a message: files in `folder`, with one of `stems`, whose format is not read."""
+    """Return the end of a message about files with one of `stems` whose format is not read."""
     files = [f for f in folder.iterdir() if not f.name.startswith(".") and not _is_image(f)]
     wanted = {file.stem for file in files} if stems is None else set(stems)
     unread = sorted(f.name for f in files if f.suffix and f.stem in wanted and f.is_file())

@@ -1,5 +1,7 @@
-"""The Semantic Boundaries Dataset, as benchmark.tgz unpacks: VOC's classes on 11 355 of VOC's
-images, drawn to the objects' edges, so without void."""
+"""Read the Semantic Boundaries Dataset: VOC's classes on 11 355 of VOC's images.
+
+Objects are drawn to their edges, so there is no void.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import did_you_mean
 
-VOC_VAL = "voc_val"  # in place of a list: what VOC validates on
+VOC_VAL = "voc_val"  # in place of a list: VOC's validation images
 _NOVAL = "train_noval"
 _REMEDY = (
     "the data set's root must be the folder in which benchmark.tgz of "
@@ -27,19 +29,27 @@ _REMEDY = (
 
 
 def classes(settings: SbdSettings) -> tuple[str, ...]:
-    """VOC's classes, background first."""
+    """Return VOC's classes, background first."""
     return voc.CLASSES
 
 
 def prepare(settings: SbdSettings) -> None:
-    """Raises `UserError` if the lists or the files they name are not there."""
+    """Check that the lists and the files that they name exist.
+
+    Raises:
+        UserError: they do not.
+    """
     for split in SPLITS:
         samples(settings, split)
 
 
 def samples(settings: SbdSettings, split: str) -> list[Sample]:
-    """What the list of `split` names, sorted by id. Raises `UserError` as `prepare` does."""
-    voc_val_ids(settings)  # a wrong voc_root is told now, and not when overlaps are counted
+    """Return the samples that the list of `split` names, sorted by id.
+
+    Raises:
+        UserError: as `prepare`, or `voc_root` is wrong.
+    """
+    voc_val_ids(settings)  # refuse a wrong voc_root now, not when overlaps are counted
     chosen = {"train": settings.train, "val": settings.val}[split]
     if split == "val" and chosen == VOC_VAL:
         return voc.official(_voc_root(settings, chosen), "val")
@@ -50,7 +60,11 @@ def samples(settings: SbdSettings, split: str) -> list[Sample]:
 
 
 def read_label(settings: SbdSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    """Return a label map as uint8 [H, W], class index or VOID.
+
+    Raises:
+        BadFile: the label map cannot be packed.
+    """
     if sample.label.suffix == ".png":
         return voc.read_palette(sample)
     values = _segmentation(sample.label)
@@ -58,8 +72,11 @@ def read_label(settings: SbdSettings, sample: Sample) -> NDArray[np.uint8]:
 
 
 def voc_val_ids(settings: SbdSettings) -> list[str]:
-    """The ids of VOC's validation list for segmentation; none where `voc_root` is not known.
-    Raises `UserError` if it is wrong."""
+    """Return the ids of VOC's validation list for segmentation; none if `voc_root` is not set.
+
+    Raises:
+        UserError: `voc_root` has no such list.
+    """
     return voc.official_ids(settings.voc_root, "Segmentation", "val") if settings.voc_root else []
 
 
@@ -77,13 +94,13 @@ def _listed_ids(settings: SbdSettings, name: str) -> list[str]:
 
 
 def _without_voc_val(settings: SbdSettings) -> list[str]:
-    """All of SBD but what VOC validates on, in any task: its list for segmentation is a part."""
+    """Return SBD's ids without VOC's validation images of the tasks Segmentation and Main."""
     root = _voc_root(settings, _NOVAL)
     ours = [one for name in SPLITS for one in read_list(_home(settings) / f"{name}.txt", _REMEDY)]
     theirs = {
         one for task in ("Segmentation", "Main") for one in voc.official_ids(root, task, "val")
     }
-    return [one for one in dict.fromkeys(ours) if one not in theirs]  # some lists share images
+    return [one for one in dict.fromkeys(ours) if one not in theirs]  # lists may share images
 
 
 def _voc_root(settings: SbdSettings, wanted: str) -> str:
@@ -96,14 +113,14 @@ def _voc_root(settings: SbdSettings, wanted: str) -> str:
 
 
 def _segmentation(path: Path) -> NDArray[np.uint8]:
-    from scipy.io import loadmat  # planning does not pay for it
+    from scipy.io import loadmat  # slow to import, and planning imports this module
 
     try:
         content = loadmat(io.BytesIO(read_bytes(path)), variable_names=["GTcls"])
         values = np.asarray(content["GTcls"]["Segmentation"][0, 0])
     except BadFile:
         raise
-    except Exception as error:  # scipy raises nearly any type on damaged bytes
+    except Exception as error:  # scipy raises many types on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadFile(
             f"{path} cannot be read as a label map of SBD, GTcls.Segmentation in a .mat file "

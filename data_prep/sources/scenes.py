@@ -1,7 +1,8 @@
-"""Simple street scenes and their label maps, drawn as a function of (seed, split, index) alone.
+"""Draw simple street scenes and their label maps as a function of (seed, split, index) alone.
 
-Eight classes whose areas span three orders of magnitude: a road to the horizon, buildings with
-windows, trees and verges, cars, poles, pedestrians, and in every tenth scene a round red sign."""
+The areas of the eight classes span three orders of magnitude: a road to the horizon, buildings with
+windows, trees and verges, cars, poles, pedestrians, and a round red sign in every tenth scene.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ Point = tuple[float, float]
 
 CLASSES = ("road", "building", "sky", "vegetation", "car", "pole", "person", "sign")
 ROAD, BUILDING, SKY, VEGETATION, CAR, POLE, PERSON, SIGN = range(8)
-BONNET = 255  # of the car that carries the camera: void
-# Rare objects stand in scenes of fixed numbers, not by chance: small sets have every class too.
+BONNET = 255  # the bonnet of the camera's car is void
+# Rare objects are in scenes of fixed numbers, so that small sets have every class too.
 SIGN_EVERY, PERSON_EVERY, BONNET_EVERY = 10, 2, 3
 
-# strength of a class's texture, and the size of its grain in pixels of a scene 128 high
+# strength of a class's texture, and its grain in pixels of a scene of height 128
 _TEXTURE = {ROAD: (9, 1), BUILDING: (9, 3), SKY: (12, 24), VEGETATION: (34, 2), CAR: (5, 2)}
 _FACADES = ((168, 142, 118), (150, 98, 82), (186, 178, 164), (128, 126, 132), (198, 172, 120))
 _PAINTS = ((44, 54, 84), (200, 202, 206), (110, 112, 118), (122, 34, 38), (36, 38, 40))
@@ -31,7 +32,17 @@ _CLOTHES = ((30, 60, 130), (190, 140, 40), (90, 40, 100), (40, 44, 50), (200, 90
 def draw_scene(
     seed: int, split: int, index: int, size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The picture, uint8 [H, W, 3], and its label map, uint8 [H, W], of `size` (H, W)."""
+    """Draw a scene.
+
+    Args:
+        seed: any integer.
+        split: number of the split.
+        index: number of the scene in its split.
+        size: (height, width) in pixels.
+
+    Returns:
+        (image, label map): uint8 [H, W, 3] in RGB, and uint8 [H, W].
+    """
     key = np.array([seed & (2**64 - 1), (split << 32) | index], np.uint64)
     random = np.random.Generator(np.random.Philox(key=key))
     scene = _Scene.at_random(random, size)
@@ -47,7 +58,7 @@ def draw_scene(
 
 @dataclass
 class _Scene:
-    """The street's geometry, in pixels; lines fall from the vanishing point to both sides."""
+    """The street's geometry in pixels. All slopes are of lines through the vanishing point."""
 
     random: np.random.Generator
     canvas: Canvas
@@ -61,7 +72,7 @@ class _Scene:
 
     @classmethod
     def at_random(cls, random: np.random.Generator, size: tuple[int, int]) -> _Scene:
-        """A street as `random` draws it, for a picture of `size` (height, width) in pixels."""
+        """Return a random street for an image of `size` (height, width) in pixels."""
         height, width = size
         unit = height / width
 
@@ -93,7 +104,7 @@ class _Scene:
             self._draw_person(*self._on_foot())
 
     def draw_sign(self) -> None:
-        """A traffic sign on its pole, beside the road."""
+        """Draw a traffic sign on its pole, beside the road."""
         x, foot = self._beside_road(0.14, 0.22)
         radius = self.height * self.random.uniform(0.045, 0.058)
         top = self.horizon - self.height * self.random.uniform(0.0, 0.1)
@@ -109,7 +120,7 @@ class _Scene:
         self.canvas.oval(*middle, self.width * 0.42, lift, BONNET, (34, 36, 42))
 
     def finished(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Picture and label map as arrays, with texture, light and the camera's noise."""
+        """Return image and label map as arrays, with texture, light and camera noise."""
         label = np.array(self.canvas.label)
         blurred = self.canvas.picture.filter(ImageFilter.GaussianBlur(self.height / 256))
         picture = np.array(blurred).astype(np.float64)
@@ -254,15 +265,17 @@ class _Scene:
         return self.centre + depth * self.random.uniform(-1.2, 1.2), self.horizon + depth
 
     def _beside_road(self, near: float, far: float) -> Point:
-        """A place on the verge, at a random side; its depth below the horizon is a share of
-        the height between `near` and `far`."""
+        """Return a random place on the verge.
+
+        Its depth below the horizon is between `near` and `far`, as shares of the height.
+        """
         side = int(self.random.integers(2))
         depth = self.height * self.random.uniform(near, far)
         inner = depth / self.kerb[side]
         outer = min(depth / self.wall[side], self.width * 0.5)
         distance = inner * 1.04 + max(0.0, outer - inner) * self.random.uniform(0.0, 0.35)
         room = (self.centre if side == 0 else self.width - self.centre) - self.height * 0.07
-        if distance > room:  # it would stand outside the picture: nearer the horizon then
+        if distance > room:  # outside the image: move it towards the horizon
             depth, distance = depth * room / distance, room
         return self._x(side, distance), self.horizon + depth
 
@@ -270,12 +283,12 @@ class _Scene:
         return self.centre - distance if side == 0 else self.centre + distance
 
     def _edge(self, side: int, slope: float) -> Point:
-        """Where the line of `slope` from the vanishing point leaves the picture."""
+        """Return where the line of `slope` from the vanishing point leaves the image."""
         distance = self.centre if side == 0 else self.width - self.centre
         return self._x(side, distance), self.horizon + slope * distance
 
     def _noise(self, grain: float) -> NDArray[np.float64]:
-        """Smooth noise of unit variance, in blobs of `grain` pixels."""
+        """Return smooth noise of about unit variance, in blobs of `grain` pixels."""
         step = max(1.0, grain * self.height / 128)
         shape = int(self.height / step) + 2, int(self.width / step) + 2
         coarse = Image.fromarray(self.random.normal(0.0, 1.0, shape).astype(np.float32))
@@ -284,7 +297,7 @@ class _Scene:
 
 
 class Canvas:
-    """A picture and its label map; what is drawn on one is drawn on the other."""
+    """An image and its label map, on which every shape is drawn together."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         height, width = size

@@ -1,4 +1,4 @@
-"""Drawn street scenes, written as JPEG and PNG files like a real data set and packed like one."""
+"""Draw street scenes as JPEG and PNG files, to be packed like a real data set."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from hpc.cli import UserError
 from hpc.storage.atomic import Damaged, read_json, write_json
 
 JPEG_QUALITY = 92
-_DRAWING = 1  # raise it when the same numbers give other pictures
+_DRAWING = 1  # raise it when a change of the program draws other scenes
 _DONE = "scenes.json"
 
 
 def classes(settings: SyntheticSettings) -> tuple[str, ...]:
-    """The eight classes of the scenes."""
+    """Return the eight classes of the scenes."""
     return CLASSES
 
 
 def prepare(settings: SyntheticSettings) -> None:
-    """Draw and write all files, unless they are there. Raises `UserError` if it cannot write."""
+    """Draw and write all files, unless they exist.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     if _is_done(settings):
         return
     root = Path(settings.root)
@@ -44,7 +48,7 @@ def prepare(settings: SyntheticSettings) -> None:
 
 
 def samples(settings: SyntheticSettings, split: str) -> list[Sample]:
-    """The scenes of `split`, sorted by id."""
+    """Return the scenes of `split`, sorted by id."""
     images, labels = _folders(settings, split)
     count = {"train": settings.train, "val": settings.val}[split]
     stems = (f"{split}_{index:06d}" for index in range(count))
@@ -52,7 +56,11 @@ def samples(settings: SyntheticSettings, split: str) -> list[Sample]:
 
 
 def read_label(settings: SyntheticSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    """Return a label map as uint8 [H, W], class index or VOID.
+
+    Raises:
+        BadFile: the label map cannot be packed.
+    """
     return map_labels(read_index_map(sample.label), class_indices(len(CLASSES)), sample.label)
 
 

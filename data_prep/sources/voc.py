@@ -1,6 +1,7 @@
-"""PASCAL VOC 2012, as VOCtrainval_11-May-2012.tar unpacks: 20 classes and background.
+"""Read PASCAL VOC 2012 (VOCtrainval_11-May-2012.tar): 20 classes and background.
 
-Label maps are palette images whose indices are the classes, and 255 the borders of objects."""
+Label maps are palette images. Their indices are the classes, and 255 (void) the objects' borders.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +30,26 @@ _REMEDY = (
 
 
 def classes(settings: VocSettings) -> tuple[str, ...]:
-    """VOC's classes, background first."""
+    """Return VOC's classes, background first."""
     return CLASSES
 
 
 def prepare(settings: VocSettings) -> None:
-    """Raises `UserError` if the lists or the files they name are not there."""
+    """Check that the lists and the files that they name exist.
+
+    Raises:
+        UserError: they do not.
+    """
     for split in SPLITS:
         samples(settings, split)
 
 
 def samples(settings: VocSettings, split: str) -> list[Sample]:
-    """What the list of `split` names, sorted by id. Raises `UserError` as `prepare` does."""
+    """Return the samples that the list of `split` names, sorted by id.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     chosen = {"train": settings.train, "val": settings.val}[split]
     if chosen.endswith(".txt"):
         path = expanded(chosen).absolute()
@@ -49,7 +58,11 @@ def samples(settings: VocSettings, split: str) -> list[Sample]:
 
 
 def official(root: str, name: str) -> list[Sample]:
-    """What VOC's own list `name` for segmentation names. Raises `UserError`."""
+    """Return the samples of VOC's own list `name` for segmentation.
+
+    Raises:
+        UserError: the list or a file that it names does not exist.
+    """
     path = list_path(root, "Segmentation", name)
     known = {file[:-4] for file in names_in(path.parent, _REMEDY) if file.endswith(".txt")}
     if name not in known:
@@ -59,29 +72,45 @@ def official(root: str, name: str) -> list[Sample]:
 
 
 def listed(root: str, ids: list[str], named_by: str) -> list[Sample]:
-    """VOC's images and label maps of `ids`, sorted by id. Raises `UserError`."""
+    """Return VOC's samples of `ids`, sorted by id. `named_by` is the list, for messages.
+
+    Raises:
+        UserError: a file does not exist.
+    """
     images, labels = _home(root) / "JPEGImages", _home(root) / "SegmentationClass"
     return listed_samples(ids, named_by, images, labels, ".png", _REMEDY)
 
 
 def list_path(root: str, task: str, name: str) -> Path:
-    """Where VOC's list `name` for `task` (Segmentation, Main) lies."""
+    """Return the path of VOC's list `name` for `task` (Segmentation, Main)."""
     return _home(root) / "ImageSets" / task / f"{name}.txt"
 
 
 def official_ids(root: str, task: str, name: str) -> list[str]:
-    """The ids of VOC's list `name` for `task`. Raises `UserError`."""
+    """Return the ids of VOC's list `name` for `task` (Segmentation, Main).
+
+    Raises:
+        UserError: the list cannot be read.
+    """
     return read_list(list_path(root, task, name), _REMEDY)
 
 
 def read_label(settings: VocSettings, sample: Sample) -> NDArray[np.uint8]:
-    """A label map as uint8 [H, W], class index or VOID. Raises `BadFile`."""
+    """Return a label map as uint8 [H, W], class index or VOID.
+
+    Raises:
+        BadFile: the label map cannot be packed.
+    """
     return read_palette(sample)
 
 
 def read_palette(sample: Sample) -> NDArray[np.uint8]:
-    """One of VOC's own label maps, uint8 [H, W]. Raises `BadFile`, also if the palette shows that
-    its indices are not VOC's: editors keep the colours and renumber them."""
+    """Return one of VOC's own label maps, uint8 [H, W].
+
+    Raises:
+        BadFile: the label map cannot be packed, or its palette is not VOC's. Some image editors
+            keep the colours and renumber the indices.
+    """
     values, palette = read_palette_map(sample.label)
     label = map_labels(values, class_indices(len(CLASSES)), sample.label)
     if palette is not None:
@@ -93,7 +122,7 @@ def read_palette(sample: Sample) -> NDArray[np.uint8]:
 def _refuse_other_colours(used: list[int], palette: NDArray[np.uint8], path: Path) -> None:
     for index in used:
         found = tuple(palette[index].tolist()) if index < len(palette) else None
-        # a grey ramp holds no colours: such a map is read by its values, as a grey one is
+        # a palette that is a grey ramp says nothing about the indices
         if found not in (expected := _colour(index), (index,) * 3):
             kind = "void" if index == VOID else repr(CLASSES[index])
             raise BadFile(
@@ -103,7 +132,7 @@ def _refuse_other_colours(used: list[int], palette: NDArray[np.uint8], path: Pat
 
 
 def _colour(index: int) -> tuple[int, ...]:
-    """VOC's colour of a label: the bits of the index, spread over red, green and blue."""
+    """Return VOC's colour of a label: the bits of the index, spread over red, green and blue."""
     bits = ((index >> (3 * place), 7 - place) for place in range(3))
     spread = [[(three >> channel & 1) << to for channel in range(3)] for three, to in bits]
     return tuple(map(sum, zip(*spread, strict=True)))

@@ -268,7 +268,7 @@ def test_an_outline_that_cannot_be_drawn_is_a_bad_file_of_one_picture(tree, segm
     bad = {**rectangle(CAR, 0, 0, 50, 50), "segmentation": segmentation}
     trees.coco(tree, val={"000000000139": (SIZE, [bad]), "000000000285": (SIZE, [CAR_AT_LEFT])})
     message = refusal(tree)
-    assert "instances_val2017.json says of 000000000139.jpg what cannot be drawn (" in message
+    assert "instances_val2017.json: the annotation of 000000000139.jpg cannot be drawn (" in message
     manifest = pack("coco", trees.settings("coco", tree), skip_bad=True)
     assert list(trees.Packed(manifest).split("val")) == ["000000000285"]
 
