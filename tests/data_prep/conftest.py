@@ -24,7 +24,7 @@ CLASSES = ("wall", "floor", "door")
 
 @dataclass
 class Folder:
-    """A data set under `root`, its settings, and the shards that become of it."""
+    """A data set under `root`, its settings and its shards."""
 
     root: Path
     table: dict[str, object] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Folder:
         return self.root / "shards"
 
     def shard(self, stem: str) -> Path:
-        """The file of a packed shard, whose name ends with a hash of its content."""
+        """Return the file of a packed shard, whose name ends with a hash of its content."""
         [path] = self.shards.glob(f"{stem}-*.h5")
         return path
 
@@ -45,7 +45,7 @@ class Folder:
         return parse_dataset("rooms", table, "grid.toml")
 
     def image(self, name: str, size=(20, 30), mode="RGB", split="train", **save) -> Path:
-        """A noisy picture of `size` (h, w) in `mode`."""
+        """Write a noisy image of `size` (h, w) in `mode`."""
         path = self.root / split / name
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(len(name)).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -53,7 +53,7 @@ class Folder:
         return path
 
     def label(self, name: str, size=(20, 30), split="train", values=(0, 1, 2, 11)) -> Path:
-        """A label map of `size` with the given values."""
+        """Write a label map of `size` with the given values."""
         path = self.root / f"{split}annot" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         picks = np.random.default_rng(7).choice(np.array(values, np.uint8), size)
@@ -65,7 +65,7 @@ class Folder:
         self.label(f"{stem}.png", size, split=split)
 
     def config(self) -> Path:
-        """A grid file with this data set as [dataset.rooms]."""
+        """Write a grid file with this data set as [dataset.rooms]."""
         lines = ["[dataset.rooms]"]
         for key, value in self.settings.model_dump().items():
             lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
@@ -76,7 +76,7 @@ class Folder:
 
 @pytest.fixture
 def rooms(tmp_path: Path) -> Folder:
-    """Three pictures to train on, of three sizes, JPEG and PNG, and one to validate on."""
+    """Three training images, of three sizes, JPEG and PNG, and one validation image."""
     folder = Folder(tmp_path)
     folder.pair("b", (70, 30))
     folder.pair("a", (20, 31), suffix=".jpg")
@@ -96,7 +96,7 @@ def _large_rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def many_rooms(tmp_path: Path, _large_rooms: Path) -> Folder:
-    """Twelve large pictures, each a shard of its own."""
+    """Twelve large images, each in a shard of its own."""
     shutil.copytree(_large_rooms, tmp_path, dirs_exist_ok=True)
     return Folder(tmp_path, {"shard_mb": 1})
 
@@ -116,7 +116,7 @@ def command():
 
 @pytest.fixture
 def command_line(capsys):
-    """The same in this process, which is quicker: exit code, standard output, standard error."""
+    """Run it in this process, which is faster: exit code, standard output, standard error."""
 
     def call(module: str, *arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -130,7 +130,7 @@ def command_line(capsys):
 
 @pytest.fixture
 def mpiexec() -> str:
-    """The launcher of the MPI beside this Python; the test is skipped where there is none."""
+    """The launcher of the MPI beside this Python; skips the test if there is none."""
     path = Path(sys.executable).parent / "mpiexec"
     if not os.access(path, os.X_OK):
         pytest.skip("no mpiexec beside this Python")

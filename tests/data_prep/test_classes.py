@@ -1,4 +1,4 @@
-"""What the label maps of a whole data set lack: a class, or anything but void."""
+"""A data set whose label maps lack a class gives a warning; one with only void is refused."""
 
 from __future__ import annotations
 

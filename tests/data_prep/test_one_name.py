@@ -1,4 +1,4 @@
-"""Data sets of one name: other images or settings never take the place of what is packed."""
+"""A data set of the same name, with other images or settings, never replaces packed data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.data_prep.conftest import Folder
 
 
 def other(rooms: Folder, **table) -> Folder:
-    """A second folder of images, packed into the same shards."""
+    """Return a second folder of images with the same folder of shards."""
     folder = Folder(rooms.root / "other", {"shards": str(rooms.shards), **table})
     for split in ("train", "val"):
         folder.pair("x", split=split)
     return folder
 
 
-def test_images_of_another_root_are_not_packed_over_others(rooms):
+def test_images_of_another_root_are_not_packed_over_existing_shards(rooms):
     before = pack("rooms", rooms.settings)
     with pytest.raises(UserError) as refused:
         pack("rooms", other(rooms).settings)
@@ -43,7 +43,7 @@ def test_images_of_another_root_are_not_packed_over_others(rooms):
         ({"codec": "raw"}, "codec = not set there, 'raw' here"),
     ],
 )
-def test_other_settings_are_not_packed_over_others(rooms, table, told):
+def test_other_settings_are_not_packed_over_existing_shards(rooms, table, told):
     pack("rooms", rooms.settings)
     rooms.table |= table
     with pytest.raises(UserError, match="was packed with other settings") as refused:
@@ -86,7 +86,7 @@ DRAWN = {"source": "synthetic"}
         (DRAWN, {"seed": 1}),
     ],
 )
-def test_each_has_a_folder_of_its_own(table, changes):
+def test_each_data_set_has_a_folder_of_its_own(table, changes):
     folders = {
         parse_dataset("rooms", {**table, **more}, "grid.toml").shards
         for more in ({}, {"skip_bad": True}, changes)
@@ -112,8 +112,8 @@ def test_a_path_is_the_same_however_it_is_written(tmp_path, monkeypatch):
     assert len(written) == 1
 
 
-def test_a_list_in_the_home_of_nobody_is_refused_when_it_is_read():
-    """A table is parsed by every command, also by those that read no list."""
+def test_a_list_in_the_home_of_an_unknown_user_is_refused_when_it_is_read():
+    """Every command parses the table, even if it reads no list."""
     table = {"source": "voc", "root": "/voc", "train": "~nobody-at-all/list.txt"}
     settings = parse_dataset("voc", table, "grid.toml")
     assert settings.origin()["train"].endswith("/~nobody-at-all/list.txt")

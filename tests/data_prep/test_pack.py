@@ -1,4 +1,4 @@
-"""Packing: the same shards however it is run, quick when nothing changed, harmless when killed."""
+"""Packing gives the same shards on any ranks, is quick without changes, and may be killed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_bad_file_stops_all_ranks_with_one_line(many_rooms, command, mpiexec):
 
 
 @pytest.mark.skipif(not may_mount(), reason="this user may not mount")
-def test_where_processes_cannot_share_locks_one_line_says_so(many_rooms, command):
+def test_an_unusable_dev_shm_is_one_line(many_rooms, command):
     sick = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"', "sh")
     done = command("data_prep.pack", many_rooms.config(), "--processes", 2, launcher=sick)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -132,16 +132,16 @@ def test_an_interrupted_change_leaves_the_data_set_as_it_was(rooms, monkeypatch)
     assert not list(rooms.shards.glob(".tmp-*"))
 
 
-def test_a_job_that_opens_a_shard_after_a_change_reads_what_was(rooms):
-    """It read the manifest before, and opens shards when it first needs them."""
+def test_a_job_that_opens_a_shard_after_a_change_reads_the_earlier_one(rooms):
+    """A job reads the manifest first, and opens shards when it first needs them."""
     earlier = SplitReader(pack("rooms", rooms.settings), "train")
     rooms.label("b.png", (70, 30), values=(1,))
     later = SplitReader(pack("rooms", rooms.settings), "train")
     assert set(later.label(1).flat) == {1} != set(earlier.label(1).flat)
 
 
-def test_shards_that_nobody_needs_are_removed_and_other_files_stay(rooms):
-    """Those of the content before are needed while jobs may run that began on it."""
+def test_unneeded_shards_are_removed_and_other_files_stay(rooms):
+    """Shards of earlier content are needed as long as jobs that began on it may run."""
     mine = ["notes.txt", ".tmp-host-alive"]
     removed = [".tmp-host-dead", "train-00007.json", "train-00007-0123456789ab.h5"]
     rooms.shards.mkdir()
@@ -160,7 +160,7 @@ def test_shards_that_nobody_needs_are_removed_and_other_files_stay(rooms):
     assert {p.name for p in rooms.shards.iterdir()} == records | second.files
 
 
-def test_room_on_disk_is_checked_before_anything_is_written(rooms, monkeypatch):
+def test_disk_space_is_checked_before_anything_is_written(rooms, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(UserError, match=r"no room for the shards in .*/shards: .* GB needed"):
@@ -199,7 +199,7 @@ def _wait(happened, seconds=30.0):
 
 
 def _session_of(leader: int) -> list[int]:
-    """Living processes of the session that `leader` began."""
+    """Return the living processes of the session that `leader` started."""
     living = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

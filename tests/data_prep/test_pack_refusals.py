@@ -1,4 +1,4 @@
-"""What a source can have wrong: one line that names the file and what to do."""
+"""An error in a source is reported in one line that names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_sixteen_bit_images(rooms):
     assert "train/b.png has more than 8 bits a channel" in _refusal(rooms)
 
 
-def test_sixteen_bit_rgb_which_pillow_would_halve_in_silence(rooms):
+def test_sixteen_bit_rgb_is_refused_although_pillow_reads_it(rooms):
     header = b"\x00\x00\x00\x02\x00\x00\x00\x02\x10\x02\x00\x00\x00"  # 2 x 2, 16 bits, RGB
     rows = (b"\x00" + bytes(range(12))) * 2
     path = rooms.root / "train" / "b.png"
@@ -85,7 +85,7 @@ def test_a_label_map_that_holds_no_8_bit_indices(rooms, mode, name):
     assert f"trainannot/{name} is no label map: it must have one channel of 8 bits" in message
 
 
-def test_a_4_bit_grey_label_map_whose_values_pillow_would_stretch(rooms):
+def test_a_4_bit_grey_label_map_is_refused_since_pillow_scales_it(rooms):
     header = b"\x00\x00\x00\x02\x00\x00\x00\x02\x04\x00\x00\x00\x00"  # 2 x 2, 4 bits, grey
     (rooms.root / "trainannot" / "b.png").write_bytes(_png(header, b"\x00\x01\x00\x12"))
     rooms.image("b.png", (2, 2))
@@ -98,7 +98,7 @@ def test_a_label_map_saved_as_jpeg(rooms):
     assert "JPEG does not keep label values; save label maps as PNG" in _refusal(rooms)
 
 
-def test_encoded_asked_for_what_is_no_jpeg(rooms):
+def test_codec_encoded_refuses_an_image_that_is_no_jpeg(rooms):
     rooms.table["codec"] = "encoded"
     assert 'codec = "encoded" asks for; set codec = "auto"' in _refusal(rooms)
 
@@ -222,7 +222,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(rooms, command):
 
 
 def _png(header: bytes, rows: bytes) -> bytes:
-    """A PNG file of the given header and filtered rows, made by hand."""
+    """Return a PNG file of the given header and filtered rows."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (

@@ -74,7 +74,7 @@ def test_a_missing_shard(rooms):
         ({"sha256": "0" * 64}, "SHA-256"),
     ],
 )
-def test_a_manifest_that_says_something_else(rooms, change, named):
+def test_a_manifest_that_differs_from_its_shards(rooms, change, named):
     manifest = pack("rooms", rooms.settings)
     [shard] = manifest.splits["val"].shards
     val = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Pre-trained weights: which files are published, where they lie, and whether they are whole."""
+"""Published pre-trained weights are found, fetched and checked."""
 
 import hashlib
 
@@ -37,14 +37,14 @@ COCO = {
 
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch):
-    """An empty folder in which torch keeps its weights."""
+    """An empty folder as torch's folder of weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch"
 
 
 @pytest.fixture
 def published(torch_home):
-    """A file as the site of torchvision might have it, its name ending with the hash."""
+    """A file as on torchvision's site: its name ends with the hash of its content."""
     content = b"weights" * 1000
     path = torch_home / f"tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     path.parent.mkdir()
@@ -63,7 +63,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def grid(tmp_path):
-    """Writes a grid file."""
+    """Write a grid file."""
 
     def write(protocol, *names):
         path = tmp_path / "grid.toml"
@@ -87,7 +87,7 @@ def test_cocos_files_are_those_with_the_labels_of_voc(model, weights):
     assert len(published.meta["categories"]) == VOC_CLASSES
 
 
-def test_nothing_else_is_said_to_be_published():
+def test_no_other_weights_are_called_published():
     coco = {(weights, model) for weights in ("coco", "pre-fine") for model in COCO}
     assert FILES.keys() == {("imagenet", model) for model in MODELS} | coco
 
@@ -110,14 +110,14 @@ def test_any_other_weights_are_the_path_of_a_file(tmp_path, monkeypatch):
         assert require_weights(written, "fcn_resnet50") == tmp_path / "own.pth"
 
 
-def test_weights_that_nobody_published_are_refused(torch_home):
+def test_unpublished_weights_are_refused(torch_home):
     with pytest.raises(UserError) as error:
         weights_path("coco", "fcn_mobilenet_v3_large")
     assert "no 'coco' weights are published for 'fcn_mobilenet_v3_large'" in str(error.value)
     assert "did you mean 'deeplabv3_mobilenet_v3_large'" in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_named_with_the_way_to_get_it(torch_home):
+def test_a_missing_file_is_named_with_its_download(torch_home):
     with pytest.raises(UserError) as error:
         require_weights("imagenet", "fcn_resnet101")
     name = "resnet101-63fe2227.pth"
@@ -153,12 +153,12 @@ def test_a_file_that_cannot_be_fetched_leaves_nothing(trouble, published, site, 
     assert list(path.parent.iterdir()) == []
 
 
-def test_the_command_finds_nothing_to_do_where_nothing_is_needed(grid, torch_home, capsys):
+def test_the_command_does_nothing_if_no_file_is_needed(grid, torch_home, capsys):
     assert weights.main([grid("weights = 'none'", "fcn_resnet50")]) == 0
     assert capsys.readouterr().out == "weights = 'none' needs no file\n"
 
 
-def test_the_command_checks_what_is_there(grid, torch_home):
+def test_the_command_checks_existing_files(grid, torch_home):
     path = weights_path("imagenet", "fcn_resnet50")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not these weights")
@@ -182,7 +182,7 @@ def test_the_command_fetches_each_file_once(grid, torch_home, site, monkeypatch,
     assert capsys.readouterr().out.count("ready: ") == 2
 
 
-def test_the_command_refuses_a_file_of_ones_own_that_is_not_there(grid, tmp_path):
+def test_the_command_refuses_a_missing_file_of_the_user(grid, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         weights.main([grid(f"weights = '{tmp_path}/own.pth'", "fcn_resnet50")])
 

@@ -1,4 +1,4 @@
-"""A user without an account and without a home, as in a container."""
+"""A user needs neither an account nor a home, as in a container."""
 
 import pwd
 import subprocess
@@ -34,13 +34,13 @@ def test_training_can_be_imported():
     assert (done.stdout, done.stderr) == (f"{NOBODY} {NOBODY} /nonexistent\n", "")
 
 
-def test_who_has_a_name_and_a_home_keeps_them():
+def test_a_user_with_name_and_home_keeps_them():
     environ = {"LOGNAME": "me", "HOME": "/people/me"}
     ensure_account(environ)
     assert environ == {"LOGNAME": "me", "HOME": "/people/me"}
 
 
-def test_a_home_of_nobody_stays_as_it_is_written():
+def test_a_home_of_an_unknown_user_is_not_expanded():
     assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
     assert expanded("~root") == Path(pwd.getpwnam("root").pw_dir)
 

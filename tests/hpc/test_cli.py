@@ -1,4 +1,4 @@
-"""How a command ends: one line for the user's mistake, a traceback only for ours."""
+"""A command reports a user's mistake in one line, and a bug with its traceback."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ run(main)
 
 @pytest.fixture
 def program(tmp_path):
-    """A program of ours that does what its argument says."""
+    """A program whose argument selects its behaviour."""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
 
@@ -64,14 +64,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(program):
     assert done.stdout == ""
 
 
-def test_debug_shows_where_it_came_from(program):
+def test_debug_shows_the_traceback(program):
     done = program("mistake", "--debug")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last):")
     assert "hpc.cli.UserError: data/x is damaged;" in done.stderr
 
 
-def test_a_bug_is_not_dressed_up_as_a_mistake(program):
+def test_a_bug_keeps_its_traceback(program):
     done = program("bug")
     assert done.returncode == 1
     assert done.stderr.endswith("ValueError: a bug\n")
@@ -97,7 +97,7 @@ def test_options_may_stand_anywhere(words):
     assert (found.stage, found.config, found.debug) == ("grid", "a.toml", True)
 
 
-def test_help_tells_what_it_does(program):
+def test_help_describes_the_command(program):
     done = program("--help")
     assert done.returncode == 0
     assert "Does things." in done.stdout and "--debug" in done.stdout
@@ -138,7 +138,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(program):
     assert (done.returncode, done.stdout, done.stderr) == (0, "Gr\\xf6\\xdfe\n", "")
 
 
-def test_what_has_been_printed_is_out_before_the_command_ends(capsys):
+def test_printed_output_is_flushed_before_the_command_ends(capsys):
     with pytest.raises(SystemExit) as ended:
         run(lambda argv: print("table", *argv), ["a"])
     assert ended.value.code == 0
@@ -162,7 +162,7 @@ def test_without_arguments_those_of_the_process_are_used(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no Namespace(debug=False)\n"
 
 
-def test_whoever_waits_long_says_for_what_and_once(monkeypatch, capsys):
+def test_a_long_wait_is_reported_once(monkeypatch, capsys):
     with named_wait("nobody"):
         pass
     monkeypatch.setattr(cli, "SLOW_SECONDS", 0.01)

@@ -1,4 +1,4 @@
-"""A disk that is full, or may not be written to: one line, and what is packed stays good."""
+"""A full or read-only disk is reported in one line, and packed shards stay good."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ except subprocess.CalledProcessError:  # a folder, where no disk may be mounted
 
 @pytest.fixture
 def packing(rooms, tmp_path):
-    """Pack on a disk of its own, of so many kilobytes."""
+    """Pack on a separate disk of the given number of kilobytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -87,7 +87,7 @@ def test_a_read_only_folder_is_one_line(packing):
     )
 
 
-def test_what_is_packed_already_needs_no_writing(rooms, packing, tmp_path):
+def test_packed_data_need_no_writable_folder(rooms, packing, tmp_path):
     rooms.table["shards"] = str(tmp_path / "disk")
     before = "import shutil; shutil.copytree({!r}, sys.argv[1], dirs_exist_ok=True)\n"
     made = pack("rooms", rooms.settings, processes=1).folder.rename(tmp_path / "made")

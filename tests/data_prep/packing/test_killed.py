@@ -1,4 +1,4 @@
-"""Packing that is killed at any point, alone or on MPI ranks, is finished by the next run."""
+"""The next run finishes packing that was killed at any point, on one or several MPI ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKS = 4
 
 @pytest.fixture
 def packing(many_rooms, request):
-    """Start the packing program, alone or on ranks, as often as asked; what it is at any moment."""
+    """Start the packing program on one or several ranks, and observe it."""
     line = [sys.executable, "-m", "data_prep.pack", str(many_rooms.config())]
     if request.param == "ranks":
         line = [request.getfixturevalue("mpiexec"), "-n", str(RANKS), *line]
@@ -79,7 +79,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def caught_writing(shards: Path, launcher: subprocess.Popen) -> int:
-    """A process that is stopped in the middle of a shard."""
+    """Return a process that is stopped in the middle of a shard."""
     end = time.monotonic() + 30
     while time.monotonic() < end and launcher.poll() is None:
         for process in family(launcher.pid):
@@ -101,7 +101,7 @@ def writes_into(process: int, shards: Path) -> bool:
 
 
 def unfinished(file: Path) -> bool:
-    """Whether it is a shard without its CRCs, which come last."""
+    """Return whether the file is a shard without its CRCs, which are written last."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -110,7 +110,7 @@ def unfinished(file: Path) -> bool:
 
 
 def family(leader: int) -> list[int]:
-    """`leader` and all that descend from it and live."""
+    """Return `leader` and its living descendants."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -126,7 +126,7 @@ def family(leader: int) -> list[int]:
 
 
 def kill(victim: int, launcher: subprocess.Popen) -> None:
-    """Kill one process, and wait until nobody packs any more: no rank outlives the others."""
+    """Kill one process, and wait until all ranks have ended."""
     members = family(launcher.pid)
     os.kill(victim, signal.SIGKILL)
     launcher.wait(timeout=30)

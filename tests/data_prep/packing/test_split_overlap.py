@@ -1,4 +1,4 @@
-"""The official data sets from the command line, and the pictures that two of their lists share."""
+"""Images that two lists of official data sets share are counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOC = ("2007_000032", "2008_000003", "2009_000001", "2010_000002")
 
 @pytest.fixture
 def tree(tmp_path):
-    """VOC and SBD in one folder: SBD trains on two of the three images that VOC validates on."""
+    """VOC and SBD in one folder: SBD trains on two of VOC's three validation images."""
     labels = dict.fromkeys(VOC, LABEL)
     home = trees.voc(tmp_path, labels, train=VOC[0], val="\n".join(VOC[1:]))
     (home / "ImageSets/Segmentation/trainval.txt").write_text("\n".join(VOC))
@@ -106,7 +106,7 @@ def test_equal_names_in_unrelated_data_sets_are_not_the_same_picture(tree):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_leak_is_an_equal_picture_and_not_an_equal_name(rooms, packed):
-    """`a` is another picture in both splits; `b` is copied, with another label map."""
+    """`a` is a different image in each split; `b` is copied, with another label map."""
     rooms.pair("a", split="val")
     shutil.copy(rooms.root / "train/b.png", rooms.root / "val/b.png")
     rooms.label("b.png", (70, 30), split="val", values=(1, 2))

@@ -1,5 +1,4 @@
-"""One flipped byte, anywhere in a shard, is named: by file, and by sample or by all samples that it
-makes unreadable."""
+"""A flipped byte anywhere in a shard is reported with file and sample, or all samples affected."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def flipped(path: Path, position: int, mask: int) -> Iterator[None]:
 
 
 def owners(path: Path) -> list[str]:
-    """For each byte of a shard what it belongs to, as HDF5 sees the file: `image 'a'`, `label map
-    'a'`, or nothing in particular."""
+    """Return for each byte of a shard its owner by HDF5: `image 'a'`, `label map 'a'`, or none."""
     names = [""] * path.stat().st_size
     with h5py.File(path) as file:
         for row in file["index"][:]:

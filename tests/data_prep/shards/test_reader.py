@@ -1,4 +1,4 @@
-"""A packed data set gives back what lay in the source's files, or says which sample is damaged."""
+"""A packed data set returns the samples of its source, or names the damaged sample."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_manifest_is_the_same_for_the_same_source_wherever_it_lies(rooms, tm
     assert pack("rooms", rooms.settings).fingerprint != first.fingerprint
 
 
-def test_no_manifest_says_which_command_makes_one(tmp_path):
+def test_a_missing_manifest_names_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match=r"no manifest\.json.*python -m data_prep\.pack"):
         Manifest.load(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Image files that are broken, or not what their name says: refused in one line, and soon."""
+"""Broken image files, or files of another format than their name says, are refused in one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_decompression_bomb_is_refused_at_once(rooms):
 
 @pytest.mark.parametrize("folder", ["train", "trainannot"])
 def test_every_byte_of_a_png_is_checked(rooms, folder):
-    """Decoding alone accepts some: it skips the CRCs of the pixels, and what comes after them."""
+    """Decoding alone skips the CRCs of the pixels, and the chunks after them."""
     path = rooms.root / folder / "b.png"
     whole = path.read_bytes()
     stuck = []
@@ -94,7 +94,7 @@ def test_a_broken_file_is_left_out_by_a_setting_of_the_data_set_too(rooms, comma
 
 
 def test_a_file_in_a_format_that_is_not_asked_for_is_no_image(rooms):
-    """Whatever its name: Pillow would hand an EPS to Ghostscript."""
+    """The suffix does not matter: Pillow would hand an EPS file to Ghostscript."""
     content = io.BytesIO()
     Image.new("RGB", (30, 70)).save(content, "EPS")
     (rooms.root / "train" / "b.png").write_bytes(content.getvalue())
@@ -133,8 +133,8 @@ def test_too_little_memory_is_no_fault_of_a_file(rooms, monkeypatch):
     assert not (rooms.shards / "manifest.json").exists()
 
 
-def test_what_pillow_warns_of_does_not_reach_the_user(rooms):
-    """An image that is large, but no bomb, with a palette's transparency given in bytes."""
+def test_pillows_warnings_do_not_reach_the_user(rooms):
+    """The image is large, but no bomb, and gives its palette's transparency in bytes."""
     path = rooms.image("b.png", (70, 30), "P", transparency=bytes(256))
     code = (
         "from PIL import Image; Image.MAX_IMAGE_PIXELS = 1500\n"

@@ -1,4 +1,4 @@
-"""Real photographs: CamVid, where it lies beside the repository."""
+"""CamVid, a data set of real photographs, if it lies beside the repository."""
 
 from __future__ import annotations
 

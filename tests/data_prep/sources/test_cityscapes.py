@@ -44,7 +44,7 @@ def refusal(root, **table) -> str:
 
 
 def expected_classes(num_classes: int) -> dict[int, str]:
-    """Raw id -> name of the classes, by Cityscapes' own table."""
+    """Return the class names by raw id, from Cityscapes' own table."""
     if num_classes == 19:
         chosen = [c for c in OFFICIAL if 0 <= c.train_id < 19]
         assert [c.train_id for c in chosen] == list(range(19))
@@ -101,7 +101,7 @@ def test_a_licence_plate_which_has_no_raw_id_is_void_in_every_set(tree):
         assert label[1][6, 6] == 255 and label[1][6, 7] != 255
 
 
-def test_a_number_of_classes_that_there_is_not(tree):
+def test_an_unknown_number_of_classes_is_refused(tree):
     with pytest.raises(UserError, match=r"num_classes: Input should be 30, 34 or 19, not 20"):
         trees.settings("cityscapes", tree, num_classes=20)
 
@@ -130,7 +130,7 @@ def test_a_label_map_without_its_image_and_a_city_without_any(tree):
     assert "leftImg8bit/train has no aachen, which " in refusal(tree)
 
 
-def test_a_root_without_cityscapes_says_where_one_gets_it(tmp_path):
+def test_a_root_without_cityscapes_names_the_download(tmp_path):
     message = refusal(tmp_path)
     assert "leftImg8bit/train: No such file" in message
     assert "gtFine_trainvaltest.zip of https://www.cityscapes-dataset.com/downloads" in message

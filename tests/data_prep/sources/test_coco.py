@@ -1,4 +1,4 @@
-"""COCO 2017 from its official layout: polygons, crowds, overlaps, what is left out, and stamps."""
+"""COCO 2017 from its official layout: polygons, crowds, overlaps, left-out images, and stamps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HERD[10, 10] = False
 
 @pytest.fixture
 def tree(tmp_path):
-    """Training: two cars that touch, a crowd, a grey picture, small ones, none. Validation: all."""
+    """Training: cars that touch, a crowd, a grey image, small objects, none. Validation: all."""
     far = rectangle(CAR, 0, 0, 30, 40)
     train = {
         "000000000009": (SIZE, [far, rectangle(PERSON, 30, 40, 61, 83)]),
@@ -56,7 +56,7 @@ def labels(root, split="train") -> dict[str, np.ndarray]:
 
 
 def drawn(root, *objects, size=SIZE) -> np.ndarray:
-    """The label map of a validation picture with these objects."""
+    """Return the label map of a validation image with these objects."""
     trees.coco(root, val={"000000000139": (size, list(objects))})
     return labels(root, "val")["000000000139"]
 
@@ -107,7 +107,7 @@ def test_a_crowd_whose_first_pixel_is_set(tree):
 
 
 def compressed(mask: np.ndarray) -> dict[str, object]:
-    """The run lengths of `mask` as other tools than COCO's own write them: as text."""
+    """Return the run lengths of `mask` as text, as other tools than COCO's own write them."""
     rle = pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"counts": rle["counts"].decode(), "size": list(mask.shape)}
 
@@ -203,7 +203,7 @@ def test_a_large_annotation_file_is_parsed_once_for_all_its_pictures(tree, monke
     assert len(read) == 2 + 3 + 2  # and what the files say of each picture
 
 
-def test_what_packs_a_shard_needs_no_annotation_file(tree):
+def test_packing_a_shard_needs_no_annotation_file(tree):
     plans = plan_shards(find_source(trees.settings("coco", tree))).shards
     sent = pickle.loads(pickle.dumps(plans[1]))  # to another process
     for path in (tree / "annotations").iterdir():
@@ -225,7 +225,7 @@ def test_an_image_that_the_annotations_name_is_missing(tree):
     assert "instances_train2017.json asks for" in message
 
 
-def test_a_root_without_coco_says_where_one_gets_it(tmp_path):
+def test_a_root_without_coco_names_the_download(tmp_path):
     message = refusal(tmp_path)
     assert "annotations/instances_train2017.json: No such file or directory" in message
     assert "annotations_trainval2017.zip of https://cocodataset.org/#download" in message
@@ -242,7 +242,7 @@ def test_a_root_without_coco_says_where_one_gets_it(tmp_path):
         ('{"images": [], "annotations": [], "categories": []}', "of COCO (KeyError: 'airplane')"),
     ],
 )
-def test_annotations_that_are_damaged_or_others(tree, text, reason):
+def test_damaged_or_other_annotations_are_refused(tree, text, reason):
     path = tree / "annotations/instances_train2017.json"
     path.write_text(text, encoding="latin-1")
     message = refusal(tree)

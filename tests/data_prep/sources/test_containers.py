@@ -1,4 +1,4 @@
-"""What is read from every kind of file that Pillow writes: the stored pixels, or a refusal."""
+"""Every file format that Pillow writes gives the stored pixels, or is refused."""
 
 from __future__ import annotations
 

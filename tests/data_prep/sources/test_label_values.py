@@ -1,4 +1,4 @@
-"""Which value of a label map is which class: `labels` and `void` of source "folder"."""
+"""`labels` and `void` of source "folder" map the values of label maps to classes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ REMEDY = (
     ],
 )
 def test_a_split_with_pixels_of_one_class_is_refused(masks, split, values):
-    """Masks of 0 and 255 with the default void: the foreground would be ignored."""
+    """With masks of 0 and 255, the default void would ignore the foreground."""
     share = {"train": 50.0, "val": 66.7}[split]
     assert refusal(masks(**values, classes=["background", "road"])) == (
         f"'background' (label value 0) is the only class with pixels in {split} of the data set "
@@ -148,7 +148,7 @@ def test_a_value_that_is_neither_listed_nor_void_is_refused(masks, table, value,
         ({"classes": ["a", "b"], "void": 256}, "void: Input should be less than or equal to 255"),
     ],
 )  # fmt: skip
-def test_labels_that_cannot_be_meant_are_refused_in_one_line(table, expected):
+def test_contradictory_labels_are_refused_in_one_line(table, expected):
     with pytest.raises(UserError) as refused:
         parse_dataset("roads", {"source": "folder", "root": "x", **table}, "grid.toml")
     message = str(refused.value)

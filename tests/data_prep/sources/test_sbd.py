@@ -38,7 +38,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def voc(tree):
-    """VOC beside it, which validates on two of its images, and on one that it has not."""
+    """VOC beside it: two of VOC's validation images are SBD's, one is not."""
     borders = np.where(CAT == 8, 255, CAT).astype(np.uint8)
     labels = {"2009_000001": borders, "2007_000032": BIRD, "2008_000009": TABLE}
     home = trees.voc(tree, labels, train="2007_000032", val="2009_000001\n2007_000032\n")
@@ -117,12 +117,12 @@ def test_a_wrong_voc_root_is_refused_at_once(tree):
     assert "lost/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt: No such file" in message
 
 
-def test_where_voc_lies_changes_no_identity(tree, voc):
+def test_the_place_of_voc_changes_no_identity(tree, voc):
     plain, beside = trees.settings("sbd", tree), trees.settings("sbd", tree, **voc)
     assert plain.identity() == beside.identity()
 
 
-def test_a_list_of_ones_own(tree):
+def test_a_list_of_the_user(tree):
     (tree / "mine.txt").write_text("2010_000002\n")
     assert ids(tree, train=str(tree / "mine.txt"))["train"] == ["2010_000002"]
     assert "has no list 'trainval'" in refusal(tree, train="trainval")
@@ -137,13 +137,13 @@ def test_a_missing_label_map_and_a_missing_image(tree):
     assert "img has no 2008_000009.jpg, which the list 'train' asks for" in refusal(tree)
 
 
-def test_a_root_without_sbd_says_where_one_gets_it(tmp_path):
+def test_a_root_without_sbd_names_the_download(tmp_path):
     message = refusal(tmp_path)
     assert "benchmark_RELEASE/dataset: No such file" in message
     assert "benchmark.tgz of http://home.bharathh.info/pubs/codes/SBD/" in message
 
 
-def test_a_mat_file_that_is_cut_short_or_none_or_another(tree):
+def test_a_damaged_or_other_mat_file_is_refused(tree):
     path = tree / "benchmark_RELEASE/dataset/cls/2009_000001.mat"
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], b"no matlab", b""):

@@ -1,4 +1,4 @@
-"""Drawn street scenes: the same for the same numbers, every class there, areas far apart."""
+"""Drawn street scenes are reproducible and show all classes, with areas far apart."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_rotation_in_exif_is_ignored(tree):
     assert image.shape[:2] == label.shape == ROAD_SCENE.shape
 
 
-def test_train_and_val_may_be_any_list_or_a_file_of_ones_own(tree, monkeypatch):
+def test_train_and_val_may_be_any_list_or_a_file_of_the_user(tree, monkeypatch):
     monkeypatch.chdir(tree)
     (tree / "mine.txt").write_bytes(b"\xef\xbb\xbf2011_003271\r\n\r\n  2007_000032 \r\n\r\n")
     source = find_source(trees.settings("voc", tree, train="trainval", val="mine.txt"))
@@ -109,12 +109,12 @@ def test_another_list_is_another_data_set(tree):
         ("2007_000032\nnone\nneither\n", "JPEGImages has no neither.jpg and 1 more, which "),
     ],
 )
-def test_a_list_that_cannot_be_meant(tree, text, message):
+def test_a_malformed_list_is_refused(tree, text, message):
     (tree / "mine.txt").write_text(text)
     assert message in refusal(tree, train=str(tree / "mine.txt"))
 
 
-def test_a_list_that_is_not_there(tree):
+def test_a_missing_list_is_refused(tree):
     assert "has no list 'tran'; did you mean 'train' or 'trainval'?" in refusal(tree, train="tran")
     assert "cannot read the list" in refusal(tree, val=str(tree / "lost.txt"))
 
@@ -129,7 +129,7 @@ def test_an_image_or_a_label_map_that_the_list_names_is_missing(tree):
     assert "JPEGImages has no 2007_000032.jpg, which " in refusal(tree)
 
 
-def test_a_root_without_voc_says_where_one_gets_it(tmp_path):
+def test_a_root_without_voc_names_the_download(tmp_path):
     message = refusal(tmp_path / "nowhere")
     assert "nowhere/VOCdevkit/VOC2012/ImageSets/Segmentation: No such file" in message
     assert "VOCtrainval_11-May-2012.tar of http://host.robots.ox.ac.uk/pascal/VOC/" in message

@@ -1,5 +1,4 @@
-"""Small data sets in the official layouts, as their archives unpack, with label maps that the tests
-draw by hand."""
+"""Make small data sets in the official layouts, with label maps that the tests draw by hand."""
 
 from __future__ import annotations
 
@@ -29,24 +28,24 @@ COCO_CATEGORIES = {
 
 @dataclass
 class Packed:
-    """A packed data set as its readers see it."""
+    """A packed data set, read with its readers."""
 
     manifest: Manifest
 
     def split(self, split: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Image and label map by id, in the order of the shards."""
+        """Return image and label map by id, in the order of the shards."""
         reader = SplitReader(self.manifest, split)
         return {reader.id(k): (reader.image(k), reader.label(k)) for k in range(len(reader))}
 
 
 def settings(source: str, root: Path, **table: Any) -> DatasetSettings:
-    """The settings of a data set under `root`, named and packed as its source is called."""
+    """Return the settings of a data set under `root`, named as its source."""
     shards = {"shards": str(root / "shards" / source)}
     return parse_dataset(source, {"source": source, "root": str(root), **shards, **table}, "g.toml")
 
 
 def config(path: Path, *tables: DatasetSettings) -> Path:
-    """A grid file with these data sets, each named as its source."""
+    """Write a grid file with these data sets, each named as its source."""
     lines = []
     for table in tables:
         lines.append(f"[dataset.{table.source}]")
@@ -56,14 +55,14 @@ def config(path: Path, *tables: DatasetSettings) -> Path:
 
 
 def picture(path: Path, size: tuple[int, int], mode: str = "RGB", **save: Any) -> None:
-    """Noise of `size` (height, width)."""
+    """Write a noisy image of `size` (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(sum(path.name.encode())).integers(0, 256, (*size, 3), np.uint8)
     Image.fromarray(noise).convert(mode).save(path, **save)
 
 
 def voc(root: Path, labels: Mapping[str, np.ndarray], grey: Iterable[str] = (), **lists: str):
-    """VOCdevkit/VOC2012 under `root`; `lists` are the texts of its lists for segmentation."""
+    """Write VOCdevkit/VOC2012 under `root`; `lists` are the texts of its segmentation lists."""
     home = root / "VOCdevkit" / "VOC2012"
     for one, label in labels.items():
         mode = "L" if one in grey else "RGB"
@@ -78,7 +77,7 @@ def voc(root: Path, labels: Mapping[str, np.ndarray], grey: Iterable[str] = (), 
 
 
 def sbd(root: Path, labels: Mapping[str, np.ndarray], grey: Iterable[str] = (), **lists: str):
-    """benchmark_RELEASE/dataset under `root`."""
+    """Write benchmark_RELEASE/dataset under `root`."""
     home = root / "benchmark_RELEASE" / "dataset"
     for one, label in labels.items():
         picture(home / "img" / f"{one}.jpg", label.shape, "L" if one in grey else "RGB")
@@ -90,14 +89,18 @@ def sbd(root: Path, labels: Mapping[str, np.ndarray], grey: Iterable[str] = (), 
 
 
 def mat(path: Path, **content: Any) -> None:
-    """A .mat file of Matlab's version 5, compressed as SBD's are."""
+    """Write a .mat file of Matlab's version 5, compressed like SBD's files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, content, do_compression=True)
 
 
 def cityscapes(root: Path, **splits: Mapping[str, np.ndarray]):
-    """leftImg8bit and gtFine under `root`; by split, raw ids by CITY/STEM. No polygons, which
-    nobody needs here, but instance ids and colours."""
+    """Write leftImg8bit and gtFine under `root`, without polygon files.
+
+    Args:
+        root: the folder.
+        splits: by split, raw ids by CITY/STEM.
+    """
     for split, raws in splits.items():
         for one, raw in raws.items():
             picture(root / "leftImg8bit" / split / f"{one}_leftImg8bit.png", raw.shape)
@@ -110,7 +113,7 @@ def cityscapes(root: Path, **splits: Mapping[str, np.ndarray]):
 
 
 def coco(root: Path, **splits: Mapping[str, tuple[tuple[int, int], list[dict[str, Any]]]]):
-    """train2017, val2017 and annotations under `root`; by split, size and objects by file stem."""
+    """Write train2017, val2017 and annotations: by split, size and objects by file stem."""
     for split, pictures in splits.items():
         images, annotations = [], []
         for stem, (size, objects) in pictures.items():
@@ -127,7 +130,7 @@ def coco(root: Path, **splits: Mapping[str, tuple[tuple[int, int], list[dict[str
 
 
 def rectangle(category: int, top: int, left: int, bottom: int, right: int) -> dict[str, Any]:
-    """An object that covers the rows [top, bottom) and the columns [left, right), as a polygon."""
+    """Return a polygon object that covers the rows [top, bottom) and columns [left, right)."""
     corners = [left, top, right, top, right, bottom, left, bottom]
     return {
         "category_id": category,
@@ -139,7 +142,7 @@ def rectangle(category: int, top: int, left: int, bottom: int, right: int) -> di
 
 
 def crowd(category: int, mask: np.ndarray) -> dict[str, Any]:
-    """A crowd that covers `mask`, as COCO's run lengths: down the columns, unset pixels first."""
+    """Return a crowd that covers `mask`, as COCO's run lengths: by column, unset pixels first."""
     down = [False, *mask.T.reshape(-1).tolist()]
     runs = [len(list(run)) for _, run in groupby(down)]
     runs[0] -= 1  # the pixel put before the first, so that the first run is of unset ones
@@ -153,7 +156,7 @@ def crowd(category: int, mask: np.ndarray) -> dict[str, Any]:
 
 
 def _palette(path: Path, values: np.ndarray) -> None:
-    """A palette image with VOC's colours: the bits of an index, spread over the channels."""
+    """Write a palette image with VOC's colours: the bits of an index, spread over channels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = [
         sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))
@@ -166,7 +169,7 @@ def _palette(path: Path, values: np.ndarray) -> None:
 
 
 def compacted(path: Path) -> None:
-    """Renumber the palette of a label map as editors do: only the used colours, in order."""
+    """Renumber a label map's palette as image editors do: only the used colours, in order."""
     with Image.open(path) as image:
         values, colours = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
     used, indices = np.unique(values, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Which rank of how many, by what each launcher really sets."""
+"""Rank and world size are read from the variables that each launcher really sets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def place(environ) -> tuple[str, int, int, int]:
     ],
     ids=["nothing", "srun", "batch shell", "local queue", "torchrun", "Open MPI", "MPICH"],
 )
-def test_each_launcher_says_who_we_are(environ, expected):
+def test_each_launcher_gives_rank_and_world_size(environ, expected):
     assert place(environ) == expected
 
 
@@ -170,7 +170,7 @@ def test_every_start_of_a_job_has_its_own_id_and_all_its_ranks_share_it():
     assert len(starts) == 4
 
 
-def test_so_does_every_start_of_a_local_job_and_of_torchruns_workers():
+def test_every_start_of_a_local_job_and_of_torchruns_workers_has_its_own_id():
     again = {**LOCAL, "SUBMITIT_LOCAL_JOB_ID": "4712"}
     other = {**LOCAL, "LOSSGRID_JOB_ID": "local-000004"}
     assert len({read_env(e).start_id for e in (LOCAL, again, other)}) == 3
@@ -179,7 +179,7 @@ def test_so_does_every_start_of_a_local_job_and_of_torchruns_workers():
     assert read_env(restarted).start_id != read_env(TORCHRUN).start_id
 
 
-def test_it_needs_nothing_but_the_standard_library():
+def test_reading_the_environment_needs_only_the_standard_library():
     code = (
         "import sys, hpc.distributed.launcher; "
         "print(*sorted({n.split('.')[0] for n in sys.modules}))"
@@ -192,7 +192,7 @@ def test_it_needs_nothing_but_the_standard_library():
     assert {name for name in ours if not name.startswith("__")} == {"hpc"}
 
 
-def test_this_process_is_read_where_no_environment_is_given(monkeypatch):
+def test_the_environment_of_this_process_is_the_default(monkeypatch):
     for name in [*os.environ]:
         if name.startswith(("SLURM", "PMI", "OMPI", "SUBMITIT", "TORCHELASTIC", "RANK")):
             monkeypatch.delenv(name)
@@ -200,7 +200,7 @@ def test_this_process_is_read_where_no_environment_is_given(monkeypatch):
     assert read_env().world_size == 1
 
 
-def test_torchs_own_rule_for_where_weights_lie():
+def test_the_folder_of_weights_is_torchs():
     home = Path("~").expanduser()
     assert torch_home({"TORCH_HOME": "~/weights"}) == home / "weights"
     assert torch_home({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/torch")
@@ -208,7 +208,7 @@ def test_torchs_own_rule_for_where_weights_lie():
     assert torch_home({}) == home / ".cache/torch"
 
 
-def test_the_configuration_of_the_environment():
+def test_the_environment_names_a_grid_file():
     assert default_config({}) is None
     assert default_config({"LOSSGRID_CONFIG": ""}) is None
     assert default_config({"LOSSGRID_CONFIG": "~/a.toml"}) == Path("~/a.toml").expanduser()

@@ -1,4 +1,4 @@
-"""Ranks that work together, the one rank without MPI, and launchers that do not fit."""
+"""MPI ranks work together, one rank needs no MPI, and a launcher of another MPI is refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ needs_open_mpi = pytest.mark.skipif(OPEN_MPI_LIBRARY is None, reason="no Open MP
 def _ranks(
     count: int, code: str, mpiexec: str | Path = MPIEXEC, library: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Ranks that run `code`, of the launcher `mpiexec` and, if given, with an MPI library that is
-    not the one beside this Python."""
+    """Run `code` on ranks started by `mpiexec`, with another MPI library if one is given."""
     options = ["--allow-run-as-root", "--oversubscribe"] if mpiexec == OPEN_MPI else []
     line = [mpiexec, *options, "-n", str(count), sys.executable, "-c", code]
     environ = {**WITHOUT_LAUNCHER, **({"MPI4PY_LIBMPI": library} if library else {})}
@@ -55,7 +54,7 @@ def _ranks(
         ({"SLURM_NTASKS": "8", "SLURM_MPI_TYPE": "pmix"}, None),  # a batch script: one process
     ],
 )
-def test_what_launchers_announce(environ, size):
+def test_launchers_announce_their_number_of_ranks(environ, size):
     assert announced_mpi_size(environ) == size
 
 
@@ -98,7 +97,7 @@ def test_ranks_broadcast_and_gather(count):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("width", [5, 60_000, 300_000])  # all in a message, two rows, and one
 def test_rows_of_all_ranks_come_to_their_places(count, width):
-    """Two ranks have every other row, the third none, and rank 0 keeps its own."""
+    """Two ranks have every other row, a third has none."""
     done = _ranks(
         count,
         "import numpy as np; from hpc.distributed.mpi import world\n"
@@ -179,7 +178,7 @@ def _errors(done: subprocess.CompletedProcess[str]) -> set[str]:
 @needs_mpiexec
 @needs_open_mpi
 def test_our_mpi_under_the_mpiexec_of_open_mpi_stops_before_it_starts():
-    """MPICH by itself would end the process with an error of its own."""
+    """Without the check, MPICH would end the process with an error of its own."""
     done = _ranks(2, COMMAND, OPEN_MPI)
     assert done.returncode == 2
     (line,) = _errors(done)

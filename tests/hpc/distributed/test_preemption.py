@@ -1,4 +1,4 @@
-"""Signals set a flag and do nothing else; the work is done at a step's edge."""
+"""Signals only set a flag; the work is done between two steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hpc.distributed.preemption import STOP_SIGNALS, stop_request
 
 REPOSITORY = Path(__file__).parents[3]
 
-# A job: at every step's edge, which is a line of its input, it says whether it is to stop.
+# A job: after every step, which is a line of its input, it prints whether it must stop.
 JOB = """
 import os, signal, sys
 from hpc.distributed.preemption import stop_request
-# written past sys.stdout, which may be in a call of its own when the signal comes
+# not written through sys.stdout, which may be inside a call when the signal arrives
 signal.signal(signal.SIGUSR2, lambda *_: os.write(1, b"as before\\n"))
 with stop_request() as stop:
     print("ready", flush=True)
@@ -32,7 +32,7 @@ for line in sys.stdin:
     print("still here", flush=True)
 """
 
-# A job with a loader's worker, whose process id it says first.
+# A job with a loader process, whose process id it prints first.
 WITH_WORKER = """
 import multiprocessing, signal, sys, time
 from hpc.distributed.preemption import ignore_stop_signals, stop_request
@@ -54,7 +54,7 @@ with stop_request() as stop:
 
 
 class Job:
-    """A real process that one can signal and ask."""
+    """A real process, to be signalled and asked."""
 
     def __init__(self, code: str) -> None:
         self.process = subprocess.Popen(
@@ -111,7 +111,7 @@ def test_the_first_signal_says_why_and_a_second_changes_nothing(job):
     assert job.ask() == "SIGUSR2"
 
 
-def test_after_the_job_signals_mean_what_they_meant_before(job):
+def test_handlers_are_restored_after_the_job(job):
     assert job.ask("end") == "ended"
     job.process.send_signal(signal.SIGUSR2)
     assert job.answer() == "as before"
@@ -120,7 +120,7 @@ def test_after_the_job_signals_mean_what_they_meant_before(job):
     assert job.process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_handlers_are_put_back_after_an_error_too():
+def test_handlers_are_restored_after_an_error():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(ValueError, match="a bug"), stop_request():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
@@ -128,7 +128,7 @@ def test_handlers_are_put_back_after_an_error_too():
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_without_a_signal_nothing_is_asked_for():
+def test_without_a_signal_no_stop_is_requested():
     with stop_request() as stop:
         assert not stop
         assert stop.signal is None

@@ -1,4 +1,4 @@
-"""Ranks that find each other and agree, whoever started them, and that do not wait for the dead."""
+"""Ranks find each other and agree under every launcher, and do not wait for a dead rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hpc.distributed.process_group import Group, process_group
 
 REPOSITORY = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-# a process that has torch already and does nothing else, from which ranks are forked
+# ranks are forked from a process that has only imported torch
 RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload(["hpc.distributed.process_group"])
 
@@ -34,7 +34,7 @@ def rank_env(rank: int, world_size: int, start_id: str = "start") -> RankEnv:
 
 
 def work_together(group: Group) -> dict[str, object]:
-    """What every rank must agree on, as plain values."""
+    """Return the values on which all ranks must agree."""
     mine = torch.tensor([1.5, 10.0 ** (3 * group.rank)], dtype=torch.float64, requires_grad=True)
     total = group.sum(mine)
     pixels = group.sum(torch.tensor(2**53 + group.rank))
@@ -103,10 +103,10 @@ def test_two_jobs_of_one_run_on_one_node_do_not_meet(tmp_path):
     assert len(set(addresses)) == 2
 
 
-def test_one_rank_is_the_same_path(tmp_path):
+def test_one_rank_has_a_process_group_too(tmp_path):
     with process_group(read_env({}), tmp_path / "rendezvous") as group:
         assert work_together(group) == expected(1)
-    assert not (tmp_path / "rendezvous").exists()  # it has nobody to meet
+    assert not (tmp_path / "rendezvous").exists()  # one rank needs no rendezvous
     assert not torch.distributed.is_initialized()
 
 
@@ -173,7 +173,7 @@ def test_ranks_do_not_wait_for_ever_for_a_rank_0_that_never_came(tmp_path):
     assert seconds < 10
 
 
-def test_nor_for_one_that_died_after_leaving_its_address(tmp_path):
+def test_ranks_do_not_wait_for_ever_for_a_rank_0_that_died(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]  # nobody listens there
@@ -248,8 +248,8 @@ sys.exit(int(codes(ranks) != [0, 0]))
 """
 
 
-def test_ranks_of_one_node_meet_where_its_name_leads_nowhere(tmp_path):
-    """In a network of its own, whose only way out is loopback."""
+def test_ranks_of_one_node_meet_without_a_network(tmp_path):
+    """Run in a network namespace that has only loopback."""
     own = ["unshare", "-rmnu"]
     if subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode:
         pytest.skip("this user may not have a network of their own")
@@ -260,7 +260,7 @@ def test_ranks_of_one_node_meet_where_its_name_leads_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["address", "store", "ranks"])
-def test_a_rank_that_waits_says_for_what(tmp_path, monkeypatch, capsys, missing):
+def test_a_waiting_rank_reports_its_wait(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setattr(groups, "TIMEOUT", datetime.timedelta(seconds=1))
     monkeypatch.setattr(cli, "SLOW_SECONDS", 0.1)
     with socket.socket() as taken:

@@ -1,4 +1,4 @@
-"""A stopwatch by part: every moment is in one part, and none before it is started."""
+"""A stopwatch counts every moment in one part, and none before its start."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from hpc.distributed.timer import Stopwatch
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only where a test says so."""
+    """A clock that only the test advances."""
     clock = SimpleNamespace(now=50.0)
     monkeypatch.setattr(timer.time, "perf_counter", lambda: clock.now)
 
@@ -40,7 +40,7 @@ def test_a_part_inside_another_is_not_counted_there(clock):
     assert watch.lap() == {"other": 17, "network": 10, "communication": 4}
 
 
-def test_a_lap_begins_at_nothing_and_in_the_part_it_is(clock):
+def test_a_lap_starts_at_zero_in_the_current_part(clock):
     watch = started()
     with watch.part("network"):
         clock(1)
@@ -51,7 +51,7 @@ def test_a_lap_begins_at_nothing_and_in_the_part_it_is(clock):
 
 
 def test_a_block_may_move_on_to_another_part_and_ends_where_it_began(clock):
-    """As a backward pass does, which runs from the loss into the network."""
+    """A backward pass does so: it runs from the loss into the network."""
     watch = started()
     with watch.part("losses"):
         clock(1)
@@ -70,7 +70,7 @@ def test_a_part_that_raises_ends_too(clock):
     assert watch.lap() == {"network": 1, "other": 2}
 
 
-def test_until_it_is_started_it_measures_nothing_and_asks_no_device(monkeypatch):
+def test_before_its_start_a_stopwatch_measures_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", None)
     watch = Stopwatch(torch.device("cuda"))
     with watch.part("network"):
@@ -79,7 +79,7 @@ def test_until_it_is_started_it_measures_nothing_and_asks_no_device(monkeypatch)
 
 
 def test_a_gpu_ends_a_part_before_the_clock_is_read(clock, monkeypatch):
-    """A GPU works on after it was told to; here it needs eight seconds more."""
+    """The GPU of this test needs 8 s more after the call returns."""
     stream = SimpleNamespace(synchronize=lambda: clock(8))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     watch = Stopwatch(torch.device("cuda"))
@@ -88,7 +88,7 @@ def test_a_gpu_ends_a_part_before_the_clock_is_read(clock, monkeypatch):
     assert watch.lap() == {"other": 8, "network": 8}
 
 
-def test_what_ranks_say_to_each_other_is_communication(clock, monkeypatch):
+def test_collectives_count_as_communication(clock, monkeypatch):
     group = Group(SimpleNamespace(rank=0, world_size=2), torch.device("cpu"))
     said = ("all_reduce", "broadcast_object_list", "barrier")
     for name in said:

@@ -1,4 +1,4 @@
-"""Files and folders are there whole, or as they were before."""
+"""Files and folders appear whole, or stay as they were."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_written_is_there_and_nothing_else(tmp_path):
+def test_written_files_exist_and_no_others(tmp_path):
     write_bytes(tmp_path / "a/b/c.bin", b"\x00\xff")
     write_text(tmp_path / "a/b/d.txt", "µ\n")
     write_json(tmp_path / "a/b/e.json", {"rate": 0.1, "names": ["ä"]})
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing_and_gives_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("new", [new_file, new_folder])
-def test_a_path_that_cannot_be_is_one_line(tmp_path, new):
+def test_an_impossible_path_is_one_line(tmp_path, new):
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(UserError, match=r"cannot write .*/file/x: (Not a dir|File ex)"),
@@ -182,7 +182,7 @@ def test_of_two_writers_of_one_folder_the_first_wins(tmp_path):
     assert names(tmp_path / "a") == ["first"]
 
 
-def test_of_two_writers_at_the_same_moment_too(tmp_path, monkeypatch):
+def test_of_two_writers_at_the_same_moment_one_wins(tmp_path, monkeypatch):
     path = tmp_path / "a"
     with new_folder(path) as first:
         (first / "first").touch()
@@ -248,7 +248,7 @@ def test_a_damaged_record_is_named(tmp_path, damage):
     ],
     ids=["one line", "another order", "its last line damaged"],
 )
-def test_a_record_may_be_laid_out_anew_but_not_changed(tmp_path, lay_out):
+def test_a_record_may_be_reformatted_but_not_changed(tmp_path, lay_out):
     path, record = tmp_path / "index.json", {"step": 12, "name": "Zürich", "loss": [1.5, None]}
     write_json(path, record)
     path.write_text(lay_out(json.loads(path.read_text())))
@@ -284,7 +284,7 @@ def test_a_folder_is_deleted_in_one_step(tmp_path, monkeypatch):
     remove_folder(folder)  # somebody else did it: nothing to do
 
 
-def test_what_killed_writers_left_goes_once_it_is_certainly_dead(tmp_path):
+def test_folders_of_killed_writers_are_removed_after_an_hour(tmp_path):
     for name in (f"{TEMPORARY_PREFIX}dead", f"{TEMPORARY_PREFIX}alive", "result"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").touch()

@@ -1,5 +1,4 @@
-"""Units of work come and go without touching each other's progress, whatever happens to a disk or
-to a process."""
+"""Units of work do not touch each other's progress, whatever happens to disks and processes."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ class Run:
         checkpoint.save(self.folder, step, generation, states, about, resumed)
 
     def resume(self, *entries: str) -> tuple[int, list[str]]:
-        """The step that `entries` go on from, and the files that were passed over. Checks that
-        their states are those of that step."""
+        """Return the step from which `entries` resume, and the files passed over.
+
+        Checks that the states are those of that step.
+        """
         step, states, _, problems = checkpoint.load_latest(self.folder, entries)
         for name in entries if step else ():
             assert_equal_states(states[name], state_of(name, step))
@@ -89,7 +90,7 @@ def newest_steps(folder: Path) -> dict[str, int]:
     return {entry: found.step for entry, found in checkpoint.newest(folder).items()}
 
 
-def test_where_nothing_was_saved_one_starts_at_step_0(run):
+def test_without_checkpoints_a_job_starts_at_step_0(run):
     assert run.resume("a", "b") == (0, [])
     assert newest_steps(run.folder) == {}
 
@@ -103,7 +104,7 @@ def test_a_job_goes_on_from_the_newest_step(run):
     assert newest_steps(run.folder) == {"a": 100, "b": 100}
 
 
-def test_a_step_that_all_ranks_can_read_is_gone_on_from_itself(run):
+def test_ranks_can_agree_on_an_older_step(run):
     for step in (10, 20):
         run.save(step, run.start("a"), "a")
     found = {newest: checkpoint.load_latest(run.folder, ["a"], newest=newest)[0]
@@ -158,7 +159,7 @@ def test_damage_to_one_unit_is_not_the_others_loss(run):
     assert run.resume("a")[0] == 10
 
 
-def test_when_all_are_damaged_one_starts_over_and_says_so(run):
+def test_a_job_starts_over_if_all_checkpoints_are_damaged(run):
     mine = run.start("a")
     run.save(10, mine, "a")
     run.save(20, mine, "a")
@@ -201,7 +202,7 @@ def test_a_unit_that_was_never_saved_starts_over_alone(run):
     assert run.resume("a") == (10, [])
 
 
-def test_with_no_unit_left_there_is_nothing_to_resume(run):
+def test_without_entries_nothing_is_resumed(run):
     run.save(10, run.start("a"), "a")
     assert run.resume() == (0, [])
 
@@ -245,7 +246,7 @@ def test_a_start_that_was_cut_off_replaces_no_file_of_tensors(run, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_start_that_was_cut_off_does_not_even_tidy_up(run):
+def test_a_start_that_was_cut_off_removes_no_temporary_folder(run):
     stale = run.start("a")
     folder = run.folder / ".tmp-dead"
     folder.mkdir(parents=True)
@@ -289,7 +290,7 @@ def test_jobs_with_other_units_of_the_same_folder_do_not_disturb_each_other(run)
     assert run.folders == ["step-000000025-g2", "step-000000035-g2"]
 
 
-def test_nobody_tidies_up_after_others(run, monkeypatch):
+def test_a_start_keeps_the_checkpoints_of_other_entries(run, monkeypatch):
     others, mine = run.start("b"), run.start("a")
     with monkeypatch.context() as context:
         context.setattr(checkpoint, "prune", lambda *_, **__: None)  # it has not come to that yet
@@ -299,7 +300,7 @@ def test_nobody_tidies_up_after_others(run, monkeypatch):
     assert len(run.folders) == 3
 
 
-def test_what_was_passed_over_as_damaged_is_not_one_of_the_two_kept(run):
+def test_a_damaged_checkpoint_is_not_one_of_the_two_kept(run):
     first = run.start("a")
     run.save(10, first, "a")
     run.save(20, first, "a")
@@ -351,7 +352,7 @@ def test_after_a_split_the_part_that_goes_on_leaves_the_others_progress(run):
     assert run.folders == ["step-000000010-g1"]
 
 
-def test_what_is_finished_is_removed_and_the_rest_stays(run):
+def test_finished_entries_are_removed_and_others_stay(run):
     mine = run.start("a", "b")
     run.save(10, mine, "a", "b")
     run.save(20, mine, "b")
@@ -390,7 +391,7 @@ def test_saving_a_step_twice_is_saving_it_once(run):
 
 
 def test_an_entry_is_tensors_and_plain_values_only(run, tmp_path):
-    """`weights_only` refuses what could run code when it is read, checksum or not."""
+    """`weights_only` refuses a file that could run code, even with a valid checksum."""
     run.save(10, run.start("a"), "a")
     path = run.file(10, 1, "a.pt")
     assert_equal_states(torch.load(path, weights_only=True), state_of("a", 10))
@@ -419,13 +420,13 @@ def test_a_large_unit_comes_back_and_its_checksum_is_that_of_its_file(run):
     assert torch.equal(states["a"]["weights"], weights)
 
 
-def test_how_others_save_is_not_changed(run):
+def test_saving_leaves_torchs_options_unchanged(run):
     before = torch.serialization.get_crc32_options()
     run.save(1, run.start("a"), "a")
     assert torch.serialization.get_crc32_options() == before
 
 
-def test_what_a_killed_writer_left_goes_once_it_is_certainly_dead(run):
+def test_folders_of_a_killed_writer_are_removed_after_an_hour(run):
     mine = run.start("a")
     run.save(10, mine, "a")
     for name, age in (("dead", 7200), ("slow", 60)):

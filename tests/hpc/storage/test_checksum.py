@@ -1,5 +1,4 @@
-"""Checksums are zlib's CRC32, whatever computes them: shards travel between machines. What is
-written to a file has that of the file."""
+"""Checksums equal zlib's CRC32 with any library, since shards move between machines."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def test_a_checksum_is_that_of_zlib(length):
     assert crc32(data.data) == zlib.crc32(data.tobytes())
 
 
-def test_where_isal_is_missing_zlib_takes_its_place():
+def test_zlib_replaces_a_missing_isal():
     code = "import sys; sys.modules['isal'] = None; from hpc.storage.checksum import crc32; "
     done = subprocess.run(
         [sys.executable, "-c", code + "print(crc32.__module__, crc32(b'123456789'))"],
@@ -33,7 +32,7 @@ def test_where_isal_is_missing_zlib_takes_its_place():
     assert done.stdout.split() == ["zlib", str(0xCBF43926)]  # the check value of CRC-32
 
 
-def test_what_goes_through_a_file_has_the_checksum_of_the_file(tmp_path):
+def test_a_summing_file_has_the_checksum_of_its_file(tmp_path):
     draw = random.Random(0)
     pieces = [draw.randbytes(size) for size in (0, 1, 10**6, 3, 2**21, 7)]
     with (tmp_path / "file").open("wb") as file:

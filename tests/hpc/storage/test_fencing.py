@@ -1,4 +1,4 @@
-"""One writer: who starts later takes over, and who was cut off can do no harm."""
+"""A later start takes over, and a start that was cut off can do no harm."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_generations_count_from_one(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
 
 
-def test_they_are_numbers_and_not_text(tmp_path):
+def test_generations_are_ordered_as_numbers(tmp_path):
     for _ in range(11):
         last = claim(tmp_path, ["a"])
     assert last.number == 11  # after 10, which as text comes before 2
     assert not last.is_superseded()
 
 
-def test_eight_starts_at_the_same_moment_get_different_numbers(tmp_path):
+def test_eight_simultaneous_starts_get_different_numbers(tmp_path):
     folder = tmp_path / "generations"
     claimers = [
         subprocess.Popen(
@@ -95,7 +95,7 @@ def test_a_claim_that_cannot_be_read_is_named_and_nothing_is_written_against_it(
         first.check()
 
 
-def test_whose_claims_were_deleted_is_superseded(tmp_path):
+def test_a_start_whose_claims_were_deleted_is_superseded(tmp_path):
     first = claim(tmp_path / "claims", ["a"])
     shutil.rmtree(tmp_path / "claims")
     with pytest.raises(Superseded):
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert left == "[]"
 
 
-def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+def test_an_impossible_folder_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write into .*/file/generations: Not a directory"):
         claim(tmp_path / "file/generations", ["a"])

@@ -1,4 +1,4 @@
-"""A lock keeps other processes out, and a file system without locks is one line that says so."""
+"""A lock keeps other processes out; a file system without locks is reported in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.submit import one_at_a_time
 
 @pytest.fixture
 def without_locks(monkeypatch):
-    """Let locks fail as they do on a file system without them."""
+    """Make locks fail as on a file system without them."""
 
     def fails_with(number):
         def flock(_file, _operation):
@@ -63,7 +63,7 @@ USERS = {
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_whoever_needs_a_lock_says_so(without_locks, tmp_path, user):
+def test_every_user_of_a_lock_reports_that_there_are_none(without_locks, tmp_path, user):
     without_locks(errno.ENOSYS)
     with (
         pytest.raises(UserError, match=f"cannot lock a file in {tmp_path} .*run_dir"),
@@ -72,7 +72,7 @@ def test_whoever_needs_a_lock_says_so(without_locks, tmp_path, user):
         pass
 
 
-def test_copies_on_a_node_are_done_without(without_locks, tmp_path, capsys):
+def test_without_locks_no_copy_is_made_on_a_node(without_locks, tmp_path, capsys):
     without_locks(errno.ENOLCK)
     with cached_copy(tmp_path, [], "key", str(tmp_path)) as folder:
         assert folder == tmp_path
@@ -80,7 +80,7 @@ def test_copies_on_a_node_are_done_without(without_locks, tmp_path, capsys):
     assert said.startswith(f"warning: cannot lock a file in {tmp_path}") and "node_local" in said
 
 
-# --- what the doctor asks ---------------------------------------------------------------------
+# --- the doctor's check -------------------------------------------------------------------------
 
 
 def test_locks_that_keep_others_out_pass_and_leave_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Copies on a node's own disk: one a node, checked, shared, and gone when nobody uses them."""
+"""A node has one copy on its own disk: checked, shared, and removed when it is unused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpc.storage.node_cache import SharedFile, cached_copy
 from tests.tiny_disk import REPOSITORY, may_mount, on_tiny_disk
 
 CONTENT = {"a.h5": b"one" * 1000, "b.h5": b"two" * 5_000_000}
-# A process that says where it reads, and stays until its standard input ends.
+# A process that prints where it reads, and stays until its standard input ends.
 USER = """
 import sys, hashlib
 from pathlib import Path
@@ -62,7 +62,7 @@ def left_on(disk: Path) -> list[str]:
 
 @contextmanager
 def user(source: Path, disk: Path):
-    """A process that holds the copy; yields it and what it said."""
+    """Yield a process that holds the copy, and its output."""
     line = [sys.executable, "-c", USER, str(source), str(disk)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(line, cwd=REPOSITORY, **pipes)
@@ -114,7 +114,7 @@ def test_many_at_once_make_one_copy(source, disk):
     assert left_on(disk) == []
 
 
-def test_what_a_killed_process_leaves_the_next_one_removes(source, disk):
+def test_the_next_process_removes_a_killed_ones_copy(source, disk):
     with user(source, disk) as (process, _):
         process.kill()
         process.wait()
@@ -124,8 +124,8 @@ def test_what_a_killed_process_leaves_the_next_one_removes(source, disk):
     assert left_on(disk) == []
 
 
-def test_half_a_copy_is_made_anew(source, disk, monkeypatch):
-    """Killed while it copied: what is there is not taken for the whole."""
+def test_an_incomplete_copy_is_made_again(source, disk, monkeypatch):
+    """A copy whose process was killed while copying is not used."""
     with user(source, disk) as (process, _):
         process.kill()
         process.wait()
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_named_and_nothing_stays(source, disk):
 
 
 @pytest.mark.parametrize("place", ["$NO_SUCH_VARIABLE/x", "$EMPTY", "/proc/nothing"])
-def test_where_there_is_no_such_folder_the_shared_one_is_read(source, place, monkeypatch, capsys):
+def test_without_a_folder_on_the_node_the_shared_one_is_read(source, place, monkeypatch, capsys):
     monkeypatch.setenv("EMPTY", "")
     with cached_copy(source, files(), "key", place) as folder:
         assert folder == source
@@ -173,7 +173,7 @@ print([str(path.name) for path in place.rglob("*") if path.suffix == ".h5"])
 
 @pytest.mark.skipif(not may_mount(), reason="this user may not mount a small disk")
 @pytest.mark.parametrize("when", ["seen", "unforeseen"])
-def test_a_disk_without_room_is_not_used(source, disk, when):
+def test_a_disk_with_too_little_space_is_not_used(source, disk, when):
     code = FULL.replace('sys.argv[2:] == ["unforeseen"]', repr(when == "unforeseen"))
     done = on_tiny_disk(code, disk, kilobytes=2048)
     assert done.stdout == "True\n[]\n"
@@ -182,7 +182,7 @@ def test_a_disk_without_room_is_not_used(source, disk, when):
 
 
 def test_a_copy_that_others_remove_meanwhile_is_made_again(source, disk):
-    """Between our look and our lock the last user may have gone, with copy and lock file."""
+    """The last user may remove copy and lock file before this process has the lock."""
     for _ in range(3):
         with user(source, disk) as (process, _said):
             process.stdin.close()
@@ -193,6 +193,6 @@ def test_a_copy_that_others_remove_meanwhile_is_made_again(source, disk):
     assert left_on(disk) == []
 
 
-def test_the_place_is_of_this_user_alone(source, disk):
+def test_each_user_has_a_folder_on_the_node(source, disk):
     with cached_copy(source, files(), "key", str(disk)) as folder:
         assert folder.parent.name == f"lossgrid-{os.geteuid()}"

@@ -1,5 +1,7 @@
-"""Nobody else can write to the folders of pickles and local jobs. Other users are real: the
-test takes their ids and tries."""
+"""Other users cannot write to the folders of pickles and local jobs.
+
+Other users are real: the test takes their ids and tries.
+"""
 
 import grp
 import os
@@ -60,7 +62,7 @@ def mode_of(path) -> int:
 
 
 def plant(run):
-    """Put a pickle into a run directory, or another directory into its place."""
+    """Try to put a pickle into a run directory, or another directory in its place."""
 
     def attack():
         try:
@@ -78,13 +80,13 @@ ABOVE = [
     for mode, user, group in product(
         (0o755, 0o775, 0o777, 0o1777, 0o1775), (0, EVE), (0, EVES_GROUP)
     )
-    # whoever owns a folder above that nobody else writes to administers it
+    # the owner of a parent folder that no other user can write to administers it
     if user == 0 or mode & 0o002 or (mode & 0o020 and group == EVES_GROUP)
 ]
 
 
-def test_what_is_refused_is_what_another_user_can_really_do(place):
-    """Every combination of modes and owners of two folders, against two users who try."""
+def test_a_folder_is_refused_if_and_only_if_another_user_can_write_to_it(place):
+    """Try every combination of modes and owners of two folders, as two users."""
     refused = accepted = 0
     for above, run in product(ABOVE, LEAVES):
         outer = folder(place / "outer", *above)
@@ -133,7 +135,7 @@ def test_an_own_folder_that_others_may_read_is_closed_only_where_pickles_lie(pla
         (0o700, 65534, 0, "belongs to nobody"),
     ],
 )
-def test_the_message_names_who_and_the_command_that_mends_it(place, mode, user, group, said):
+def test_the_message_names_the_other_user_and_a_remedy(place, mode, user, group, said):
     run = folder(place / "a run's $(touch x)\n", mode, user, group)
     with pytest.raises(UserError) as refused:
         private_folder(run, remedy="set run_dir to a folder of yours")
@@ -175,14 +177,14 @@ def test_links_are_followed_and_their_own_folders_count(place):
         require_private(place / "loop" / "run")
 
 
-def test_what_is_no_folder_is_one_line(place):
+def test_a_file_in_place_of_a_folder_is_one_line(place):
     (place / "notes").write_text("a file")
     with pytest.raises(UserError, match=r"cannot write into .*/notes: File exists; choose another"):
         private_folder(place / "notes")
 
 
 def test_an_access_list_cannot_hide_a_writer(place):
-    """In it root's own group, which counts as ourselves, may write, and so may Eve."""
+    """The list lets root's own group write, which is trusted, and Eve."""
     run = folder(place / "run", 0o770)
     require_private(run)
     entries = [(1, 7, -1), (2, 7, EVE), (4, 7, -1), (0x10, 7, -1), (0x20, 0, -1)]
@@ -200,7 +202,7 @@ def test_an_access_list_cannot_hide_a_writer(place):
 
 
 def test_the_profiles_group_shares_a_run_and_nobody_else(place):
-    """One member submits, another goes on with the same run."""
+    """One member submits, and another resumes the same run."""
 
     def work():
         restrict_umask(SHARED)
@@ -213,10 +215,10 @@ def test_the_profiles_group_shares_a_run_and_nobody_else(place):
     assert as_user(EVE, [EVES_GROUP, SHARED_ID], work)
     assert mode_of(place / "run") == mode_of(place / "run" / "queue") == 0o2770
     assert as_user(BOB, [9999, SHARED_ID], work)
-    jobs = sorted((place / "run" / "queue").glob("*.json"))
-    assert [job.stat().st_uid for job in jobs] == [EVE, BOB]
-    assert {mode_of(job) for job in jobs} == {0o660}
-    assert {job.stat().st_gid for job in jobs} == {SHARED_ID}
+    local_jobs = sorted((place / "run" / "queue").glob("*.json"))
+    assert [job.stat().st_uid for job in local_jobs] == [EVE, BOB]
+    assert {mode_of(job) for job in local_jobs} == {0o660}
+    assert {job.stat().st_gid for job in local_jobs} == {SHARED_ID}
     assert not as_user(8, [9998], lambda: list((place / "run").iterdir()))
 
     def refused_without_the_group():
@@ -226,7 +228,7 @@ def test_the_profiles_group_shares_a_run_and_nobody_else(place):
     assert as_user(BOB, [9999, SHARED_ID], refused_without_the_group)
 
 
-def test_a_run_of_ones_own_is_opened_to_the_group_that_it_is_given(place):
+def test_an_own_run_is_opened_to_the_profiles_group(place):
     private_folder(place / "run")
 
     def share():
@@ -238,7 +240,7 @@ def test_a_run_of_ones_own_is_opened_to_the_group_that_it_is_given(place):
     assert (place / "run").stat().st_gid == SHARED_ID
 
 
-def test_a_group_that_does_not_exist_or_is_not_ones_own_is_refused(place):
+def test_an_unknown_group_or_one_without_this_user_is_refused(place):
     for name, what in (("no such", "is no Unix group"), (SHARED, "is a group you are not in")):
         with pytest.raises(UserError, match=rf"\[cluster\]: group = '{name}' {what}; yours: "):
             private_folder(place / "run", name)
@@ -247,14 +249,14 @@ def test_a_group_that_does_not_exist_or_is_not_ones_own_is_refused(place):
 
 
 @pytest.mark.parametrize(("umask", "after"), [(0o000, 0o022), (0o002, 0o022), (0o077, 0o077)])
-def test_what_a_submission_writes_nobody_else_may_change(umask, after):
+def test_other_users_cannot_change_the_files_of_a_submission(umask, after):
     os.umask(umask)
     restrict_umask()
     assert os.umask(0) == after
 
 
 @pytest.mark.parametrize("which", ["logs", "queue"])
-def test_nothing_is_queued_through_a_folder_of_somebody_else(place, which, monkeypatch, tmp_path):
+def test_nothing_is_queued_through_a_folder_of_another_user(place, which, monkeypatch, tmp_path):
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", str(fake.folder / "bin"), prepend=os.pathsep)
     folder(place / which, 0o755, EVE)
@@ -267,7 +269,7 @@ def test_nothing_is_queued_through_a_folder_of_somebody_else(place, which, monke
     assert list((place / which).iterdir()) == []
 
 
-def test_a_runner_refuses_job_files_that_others_can_write(place):
+def test_a_runner_refuses_local_jobs_that_others_can_write(place):
     queue = folder(place / "queue", 0o777)
     command = [os.sys.executable, "-m", "hpc.scheduler.local", str(queue)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -279,7 +281,7 @@ def test_a_runner_refuses_job_files_that_others_can_write(place):
 
 
 def test_in_a_users_namespace_the_machines_root_may_own_a_sticky_folder(place):
-    """There an owner that has no id inside shows as the overflow user."""
+    """An owner without an id inside the namespace shows as the overflow user."""
     above = folder(place / "above", 0o1777, BOB)
     code = (
         "import sys; from hpc.storage.permissions import private_folder; "
