@@ -16,7 +16,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("hpc", "data_prep", "jobs", "pipeline")
 # folders whose docstrings are checked
-FINISHED = ("jobs/losses", "benchmarks", "tests/cluster", "tests/fuzz")
+FINISHED = (
+    "data_prep",
+    "hpc/storage",
+    "hpc/distributed",
+    "jobs/losses",
+    "benchmarks",
+    "tests/cluster",
+    "tests/fuzz",
+)
 ROOTS = (*PACKAGES, "benchmarks", "tests", "configs", "docs")
 NOUN_CLAUSE = re.compile(
     r"(What|Who|Whose|How|Whether|Where|When|Which|Why|Those|Whatever|Whoever)\b"

@@ -7,8 +7,8 @@
     pixels_crc  CRC32 of each band of 64 rows, sample after sample (encoded: one for all bytes)
     labels_crc  the same for label maps
 
-Every byte is under a checksum: bytes of the arenas under the CRC of their band, all others (the
-frame) under the manifest's SHA-256 of the frame, which is checked before HDF5 opens the file.
+Every byte has a checksum. Bytes of the arenas have the CRC of their band. All others (the frame)
+have the SHA-256 of the frame in the manifest, which is checked before HDF5 opens the file.
 """
 
 from __future__ import annotations

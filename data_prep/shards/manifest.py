@@ -37,7 +37,7 @@ class ShardSummary:
 
     @property
     def images(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.ids)
 
     @classmethod
@@ -61,7 +61,7 @@ class SplitSummary:
 
     @property
     def images(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return sum(shard.images for shard in self.shards)
 
     @property

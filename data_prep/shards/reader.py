@@ -1,7 +1,7 @@
 """Read samples from shards, and check every byte against its CRC (the format: `format.py`).
 
-HDF5 reads the index once. From then on a read is one `os.preadv` on the plain file, without a lock
-or state of the HDF5 library that a forked loader process could inherit broken.
+HDF5 reads the index once. From then on a read is one `os.preadv` on the plain file. So a forked
+loader process inherits no lock or state of the HDF5 library that could be broken.
 """
 
 from __future__ import annotations

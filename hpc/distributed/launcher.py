@@ -54,35 +54,72 @@ def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     `srun` step: a batch shell has them too, but is one process. `mpiexec` inside an allocation
     starts its ranks in a step of its own, which has one task per node.
     """
-    node = socket.gethostname()
     if _has_torchrun(environ):
-        master = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
-        agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return RankEnv("torchrun", *_place(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-                       node=node, job_id=_slurm_job(environ), master=master, agent_store=agent,
-                       on_one_node=environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"],
-                       start_id=environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # fmt: skip
+        return _torchrun_rank(environ)
     if environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_JOB_ID" in environ:
-        job = environ["SUBMITIT_LOCAL_JOB_ID"]
-        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
-        return RankEnv("submitit-local", *_place(environ, *names), node=node, job_id="",
-                       on_one_node=True,
-                       start_id=f"{environ.get('LOSSGRID_JOB_ID', node)}-{job}")  # fmt: skip
+        return _local_rank(environ)
+    if names := _mpi_variables(environ):
+        return _mpi_rank(environ, *names)
+    if "SLURM_STEP_ID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        return _srun_rank(environ)
+    return RankEnv("single", 0, 1, 0, socket.gethostname(), _slurm_job(environ), "")
+
+
+def _torchrun_rank(environ: Mapping[str, str]) -> RankEnv:
+    return RankEnv(
+        "torchrun",
+        *_place(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        job_id=_slurm_job(environ),
+        start_id=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        master=(environ["MASTER_ADDR"], int(environ["MASTER_PORT"])),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        on_one_node=environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"],
+    )
+
+
+def _local_rank(environ: Mapping[str, str]) -> RankEnv:
+    names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID")
+    job = environ.get("LOSSGRID_JOB_ID", socket.gethostname())
+    return RankEnv(
+        "submitit-local",
+        *_place(environ, *names),
+        job_id="",
+        start_id=f"{job}-{environ['SUBMITIT_LOCAL_JOB_ID']}",
+        on_one_node=True,
+    )
+
+
+def _mpi_variables(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:
+    """Return the names of rank, size, local rank and local size that an `mpiexec` has set."""
     tasks = environ.get("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in environ else None
-    for rank, size, local, local_size in _MPI_NAMES:
+    for names in _MPI_NAMES:
         # under `srun --mpi=pmi2` these agree with Slurm's variables, which say more
-        if rank in environ and environ.get(size, tasks) != tasks:
-            return RankEnv("mpi", *_place(environ, rank, size, local), node=node,
-                           job_id=_slurm_job(environ), start_id="",
-                           on_one_node=environ.get(local_size) == environ[size])  # fmt: skip
-    if tasks is not None:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        parts = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
-        start = "-".join([*parts, environ["SLURM_STEP_ID"]])
-        return RankEnv("slurm", *_place(environ, *names), node=node, job_id=_slurm_job(environ),
-                       start_id=start,
-                       on_one_node=environ.get("SLURM_STEP_NUM_NODES") == "1")  # fmt: skip
-    return RankEnv("single", 0, 1, 0, node, _slurm_job(environ), "")
+        if names[0] in environ and environ.get(names[1], tasks) != tasks:
+            return names
+    return None
+
+
+def _mpi_rank(
+    environ: Mapping[str, str], rank: str, size: str, local: str, local_size: str
+) -> RankEnv:
+    return RankEnv(
+        "mpi",
+        *_place(environ, rank, size, local),
+        job_id=_slurm_job(environ),
+        start_id="",
+        on_one_node=environ.get(local_size) == environ[size],
+    )
+
+
+def _srun_rank(environ: Mapping[str, str]) -> RankEnv:
+    parts = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
+    return RankEnv(
+        "slurm",
+        *_place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+        job_id=_slurm_job(environ),
+        start_id="-".join([*parts, environ["SLURM_STEP_ID"]]),
+        on_one_node=environ.get("SLURM_STEP_NUM_NODES") == "1",
+    )
 
 
 def single_process() -> RankEnv:
@@ -99,8 +136,11 @@ def _has_torchrun(environ: Mapping[str, str]) -> bool:
     return int(environ["WORLD_SIZE"]) >= int(tasks)
 
 
-def _place(environ: Mapping[str, str], rank: str, size: str, local: str) -> tuple[int, int, int]:
-    return int(environ[rank]), int(environ[size]), int(environ.get(local, environ[rank]))
+def _place(
+    environ: Mapping[str, str], rank: str, size: str, local: str
+) -> tuple[int, int, int, str]:
+    local_rank = int(environ.get(local, environ[rank]))
+    return int(environ[rank]), int(environ[size]), local_rank, socket.gethostname()
 
 
 def _slurm_job(environ: Mapping[str, str]) -> str:
