@@ -20,6 +20,8 @@ FINISHED = (
     "data_prep",
     "hpc/storage",
     "hpc/distributed",
+    "hpc/scheduler",
+    "hpc/diagnostics",
     "jobs/losses",
     "benchmarks",
     "tests/cluster",

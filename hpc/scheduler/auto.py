@@ -41,6 +41,11 @@ def jobs_at_once(profile: ClusterProfile) -> int:
     return profile.array_parallelism if _means_slurm(profile) else profile.local_jobs
 
 
+def has_time_limit(profile: ClusterProfile) -> bool:
+    """Return True if the queue of a profile ends jobs at the profile's time limit."""
+    return _means_slurm(profile)
+
+
 def requeue(env: RankEnv) -> bool:
     """Put the job of this process back into its queue; for its rank 0 after a signal to stop.
 

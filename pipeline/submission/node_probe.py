@@ -17,7 +17,7 @@ from hpc.diagnostics import node_checks
 from hpc.diagnostics.check import Check, CheckResult, CheckSkipped, run_checks
 from hpc.diagnostics.node_facts import sizes, versions
 from hpc.diagnostics.probe_jobs import ProbeJob, Report, passing_folder, run_probe_jobs
-from hpc.scheduler.auto import open_queue
+from hpc.scheduler.auto import has_time_limit, open_queue
 from hpc.scheduler.base import Queue
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
@@ -138,7 +138,7 @@ def _staged_bytes(grid: Grid) -> int:
 
 
 def _time_to_save(grid: Grid, report: Report) -> str:
-    if grid.cluster.kind == "local":
+    if not has_time_limit(grid.cluster):
         raise CheckSkipped("the local queue has no time limit")
     return node_checks.time_to_save(grid.cluster, report, _saved_bytes(grid))
 
