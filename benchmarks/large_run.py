@@ -19,9 +19,8 @@ from data_prep.shards.manifest import Manifest
 from hpc.storage.atomic import write_json
 from hpc.storage.fencing import claim
 from jobs.metrics.counts import FIXED_POINT, NAMES, NLL_FIXED_POINT, Counts
-from jobs.spec.counts_file import write_counts
+from jobs.spec.counts_file import cell_record, write_counts
 from jobs.spec.task import Task, write_task
-from jobs.training.records import cell_record
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.planning.plan import make_plan
 from pipeline.tracking.outcomes import granted

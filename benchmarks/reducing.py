@@ -26,8 +26,7 @@ from benchmarks.measure import Found, Work, compare, copy_bandwidth
 from data_prep.shards.manifest import Manifest
 from hpc.distributed.mpi import World, world
 from jobs.metrics.counts import NAMES, Int64
-from jobs.spec.counts_file import CountsIndex, write_counts
-from jobs.training.records import cell_record
+from jobs.spec.counts_file import CountsIndex, cell_record, write_counts
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.scores.counts_share import files_of, read_shares
 from pipeline.tracking.finished import finished_cells, many_records

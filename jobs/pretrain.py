@@ -29,8 +29,7 @@ from jobs.spec.task import Task, read_task
 from jobs.train import count, leave, make_trainers, train
 from jobs.training.backbone import load_backbone
 from jobs.training.cell_trainer import CellTrainer
-from jobs.training.job_run import Run
-from jobs.training.records import require_data
+from jobs.training.job_run import JobRun, require_data
 from jobs.training.torch_settings import configure_torch
 
 
@@ -68,7 +67,7 @@ def pretrain_on(
     """Train the one cell of `trained`, whose backbone is that of `consumer`. Returns as
     `pretrain_backbone` does."""
     start = load_backbone(trained.cells[0], trained.paths, group)
-    job = Run(trained, group, stop, {"data set": manifest.fingerprint})
+    job = JobRun(trained, group, stop, {"data set": manifest.fingerprint})
     _, trainers = make_trainers(trained, manifest, start, group)
     step, total = train(
         job, trainers, None, SplitReader(manifest, "train"), job.resume(trainers, None)
@@ -95,7 +94,7 @@ def _refuse_failed(trained: Task) -> None:
 
 
 def publish_backbone(
-    job: Run, trainer: CellTrainer, consumer: Cell, manifest: Manifest, counts: Counts | None
+    job: JobRun, trainer: CellTrainer, consumer: Cell, manifest: Manifest, counts: Counts | None
 ) -> None:
     """The backbone's weights under torchvision's names, and a record of how good they are; rank 0
     writes them."""

@@ -26,20 +26,19 @@ from hpc.distributed.preemption import StopRequest, stop_request
 from hpc.distributed.process_group import Group, process_group
 from hpc.scheduler.auto import requeue
 from hpc.storage import checkpoint
-from jobs.data.batches import TrainingBatches, Transfer
-from jobs.data.loader import load_steps
-from jobs.losses.combine import class_weights
+from jobs.data.batches import TrainingBatches
+from jobs.data.loader import Transfer, load_steps
+from jobs.losses.functional import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
 from jobs.models.memory_format import in_order
 from jobs.spec.cell import Cell
-from jobs.spec.counts_file import counted_cells, write_counts
+from jobs.spec.counts_file import cell_record, counted_cells, write_counts
 from jobs.spec.task import Task, read_task
 from jobs.training.backbone import LoadedBackbone, freeze, load_backbone, moving_buffers, start_head
 from jobs.training.cell_trainer import CellTrainer, autocast, half_precision
 from jobs.training.evaluate import evaluate, stack
-from jobs.training.job_run import Action, Run
-from jobs.training.records import cell_record, job_record, require_data
+from jobs.training.job_run import Action, JobRun, require_data
 from jobs.training.timings import report
 from jobs.training.torch_settings import configure_torch
 
@@ -73,7 +72,7 @@ def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) ->
     """`train_bundle` on the data set of `manifest`."""
     backbone = load_backbone(task.cells[0], task.paths, group)
     inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
-    job = Run(task, group, stop, inputs)
+    job = JobRun(task, group, stop, inputs)
     frozen, trainers = make_trainers(task, manifest, backbone, group)
     step, total = job.resume(trainers, frozen), 0
 
@@ -117,7 +116,7 @@ def make_trainers(
 
 
 def train(
-    job: Run,
+    job: JobRun,
     trainers: Sequence[CellTrainer],
     backbone: Backbone | None,
     reader: SplitReader,
@@ -178,7 +177,7 @@ def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Grou
 
 
 def count(
-    job: Run,
+    job: JobRun,
     trainers: Sequence[CellTrainer],
     backbone: Backbone | None,
     manifest: Manifest,
@@ -208,7 +207,7 @@ def count(
 
 
 def publish(
-    job: Run,
+    job: JobRun,
     trainers: Sequence[CellTrainer],
     counts: Sequence[Counts | None],
     manifest: Manifest,
@@ -230,7 +229,7 @@ def publish(
             paths.counts_of(job.task.name, job.generation.number),
             [cell_record(trainer.cell, backbone.sha256) for trainer, _ in finished],
             stack([cell_counts for _, cell_counts in finished]),
-            job_record(job, manifest),
+            job.counts_record(manifest),
             job.generation.check,
         )
     done = [cell.signature for cell in job.task.cells]
@@ -238,7 +237,9 @@ def publish(
     job.log(f"done: {len(finished)} cells")
 
 
-def save_head(job: Run, trainer: CellTrainer, manifest: Manifest, backbone: LoadedBackbone) -> None:
+def save_head(
+    job: JobRun, trainer: CellTrainer, manifest: Manifest, backbone: LoadedBackbone
+) -> None:
     """Write what training changed of a cell as a file that loads with `weights_only=True`: the
     weights of its head or network, and the running statistics of a frozen backbone that moved."""
     content = {
@@ -252,7 +253,7 @@ def save_head(job: Run, trainer: CellTrainer, manifest: Manifest, backbone: Load
     checkpoint.write_tensors(path, content, job.generation.check)
 
 
-def leave(job: Run, step: int, total: int) -> bool:
+def leave(job: JobRun, step: int, total: int) -> bool:
     """Hand a job that was stopped, and has saved all, back to Slurm. Return True on rank 0 if Slurm
     starts it again; False on other ranks."""
     job.finish("stopped", step, total)

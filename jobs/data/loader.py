@@ -1,11 +1,10 @@
-"""Processes that prepare batches and images ahead, in order.
+"""Loader processes, which prepare batches and images ahead, in order.
 
-Items lie in slots: shared memory that is made once, before the processes that fill it are forked.
-A process then says only that it has filled a slot, through an unnamed socket. So loading needs
-neither room in /dev/shm nor a socket in TMPDIR, and the kernel makes no new pages for each item.
+Items lie in slots: shared memory that the rank maps once, before it forks the processes that fill
+it. A process reports a filled slot through an unnamed socket. So loading needs neither space in
+/dev/shm nor a socket in TMPDIR, and the kernel maps no new pages for each item.
 
-Every way in which a process can fail to deliver is a `UserError` in the rank: an error in the
-process, its death, and no item for `_PATIENCE`.
+If a process fails, dies, or delivers no item within `_PATIENCE`, the rank raises `UserError`.
 """
 
 from __future__ import annotations
@@ -33,46 +32,73 @@ from hpc.distributed.preemption import ignore_stop_signals
 from hpc.distributed.process_group import TIMEOUT
 from jobs.data.batches import Batch, EvaluationImages, TrainingBatches
 
-_PREFETCH = 4  # items that a process may be ahead
-_IN_USE = 2  # items that the taker may look at: the last, and the one before
+_PREFETCH = 4  # items that one process prepares ahead
+_IN_USE = 2  # items that the caller may still read: the last two
 _PINNED_AHEAD = 2  # items
-# less than the other ranks wait for this one, so that it can still tell them
+# shorter than the time-out of the other ranks, so that this rank can still tell them
 _PATIENCE = 0.9 * TIMEOUT.total_seconds()
 _POLL = 5.0  # seconds
-_LAST_MOMENTS = 5.0  # seconds that a killed process may take to end
+_KILL_TIMEOUT = 5.0  # seconds that a killed process may take to exit
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 has the name
 
 T = TypeVar("T")
 
 
 class Source(Protocol[T]):
-    """Items by number, each made from its number alone, in new memory or in given memory."""
+    """Items by number; an item depends on its number alone."""
 
     def __getitem__(self, index: int, /) -> T: ...
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the largest item."""
+        """Return the bytes of the largest item."""
 
     def view(self, index: int, memory: Bytes, /) -> T:
         """Return the item of `index` as a view of the first bytes of `memory`."""
 
     def write(self, index: int, into: T, /) -> None:
-        """Make `into`, whatever it held, the item of `index`."""
+        """Overwrite `into` with the item of `index`."""
 
 
 def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch]:
-    """Yield the batches of steps `start` to `stop` - 1, in order, prepared ahead by `workers`
-    processes. A batch stays as it is until the next but one is asked for. Raises `UserError`."""
+    """Yield the batches of steps `start` to `stop` - 1, in order.
+
+    A batch is valid until the caller asks for the next but one.
+
+    Args:
+        workers: number of loader processes; 0 loads in this process.
+
+    Raises:
+        UserError: a loader process failed or could not start.
+    """
     return _loaded(batches, range(start, stop), workers)
 
 
 def load_images(
     images: EvaluationImages, indices: range, workers: int
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Yield the evaluation images of `indices`, in order, as `load_steps` yields batches. Raises
-    `UserError`."""
+    """Yield the evaluation images of `indices`, in order; the rest is as in `load_steps`."""
     return _loaded(images, indices, workers)
+
+
+class Transfer:
+    """Copies batches to `device`; to a GPU on a separate stream, parallel to its computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the device, ready for the current stream."""
+        if self._stream is None:
+            return batch.to(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = batch.to(self._device)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in (moved.images, moved.target):  # the allocator knows only their own stream
+            tensor.record_stream(current)
+        return moved
 
 
 def _loaded(source: Source[T], indices: range, workers: int) -> Generator[T]:
@@ -109,19 +135,18 @@ def _from_processes(source: Source[T], indices: range, workers: int) -> Generato
 
 
 class _Slots(Generic[T]):
-    """Memory for `number` items that this process and those it forks share. Each item is written
-    where the item `number` positions before it was."""
+    """A ring of `number` items in memory that this process shares with the processes it forks."""
 
     def __init__(self, source: Source[T], indices: Sequence[int], number: int) -> None:
         self._source, self._indices = source, indices
-        size = source.num_bytes  # 0 on a rank that has no image of a batch
-        # pages that no item reaches are never made, nor set aside
+        size = source.num_bytes  # 0 on a rank without images of a batch
+        # no memory is reserved for pages that no item reaches
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE
         memory = np.frombuffer(mmap.mmap(-1, max(1, number * size), flags=flags), np.uint8)
         self._memory = [memory[k * size : (k + 1) * size] for k in range(number)]
 
     def view(self, position: int) -> T:
-        """Return the item at a position of `indices`, as its slot holds it."""
+        """Return a view of the item at a position of `indices` in its slot."""
         memory = self._memory[position % len(self._memory)]
         return self._source.view(self._indices[position], memory)
 
@@ -134,17 +159,17 @@ class _Filler(Generic[T]):
         self._rank = os.getpid()
 
     def run(self, worker: int, connection: Connection) -> None:
-        """Deliver every item that is this worker's turn."""
+        """Fill the slots of every `workers`-th item, starting at item `worker`."""
         ignore_stop_signals()
         torch.set_num_threads(1)
         for count, position in enumerate(range(worker, len(self._indices), self.workers)):
             if count >= _PREFETCH:
                 self._wait_for_the_rank(connection)
             connection.send(self._answer(position))
-        self._wait_for_the_rank(connection)  # until then this process's id is no other's
+        self._wait_for_the_rank(connection)  # the rank may kill this process id until then
 
     def _answer(self, position: int) -> UserError | None:
-        """Fill the slot of an item. Return the error that prevents it, or None."""
+        """Fill the slot of an item. Return None, or the error that prevented it."""
         index = self._indices[position]
         try:
             self._source.write(index, self._slots.view(position))
@@ -152,7 +177,7 @@ class _Filler(Generic[T]):
         except UserError as error:
             return error
         except Exception as error:
-            with suppress(OSError):  # a full disk
+            with suppress(OSError):  # the log's disk may be full
                 traceback.print_exc()
             what = f"{type(error).__name__}: {error}"
             return UserError(
@@ -161,39 +186,40 @@ class _Filler(Generic[T]):
             )
 
     def _wait_for_the_rank(self, connection: Connection) -> None:
-        while not connection.poll(_POLL):  # another process may keep the rank's end open
+        while not connection.poll(_POLL):  # another loader process may keep the rank's end open
             if os.getppid() != self._rank:
                 raise EOFError
         connection.recv_bytes()
 
 
 class _Process:
-    """A loader process, as the rank sees it. It is no child of `multiprocessing`, which would wait
-    without a limit for its end when the rank ends."""
+    """A loader process, as the rank sees it.
+
+    It is not from `multiprocessing`, which would wait for its exit without a limit.
+    """
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self._pid, self._connection = pid, connection
         self._exit_code: int | None = None
 
     def wait_for(self, index: int) -> None:
-        """Block until the slot of the item `index`, the process's next one, is filled. Raises
-        `UserError`."""
-        # in short waits: one that is interrupted by a suspended job counts once
+        """Block until the process has filled the slot of item `index`. Raises `UserError`."""
+        # short waits, so that the time of a suspended job counts only once
         for _ in range(max(1, round(_PATIENCE / _POLL))):
             if self._connection.poll(min(_POLL, _PATIENCE)):
                 if error := self._receive():
                     raise error
                 return
         raise UserError(
-            f"timed out waiting for loader process {self._pid}: item {index} did not come within "
+            f"timed out waiting for loader process {self._pid}: no item {index} within "
             f"{_PATIENCE:.0f} s; check the file system that holds the shards, then run grid again"
         )
 
     def _receive(self) -> UserError | None:
         try:
-            # from a fork of this process, and from nobody else
+            # unpickling is safe, because only a fork of this process can send
             return cast(UserError | None, self._connection.recv())
-        except (EOFError, OSError):  # it is gone
+        except (EOFError, OSError):  # the process has exited
             raise UserError(self._cause_of_death()) from None
 
     def _cause_of_death(self) -> str:
@@ -202,28 +228,30 @@ class _Process:
             return f"loader process {self._pid} ended with exit code {code}; see this rank's log"
         return (
             f"loader process {self._pid} was killed by signal {-code} ({signal.strsignal(-code)}), "
-            "perhaps for want of memory; give jobs more memory in [cluster], or choose fewer "
+            "perhaps out of memory; give jobs more memory in [cluster], or choose fewer "
             "workers in [protocol]"
         )
 
     def let_go_on(self) -> None:
-        """Tell the process that it may fill one more slot."""
-        with suppress(OSError):  # if it is gone, whoever takes its next item is told
+        """Allow the process to fill one more slot."""
+        with suppress(OSError):  # `wait_for` reports a process that has exited
             self._connection.send_bytes(b"")
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self._connection.close()
         if self._exit_code is None:
             with suppress(ProcessLookupError):  # see `_wait`
-                os.kill(self._pid, signal.SIGKILL)  # until it is waited for, nobody else has its id
+                os.kill(self._pid, signal.SIGKILL)  # its id is not reused before waitpid
             self._wait()
 
     def _wait(self) -> int | None:
-        """Return the exit code of a process that is ending, a signal's as a negative number; None
-        if it has not ended after `_LAST_MOMENTS`, as where a file system holds it, or the code is
-        lost, as where this process was started with SIGCHLD ignored."""
-        deadline = time.monotonic() + _LAST_MOMENTS
+        """Return the exit code of a process that is about to exit; -N after signal N.
+
+        Return None if it has not exited after `_KILL_TIMEOUT` (a file system may block it), or if
+        the code is lost (this process may have been started with SIGCHLD ignored).
+        """
+        deadline = time.monotonic() + _KILL_TIMEOUT
         while self._exit_code is None and time.monotonic() < deadline:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -238,7 +266,7 @@ class _Process:
 
 def _start(filler: _Filler[T]) -> list[_Process]:
     started: list[_Process] = []
-    ends: list[Connection] = []  # of the rank
+    ends: list[Connection] = []  # those of the rank
     try:
         for worker in range(filler.workers):
             ours, theirs = Pipe()
@@ -246,7 +274,7 @@ def _start(filler: _Filler[T]) -> list[_Process]:
             pid = os.fork()
             if pid == 0:
                 _in_the_child(ends, lambda: filler.run(worker, theirs))  # noqa: B023
-            theirs.close()  # now its end is the end of what it sends
+            theirs.close()  # so that its exit closes the connection
             started.append(_Process(pid, ours))
     except OSError:
         for process in started:
@@ -262,19 +290,19 @@ def _in_the_child(ends: Sequence[Connection], work: Callable[[], None]) -> None:
             end.close()
         work()
         code = 0
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the rank is gone, or needs no more
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the rank has exited or is done
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         try:
             sys.stderr.flush()
-        finally:  # even if the log's disk is full: beyond here is the code of the rank
+        finally:  # even if the log's disk is full; the code of the rank must not go on here
             os._exit(code)
 
 
 def _pinned(items: Iterator[T], number: int) -> Generator[T]:
-    """Yield the `number` items in memory that a GPU reads by itself, copied ahead by a thread."""
+    """Yield the `number` items in pinned memory; a thread copies them ahead."""
 
     def take() -> T:
         item: Any = next(items)
@@ -283,7 +311,7 @@ def _pinned(items: Iterator[T], number: int) -> Generator[T]:
         return cast(T, item.pin_memory())
 
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, "pin", _begin_to_pin, (torch.cuda.current_device(),)) as thread:
+    with ThreadPoolExecutor(1, "pin", _start_pinning, (torch.cuda.current_device(),)) as thread:
         try:
             for left in range(number, 0, -1):
                 while len(waiting) < min(left, _PINNED_AHEAD):
@@ -293,6 +321,6 @@ def _pinned(items: Iterator[T], number: int) -> Generator[T]:
             thread.shutdown(cancel_futures=True)
 
 
-def _begin_to_pin(device: int) -> None:
+def _start_pinning(device: int) -> None:
     torch.cuda.set_device(device)
     torch.set_num_threads(1)

@@ -1,25 +1,30 @@
-"""The loss functions, on log-probabilities of the whole batch or of one rank's share of it.
+"""The loss functions, and `combined_loss`, which weights the terms of a loss by its schedule.
 
-Every function takes `log_probs`, float [B, C, H, W], the log-softmax of the logits, and `target`,
-int64 [B, H, W] with classes 0 to C - 1 where the mask `labelled`, bool [B, H, W], is true. Other
-pixels are void: they count nowhere, and hold a number that is no class. It returns this rank's part
-of the loss: sums and normalisers are those of the global batch, so the parts of all ranks add up to
-the value that one rank computes on the whole batch, and so do their gradients.
-`global_sum` adds a tensor over all ranks; it is the identity where there is one.
+Every loss function takes the same arguments, and then its own parameters:
+    log_probs: float [B, C, H, W], the log-softmax of the logits.
+    target: int64 [B, H, W], classes 0 to C - 1 where `labelled` is true, any number elsewhere.
+    labelled: bool [B, H, W], false for void pixels, which no loss counts.
+    class_weights: [C], or None for equal weights.
+    global_sum: adds a tensor over all ranks; the identity if there is only one.
 
-A batch without a labelled pixel has a finite value and a zero gradient. Formulas: the paper's
-section 2 (Taubert et al. 2021).
+It returns this rank's part of the loss, a scalar. Sums and normalisers are those of the global
+batch. So the parts of all ranks, and their gradients, add up to the values of one rank that has the
+whole batch. A batch without a labelled pixel has a finite value and a zero gradient.
+
+Formulas: section 2 of the paper (Taubert et al. 2021). In the docstrings p are probabilities, g is
+the one-hot target, and w_c is the weight of class c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.losses.grammar import defaults
+from jobs.losses.grammar import LossSpec, defaults, term_weights
 from jobs.losses.pooling import SHARE, P, pooling_weights
 
 DICE_SMOOTHING = 1.0
@@ -31,8 +36,20 @@ GlobalSum = Callable[[Tensor], Tensor]
 
 
 def alone(value: Tensor) -> Tensor:
-    """The `global_sum` of a single rank."""
+    """Return `value`: the `global_sum` of a single rank."""
     return value
+
+
+def class_weights(class_pixels: Sequence[int]) -> np.ndarray:
+    """Return inverse class frequencies, scaled to sum to the number of classes C; float64 [C].
+
+    Args:
+        class_pixels: number of training pixels of each class, [C]; 0 gives the weight 0.
+    """
+    pixels = np.asarray(class_pixels, dtype=np.float64)
+    inverse = np.divide(1.0, pixels, out=np.zeros_like(pixels), where=pixels > 0)
+    total = inverse.sum()
+    return inverse * (len(pixels) / total) if total > 0 else inverse
 
 
 def cross_entropy(
@@ -42,7 +59,10 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
 ) -> Tensor:
-    """sum -w_c log p / sum w_c over labelled pixels: torch's `CrossEntropyLoss(weight=...)`."""
+    """Return sum -w_c log p / sum w_c over labelled pixels.
+
+    This is torch's `CrossEntropyLoss(weight=...)`.
+    """
     log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _weighted_mean(-log_p, weight, global_sum)
 
@@ -55,8 +75,10 @@ def focal(
     global_sum: GlobalSum = alone,
     gamma: float = FOCAL_GAMMA,
 ) -> Tensor:
-    """sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels (Lin et al. 2017, without
-    alpha)."""
+    """Return sum -w_c (1 - p)^gamma log p / sum w_c over labelled pixels.
+
+    Source: Lin et al. 2017, without alpha. `gamma` is at least 0.
+    """
     log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _weighted_mean(_focal_of_pixels(log_p, gamma), weight, global_sum)
 
@@ -70,8 +92,10 @@ def pooled_cross_entropy(
     p: float = P,
     share: float = SHARE,
 ) -> Tensor:
-    """The cross entropy of pixels, max-pooled over all labelled pixels of the global batch; `p` and
-    `share` are those of `pooling_weights`."""
+    """Return the cross entropy, max-pooled over all labelled pixels of the global batch.
+
+    `pooling_weights` explains `p` and `share`.
+    """
     log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _pooled_mean(-log_p, weight, labelled, global_sum, p, share)
 
@@ -86,8 +110,10 @@ def pooled_focal(
     p: float = P,
     share: float = SHARE,
 ) -> Tensor:
-    """The focal loss of pixels, max-pooled over all labelled pixels of the global batch; `p` and
-    `share` are those of `pooling_weights`."""
+    """Return the focal loss, max-pooled over all labelled pixels of the global batch.
+
+    `pooling_weights` explains `p` and `share`; `gamma` is that of `focal`.
+    """
     log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     return _pooled_mean(_focal_of_pixels(log_p, gamma), weight, labelled, global_sum, p, share)
 
@@ -99,9 +125,11 @@ def dice(
     class_weights: Tensor | None = None,
     global_sum: GlobalSum = alone,
 ) -> Tensor:
-    """1 - 2 (sum_c w_c sum p g + s) / (sum_c w_c sum (g^2 + p^2) + s + eps), per image over its
-    labelled pixels, then the mean over the images of the batch. A perfect prediction lands
-    slightly below 0, an image without a labelled pixel near -1.
+    """Return the Dice loss, the mean over the images of the batch.
+
+    An image has 1 - 2 (sum_c w_c sum p g + s) / (sum_c w_c sum (g^2 + p^2) + s + eps) over its
+    labelled pixels, with s = 1 and eps = 1e-5. A perfect prediction gives a value slightly below 0,
+    an image without a labelled pixel a value near -1.
     """
     log_p, weight = _true_class(log_probs, target, labelled, class_weights)
     squares = sum_of_powers(log_probs, labelled.unsqueeze(1), 2)  # [B, C]
@@ -122,10 +150,11 @@ def tversky(
     alpha: float = TVERSKY[0],
     beta: float = TVERSKY[1],
 ) -> Tensor:
-    """1 - (TP + s) / (TP + alpha FP + beta FN + s) of each class and image over its labelled
-    pixels, TP = sum p g, FP = sum p (1 - g), FN = sum (1 - p) g, s = 1; the class-weighted mean
-    over classes, then the mean over the images of the batch (Salehi et al. 2017). Class by class,
-    since over all classes together FP and FN are the same number.
+    """Return the Tversky loss: the class-weighted mean over classes, then the mean over images.
+
+    A class of an image has 1 - (TP + s) / (TP + alpha FP + beta FN + s) over labelled pixels, with
+    TP = sum p g, FP = sum p (1 - g), FN = sum (1 - p) g and s = 1. Classes stay apart, because over
+    all of them together FP equals FN. Source: Salehi et al. 2017.
     """
     labelled = labelled.unsqueeze(1)
     classes = torch.arange(log_probs.shape[1], device=target.device)[:, None, None]
@@ -143,8 +172,7 @@ def tversky(
     return _mean_over_images(per_image, global_sum)
 
 
-# Every loss above takes (log_probs, target, labelled, class_weights, global_sum, and its own
-# parameters, if it has any). class_weights: [C], or None for equal ones.
+# The keys are those of `grammar.KINDS`.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "CE": cross_entropy,
     "CEMP": pooled_cross_entropy,
@@ -155,13 +183,50 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def combined_loss(
+    logits: Tensor,
+    target: Tensor,
+    loss: LossSpec,
+    position: float,
+    weights: Tensor,
+    void: int,
+    global_sum: GlobalSum = alone,
+) -> Tensor:
+    """Return this rank's part of a loss, a scalar; the parts of all ranks add up to the loss.
+
+    Args:
+        logits: float [B, C, H, W] of any precision; half precision is computed in float32.
+        target: int64 [B, H, W], classes 0 to C - 1, or `void` where a pixel is ignored.
+        loss: terms and schedule.
+        position: fraction of training done, in [0, 1).
+        weights: class weights [C], for the terms that are weighted.
+        void: label of ignored pixels (torch's `ignore_index`).
+        global_sum: adds a tensor over all ranks.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    # the softmax would turn an infinite logit of a void pixel into a gradient of nan
+    labelled = target != void
+    logits = logits.masked_fill(~labelled.unsqueeze(1), 0.0)
+    log_probs = torch.log_softmax(logits, dim=1)
+    value = log_probs.new_zeros(())
+    for term, share in zip(loss.terms, term_weights(loss.schedule, position), strict=True):
+        if share != 0:  # skip the cost of a term that does not count now
+            term_loss, term_class_weights = LOSSES[term.kind], weights if term.weighted else None
+            part = term_loss(
+                log_probs, target, labelled, term_class_weights, global_sum, *term.parameters
+            )
+            value = value + share * part
+    return value
+
+
 def _true_class(
     log_probs: Tensor, target: Tensor, labelled: Tensor, class_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """log p of the true class and its weight, both [B, H, W]; both 0 where the pixel is void."""
+    """Return log p of the true class and its weight, both [B, H, W] and 0 for void pixels."""
     index = torch.where(labelled, target, 0)
     log_p = log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
-    # where, not a product: what a void pixel holds must not reach the value, be it infinite
+    # where, not a product: a void pixel may hold an infinite value
     log_p = torch.where(labelled, log_p, 0.0)
     weight = labelled.to(log_probs.dtype)
     if class_weights is not None:
@@ -176,7 +241,7 @@ def _weighted_mean(values: Tensor, weight: Tensor, global_sum: GlobalSum) -> Ten
 
 def _focal_of_pixels(log_p: Tensor, gamma: float) -> Tensor:
     missed = -torch.expm1(log_p)
-    if gamma < 1:  # such a power has an infinite slope at 0, where void pixels are
+    if gamma < 1:  # the power has an infinite slope at 0, the value of void pixels
         missed = missed.clamp(min=torch.finfo(missed.dtype).tiny)
     return missed**gamma * -log_p
 
@@ -189,13 +254,12 @@ def _mean_over_images(per_image: Tensor, global_sum: GlobalSum) -> Tensor:
 def _pooled_mean(
     values: Tensor, weight: Tensor, labelled: Tensor, global_sum: GlobalSum, p: float, share: float
 ) -> Tensor:
-    """Class weights multiply the losses before they are pooled, scaled so that pooling over all
-    pixels gives the weighted mean."""
+    # class weights multiply the losses before pooling; with a share of 1 this is the weighted mean
     weight = weight[labelled].double()
     number, total = global_sum(torch.stack([weight.new_full((), len(weight)), weight.sum()]))
     weight = weight * (number / torch.where(total > 0, total, 1.0))
     pooling = pooling_weights(values.detach()[labelled].double() * weight, global_sum, p, share)
-    # spread out instead of picking the labelled losses, which would keep where each of them lies
+    # a product with all values keeps less for the backward pass than indexing the labelled ones
     shares = torch.zeros_like(values)
     shares[labelled] = (pooling * weight).to(values)
     return (shares * values).sum()

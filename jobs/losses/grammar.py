@@ -1,12 +1,14 @@
-"""The paper's loss names as a grammar, and the table of terms. Free of torch: planning reads it.
+"""The grammar of the paper's loss names, the table of terms, and the schedules of their weights.
+
+Free of torch, because planning imports it.
 
     name   = term | term term | term ("N" | "A") term ["@" s "-" e]
     term   = ["W"] ("CE" | "DL" | "FL" ["[" gamma "]"] | "TL" ["[" alpha "," beta "]"]
                     | "CEMP" ["[" p "," share "]"] | "FLMP" ["[" gamma "," p "," share "]"])
 
-`W` is class-weighted and `MP` max-pooled; two terms side by side are a 1:1 sum, half of each; `N`
-(naive) and `A` (alternating) are schedules from the first term to the second, between the fractions
-s and e of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in brackets.
+`W` means class-weighted and `MP` max-pooled. Two terms side by side count half each. `N` (naive)
+and `A` (alternating) are schedules from the first term to the second, between the fractions s and e
+of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in brackets.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Ramp = Literal["constant", "linear", "cosine"]
 
 
 class UnknownLoss(ValueError):
-    """A name that the grammar does not produce. `reason` says why, if the name is close to one."""
+    """A name that the grammar does not have; `reason` says why, if it is close to a valid one."""
 
     def __init__(self, name: str, reason: str = "") -> None:
         super().__init__(name)
@@ -42,7 +44,7 @@ class UnknownLoss(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """An adjustable number of a loss function, and the closed range that it must lie in."""
+    """An adjustable number of a loss function, and its closed range [low, high]."""
 
     name: str
     default: float
@@ -51,13 +53,12 @@ class Parameter:
 
 
 _FOCUS = Parameter("gamma", 2.0, 0.0, 100.0)  # the exponent of a focal loss
-# The norm of max-pooling and the least share m / n of all pixels that it weights. The powers of
-# losses, l^(p / (p - 1)), leave the range of float64 for a p closer to 1.
+# See `pooling_weights`. For a p closer to 1 the powers l^(p / (p - 1)) overflow float64.
 _POOLING = (Parameter("p", 1.3, 1.05, 100.0), Parameter("share", 0.1, 1e-6, 1.0))
 # Weights of false positives and of false negatives: a missed pixel costs more than a false alarm.
 _TVERSKY = (Parameter("alpha", 0.3, 0.0, 1e6), Parameter("beta", 0.7, 0.0, 1e6))
 
-# The numbers that may stand in brackets behind a kind, in this order.
+# The numbers in brackets behind a kind, in this order.
 PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
     "CEMP": _POOLING,
     "FL": (_FOCUS,),
@@ -67,14 +68,13 @@ PARAMETERS: Mapping[str, tuple[Parameter, ...]] = {
 
 
 def defaults(kind: str) -> tuple[float, ...]:
-    """Return the numbers that a kind of loss has where its name gives none."""
+    """Return the default parameters of a kind of loss."""
     return tuple(parameter.default for parameter in PARAMETERS.get(kind, ()))
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss function: its kind (a key of `KINDS`), whether classes are weighted, and its
-    `PARAMETERS`, empty where they are the defaults."""
+    """One loss function: a key of `KINDS`, class weighting, and its `PARAMETERS` unless default."""
 
     kind: str
     weighted: bool
@@ -88,9 +88,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Knot:
-    """The weights of all terms at the fraction `at` of training, and how they are reached from
-    the knot before: `linear`; `cosine`, which is a + (b - a)(1 - cos(pi t / 2)); or `constant`,
-    a jump at `at`."""
+    """The weights of all terms at the fraction `at` of training, and the ramp that leads to them.
+
+    From the weights a of the knot before to the weights b of this one, with t from 0 to 1:
+    `linear` is a + (b - a) t, `cosine` is a + (b - a)(1 - cos(pi t / 2)), and `constant` is a jump
+    at `at`.
+    """
 
     at: float
     weights: tuple[float, ...]
@@ -99,7 +102,7 @@ class Knot:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss of a grid, resolved: terms, and a piecewise schedule of their weights."""
+    """A loss of a grid: its terms, and a piecewise schedule of their weights."""
 
     name: str
     terms: tuple[Term, ...]
@@ -121,9 +124,16 @@ def parse_loss(
     naive: tuple[float, float] = NAIVE_RAMP,
     alternating: tuple[float, float] = ALTERNATING_RAMP,
 ) -> LossSpec:
-    """The loss that a paper's name stands for. `naive` and `alternating` are the (s, e) of the
-    two schedules as fractions of all iterations, where the name does not say. Raises
-    `UnknownLoss`.
+    """Return the loss of a name.
+
+    Args:
+        name: a name of the grammar, such as `DLNWCE@0.2-0.8`.
+        naive: (s, e) of the naive schedule as fractions of all iterations, unless the name has
+            its own.
+        alternating: the same of the alternating schedule.
+
+    Raises:
+        UnknownLoss: the grammar does not have the name.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -137,19 +147,27 @@ def parse_loss(
 
 
 def naive_schedule(start: float, end: float) -> tuple[Knot, ...]:
-    """w_2 = clip((i - s) / (e - s), 0, 1), w_1 = 1 - w_2 (the paper's naive ramp)."""
+    """Return the paper's naive ramp from s = `start` to e = `end`.
+
+    w_2 = clip((i - s) / (e - s), 0, 1) and w_1 = 1 - w_2.
+    """
     return (Knot(0.0, (1.0, 0.0)), Knot(start, (1.0, 0.0)), Knot(end, (0.0, 1.0)))
 
 
 def alternating_schedule(start: float, end: float) -> tuple[Knot, ...]:
-    """w_2 = clip(1 - i/s, 0, 1) + 1 - cos(pi/2 clip((i - s) / (e - s), 0, 1)), w_1 = 1 - w_2."""
+    """Return the paper's alternating ramp from s = `start` to e = `end`.
+
+    w_2 = clip(1 - i/s, 0, 1) + 1 - cos(pi/2 clip((i - s) / (e - s), 0, 1)) and w_1 = 1 - w_2.
+    """
     return (Knot(0.0, (0.0, 1.0)), Knot(start, (1.0, 0.0)), Knot(end, (0.0, 1.0), "cosine"))
 
 
 def term_weights(schedule: Sequence[Knot], position: float) -> tuple[float, ...]:
-    """The weights of all terms at `position`, the fraction i / I of all optimiser steps done
-    before this one (0 at the first step). Before the first knot and after the last one the
-    weights stay those of that knot.
+    """Return the weights of all terms at a step.
+
+    Args:
+        schedule: at least one knot. Before the first and after the last one, its weights hold.
+        position: fraction i / I of all optimiser steps that are done; 0 at the first step.
     """
     following = next((k for k, knot in enumerate(schedule) if position < knot.at), len(schedule))
     if following == 0:
@@ -163,8 +181,10 @@ def term_weights(schedule: Sequence[Knot], position: float) -> tuple[float, ...]
 
 
 def with_ramp(name: str, start: float, end: float) -> str:
-    """The name of a scheduled loss between other fractions of training; any other name as it is.
-    Raises `UnknownLoss`."""
+    """Return the name of a scheduled loss with the ramp `start` to `end`; other names unchanged.
+
+    Raises `UnknownLoss`.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         raise UnknownLoss(name)
@@ -172,7 +192,7 @@ def with_ramp(name: str, start: float, end: float) -> str:
 
 
 def example_names() -> list[str]:
-    """Names to suggest: all single terms, and all pairs of another loss with a CE."""
+    """Return names to suggest: all single terms, and all pairs of another loss with a CE."""
     singles = [w + kind for kind in KINDS for w in ("", "W")]
     pairs = [
         first + how + second
@@ -198,7 +218,7 @@ def _term(name: str, weighted: str, kind: str, numbers: str | None) -> Term:
             raise UnknownLoss(name, f"{parameter.name} of {kind} must be from {span}")
     if kind == "TL" and not any(given):
         raise UnknownLoss(name, "alpha and beta of TL cannot both be 0")
-    # written out or not, the same loss is the same
+    # default parameters written out make the same loss
     return Term(kind, bool(weighted), () if given == defaults(kind) else given)
 
 
@@ -223,4 +243,4 @@ def _ramp(kind: str, t: float) -> float:
         return t
     if kind == "cosine":
         return 1 - math.cos(math.pi / 2 * t)
-    return 0.0  # constant: the next knot's weights come with a jump at its place
+    return 0.0  # constant: a jump at the next knot

@@ -1,5 +1,7 @@
-"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017): the mean over pixels with the
-weights that make it largest, under a bound on their norm and on each of them.
+"""Loss max-pooling (Rota Bulò, Neuhold, Kontschieder, CVPR 2017).
+
+It is the weighted mean over pixels with the weights that make it largest, under a bound on their
+norm and on each weight.
 
 The weights maximise sum w_u l_u over all n labelled pixels of the global batch under w >= 0,
 ||w||_p <= gamma and max w <= tau, with gamma = n^(-1/q), q = p / (p - 1), tau = gamma m^(-1/p). The
@@ -8,8 +10,8 @@ alpha^q = sum_{u not in J} l_u^q / (m - |J|). J holds the losses above the large
 
     t^q (m - |J(t)|) <= sum_{l_u <= t} l_u^q,    J(t) = {u: l_u > t}.
 
-That is true at t = 0 and, once false, false for every larger t: each rank sorts its own losses, and
-all find t together, by sums over ranks alone.
+This is true at t = 0 and, once false, false for every larger t. Each rank sorts its own losses, and
+all ranks search t together, by sums over ranks alone.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from torch import Tensor
 from jobs.losses.grammar import defaults
 
 P, SHARE = defaults("CEMP")
-_WAYS = 4095  # thresholds tried at a time: six rounds find a float64
-_ROW = 256  # values that are summed by one product
+_TRIED_AT_ONCE = 4095  # thresholds: six rounds find a float64
+_ROW = 256  # values in a row of `sums_by_rows`
 
 
 def pooling_weights(
@@ -39,16 +41,16 @@ def pooling_weights(
         losses: float64 [n], none below 0; may be empty on a rank.
         global_sum: adds a tensor over all ranks.
         p: of the norm that bounds the weights, at least 1.05.
-        share: m / n, the least share of all losses that gets the weight, in (0, 1].
+        share: m / n, the smallest share of all losses that gets weight, in (0, 1].
 
     The sum over all ranks of weights x losses lies between the mean of all losses and the mean of
-    the m largest; with a share of 1 it is the mean.
+    the m largest. With a share of 1 it is the mean.
     """
     q = p / (p - 1)
     number, total = global_sum(torch.stack([losses.new_full((), len(losses)), losses.sum()]))
     if total == 0:
         return torch.full_like(losses, 1.0) / number.clamp(min=1)
-    scaled = losses * (number / total)  # of mean 1, so that no power of theirs overflows
+    scaled = losses * (number / total)  # a mean of 1 keeps their powers from overflowing
     m = share * number
     threshold, capped, powers = _threshold(scaled, m, q, number, global_sum)
     alpha = (powers / (m - capped).clamp(min=torch.finfo(m.dtype).tiny)) ** (1 / q)
@@ -60,7 +62,7 @@ def pooling_weights(
 def _threshold(
     losses: Tensor, m: Tensor, q: float, number: Tensor, global_sum: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The threshold t, |J(t)|, and the sum of l^q over the others."""
+    """Return the threshold t, |J(t)|, and the sum of l^q over the others."""
     ordered = _sorted(losses)
     sums = torch.cat([ordered.new_zeros(1), prefix_sums(ordered**q)])
 
@@ -70,11 +72,11 @@ def _threshold(
         capped, powers = global_sum(torch.stack([above, sums[below]]))
         return capped, powers
 
-    # float64 numbers that are not negative have the order of their bits read as integers
+    # non-negative float64 numbers have the order of their bits read as integers
     low, high = 0, int((2 * number).view(torch.int64))  # true at low, false at high
     while high - low > 1:
-        step = max(1, (high - low) // (_WAYS + 1))
-        tried = torch.arange(low + step, high, step, device=losses.device)[:_WAYS]
+        step = max(1, (high - low) // (_TRIED_AT_ONCE + 1))
+        tried = torch.arange(low + step, high, step, device=losses.device)[:_TRIED_AT_ONCE]
         thresholds = tried.view(torch.float64)
         capped, powers = at(thresholds)
         true = int((thresholds**q * (m - capped) <= powers).sum())
@@ -85,16 +87,21 @@ def _threshold(
 
 
 def prefix_sums(values: Tensor) -> Tensor:
-    """float [n] -> the sums of the first 1, 2, ... n values. A GPU has no deterministic `cumsum` of
-    real numbers; where one was asked for, it is that of rows, by a matrix product, and of what the
-    rows before them add up to."""
+    """Return the sums of the first 1, 2, ... n of the values, float [n].
+
+    A GPU has no deterministic `cumsum` of floats; `sums_by_rows` replaces it if the user asked for
+    determinism.
+    """
     if values.is_cpu or not torch.are_deterministic_algorithms_enabled():
         return values.cumsum(0)
     return sums_by_rows(values)
 
 
 def sums_by_rows(values: Tensor) -> Tensor:
-    """`prefix_sums` where `cumsum` is refused."""
+    """Return `prefix_sums` without `cumsum`.
+
+    A matrix product sums within rows of 256 values; the sums of the rows before are added.
+    """
     number = len(values)
     if number <= 1:
         return values
@@ -105,8 +112,6 @@ def sums_by_rows(values: Tensor) -> Tensor:
 
 
 def _sorted(losses: Tensor) -> Tensor:
-    """In ascending order. On the CPU by numpy, which is 10 times as fast as torch where it has
-    vector instructions."""
-    if losses.device.type == "cpu":
+    if losses.device.type == "cpu":  # with vector instructions numpy is 10 times as fast as torch
         return torch.from_numpy(np.sort(losses.numpy()))
     return losses.sort().values

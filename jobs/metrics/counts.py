@@ -1,5 +1,7 @@
-"""What evaluation leaves of a cell: integer counts that only add, so that any split of the images
-over ranks, jobs or calls gives the same sums to the last bit."""
+"""Evaluation counts of a cell: int64 sums, which do not depend on how images are split.
+
+Any split of the images over ranks, jobs or calls gives the same sums to the last bit.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,27 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-# A real x is stored as round(x * FIXED_POINT): sums of integers do not depend on their order.
+# A real x is stored as round(x * FIXED_POINT), because integer sums do not depend on their order.
 FIXED_POINT = 2**24
-# -log p reaches far beyond 1, so it gives up some of its places behind the point.
+# -log p exceeds 1 by far and needs more bits before the point.
 NLL_FIXED_POINT = 2**16
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Sums over labelled pixels of any number of images, all int64.
+    """Sums over the labelled pixels of any number of images, all int64; scalars have the shape [].
 
-    `confusion[C, C]`: pixels by (label, prediction). `class_bins[C, N, 3]`: for every class and
-    bin of its score, (pixels, of them with this label, sum of scores * FIXED_POINT).
-    `top1_bins[N, 3]`: for every bin of the highest score, (pixels, of them right, sum of scores *
-    FIXED_POINT). `brier` is a sum * FIXED_POINT and `nll` one * NLL_FIXED_POINT. `pixels` are the
-    labelled ones, `void` the others. Scalars are arrays of no dimension.
+    Attributes:
+        confusion: [C, C], pixels by (label, prediction).
+        class_bins: [C, N, 3], for each class and bin of its score: number of pixels, number of
+            them with this label, sum of scores * FIXED_POINT.
+        top1_bins: [N, 3], for each bin of the highest score: number of pixels, number of them
+            predicted right, sum of scores * FIXED_POINT.
+        brier: sum of Brier scores * FIXED_POINT.
+        nll: sum of -log p of the true class * NLL_FIXED_POINT.
+        pixels: number of labelled pixels.
+        void: number of void pixels.
+        images: number of images.
     """
 
     confusion: Int64
@@ -49,19 +57,19 @@ class Counts:
 
     @classmethod
     def zeros(cls, num_classes: int, bins: int) -> Counts:
-        """The counts of no image."""
+        """Return the counts of no image."""
         expected = shapes(num_classes, bins)
         return cls(**{name: np.zeros(shape, np.int64) for name, shape in expected.items()})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Int64]) -> Counts:
-        """The inverse of `as_arrays`. Raises `ValueError` for wrong names, shapes or types."""
+        """Invert `as_arrays`. Raises `ValueError` for wrong names, shapes or types."""
         if set(arrays) != set(NAMES):
             raise ValueError(f"counts are {', '.join(NAMES)}, not {', '.join(sorted(arrays))}")
         return cls(**{name: np.asarray(arrays[name]) for name in NAMES})
 
     def as_arrays(self) -> dict[str, Int64]:
-        """The arrays by name, in the order of `NAMES`."""
+        """Return the arrays by name, in the order of `NAMES`."""
         return {name: getattr(self, name) for name in NAMES}
 
     @property
@@ -73,7 +81,7 @@ class Counts:
         return len(self.top1_bins)
 
     def __add__(self, other: Counts) -> Counts:
-        """The counts of both. Raises `ValueError` if classes or bins differ in number."""
+        """Return the sum. Raises `ValueError` if the numbers of classes or bins differ."""
         if (self.num_classes, self.bins) != (other.num_classes, other.bins):
             raise ValueError(
                 f"counts of {self.num_classes} classes and {self.bins} bins cannot be added to "
@@ -83,7 +91,7 @@ class Counts:
         return Counts.from_arrays({name: mine[name] + others[name] for name in NAMES})
 
     def equals(self, other: Counts) -> bool:
-        """True if every count is the same."""
+        """Return True if every count is the same."""
         mine, others = self.as_arrays(), other.as_arrays()
         return all(np.array_equal(mine[name], others[name]) for name in NAMES)
 
@@ -92,7 +100,7 @@ NAMES = tuple(field.name for field in fields(Counts))
 
 
 def shapes(num_classes: int, bins: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of `Counts`."""
+    """Return the shape of every array of `Counts`, by name."""
     return {
         "confusion": (num_classes, num_classes),
         "class_bins": (num_classes, bins, 3),

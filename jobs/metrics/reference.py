@@ -1,4 +1,4 @@
-"""The counts of one image. Everything real becomes an integer before it is summed."""
+"""Count one image in plain PyTorch. Reals become fixed-point integers before they are summed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from torch import Tensor
 
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT, Counts, Int64
 
-# -log p in float32 can be infinite. 2^16 nats is beyond every real one, and 2^31 such pixels still
-# fit into int64.
+# In nats, because -log p in float32 can be infinite; 2^31 pixels with this value fit into int64.
 LARGEST_NLL = 2.0**16
 
 
 @torch.no_grad()
 def count_image(logits: Tensor, target: Tensor, bins: int, void: int) -> Counts:
-    """Counts of one image from its `logits` [C, H, W], taken as float32, and its label map
-    `target` [H, W] of integers below C or `void`.
+    """Return the counts of one image.
 
-    The bin of a score p is min(int(p * bins), bins - 1), in float32. Where classes tie, the lowest
-    index is the prediction. Raises `ValueError` for wrong shapes, a label that is no class, and
-    logits that are not numbers.
+    The bin of a score p is min(int(p * bins), bins - 1), in float32. If classes tie, the lowest
+    index is the prediction.
+
+    Args:
+        logits: float [C, H, W], converted to float32.
+        target: integers [H, W], below C or `void`.
+        bins: number of bins, at least 1.
+        void: label of ignored pixels.
+
+    Raises:
+        ValueError: wrong shapes, a label that is no class, or logits that are not finite.
     """
     _check_shapes(logits, target, bins)
     labelled = (target != void).flatten().nonzero()[:, 0]
@@ -49,7 +55,9 @@ def _check_shapes(logits: Tensor, target: Tensor, bins: int) -> None:
             f"and {list(target.shape)} of {target.dtype}"
         )
     if bins < 1 or len(logits) < 1:
-        raise ValueError(f"at least one class and one bin, not {len(logits)} and {bins}")
+        raise ValueError(
+            f"counts need at least one class and one bin, not {len(logits)} and {bins}"
+        )
 
 
 def _check_labels(truth: Tensor, num_classes: int, void: int) -> None:
@@ -62,15 +70,18 @@ def _check_labels(truth: Tensor, num_classes: int, void: int) -> None:
 
 
 def _check_numbers(p: Tensor) -> None:
-    # one nan makes the sum nan; scores lie in [0, 1], so nothing else can
+    # scores lie in [0, 1], so the sum is finite unless one of them is nan
     if not bool(torch.isfinite(p.sum())):
         raise ValueError("logits contain nan or infinity, so they give no scores")
 
 
 def lowest_argmax(scores: Tensor) -> Tensor:
-    """Return the class with the highest of `scores` [C, ...] as int64 [...]; of equal ones the
-    lowest index."""
-    # torch.argmax leaves open which of equal values it names, and kernels differ
+    """Return the class of the highest score, int64 [...]; the lowest class if scores tie.
+
+    Args:
+        scores: [C, ...].
+    """
+    # torch.argmax does not specify which of equal values it returns, and kernels differ
     highest = scores.amax(0)
     prediction = torch.zeros_like(highest, dtype=torch.int64)
     for label in reversed(range(len(scores))):
@@ -79,13 +90,13 @@ def lowest_argmax(scores: Tensor) -> Tensor:
 
 
 def _table(rows: Tensor, columns: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """How often each (row, column) occurs, [num_rows, num_columns]."""
+    """Return how often each (row, column) occurs, int64 [num_rows, num_columns]."""
     counts = torch.bincount(rows * num_columns + columns, minlength=num_rows * num_columns)
     return counts.reshape(num_rows, num_columns)
 
 
 def _class_bins(p: Tensor, truth: Tensor, bins: int) -> Tensor:
-    # class by class, so that temporary memory is that of a plane and stays in the cache
+    # class by class: the temporary memory of one plane stays in the cache
     count_and_sum = torch.stack([_binned(score, bins) for score in p])
     bin_of_truth = _bin(p.gather(0, truth[None])[0], bins)
     positives = _table(truth, bin_of_truth, len(p), bins)
@@ -104,17 +115,17 @@ def _bin(score: Tensor, bins: int) -> Tensor:
 
 
 def _binned(score: Tensor, bins: int) -> Tensor:
-    """[bins, (count, fixed-point sum of scores)], int64."""
+    """Return int64 [bins, (count, fixed-point sum of scores)]."""
     index = _bin(score, bins)
     fixed = (score * FIXED_POINT).round().long()  # a power of two scales without rounding
-    # Sums of int64 are exact in any order. `bincount` with float64 weights would be exact too, as
-    # long as they are integers below 2^53, but on a GPU deterministic algorithms refuse it.
+    # `bincount` with float64 weights would be exact below 2^53, but deterministic algorithms refuse
+    # it on a GPU
     total = torch.zeros(bins, dtype=torch.int64, device=score.device).scatter_add_(0, index, fixed)
     return torch.stack([torch.bincount(index, minlength=bins), total], dim=-1)
 
 
 def _brier(p: Tensor, truth: Tensor) -> Tensor:
-    # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_true + 1; float64 bears the cancellation
+    # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_true + 1, in float64 because of the cancellation
     squares = torch.zeros_like(p[0], dtype=torch.float64)
     for score in p:
         squares.addcmul_(score.double(), score.double())

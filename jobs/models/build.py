@@ -1,5 +1,7 @@
-"""Backbones and heads: torchvision's own modules, so that published weights fit, and a U-Net's
-decoder, with batch norm and dropout that do not depend on how the batch is spread over ranks."""
+"""Build backbones and heads: torchvision's modules, so that published weights fit, and a U-Net.
+
+Their batch norm and dropout do not depend on how the batch is spread over ranks.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,15 @@ _HEADS: dict[str, Callable[[Any, int], nn.Module]] = {
     "unet": UNetHead,
 }
 
-Features = Tensor | list[Tensor]  # a list where `FEATURES` has several numbers of channels
+Features = Tensor | list[Tensor]  # a list if `FEATURES` has several numbers of channels
 
 
 class Backbone(nn.Module):
-    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / 8 or 16, W / 8 or 16], or for
-    a pyramid a list of them, at strides 2, 4, 8, 16 and 32. Its state has torchvision's names
-    behind `backbone.`."""
+    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / stride, W / stride].
+
+    The stride is 8 or 16. A pyramid gives a list of features at strides 2, 4, 8, 16 and 32. Names
+    in the state dict are torchvision's after the prefix `backbone.`.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class Backbone(nn.Module):
 
 
 class Network(nn.Module):
-    """A whole network: images -> logits at the backbone's stride."""
+    """A whole network: normalised images [B, 3, H, W] -> logits at the backbone's stride."""
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
@@ -76,7 +80,7 @@ class Network(nn.Module):
 def build_backbone(
     name: str, seed: int, momentum: float, group: dist.ProcessGroup | None = None
 ) -> Backbone:
-    """A backbone with random weights drawn from (seed, name)."""
+    """Return a backbone with random weights, a function of (seed, name)."""
     with seeded(f"{seed}/{name}"):
         backbone = Backbone(name)
     replace_batchnorm(backbone, momentum, group)
@@ -87,8 +91,10 @@ def build_head(
     model: str, num_classes: int, seed: int, momentum: float,
     group: dist.ProcessGroup | None = None,
 ) -> nn.Module:  # fmt: skip
-    """The head of `model`, its weights drawn from (seed, model), so that losses are compared on
-    common random numbers. Features -> logits [B, num_classes, h, w]."""
+    """Return the head of `model`: features -> logits [B, num_classes, h, w].
+
+    Its weights are a function of (seed, model), so that losses start from the same weights.
+    """
     architecture = MODELS[model]
     with seeded(f"{seed}/{model}"):
         head = _HEADS[architecture.head](FEATURES[architecture.backbone], num_classes)
@@ -100,15 +106,17 @@ def build_head(
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, with ImageNet's mean and standard deviation, laid out as a
-    network wants it."""
+    """Normalise uint8 images [B, 3, H, W] by ImageNet's mean and standard deviation, to float32.
+
+    The result has the memory format that networks use on its device.
+    """
     mean, std = _statistics(images.device)
     return laid_out((images.float() / 255 - mean) / std)
 
 
 @lru_cache(maxsize=4)
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation, [3, 1, 1]; to bring them to a GPU waits for it."""
+    # cached, because a copy to a GPU waits for it
     mean, std = (
         torch.tensor(numbers, dtype=torch.float32, device=device)[:, None, None]
         for numbers in (IMAGENET_MEAN, IMAGENET_STD)
@@ -117,14 +125,14 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, to `size` (height, width) in pixels, as torchvision's segmentation models do."""
-    # few, and all that follows goes class by class
+    """Resize logits [B, C, h, w] bilinearly to `size`, (height, width) in pixels."""
+    # losses and counts go class by class; at the backbone's stride the copy is small
     return resize(logits.contiguous(), size)
 
 
 @contextmanager
 def seeded(text: str) -> Iterator[None]:
-    """Draw torch's random numbers from `text` inside the block; the global state is untouched."""
+    """Seed torch's CPU generator by `text` inside the block; the global state stays untouched."""
     with torch.random.fork_rng(devices=[]):
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)

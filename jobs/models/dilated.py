@@ -1,9 +1,9 @@
-"""DeepLabV3's dilated convolutions on a processor, without the products of padding.
+"""DeepLabV3's dilated convolutions on a CPU, without the products of padding.
 
-Dilated by 36, a kernel of 3 x 3 reads zeros beyond the edges of a map of 60 x 60 with 64 of every
-100 products. oneDNN leaves them out where the channels of a pixel lie together, but not in the
-gradient of the kernel. Here that is a matrix product for each tap and each piece of the map: maps
-are cut `dilation` pixels from their edges, so that a tap reads all of a piece or nothing of it.
+A 3 x 3 kernel dilated by 36 spends 64 of every 100 products on zeros beyond the edges of a map of
+60 x 60. oneDNN skips them in channels-last memory format, but not in the gradient of the kernel.
+Here that gradient is one matrix product for each tap and each piece of the map. Maps are cut
+`dilation` pixels from their edges, so that a tap reads all of a piece or nothing of it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from torchvision.models.segmentation.deeplabv3 import ASPP, ASPPConv
 
 from jobs.models.memory_format import by_pixel
 
-# Values of an image's features (channels x height x width) from which on this way is taken. With
-# fewer a step is short, and the results that README and docs show were rounded as torch does.
+# Smallest number of feature values of an image (channels x height x width) for this algorithm. With
+# fewer a step is short, and the published results stay as torch rounds them.
 LARGE = 500_000
 
 _TAPS = 3  # of a kernel along an axis
 
 
 class DilatedConv2d(nn.Conv2d):
-    """`nn.Conv2d` with a kernel of 3 x 3 and padding that keeps the size of a map. Results differ
-    from torch's by rounding."""
+    """`nn.Conv2d` with a 3 x 3 kernel and padding that keeps the size of a map.
+
+    Results differ from torch's by rounding.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """float [B, C, h, w] -> float [B, K, h, w]."""
-        if not _pays(input):
+        if not _is_worth_it(input):
             return super().forward(input)
         return _Convolve.apply(by_pixel(input), self.weight, self.dilation[0])
 
@@ -42,14 +44,13 @@ class DilatedPyramid(ASPP):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [B, C, h, w] -> float [B, 256, h, w]."""
-        shared = by_pixel(x) if _pays(x) else x
+        shared = by_pixel(x) if _is_worth_it(x) else x
         maps = [branch(shared if isinstance(branch, ASPPConv) else x) for branch in self.convs]
         return self.project(torch.cat(maps, dim=1))
 
 
 def replace_dilated(module: nn.Module) -> None:
-    """Make torchvision's ASPP inside `module`, and its dilated convolutions, ours, keeping their
-    state."""
+    """Replace torchvision's ASPP and its dilated convolutions inside `module`, keeping state."""
     for child in module.modules():
         if isinstance(child, ASPP):
             child.__class__ = DilatedPyramid
@@ -58,11 +59,16 @@ def replace_dilated(module: nn.Module) -> None:
 
 
 def gradient_of_kernel(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
-    """The gradient [K, C, 3, 3] of the kernel of a convolution of x [B, C, h, w], from that of its
-    output [B, K, h, w]. Of both the channels of a pixel should lie together."""
+    """Return the gradient [K, C, 3, 3] of the kernel of a dilated convolution.
+
+    Args:
+        x: input [B, C, h, w]; channels-last is fastest.
+        gradient: gradient of the output [B, K, h, w]; channels-last is fastest.
+        dilation: in pixels; padding is the same.
+    """
     pixels, above = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     channels, kernels = pixels.shape[-1], above.shape[-1]
-    # tap by tap: each a matrix, at an address on which no product's rounding depends
+    # tap by tap, so that each matrix is aligned: rounding may depend on the alignment
     by_tap = x.new_zeros(_TAPS, _TAPS, kernels, channels)
     for rows in _pieces(x.shape[2], dilation):
         for columns in _pieces(x.shape[3], dilation):
@@ -76,14 +82,13 @@ def gradient_of_kernel(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-        """x laid out by pixels -> the convolution, laid out by channels as the rest of a head."""
+        # x is channels-last, the result contiguous as the rest of a head
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         return F.conv2d(x, weight, padding=dilation, dilation=dilation).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The gradients of x, where the backbone trains too, and of the kernel."""
         x, weight = ctx.saved_tensors
         gradient, around = by_pixel(gradients[0]), [ctx.dilation, ctx.dilation]
         by_x = by_weight = None
@@ -98,14 +103,13 @@ class _Convolve(torch.autograd.Function):
 
 
 class _Piece(NamedTuple):
-    """A run of pixels along an axis, and the taps that read it with the pixels they write."""
+    """A run of pixels along an axis: `taps` are (tap, pixels of the output that it writes)."""
 
     read: slice
     taps: list[tuple[int, slice]]
 
 
 def _pieces(size: int, dilation: int) -> Iterator[_Piece]:
-    """An axis of `size` pixels, cut so that a tap reads all of a piece or nothing."""
     cuts = sorted({0, min(dilation, size), max(size - dilation, 0), size})
     for start, end in pairwise(cuts):
         written = [(i, start - by, end - by) for i, by in enumerate((-dilation, 0, dilation))]
@@ -113,8 +117,7 @@ def _pieces(size: int, dilation: int) -> Iterator[_Piece]:
         yield _Piece(slice(start, end), taps)
 
 
-def _pays(x: Tensor) -> bool:
-    """Return True if this way is taken. A GPU, half and double precision keep torch's."""
+def _is_worth_it(x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return x.dtype == torch.float32 and x.shape[1:].numel() >= LARGE

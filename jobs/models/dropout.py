@@ -1,5 +1,7 @@
-"""Dropout whose mask is a function of (seed, model, step, position in the global batch, layer,
-element): however the batch is spread over ranks and whatever else runs, the same element drops."""
+"""Dropout with a counter-based mask, which does not depend on how the batch is spread over ranks.
+
+The mask is a function of (seed, model, step, position in the global batch, layer, element).
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,18 @@ _MASK = 0xFFFFFFFF
 
 
 class PositionalDropout(nn.Dropout):
-    """`nn.Dropout` with a counter-based mask. `set_dropout_position` must be called before each
-    training step."""
+    """`nn.Dropout` with a counter-based mask; call `set_dropout_position` before each step."""
 
-    keys: tuple[tuple[int, int], ...] | None = None  # two 32-bit keys an image
+    keys: tuple[tuple[int, int], ...] | None = None  # two 32-bit keys for each image
 
     def forward(self, input: Tensor) -> Tensor:
-        """float [B, ...] -> the same, with elements dropped at rate p and the others scaled by
-        1 / (1 - p)."""
+        """Drop elements of `input`, float [B, ...], at rate p; scale the others by 1 / (1 - p)."""
         if not self.training or self.p == 0:
             return input
         assert self.keys is not None, "set_dropout_position was not called"
-        assert len(self.keys) == len(input), "one position an image"
+        assert len(self.keys) == len(input), "there must be one position for each image"
         drop = _shared_mask(self.keys, input.shape[1:].numel(), self.p, input.device)
-        # laid out as the input is, which `torch.where` is not
+        # keeps the memory format of the input, unlike `torch.where`
         return (input / (1 - self.p)).masked_fill_(drop.view_as(input), 0.0)
 
 
@@ -35,15 +35,23 @@ class PositionalDropout(nn.Dropout):
 def _shared_mask(
     keys: tuple[tuple[int, int], ...], count: int, rate: float, device: torch.device
 ) -> Tensor:
-    """Return bool [B, count], true where an element drops. Heads of one kind have the same mask,
-    whatever their loss. It is drawn once for all of them, so callers must not write to it."""
+    """Return bool [B, count], true for elements that drop.
+
+    All losses of a bundle share the masks of their heads, so callers must not write to them.
+    """
     rows = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2).to(device)
     return random_bits(rows, count) < int(rate * 2**32)
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
-    """Uniform 32-bit integers as int64 [B, count]: element e of row b is a hash of (keys[b], e).
-    The finaliser of MurmurHash3, keyed before each of its two rounds."""
+    """Return uniform 32-bit integers, int64 [B, count]; element e of row b hashes (keys[b], e).
+
+    The hash is the finaliser of MurmurHash3, keyed before each of two rounds.
+
+    Args:
+        keys: two 32-bit keys for each row, int64 [B, 2].
+        count: elements of a row.
+    """
     bits = torch.arange(count, device=keys.device).unsqueeze(0) ^ keys[:, :1]
     bits = _mix(bits * 0x9E3779B1 & _MASK)
     return _mix(bits ^ keys[:, 1:])
@@ -58,7 +66,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def replace_dropout(module: nn.Module) -> None:
-    """Make every `nn.Dropout` inside `module` one of ours."""
+    """Replace every `nn.Dropout` inside `module` by `PositionalDropout`."""
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.__class__ = PositionalDropout
@@ -67,9 +75,13 @@ def replace_dropout(module: nn.Module) -> None:
 def set_dropout_position(
     module: nn.Module, seed: int, model: str, step: int, positions: Sequence[int]
 ) -> None:
-    """Key the dropout layers of `module` for one step. `positions` are the places of this rank's
-    images in the global batch. The loss is no part of the key: losses are compared on common
-    random numbers."""
+    """Key the dropout layers of `module` for one step.
+
+    The loss is not part of the key, so that losses are compared on the same random numbers.
+
+    Args:
+        positions: places of this rank's images in the global batch.
+    """
     layers = [child for child in module.modules() if isinstance(child, PositionalDropout)]
     for number, layer in enumerate(layers):
         layer.keys = tuple(_key(f"{seed}/{model}/{step}/{place}/{number}") for place in positions)

@@ -1,11 +1,11 @@
-"""The table of models: name -> (head, backbone). Free of torch: planning reads it."""
+"""The table of models: name -> (head, backbone). Free of torch, because planning imports it."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
 Head = Literal["fcn", "deeplabv3", "unet"]
-Channels = int | tuple[int, ...]  # of the features; a tuple where there are several, finest first
+Channels = int | tuple[int, ...]  # of the features; a tuple if there are several, finest first
 
 
 class Architecture(NamedTuple):
@@ -22,8 +22,8 @@ FEATURES: dict[str, Channels] = {
     "mobilenet_v3_large": 960,
     "resnet50_pyramid": (64, 256, 512, 1024, 2048),
 }
-# Number of parameters, for estimates before anything is built: a head on such features, with some
-# tens of classes, and a backbone.
+# Number of parameters, for estimates of memory and disk: of a head by the channels of its features,
+# with some tens of classes, and of a backbone.
 HEAD_PARAMETERS: dict[Head, dict[Channels, float]] = {
     "fcn": {2048: 9.45e6, 960: 2.08e6},
     "deeplabv3": {2048: 16.1e6, 960: 8.1e6},
@@ -36,8 +36,8 @@ BACKBONE_PARAMETERS = {
     "resnet50_pyramid": 23.5e6,
 }
 
-# Multiplications with additions of a forward pass, and numbers that a training step keeps for its
-# backward pass (a head's features among them), for each pixel of the image.
+# For each pixel of the image: multiply-adds of a forward pass (MACS), and numbers that a training
+# step keeps for its backward pass (ACTIVATIONS), which include a head's features.
 BACKBONE_MACS = {
     "resnet50": 380e3,
     "resnet101": 676e3,
@@ -60,10 +60,10 @@ HEAD_ACTIVATIONS: dict[Head, dict[Channels, float]] = {
     "deeplabv3": {2048: 108, 960: 22.9},
     "unet": {FEATURES["resnet50_pyramid"]: 141},
 }
-# Pixels a position of the logits
+# Pixels of the image for each position of the logits, along one axis
 STRIDE = {"resnet50": 8, "resnet101": 8, "mobilenet_v3_large": 16, "resnet50_pyramid": 2}
 
-# Of the models on a backbone, the first is the plainest.
+# The first model of each backbone is the plainest.
 MODELS: dict[str, Architecture] = {
     **{
         f"{head}_{backbone}": Architecture(head, backbone)

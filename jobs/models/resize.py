@@ -1,7 +1,8 @@
-"""Bilinear resizing with a gradient that a GPU computes the same way each time.
+"""Bilinear resizing with a gradient that is deterministic on a GPU.
 
-torch's own adds in any order there; made deterministic, it sorts an index for every pixel. As a
-linear map along rows and columns, resizing has the adjoint `rows^T G columns`: two matrix products.
+torch's gradient adds in any order there, and its deterministic version sorts an index for every
+pixel. Resizing is linear along rows and columns, so its gradient is two matrix products,
+`rows^T G columns`.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
-    """float [B, C, h, w] -> [B, C, *size], bilinear, without aligned corners."""
+    """Resize float [B, C, h, w] bilinearly to [B, C, *size], without aligned corners."""
     if x.is_cpu or not torch.are_deterministic_algorithms_enabled():
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     return Resize.apply(x, size)
 
 
 class Resize(torch.autograd.Function):
-    """`resize` where deterministic algorithms were asked for on a GPU."""
+    """`resize` for deterministic algorithms on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: Size) -> Tensor:
         ctx.before, ctx.after = x.shape[-2:], size
-        # past torch's function, which would take the slow way forward too
+        # `F.interpolate` would take the slow algorithm forward too
         return torch.ops.aten.upsample_bilinear2d(x, size, False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """R^T G C: the transposes of what interpolates rows and columns."""
+        """Return R^T G C, where R and C are the matrices that interpolate rows and columns."""
         (gradient,) = gradients
         half = gradient.dtype in (torch.float16, torch.bfloat16)
         wide = gradient.float() if half else gradient
@@ -48,15 +49,13 @@ class Resize(torch.autograd.Function):
 
 
 def _transposed(before: int, after: int, like: Tensor) -> Tensor:
-    """The matrix of resizing along one axis, transposed, [before, after]: what becomes of the unit
-    vectors."""
+    """Return the matrix that resizes along one axis, transposed, [before, after]."""
     units = torch.eye(before, dtype=like.dtype, device=like.device)
     return torch.ops.aten.upsample_linear1d(units[None], [after], False)[0]
 
 
 class PooledBranch(ASPPPooling):
-    """DeepLabV3's pooling branch: torchvision's, but for the gradient of its resizing, and for how
-    its output is laid out."""
+    """DeepLabV3's pooling branch with `resize`, and with the memory format of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x
@@ -66,7 +65,7 @@ class PooledBranch(ASPPPooling):
 
 
 def replace_resizing(module: nn.Module) -> None:
-    """Make torchvision's pooling branch inside `module` ours, keeping its state."""
+    """Replace torchvision's pooling branch inside `module`, keeping its state."""
     for child in module.modules():
         if isinstance(child, ASPPPooling):
             child.__class__ = PooledBranch

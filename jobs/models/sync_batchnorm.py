@@ -1,8 +1,8 @@
 """Batch norm over the global batch, the same code at every world size.
 
-torch's SyncBatchNorm refuses the CPU, and plain batch norm refuses DeepLabV3's pooling branch at
-one image a rank. Count, mean and M2 of all ranks go through one gather and are merged in rank
-order (Chan, Golub, LeVeque 1979), so that the result is the one-rank value up to rounding.
+torch's SyncBatchNorm refuses the CPU, and plain batch norm refuses DeepLabV3's pooling branch with
+one image per rank. Count, mean and M2 of all ranks go through one gather and are merged in rank
+order (Chan, Golub, LeVeque 1979). The result is the one-rank value up to rounding.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ _SPACE = (0, 2, 3)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose batch is that of all ranks of `group`; None is this process alone.
-    Names and shapes of its state are those of torch's."""
+    """`nn.BatchNorm2d` over the batch of all ranks of `group`; None is this process alone.
+
+    Its state dict has the names and shapes of torch's.
+    """
 
     group: dist.ProcessGroup | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """float [B, C, H, W] -> the same, normalised per channel."""
+        """Normalise `input`, float [B, C, H, W], per channel."""
         if not self.training:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0,
@@ -61,8 +63,10 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, C, H, W] normalised over the images of all ranks, and of these the mean and the
-        biased variance of each channel [C], and the number of pixels."""
+        """Normalise x [B, C, H, W] over the images of all ranks.
+
+        Returns the result, mean [C], biased variance [C], and number of pixels [].
+        """
         mean, variance, count = _global_moments(x, group)
         invstd = (variance + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, invstd, count)
@@ -72,7 +76,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x, over all ranks, and of weight and bias, of this rank's images."""
+        """Return the gradients of x, weight and bias; the last two of this rank's images only."""
         grad = gradients[0]
         x, weight, mean, invstd, count = ctx.saved_tensors
         centred = x - mean[:, None, None]
@@ -90,14 +94,14 @@ class _Normalise(torch.autograd.Function):
 
 
 def _global_moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and count [] of all ranks' pixels."""
+    """Return mean [C], biased variance [C] and count [] of the pixels of all ranks."""
     channels = x.shape[1]
-    count = x.new_full((), x.numel() // channels)  # `new_tensor` would wait for a GPU
+    count = x.new_full((), x.numel() // channels)  # `new_tensor` would wait for the GPU
     if x.numel():
         mean = x.mean(_SPACE)
         # torch.var_mean is a scalar loop on the CPU; this is 3 times as fast and as exact
         variance = (x - mean[:, None, None]).square_().mean(_SPACE)
-    else:  # a rank without an image still takes part in the gather
+    else:  # a rank without images still takes part in the gather
         variance = mean = x.new_zeros(channels)
     if _size(group) == 1:
         return mean, variance, count
@@ -118,8 +122,10 @@ def _size(group: dist.ProcessGroup | None) -> int:
 def replace_batchnorm(
     module: nn.Module, momentum: float, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Make every `nn.BatchNorm2d` inside `module` one of ours, keeping its state. torchvision's
-    mobilenet_v3 has momentum 0.01, too slow for short runs, hence one momentum for all."""
+    """Replace every `nn.BatchNorm2d` inside `module`, keeping its state.
+
+    All get one momentum: 0.01 of torchvision's mobilenet_v3 is too slow for short runs.
+    """
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.__class__ = BatchNorm2d

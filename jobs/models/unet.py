@@ -14,9 +14,11 @@ _WIDTHS = (256, 128, 64, 32)  # channels of the blocks, coarsest first
 
 
 class UNetHead(nn.Module):
-    """Five feature maps, finest first, each half as large as the one before (rounded up) ->
-    logits [B, num_classes, h, w] of the finest one's size. From the coarsest on, features are
-    enlarged to the size of the next finer ones, joined with these, and mixed by a block."""
+    """Five feature maps, finest first -> logits [B, num_classes, h, w] of the finest one's size.
+
+    Each map is half as large as the one before, rounded up. Starting from the coarsest, each step
+    enlarges features to the next finer size, concatenates both, and applies a block.
+    """
 
     def __init__(self, channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -37,7 +39,6 @@ class UNetHead(nn.Module):
 
 
 def _block(inputs: int, width: int) -> nn.Sequential:
-    """Twice a 3 x 3 convolution, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),

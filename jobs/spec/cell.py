@@ -1,5 +1,7 @@
-"""What is trained: a cell, the bundle it shares a backbone with, their signatures, and every path
-of a run. Free of torch, h5py and mpi4py: planning reads it."""
+"""Cells, their identity, and the keys of what they share: bundle, backbone, weights file.
+
+Free of torch, h5py and mpi4py, because planning imports it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,18 @@ from jobs.losses.grammar import LossSpec, parse_loss
 from jobs.models.registry import MODELS
 from jobs.spec.protocol import Protocol
 
-# Raised when the same settings begin to mean something else, so that old results are not reused.
+# Raise it when the same settings begin to mean something else, so that old results are not reused.
 FORMAT = 1
 KEY_LENGTH = 16
 
 
 class Cell(Settings):
-    """One (data set, model, loss, seed) under one protocol. `data` identifies the data set's
-    result-changing settings, whatever its path."""
+    """One (data set, model, loss, seed) under one protocol.
 
-    model_config = ConfigDict(strict=False)  # a record: JSON has lists where there were tuples
+    `data` is the identity of the data set: a hash of its settings without paths.
+    """
+
+    model_config = ConfigDict(strict=False)  # read from JSON, which has lists instead of tuples
 
     dataset: str
     data: str
@@ -35,19 +39,21 @@ class Cell(Settings):
 
     @property
     def name(self) -> str:
-        """The name that people use: `camvid/fcn_resnet101/DLNWCE/0`."""
+        """Return the readable name, such as `camvid/fcn_resnet101/DLNWCE/0`."""
         return f"{self.dataset}/{self.model}/{self.loss.name}/{self.seed}"
 
     @cached_property
     def signature(self) -> str:
-        """Hash of the resolved settings that change the result; the identity of the cell."""
+        """Return the identity: a hash of all settings that can change the result."""
         loss, model = self.loss.identity_json, canonical(self.model)
         return _key({**self._shared(), "model": model, "loss": loss})
 
     @cached_property
     def bundle_key(self) -> str:
-        """Equal for the cells that may share a backbone's pass. A cell that trains the whole
-        network shares with none."""
+        """Return the key of the bundle: equal for cells that can share a backbone's forward pass.
+
+        A cell that trains the whole network shares with none.
+        """
         shared = self._shared()
         shared["backbone"] = canonical(MODELS[self.model].backbone)
         if self.protocol.train == "all":
@@ -58,7 +64,7 @@ class Cell(Settings):
 
     @cached_property
     def backbone_key(self) -> str:
-        """Names the backbone that `weights = "pretrain"` trains: one a data set and backbone."""
+        """Return the name of the backbone that `weights = "pretrain"` trains for this cell."""
         return _backbone_key(
             canonical(self.dataset),
             canonical(self.data),
@@ -68,7 +74,7 @@ class Cell(Settings):
 
     @cached_property
     def weights_key(self) -> str:
-        """Equal for the cells of a data set that start from one file of weights."""
+        """Return a key that is equal for cells of a data set that start from one weights file."""
         return _key(
             {
                 "backbone": canonical(self.backbone_key),
@@ -79,12 +85,11 @@ class Cell(Settings):
 
     @property
     def _model_of_weights(self) -> str:
-        """The model that the file of weights belongs to; "" if it serves all models with this
-        backbone."""
+        """Return the model of the weights file; "" if the file serves all models of a backbone."""
         return self.model if self.protocol.weights in OF_ONE_MODEL else ""
 
     def profiled(self) -> Cell:
-        """The same cell, whose job measures how long each of its parts takes."""
+        """Return the same cell with `profile = true`."""
         protocol = self.protocol.model_copy(update={"profile": True})
         return self.model_copy(update={"protocol": protocol})
 
@@ -94,13 +99,13 @@ class Cell(Settings):
             "dataset": canonical(self.dataset),
             "data": canonical(self.data),
             "seed": f"{self.seed}",
-            "protocol": self.protocol.result_json,
+            "protocol": self.protocol.identity_json,
         }
 
 
 @lru_cache
 def _backbone_key(dataset: str, data: str, protocol: str, backbone: str) -> str:
-    """Of the canonical JSON of each. Thousands of cells share a few."""
+    # cached, because thousands of cells share a few keys; all arguments are canonical JSON
     return _key(
         {"format": f"{FORMAT}", "dataset": dataset, "data": data, "protocol": protocol,
          "backbone": backbone}
@@ -108,13 +113,12 @@ def _backbone_key(dataset: str, data: str, protocol: str, backbone: str) -> str:
 
 
 def _key(settings: Mapping[str, str]) -> str:
-    """The fingerprint of settings from the canonical JSON of each: what thousands of cells share is
-    written once."""
+    """Return the fingerprint of settings, given the canonical JSON of each."""
     return text_sha256(canonical_table(settings))[:KEY_LENGTH]
 
 
 def bundles(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    """Cells by bundle key; bundles and cells keep the order of the grid."""
+    """Group cells by bundle key; bundles and cells keep the order of the grid."""
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.bundle_key, []).append(cell)
@@ -122,8 +126,11 @@ def bundles(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 
 def pretraining_cell(cell: Cell) -> Cell:
-    """The cell that trains the backbone of `cell`: the protocol's own augmentation and optimiser,
-    with the epochs, batch, rate and seed of [protocol.pretrain]."""
+    """Return the cell that pre-trains the backbone of `cell`.
+
+    It has the protocol's augmentation and optimiser, the plainest head of the backbone, CE, and the
+    epochs, batch size, learning rate and seed of [protocol.pretrain].
+    """
     pretrain = cell.protocol.pretrain
     changes = pretrain.model_dump(exclude={"seed"})
     changes["threads"] = pretrain.threads or cell.protocol.threads

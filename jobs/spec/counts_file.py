@@ -1,5 +1,8 @@
-"""The counts of all cells of one job: one HDF5 file, never modified, and its index in JSON. A cell
-is done when an index names it and the file it points to verifies."""
+"""Write and read a counts file: the evaluation counts of all cells of one job.
+
+It is an HDF5 file that is never modified, with an index in JSON. A cell is done when an index names
+it and the file of that index verifies.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +24,34 @@ from hpc.storage.atomic import (
     write_json,
 )
 from hpc.storage.checksum import crc32
+from jobs.spec.cell import Cell
 
-ASIDE = ".json-damaged"  # the index of a file that is not to count any more
+ASIDE = ".json-damaged"  # suffix of the index of a damaged file, which no longer counts
 
 
 @dataclass(frozen=True)
 class CountsIndex:
-    """What one counts file holds. `columns` are the `signature`, `name` and more of its cells, in
-    the order of the arrays' first axis: a list each, for there are thousands of cells to read."""
+    """The index of one counts file.
+
+    `columns` holds one list for each key of a `cell_record`, in the order of the arrays' first
+    axis: lists are fast to read for thousands of cells.
+    """
 
     path: Path
     sha256: str
-    crc32: int  # forty times as fast as `sha256`
+    crc32: int  # 40 times as fast as `sha256`
     size: int
     columns: Mapping[str, Sequence[Any]]
     record: Mapping[str, Any]
-    arrays: Mapping[str, tuple[int, str, list[int]]]  # where each lies: offset, type, shape
+    arrays: Mapping[str, tuple[int, str, list[int]]]  # offset in bytes, dtype, shape
 
     @property
     def signatures(self) -> Sequence[str]:
-        """Of its cells."""
+        """Return the signatures of the cells in the file."""
         return self.columns["signature"]
 
     def of_cell(self, signature: str) -> dict[str, Any]:
-        """What it says of one of its cells."""
+        """Return the `cell_record` of one of its cells."""
         place = self._places[signature]
         return {key: column[place] for key, column in self.columns.items()}
 
@@ -53,22 +60,26 @@ class CountsIndex:
         return {signature: place for place, signature in enumerate(self.signatures)}
 
     def is_whole(self) -> bool:
-        """Whether the file is there with its full length: cheap, for planning and status."""
+        """Return True if the file exists with its full length; cheap, for planning and status."""
         try:
             return self.path.stat().st_size == self.size
         except OSError:
             return False
 
     def is_altered(self) -> bool:
-        """Whether it has its full length but another content. Reads all of it."""
+        """Return True if the file has its full length but another content; reads all of it."""
         try:
             return self.is_whole() and file_sha256(self.path) != self.sha256
-        except OSError:  # it may be another time
+        except OSError:  # a file that cannot be read now may be intact
             return False
 
     def read(self, buffer: bytearray | None = None) -> memoryview:
-        """All of it, in `buffer` where there is one: new memory for every file takes longer than
-        reading it. Raises `Damaged`."""
+        """Return the content of the file. Raises `Damaged`.
+
+        Args:
+            buffer: memory with space for the file. New memory for every file takes longer than
+                reading it.
+        """
         try:
             data = memoryview(self._bytes(buffer) if self.is_whole() else b"")
         except OSError as error:
@@ -86,15 +97,27 @@ class CountsIndex:
             return memoryview(buffer)[: file.readinto(buffer)]
 
 
+def cell_record(cell: Cell, backbone: str) -> dict[str, str]:
+    """Return the entry of a cell in a counts file; `backbone` is the SHA-256 of its weights."""
+    return {"signature": cell.signature, "name": cell.name, "backbone": backbone}
+
+
 def write_counts(
     path: Path, cells: Sequence[Mapping[str, Any]], arrays: Mapping[str, Any],
     record: Mapping[str, Any], check: Check | None = None,
 ) -> None:  # fmt: skip
-    """Write the arrays, whose first axis is `cells`, records of the same keys with a `signature`,
-    and then the index that makes them count; neither appears if `check` raises."""
-    import h5py  # planning reads indices and must not pay for it
+    """Write a counts file and then its index, which makes its cells done.
 
-    whole = BytesIO()  # a disk that gets full while HDF5 writes crashes the process
+    Args:
+        path: the HDF5 file; the index is the same name with the suffix .json.
+        cells: `cell_record` of each cell, in the order of the arrays' first axis.
+        arrays: arrays by name, [cells, ...].
+        record: plain values about the job.
+        check: called before each file appears; no file appears if it raises.
+    """
+    import h5py  # planning reads only indices and must not load it
+
+    whole = BytesIO()  # a full disk crashes the process while HDF5 writes a file
     with h5py.File(whole, "w", track_order=False) as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, track_times=False)
@@ -107,8 +130,7 @@ def write_counts(
 
 
 def read_index(path: Path) -> CountsIndex:
-    """The index of a counts file from its JSON. Raises `Damaged`, and `FileNotFoundError` where
-    there is none."""
+    """Read the index of a counts file from `path`. Raises `Damaged` and `FileNotFoundError`."""
     index = read_json(path)
     try:
         found = CountsIndex(
@@ -128,7 +150,6 @@ def read_index(path: Path) -> CountsIndex:
 
 
 def _checked_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return `columns`. Raises `ValueError` if they are not lists of one length."""
     expected = (list, len(columns["signature"]))
     if any((type(column), len(column)) != expected for column in columns.values()):
         raise ValueError("not lists of one length")
@@ -136,8 +157,10 @@ def _checked_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def set_aside_altered(folder: Path) -> list[str]:
-    """Rename the indices in `folder` whose files were altered, so that their cells count as missing
-    for everybody; the files themselves stay. A line for each. Raises `UserError`."""
+    """Rename the indices of altered files, so that their cells are trained again.
+
+    The files themselves stay. Returns one line for each. Raises `UserError`.
+    """
     lines = []
     for index in map(_index_or_none, sorted(folder.glob("*.json"))):
         if index is not None and index.is_altered():
@@ -158,8 +181,10 @@ def _index_or_none(path: Path) -> CountsIndex | None:
 
 
 def counted_cells(folder: Path) -> set[str]:
-    """The signatures of the cells that whole counts files in `folder` hold. What cannot be read
-    holds none, so that its cells are trained again."""
+    """Return the signatures of the cells in whole counts files of `folder`.
+
+    A file that cannot be read counts as empty, so that its cells are trained again.
+    """
     found: set[str] = set()
     for index in map(_index_or_none, folder.glob("*.json")):
         if index is not None and index.is_whole():
@@ -168,8 +193,10 @@ def counted_cells(folder: Path) -> set[str]:
 
 
 def read_counts(index: CountsIndex, buffer: bytearray | None = None) -> dict[str, Any]:
-    """The arrays of a counts file by name, as they were written; with a `buffer`, which has room
-    for the file, they lie in it. Raises `Damaged`."""
+    """Return the arrays of a counts file by name. Raises `Damaged`.
+
+    With a `buffer` (see `CountsIndex.read`), the arrays are views of it.
+    """
     import numpy as np
 
     data = index.read(buffer)
@@ -183,8 +210,10 @@ def read_counts(index: CountsIndex, buffer: bytearray | None = None) -> dict[str
 
 
 def _place(stored: Any) -> tuple[int, str, list[int]]:
-    """Where HDF5 has put an array in its file, as one run of bytes: thousands of files are read at
-    a tenth of what it takes to open them as HDF5."""
+    """Return offset, dtype and shape of an array, which HDF5 stores as one run of bytes.
+
+    Reading these bytes takes a tenth of the time of opening the file as HDF5.
+    """
     return stored.id.get_offset() or 0, stored.dtype.str, list(stored.shape)
 
 

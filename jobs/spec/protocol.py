@@ -1,4 +1,4 @@
-"""The [protocol] table of a grid file: how every cell is trained and evaluated."""
+"""The [protocol] table of a grid file: the settings of training and evaluation of every cell."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
-# Settings that change how fast or how safely a cell is trained, not what it becomes.
+# Settings that change the speed or safety of training, not its result: no part of the identity.
 RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
 
 
 class Pretrain(Settings):
-    """[protocol.pretrain]: the whole network that `weights = "pretrain"` trains first with CE.
-    Resize, crop, flip, momentum, weight decay and decay are those of the protocol."""
+    """[protocol.pretrain]: the training of the network whose backbone `weights = "pretrain"` uses.
+
+    Its loss is CE. Resize, crop, flip, momentum, weight decay and decay are those of [protocol].
+    """
 
     epochs: Epochs = 20
     """Passes over the training images. Unit: epochs."""
@@ -43,7 +45,7 @@ class Pretrain(Settings):
 
 
 class Protocol(Settings):
-    """[protocol]. The defaults are the paper's."""
+    """[protocol]; the defaults are those of the paper."""
 
     epochs: Epochs = 30
     """Passes over the training images. Unit: epochs."""
@@ -117,8 +119,11 @@ class Protocol(Settings):
         return self
 
     def steps_per_epoch(self, images: int) -> int:
-        """Batches in an epoch of `images` training images; a last incomplete one is dropped.
-        Raises `UserError` if there is not one whole batch, or training would never end."""
+        """Return the batches in an epoch of `images` training images.
+
+        An incomplete last batch is dropped. Raises `UserError` if there is no complete batch, or if
+        training has more than `MAX_STEPS` steps.
+        """
         if images < self.batch_size:
             raise UserError(
                 f"batch_size = {self.batch_size} is larger than the training set of {images} "
@@ -132,11 +137,11 @@ class Protocol(Settings):
             )
         return steps
 
-    def result_changing(self) -> dict[str, Any]:
-        """The settings that decide what a cell becomes, as plain values for a fingerprint."""
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that can change a result, as plain values for a fingerprint."""
         fields = self.model_dump(mode="json", exclude=set(RUNTIME_FIELDS))
         if self.weights not in WEIGHTS:
-            # wherever the file lies; its hash is recorded with all that is made from it
+            # without the folder; results record the hash of the file
             fields["weights"] = f"file {Path(self.weights).name}"
         del fields["pretrain"]["threads"]
         if self.weights != "pretrain":
@@ -144,16 +149,15 @@ class Protocol(Settings):
         return fields
 
     @cached_property
-    def result_json(self) -> str:
-        """`result_changing` as canonical JSON: all cells of a data set have the same."""
-        return canonical(self.result_changing())
+    def identity_json(self) -> str:
+        """Return `identity` as canonical JSON, cached because all cells of a data set share it."""
+        return canonical(self.identity())
 
     @cached_property
     def backbone_json(self) -> str:
-        """As `result_json`, without what leaves a backbone that `weights = "pretrain"` trains as it
-        is."""
+        """Return the settings that can change a pre-trained backbone, as canonical JSON."""
         of_cells = {"weights", "train", "backbone_batchnorm", "bins", "counting", "eval_size",
                     "naive_ramp", "alternating_ramp", "epochs", "batch_size",
                     "learning_rate"}  # fmt: skip
-        settings = self.result_changing()
+        settings = self.identity()
         return canonical({key: settings[key] for key in settings.keys() - of_cells})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class RunPaths:
-    """Every path of a run directory. The one place that knows their names."""
+    """Every path of a run directory; no other module knows these names."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)

@@ -1,4 +1,4 @@
-"""The task file: what one job does. submitit gets its path; everything else is read from it."""
+"""The task file: the work of one job. submitit gets only its path."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jobs.spec.run_paths import RunPaths
 
 
 class Task(Settings):
-    """Train `cells`, which share a bundle key, or pre-train the backbone they will share."""
+    """Train `cells`, which share a bundle key, or pre-train the backbone of one cell."""
 
-    model_config = ConfigDict(strict=False)  # a record, see Cell
+    model_config = ConfigDict(strict=False)  # read from JSON, see `Cell`
 
     kind: Literal["bundle", "pretrain"]
     name: str
     run: str  # the run directory
     data: str  # the folder of the data set's shards
-    origin: dict[str, Any]  # how these were to be packed, see `DatasetSettings.origin`
-    node_local: str = ""  # a folder on each node's own disk, for a copy of them
+    origin: dict[str, Any]  # the settings they are packed with, see `DatasetSettings.origin`
+    node_local: str = ""  # folder on each node's disk for a copy of the shards; "" makes none
     cells: tuple[Cell, ...]
-    source: dict[str, str] = Field(default_factory=dict)  # commit and diff of the planning code
+    source: dict[str, str] = Field(default_factory=dict)  # commit and diff of the submitting code
 
     @property
     def paths(self) -> RunPaths:
@@ -34,8 +34,10 @@ class Task(Settings):
 
 
 def bundle_task_name(cells: list[Cell], step: int) -> str:
-    """A name that the same cells at the same step always get, so that planning twice is planning
-    once; it starts with words a person can read."""
+    """Return the name of a task, readable at its start.
+
+    The same cells at the same step always get the same name, so that planning can be repeated.
+    """
     first = cells[0]
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in first.dataset)[:40]
     identity = fingerprint([step, sorted(cell.signature for cell in cells)])[:KEY_LENGTH]
@@ -43,14 +45,14 @@ def bundle_task_name(cells: list[Cell], step: int) -> str:
 
 
 def write_task(task: Task) -> Path:
-    """Put the task into its run directory; the path of its file."""
+    """Write the task file into the run directory. Return its path."""
     path = task.paths.task(task.name)
     write_json(path, task.model_dump(mode="json"))
     return path
 
 
 def read_task(path: str | Path, kind: str | None = None) -> Task:
-    """Raises `UserError` if there is no such task, it is damaged, or not of `kind`."""
+    """Read a task file. Raises `UserError` if it is missing, damaged, or not of `kind`."""
     try:
         task = Task.model_validate(read_json(path))
     except OSError as error:
@@ -58,5 +60,7 @@ def read_task(path: str | Path, kind: str | None = None) -> Task:
     except ValidationError as error:
         raise Damaged(f"{path} is a task of another version; run grid again") from error
     if kind not in (None, task.kind):
-        raise UserError(f"{path} is a task of kind {task.kind}, not {kind}; use its own program")
+        raise UserError(
+            f"{path} is a task of kind {task.kind}, not {kind}; start the program of that kind"
+        )
     return task

@@ -18,7 +18,7 @@ from hpc.cli import UserError
 from hpc.distributed.process_group import COMMUNICATION, Group
 from hpc.distributed.timer import Stopwatch
 from jobs.data.batches import Batch
-from jobs.losses.combine import combined_loss
+from jobs.losses.functional import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
 from jobs.models.memory_format import alike, in_order, place
@@ -139,7 +139,7 @@ class CellTrainer:
         if state["scaler"]:  # none if it was saved where there was no mixed precision
             self._scaler.load_state_dict(state["scaler"])
 
-    def fits(self, state: Any, buffers: Mapping[str, Tensor]) -> bool:
+    def state_matches(self, state: Any, buffers: Mapping[str, Tensor]) -> bool:
         """Whether `state` is one that `state` gave of a cell like this one, with the `buffers` of
         its frozen backbone that move."""
         parameters = list(self.network.parameters())

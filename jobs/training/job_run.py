@@ -1,5 +1,7 @@
-"""One start of one job: what surrounds training. Its generation, its checkpoints, its heartbeat,
-and the agreement of all ranks on what to do at a step's edge."""
+"""One start of one job: its generation, checkpoints and heartbeat, and the agreement of all ranks.
+
+The ranks decide together, between two steps, whether to go on, save, stop or abort.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from data_prep.shards.manifest import ROOTS, Manifest
 from hpc.cli import UserError, one_line
 from hpc.distributed.preemption import StopRequest
 from hpc.distributed.process_group import Group
 from hpc.storage import checkpoint
-from hpc.storage.atomic import Damaged, write_json
+from hpc.storage.atomic import Damaged, read_json, write_json
 from hpc.storage.fencing import Generation, Superseded, claim
 from jobs.models.build import Backbone
 from jobs.spec.cell import Cell
@@ -34,7 +37,7 @@ T = TypeVar("T")
 
 
 class Action(enum.IntEnum):
-    """What happens at a step's edge; the ranks agree on the highest that one of them wants."""
+    """The ranks' decision between two steps; they agree on the highest that one of them wants."""
 
     GO_ON = 0
     SAVE = 1
@@ -43,12 +46,17 @@ class Action(enum.IntEnum):
 
 
 @dataclass
-class Run:
-    """This start of `task`. `inputs` are the hashes of what the cells are made from; they must not
-    change under a half-trained cell.
+class JobRun:
+    """This start of `task`.
 
-    Rank 0 writes. What keeps it from writing, a full disk or a later start of the same cells, is
-    raised on all ranks at once: none is left waiting for one that has gone.
+    Only rank 0 writes. If it cannot (disk full, superseded by a newer generation), the error is
+    raised on all ranks, so that none waits for another that has exited.
+
+    Attributes:
+        inputs: hashes of the data set and the backbone, which must not change under a half-trained
+            cell.
+        generation: fencing token of this start.
+        provenance: the machines and versions that trained the cells, one entry for each change.
     """
 
     task: Task
@@ -61,7 +69,7 @@ class Run:
     _beat_at: float = field(init=False, default=0.0)
     _started: tuple[float, int] = field(init=False, default=(0.0, 0))
     _trouble: UserError | None = field(init=False, default=None)  # of rank 0's heartbeat
-    _muted: bool = field(init=False, default=False)  # its last heartbeat found no room
+    _muted: bool = field(init=False, default=False)  # its last heartbeat could not be written
 
     def __post_init__(self) -> None:
         signatures = [cell.signature for cell in self.task.cells]
@@ -78,8 +86,10 @@ class Run:
         return f"{self.task.name} (generation {self.generation.number})"
 
     def on_main(self, write: Callable[[], T]) -> T:
-        """What `write()` returns on rank 0, on all ranks; called by all. A `UserError` of it is
-        raised on all."""
+        """Call `write` on rank 0; return its result, or raise its `UserError`, on all ranks.
+
+        All ranks must call this together.
+        """
         result, error = None, None
         if self.group.is_main:
             try:
@@ -92,8 +102,10 @@ class Run:
         return result
 
     def resume(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> int:
-        """Take up the newest checkpoint that all cells share, and all ranks can read. Returns the
-        number of steps done."""
+        """Load the newest checkpoint that all cells have and all ranks can read.
+
+        Returns the number of steps done. Raises `UserError` if the inputs changed.
+        """
         step, states, records, problems = self._load(trainers, backbone)
         for problem in problems:
             self.log(f"warning: {problem}; passed over")
@@ -114,17 +126,17 @@ class Run:
         return step
 
     def _load(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> tuple[Any, ...]:
-        """As `checkpoint.load_latest`, at the newest step that every rank can read."""
+        """Return `checkpoint.load_latest` at the newest step that every rank can read."""
         folder = self.task.paths.checkpoints(self.bundle_key)
         cells = {trainer.cell.signature: trainer for trainer in trainers}
         buffers = moving_buffers(backbone, self.task.cells[0].protocol)
 
-        def fits(entry: str, state: Any) -> bool:
-            return cells[entry].fits(state, buffers)
+        def state_matches(entry: str, state: Any) -> bool:
+            return cells[entry].state_matches(state, buffers)
 
         newest = None
         while True:
-            found = checkpoint.load_latest(folder, cells, fits, newest)
+            found = checkpoint.load_latest(folder, cells, state_matches, newest)
             shared = -self.group.max(-found[0])
             if self.group.max(found[0]) == shared:
                 return found
@@ -144,12 +156,12 @@ class Run:
                 )
 
     def begin(self, step: int) -> None:
-        """Training goes on from `step` now: rates and intervals count from here."""
+        """Start the clocks of the training rate and of the checkpoint interval at `step`."""
         self._started = (time.monotonic(), step)
         self._saved_at = time.monotonic()
 
     def decide(self) -> Action:
-        """What all ranks do at this step's edge; they call it together."""
+        """Return what all ranks do after this step. All ranks must call it together."""
         wish = Action.GO_ON
         minutes = self.task.cells[0].protocol.checkpoint_minutes
         if self._trouble is not None:
@@ -161,22 +173,27 @@ class Run:
         return Action(self.group.max(wish))
 
     def agree(self) -> Action:
-        """As `decide`, and raises on all ranks what one of them met: `Superseded` if a later start
-        has taken over, a heartbeat or a sample that is damaged."""
+        """Return `decide()`, or raise the error of one rank on all ranks.
+
+        The error is `Superseded` (a newer generation has started), a damaged heartbeat, or a
+        damaged sample.
+        """
         action = self.decide()
         if action is Action.ABORT:
             self.raise_trouble()
         return action
 
     def raise_trouble(self) -> None:
-        """Raise on all ranks what one of them met, if any did; they call it together."""
+        """Raise the error of one rank, if any, on all ranks. All ranks must call it together."""
         rank = self.group.max(self.group.rank + 1 if self._trouble is not None else 0)
         if rank:
             raise self.group.broadcast(self._trouble, source=rank - 1)
 
     def fetch(self, items: Iterator[T]) -> T | None:
-        """The next of `items`. None at their end, and where a `UserError` kept it from coming,
-        which the ranks' next decision then says."""
+        """Return the next of `items`, or None at their end or after a `UserError`.
+
+        The next `decide` or `raise_trouble` reports the error to all ranks.
+        """
         try:
             with self.group.watch.part("data"):
                 return next(items, None)
@@ -185,7 +202,7 @@ class Run:
             return None
 
     def save(self, step: int, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> None:
-        """Publish a checkpoint of the cells that still train; called by all ranks."""
+        """Publish a checkpoint of the cells that still train. All ranks must call it together."""
         if trainers:
             with self.group.watch.part("checkpoints"):
                 self.on_main(lambda: self._write_checkpoint(step, trainers, backbone))
@@ -201,22 +218,37 @@ class Run:
         checkpoint.save(folder, step, self.generation, entries, record, resumed)
 
     def give_up(self, trainer: CellTrainer, step: int) -> None:
-        """Record on rank 0 why a cell stopped for good. Its neighbours go on."""
+        """Record, on rank 0, the reason why a cell stopped for good. The others go on."""
         record = {"cell": trainer.cell.name, "step": step, "reason": trainer.failure,
                   "inputs": dict(self.inputs)}  # fmt: skip
         path = self.task.paths.failure(trainer.cell.signature)
         write_json(path, record, self.generation.check)
         self.log(f"warning: {trainer.cell.name} stops: {trainer.failure}")
 
+    def counts_record(self, manifest: Manifest) -> dict[str, Any]:
+        """Return the record of a counts file: what all its cells have in common."""
+        return {
+            "task": self.task.name,
+            "generation": self.generation.number,
+            "manifest": manifest.fingerprint,
+            "provenance": self.provenance,
+            "source": self.task.source,
+            "time": time.time(),
+        }
+
     def finish(self, stage: str, step: int, total: int) -> None:
-        """The last heartbeat; called by all ranks. Raises on all what kept it from being
-        written."""
+        """Write the last heartbeat, or raise on all ranks the error that prevented it.
+
+        All ranks must call it together.
+        """
         self.heartbeat(stage, step, total, force=True)
         self.raise_trouble()
 
     def heartbeat(self, stage: str, step: int, total: int, force: bool = False) -> None:
-        """Say that this job lives, and how far it is. This is also when a process that was cut off
-        notices that it has a successor; `agree` tells the other ranks."""
+        """Write the job's progress on rank 0, at most every `HEARTBEAT_SECONDS` unless `force`.
+
+        A newer generation is noticed here; `agree` reports it to the other ranks.
+        """
         now = time.monotonic()
         if not self.group.is_main or (now - self._beat_at < HEARTBEAT_SECONDS and not force):
             return
@@ -231,19 +263,54 @@ class Run:
             write_json(path, record, self.generation.check)
         except (Superseded, Damaged) as error:
             self._trouble = error
-        except UserError as error:  # alone it lets nobody take the job for dead, so days go on
+        except UserError as error:  # a missing heartbeat alone does not make the job count as dead
             self._muted = True
             if not muted:
                 self.log(f"warning: {error}; without a heartbeat training goes on")
 
     def log(self, text: str) -> None:
-        """A line in the job's log, from rank 0."""
+        """Print a line to the job's log on rank 0."""
         if self.group.is_main:
             print(one_line(f"{self.label}: {text}"), file=sys.stderr, flush=True)
 
 
+def require_data(task: Task, manifest: Manifest, group: Group) -> None:
+    """Raise `UserError` on all ranks if the packed data set is not the one of `task`.
+
+    It also raises if the ranks see different data sets, because it was packed again meanwhile. A
+    data set whose source files only moved is the same. All ranks must call this together.
+    """
+    problem = ""
+    try:
+        cell = task.cells[0]
+        if manifest.differences(task.origin).keys() - ROOTS:
+            manifest.require_settings(task.origin, task.data, cell.dataset)
+        if task.kind == "bundle" and cell.protocol.weights == "pretrain":
+            _require_same_backbone(task, manifest)
+    except UserError as error:
+        problem = str(error)
+    if group.broadcast(manifest.fingerprint) != manifest.fingerprint:
+        problem = f"{task.data} was packed anew while the ranks started; run grid again"
+    rank = group.max(group.rank + 1 if problem else 0)
+    if rank:
+        raise UserError(group.broadcast(problem, source=rank - 1))
+
+
+def _require_same_backbone(task: Task, manifest: Manifest) -> None:
+    path = task.paths.backbone(task.cells[0].backbone_key)
+    try:
+        trained_on = read_json(path.with_suffix(".json"))["manifest"]
+    except FileNotFoundError:  # `load_backbone` reports it
+        return
+    if trained_on != manifest.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data than {task.data} holds now; restore the data set, "
+            "or submit grid with --retrain stale"
+        )
+
+
 def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
-    """What bits may depend on beside the cell's settings."""
+    """Return everything beside the cell's settings that its bits can depend on."""
     cuda = group.device.type == "cuda"
     return {
         "world_size": group.world_size,
@@ -258,12 +325,14 @@ def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
 
 
 def _instructions(half: torch.dtype | None) -> str:
-    """The processor's instruction set, as far as bits depend on it: those of bf16 also on what it
-    has for it, which torch's own name does not say."""
+    """Return the CPU's instruction set, as far as bits depend on it.
+
+    torch's name for it leaves out the instructions for bf16.
+    """
     found = torch.backends.cpu.get_cpu_capability()
     if half != torch.bfloat16:
         return found
-    # private names of torch, which not every release has
+    # private functions of torch, which some releases lack
     asked = {"bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
     has = [word for word, name in asked.items() if getattr(torch.cpu, name, bool)()]
     return " ".join([found, *has])

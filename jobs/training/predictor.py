@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpc.cli import UserError
 from hpc.distributed.process_group import Group
-from jobs.data.transforms import evaluation_view
+from jobs.data.batches import evaluation_view
 from jobs.metrics.reference import lowest_argmax
 from jobs.models.build import Network, build_head, normalise, upsample
 from jobs.models.memory_format import place
@@ -57,7 +57,7 @@ class Predictor:
         trained: nn.Module = network if protocol.train == "all" else module
         try:
             trained.load_state_dict(content["weights"])
-            _load_buffers(moving_buffers(backbone.module, protocol), content["backbone"])
+            _load_buffers(moving_buffers(backbone.module, protocol), content["backbone"], head)
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{head} holds weights of another network; train it again") from error
         self._network = place(network, group.device).eval()
@@ -80,10 +80,13 @@ class Predictor:
         return logits
 
 
-def _load_buffers(buffers: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Copy `found` into `buffers`. Raises `RuntimeError` unless names and shapes are the same."""
+def _load_buffers(buffers: Mapping[str, Tensor], found: Mapping[str, Tensor], head: Path) -> None:
     if {name: t.shape for name, t in buffers.items()} != {n: t.shape for n, t in found.items()}:
-        raise RuntimeError("the running statistics are those of another backbone")
+        fault = "holds those of another backbone" if found else "holds none"
+        raise UserError(
+            f"{head} does not hold the running statistics that its backbone had in training: it "
+            f"{fault}; train it again"
+        )
     for name, buffer in buffers.items():
         buffer.copy_(found[name])
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hpc.distributed.process_group import Group
 from hpc.storage.atomic import write_json
-from jobs.training.job_run import Run
+from jobs.training.job_run import JobRun
 
 DATA = "data"
 
 
-def report(job: Run, stage: str, unit: str, done: int) -> None:
+def report(job: JobRun, stage: str, unit: str, done: int) -> None:
     """End a stage in which `done` units (steps, images) were worked off: its parts go to the log
     and, if there are any, to a file of this start of the job. Called by all ranks; nothing happens
     where no profile was asked for."""

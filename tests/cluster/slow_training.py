@@ -23,23 +23,25 @@ STEPS = "steps-begun"  # in the run directory, see `Begun`
 def main(argv: Sequence[str]) -> int:
     """The job: train the bundle of a task file."""
     from jobs import train
-    from jobs.training.job_run import Action, Run
+    from jobs.training.job_run import Action, JobRun
 
-    heartbeat, decide = Run.heartbeat, Run.decide
+    heartbeat, decide = JobRun.heartbeat, JobRun.decide
 
-    def noted_heartbeat(run: Run, stage: str, step: int, total: int, force: bool = False) -> None:
+    def noted_heartbeat(
+        run: JobRun, stage: str, step: int, total: int, force: bool = False
+    ) -> None:
         if run.group.is_main and stage == "training":
             with (run.task.paths.root / STEPS).open("a") as file:
                 begun = (run.bundle_key, run.generation.number, step, time.time())
                 file.write(f"{' '.join(map(str, begun))}\n")
         heartbeat(run, stage, step, total, force)
 
-    def slow_decide(run: Run) -> Action:
+    def slow_decide(run: JobRun) -> Action:
         time.sleep(pause_of(run.task.paths.root, run.generation.number))
         return decide(run)
 
     # in this process alone; mypy knows of no other way to take the place of a method
-    Run.heartbeat, Run.decide = noted_heartbeat, slow_decide  # type: ignore[method-assign]
+    JobRun.heartbeat, JobRun.decide = noted_heartbeat, slow_decide  # type: ignore[method-assign]
     return train.main(argv)
 
 

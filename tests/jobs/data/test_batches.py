@@ -11,13 +11,12 @@ from data_prep.shards.reader import SplitReader
 from hpc.cli import UserError
 from jobs.data.batches import (
     Batch,
+    Draw,
     EvaluationImages,
     TrainingBatches,
-    Transfer,
     share,
 )
-from jobs.data.loader import load_images, load_steps
-from jobs.data.transforms import Draw
+from jobs.data.loader import Transfer, load_images, load_steps
 from jobs.spec.protocol import Protocol
 
 pytestmark = pytest.mark.usefixtures("one_thread")

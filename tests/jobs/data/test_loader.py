@@ -197,7 +197,7 @@ CASES = {
     "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by signal 9 .Killed., .*"),
     "left": (lambda: os._exit(3), "ended with exit code 3; see this rank's log"),
     "failed": (fail, "failed at item 2 .ZeroDivisionError: by zero.; see the traceback in this .*"),
-    "stopped": (stop, "item 2 did not come within 1 s; check the file system that holds the .*"),
+    "stopped": (stop, "no item 2 within 1 s; check the file system that holds the .*"),
 }
 
 

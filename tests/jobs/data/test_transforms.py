@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms.functional import resize as resize_in_torchvision
 
 from data_prep.settings import VOID
-from jobs.data.transforms import (
+from jobs.data.batches import (
     Draw,
     augment,
     draw_view,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.shards.reader import SplitReader
-from jobs.data.transforms import Draw, augment, augmented_sample
+from jobs.data.batches import Draw, augment, augmented_sample
 from jobs.kernels.resample import Span, Window
 from jobs.spec.protocol import Protocol
 

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from jobs.losses.combine import class_weights, combined_loss
-from jobs.losses.functional import LOSSES
+from jobs.losses.functional import LOSSES, class_weights, combined_loss
 from jobs.losses.grammar import parse_loss
 from tests.jobs import oracles
 from tests.jobs.meeting_point import MeetingPoint

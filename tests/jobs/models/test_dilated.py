@@ -181,7 +181,7 @@ def test_a_cell_has_the_same_bits_alone_and_in_a_bundle(alone, also_small):
 def trained_on(group):
     """What two steps change of the weights, in double precision."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dilated, "_pays", lambda x: True)
+        patch.setattr(dilated, "_is_worth_it", lambda x: True)
         torch.set_default_dtype(torch.float64)
         try:
             trainer = trainee_of(a_cell("WDLWCE", DEEPLAB, learning_rate=0.1), group)
@@ -207,7 +207,7 @@ def test_a_cell_that_a_program_with_other_rounding_began_is_marked(streets, tmp_
     grid = grid_of(tmp_path, streets.folder, "CE")
     with monkeypatch.context() as older:
         older.setattr(job_run, "ROUNDING", {"cpu": job_run.ROUNDING["cpu"] - 1})
-        older.setattr(job_run.Run, "decide", lambda job: job_run.Action.STOP)
+        older.setattr(job_run.JobRun, "decide", lambda job: job_run.Action.STOP)
         assert job.main([str(task_of(grid))]) == 0
     assert job.main([str(task_of(grid))]) == 0
     (path,) = grid.run.counts.glob("*.json")

@@ -19,7 +19,7 @@ from jobs import train
 from jobs.models.build import build_head
 from jobs.spec.task import read_task
 from jobs.training.backbone import load_backbone
-from jobs.training.job_run import Run
+from jobs.training.job_run import JobRun
 from pipeline.config.grid_file import Grid
 from pipeline.tracking.survey import survey
 from tests.hpc.storage.test_checkpoint import cut, flip
@@ -216,7 +216,7 @@ def started(grid: Grid, streets, alone) -> tuple:
     task = read_task(task_of(grid))
     backbone = load_backbone(task.cells[0], task.paths, alone)
     inputs = {"data set": streets.fingerprint, "backbone": backbone.sha256}
-    job = Run(task, alone, StopRequest(), inputs)
+    job = JobRun(task, alone, StopRequest(), inputs)
     return job, *train.make_trainers(task, streets, backbone, alone)
 
 
@@ -269,7 +269,7 @@ def where_rank_1_cannot_read(group, task_path: Path, newest: int) -> dict:
     if group.rank == 1:
         checkpoint.Checkpoint.load = load
     backbone = load_backbone(task.cells[0], task.paths, group)
-    job = Run(task, group, StopRequest(), {})
+    job = JobRun(task, group, StopRequest(), {})
     trainers = train.make_trainers(task, Manifest.load(task.data), backbone, group)[1]
     step = job.resume(trainers, backbone.module)
     return {"step": step, "weight": next(trainers[0].network.parameters()).detach()}

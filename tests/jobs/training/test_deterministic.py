@@ -15,7 +15,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from data_prep.settings import VOID
 from jobs.losses import pooling
-from jobs.losses.combine import combined_loss
+from jobs.losses.functional import combined_loss
 from jobs.losses.grammar import parse_loss
 from jobs.metrics.reference import count_image
 from jobs.models.build import Network, build_backbone, build_head, upsample

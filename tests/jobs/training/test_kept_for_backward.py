@@ -10,8 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from jobs.losses import combine
-from jobs.losses.combine import combined_loss
-from jobs.losses.functional import sum_of_powers
+from jobs.losses.functional import combined_loss, sum_of_powers
 from jobs.losses.grammar import parse_loss
 from jobs.models.build import upsample
 from jobs.training import cell_trainer as cell_trainer

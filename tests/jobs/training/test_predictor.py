@@ -90,10 +90,11 @@ def test_a_flipped_bit_of_a_head(head, alone):
 def test_running_statistics_that_are_missing_or_of_another_backbone(head, alone):
     """A head without them labels images as nobody has scored them."""
     moving = a_cell(backbone_batchnorm="train").model_dump(mode="json")
-    assert "holds weights of another network" in refusal(head(cell=moving), alone)
+    lacking = "does not hold the running statistics that its backbone had in training: it holds "
+    assert f"{lacking}none; train it again" in refusal(head(cell=moving), alone)
     other = {"backbone.0.1.running_mean": torch.zeros(16)}
-    assert "holds weights of another network" in refusal(head(cell=moving, backbone=other), alone)
-    assert "holds weights of another network" in refusal(head(backbone=other), alone)
+    assert f"{lacking}those of another" in refusal(head(cell=moving, backbone=other), alone)
+    assert f"{lacking}those of another" in refusal(head(backbone=other), alone)
 
 
 # --- what was scored --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 
 from hpc.distributed.process_group import Group
 from jobs.data.batches import Batch
-from jobs.losses.combine import combined_loss
+from jobs.losses.functional import combined_loss
 from jobs.losses.grammar import KINDS, parse_loss
 from jobs.models.build import _HEADS, Network, build_backbone, build_head, upsample
 from jobs.models.dropout import set_dropout_position

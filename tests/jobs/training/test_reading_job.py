@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from data_prep.shards.manifest import Manifest
 from data_prep.shards.reader import SplitReader
 from hpc.cli import run
 from jobs import train
-from jobs.data.batches import _ORDER
-from jobs.data.transforms import Draw
+from jobs.data.batches import _ORDER, Draw
 from jobs.spec.task import Task, write_task
 from tests.jobs.cells import a_cell
 from tests.jobs.job_processes import jobs
@@ -176,6 +176,14 @@ def test_a_data_set_of_other_settings_is_not_trained_on(tmp_path, outcome, chang
         "one if no grid needs it"
     )
     assert not job.task.paths.checkpoints(job.cell.bundle_key).exists()
+
+
+def test_a_data_set_whose_images_only_moved_is_trained_on(tmp_path, undisturbed):
+    """`pack` then records their new place beside the same shards."""
+    job = Job(tmp_path)
+    replace(job.pack(), origin={**job.task.origin, "root": "/elsewhere"}).save()
+    assert train.main([str(job.file)]) == 0
+    assert_bit_equal(job.head, undisturbed)
 
 
 def test_the_same_on_the_command_line(tmp_path):

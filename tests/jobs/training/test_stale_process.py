@@ -24,7 +24,7 @@ from jobs.pretrain import pretraining_cell, publish_backbone
 from jobs.spec import counts_file
 from jobs.spec.task import Task, read_task
 from jobs.training.backbone import load_backbone
-from jobs.training.job_run import Action, Run
+from jobs.training.job_run import Action, JobRun
 from pipeline.config.grid_file import Grid
 from tests.jobs.job_processes import Job, jobs, tree, until
 from tests.jobs.small_runs import (
@@ -166,10 +166,10 @@ def test_pre_training_that_wakes_up_after_its_successors_end(grid, start):
 
 
 @pytest.fixture
-def two_starts(grid, alone) -> tuple[Run, Task]:
+def two_starts(grid, alone) -> tuple[JobRun, Task]:
     """A start that has a successor and has not noticed yet."""
     task = read_task(task_of(grid))
-    stale, _ = (Run(task, alone, StopRequest(), {}) for _ in range(2))
+    stale, _ = (JobRun(task, alone, StopRequest(), {}) for _ in range(2))
     return stale, task
 
 
@@ -184,7 +184,7 @@ def test_a_stale_start_writes_no_heartbeat_and_gives_up_at_the_next_edge(two_sta
 
 def test_a_heartbeat_that_could_not_be_written_once_is_forgiven_when_the_next_is(grid, alone):
     task = read_task(task_of(grid))
-    job = Run(task, alone, StopRequest(), {})
+    job = JobRun(task, alone, StopRequest(), {})
     task.paths.progress.write_text("a file in the way")
     job.heartbeat("training", 1, 20, force=True)
     task.paths.progress.unlink()
@@ -216,14 +216,14 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
 ):
     task = read_task(task_of(grid))
     backbone = load_backbone(task.cells[0], task.paths, alone)
-    job = Run(task, alone, StopRequest(), {})
+    job = JobRun(task, alone, StopRequest(), {})
     trainers = trainees_of(task, streets, alone)
     counts = [Counts.zeros(len(streets.classes), task.cells[0].protocol.bins)] * len(trainers)
     honest = getattr(module, moment)
 
     def a_successor_starts_then(*arguments):
         result = honest(*arguments)
-        Run(task, alone, StopRequest(), {})
+        JobRun(task, alone, StopRequest(), {})
         return result
 
     monkeypatch.setattr(module, moment, a_successor_starts_then)
@@ -237,7 +237,7 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
 def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, number):
     """Whatever stopped it, on whichever rank: Slurm knows if the job was cancelled."""
     _, task = two_starts
-    newest = Run(task, two_starts[0].group, StopRequest(), {})
+    newest = JobRun(task, two_starts[0].group, StopRequest(), {})
     newest.stop.signal = number
     handed_back = []
     monkeypatch.setattr(slurm_cli, "requeue", handed_back.append)
@@ -260,11 +260,11 @@ def test_a_stale_pre_training_publishes_no_backbone(grid, streets, alone, monkey
     consumer = grid.cells[0]
     task = read_task(task_of(grid, [consumer]))
     trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
-    stale = Run(trained, alone, StopRequest(), {})
+    stale = JobRun(trained, alone, StopRequest(), {})
     (trainer,) = trainees_of(trained, streets, alone)
 
     def successor(path: Path) -> str:
-        Run(trained, alone, StopRequest(), {})
+        JobRun(trained, alone, StopRequest(), {})
         return file_sha256(path)
 
     if moment == "before it writes":
@@ -278,7 +278,7 @@ def test_a_stale_pre_training_publishes_no_backbone(grid, streets, alone, monkey
 
 def test_whose_run_was_deleted_ends_and_does_not_make_it_anew(grid, alone):
     task = read_task(task_of(grid))
-    job = Run(task, alone, StopRequest(), {})
+    job = JobRun(task, alone, StopRequest(), {})
     shutil.rmtree(grid.run.root)
     job.heartbeat("training", 3, 20)
     with pytest.raises(Superseded):

@@ -91,7 +91,7 @@ def heartbeat(disk: Disk, folder: Path, data: Path) -> None:
     with (
         mock.patch.object(job_run, "HEARTBEAT_SECONDS", 0.0),
         mock.patch.object(checkpoint, "save", opening),
-        disk.closed_at(job_run.Run, "heartbeat"),
+        disk.closed_at(job_run.JobRun, "heartbeat"),
     ):
         assert train.main([str(task_of(grid))]) == 0
     assert_all_same(results(grid.run), results(honest.run))
@@ -107,7 +107,7 @@ def failure(disk: Disk, folder: Path, data: Path) -> None:
         return logits.sum() * float("nan")
 
     with mock.patch.object(cell_trainer, "combined_loss", broken):
-        with disk.closed_at(job_run.Run, "give_up"):
+        with disk.closed_at(job_run.JobRun, "give_up"):
             disk.refused(lambda: train.main(task))
         assert not grid.run.failure(grid.cells[0].signature).exists()
         assert train.main(task) == 0
