@@ -1,8 +1,9 @@
-"""Where no weights exist (`weights = "pretrain"`): one whole network, with the plainest head of its
-backbone, is trained with CE under a seed of its own, once a data set and backbone. Its backbone is
-what the cells share.
+"""Pre-train a backbone for `weights = "pretrain"`, once for each data set and backbone.
 
     python -m jobs.pretrain TASK.json
+
+It trains a whole network with CE, the plainest head of the backbone and a seed of its own. The
+cells share its backbone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jobs.models.build import Network
 from jobs.models.memory_format import in_order
 from jobs.spec.cell import Cell, pretraining_cell
 from jobs.spec.task import Task, read_task
-from jobs.train import count, leave, make_trainers, train
+from jobs.train import evaluate_cells, make_trainers, stop_and_requeue, train
 from jobs.training.backbone import load_backbone
 from jobs.training.cell_trainer import CellTrainer
 from jobs.training.job_run import JobRun, require_data
@@ -44,9 +45,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
-    """Train the network of the task's one cell and publish its backbone, or save and return.
-    Nothing happens if that is done already. Return False if jobs that need the backbone must not
-    start: it was stopped, and Slurm does not start it again."""
+    """Train the network of the task's cell and publish its backbone; on a stop, save and return.
+
+    Does nothing if the backbone exists. Returns False if jobs that need the backbone must not
+    start: this job was stopped, and Slurm does not start it again.
+    """
     (consumer,) = task.cells
     backbone = task.paths.backbone(consumer.backbone_key)
     if group.broadcast(backbone.exists() and backbone.with_suffix(".json").exists()):
@@ -64,8 +67,7 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
 def pretrain_on(
     manifest: Manifest, trained: Task, consumer: Cell, group: Group, stop: StopRequest
 ) -> bool:
-    """Train the one cell of `trained`, whose backbone is that of `consumer`. Returns as
-    `pretrain_backbone` does."""
+    """Train the one cell of `trained`, whose backbone `consumer` uses; see `pretrain_backbone`."""
     start = load_backbone(trained.cells[0], trained.paths, group)
     job = JobRun(trained, group, stop, {"data set": manifest.fingerprint})
     _, trainers = make_trainers(trained, manifest, start, group)
@@ -74,17 +76,15 @@ def pretrain_on(
     )
     if trainers[0].failure:
         raise UserError(f"pre-training stopped: {trainers[0].failure}; lower its learning_rate")
-    counts = count(job, trainers, None, manifest, total) if step == total else None
+    counts = evaluate_cells(job, trainers, None, manifest, total) if step == total else None
     if counts is None:
-        requeued = leave(job, step, total)
-        return requeued or not group.is_main
+        return stop_and_requeue(job, step, total) or not group.is_main
     job.on_main(lambda: publish_backbone(job, trainers[0], consumer, manifest, counts[0]))
     job.finish("done", total, total)
     return True
 
 
 def _refuse_failed(trained: Task) -> None:
-    """A start that failed would fail again; its record says why."""
     failure = trained.paths.failure(trained.cells[0].signature)
     if failure.exists():
         raise UserError(
@@ -96,8 +96,10 @@ def _refuse_failed(trained: Task) -> None:
 def publish_backbone(
     job: JobRun, trainer: CellTrainer, consumer: Cell, manifest: Manifest, counts: Counts | None
 ) -> None:
-    """The backbone's weights under torchvision's names, and a record of how good they are; rank 0
-    writes them."""
+    """Write the backbone's weights under torchvision's names, and a record of their scores.
+
+    Only rank 0 calls it.
+    """
     path = job.task.paths.backbone(consumer.backbone_key)
     assert isinstance(trainer.network, Network)
     check = job.generation.check

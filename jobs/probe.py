@@ -1,9 +1,10 @@
-"""A job that trains nothing: what `pipeline.doctor` starts to hear what the nodes are like.
+"""The probe job of `pipeline.doctor`: collect facts about the nodes, without training.
 
-    python -m jobs.probe PLAN.json train     ranks as training starts them
-    python -m jobs.probe PLAN.json reduce    ranks as the reduction starts them, over MPI
+    python -m jobs.probe PLAN.json train     start ranks as training does
+    python -m jobs.probe PLAN.json reduce    start ranks as the reduction does, over MPI
 
-Each rank leaves its facts beside the plan."""
+Each rank writes its facts beside PLAN.json.
+"""
 
 from __future__ import annotations
 
@@ -31,45 +32,49 @@ PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit", "isal
 SOURCES = tuple(
     Path(__file__).parents[1] / name for name in ("hpc", "data_prep", "jobs", "pipeline")
 )
-_NUMBERS = 1 << 20  # float32 that ranks add up
+_NUMBERS = 1 << 20  # float32 values that the ranks add up
 
 
 def main(argv: Sequence[str]) -> int:
-    """Leave what this rank sees; a rank that cannot join the others ends them."""
+    """Write the facts of this rank. Return 1, which ends the job, if it cannot join the others."""
     parser = argument_parser("python -m jobs.probe", __doc__)
-    parser.add_argument("plan", type=Path, help="what to look at")
+    parser.add_argument("request", type=Path, metavar="PLAN.json", help="the facts to collect")
     parser.add_argument("launch", choices=("train", "reduce"))
     arguments = parser.parse_args(argv)
     env = read_env()
-    facts = Facts(arguments.plan.parent, arguments.launch, env)
+    folder = arguments.request.parent
+    facts = Facts(folder, arguments.launch, env)
     if arguments.launch == "reduce":
         return 0 if facts.note("world", _mpi_world) else 1
-    plan = read_json(arguments.plan)
-    look_around(plan, arguments.plan.parent, env, facts)
+    note_node(read_json(arguments.request), folder, env, facts)
     joined = facts.note("device", lambda: _device(env)) and facts.note(
-        "met", lambda: _meet(env, arguments.plan.parent / "rendezvous")
+        "met", lambda: _meet(env, folder / "rendezvous")
     )
     return 0 if joined else 1
 
 
-def look_around(plan: dict[str, Any], folder: Path, env: RankEnv, facts: Facts) -> None:
-    """What a rank can tell alone. `plan` names `files`, data sets' folders (`data`) and
-    `node_local`."""
-    if env.local_rank == 0:  # one process speaks for a node
+def note_node(request: dict[str, Any], folder: Path, env: RankEnv, facts: Facts) -> None:
+    """Note the facts that a rank can find alone.
+
+    Args:
+        request: names `files`, folders of data sets (`data`), and the folder `node_local`.
+        folder: a folder that the nodes and the login node share.
+    """
+    if env.local_rank == 0:  # once for each node
         facts.note("clock", lambda: meet_login_node(folder, "train", env.rank))
         facts.note("interfaces", network_interfaces)
         facts.note("versions", lambda: versions(PACKAGES, SOURCES))
-        facts.note("files", lambda: sizes(plan["files"]))
-        if plan["node_local"]:
-            facts.note("room", lambda: room(plan["node_local"]))
+        facts.note("files", lambda: sizes(request["files"]))
+        if request["node_local"]:
+            facts.note("room", lambda: room(request["node_local"]))
     if env.rank == 0:
         facts.note("bytes_per_second", lambda: bytes_per_second(folder))
-    facts.note("damaged", lambda: [line for data in plan["data"] for line in _damaged(data, env)])
+    facts.note("damaged", lambda: [line for d in request["data"] for line in _damaged(d, env)])
 
 
 def _damaged(data: str, env: RankEnv) -> list[str]:
-    """What is damaged of a packed data set, in this rank's share of its shards."""
-    from data_prep.verify import verify  # HDF5; after the light facts
+    """Return a line for each damaged sample in this rank's share of the shards of a data set."""
+    from data_prep.verify import verify  # loads HDF5, so it comes after the light facts
 
     manifest = Manifest.load(data)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]
@@ -82,7 +87,7 @@ def _damaged(data: str, env: RankEnv) -> list[str]:
 
 
 def _device(env: RankEnv) -> dict[str, Any]:
-    """The GPU of this rank, or `cpu`, and how many it sees."""
+    """Return the name of this rank's GPU, or `cpu`, and the number of GPUs it sees."""
     import torch
 
     from hpc.distributed.process_group import own_device
@@ -97,21 +102,21 @@ def _device(env: RankEnv) -> dict[str, Any]:
 
 
 def _meet(env: RankEnv, rendezvous: Path) -> dict[str, float]:
-    """The sum of all ranks' numbers from 1 on, by the group that training uses, and its seconds."""
+    """Return the sum of rank + 1 over all ranks, by training's process group, and its seconds."""
     import torch
 
     from hpc.distributed.process_group import process_group
 
     with process_group(env, rendezvous) as group:
         mine = torch.full((_NUMBERS,), env.rank + 1.0, device=group.device)
-        group.sum(mine)  # connects them
+        group.sum(mine)  # connects the ranks
         begin = time.perf_counter()
         total = float(group.sum(mine).mean())
         return {"sum": total, "seconds": time.perf_counter() - begin}
 
 
 def _mpi_world() -> int:
-    """How many ranks MPI sees, once they have all met."""
+    """Return the number of MPI ranks, after all have taken part in a collective."""
     from hpc.distributed.mpi import world
 
     ranks = world()

@@ -1,9 +1,10 @@
-"""The main job: train one bundle of cells and leave their counts. Read this file first.
+"""The main job: train the cells of one bundle and write their counts. Read this file first.
 
-    python -m jobs.train TASK.json          one rank; under srun, torchrun or mpiexec, many
+    python -m jobs.train TASK.json          one rank; many under srun, torchrun or mpiexec
 
-The frozen backbone runs once a step for all cells; each head runs its own forward and backward
-pass on its features. Resuming is what happens when a checkpoint is there.
+Functions stand in the order in which they run. In each step the frozen backbone runs once for all
+cells, and each head runs its own forward and backward pass on the features. A job resumes if it
+finds a checkpoint.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     """Train the cells of a task file."""
     parser = argument_parser("python -m jobs.train", __doc__)
     parser.add_argument("task", type=Path, help="a task file of a run directory")
-    parser.add_argument("--profile", action="store_true", help="measure how long each part takes")
+    parser.add_argument("--profile", action="store_true", help="measure the time of each part")
     arguments = parser.parse_args(argv)
     task = read_task(arguments.task, "bundle")
     if arguments.profile:
@@ -59,8 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
-    """Train, evaluate and publish the cells of `task`, or save them and return if asked to stop.
-    Those that are done already are left out."""
+    """Train, evaluate and publish the unfinished cells of `task`; on a stop, save and return."""
     task = unfinished(task, group)
     if task.cells:
         with local_shards(task.data, task.node_local) as manifest:
@@ -68,26 +68,8 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
             train_on(manifest, task, group, stop)
 
 
-def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) -> None:
-    """`train_bundle` on the data set of `manifest`."""
-    backbone = load_backbone(task.cells[0], task.paths, group)
-    inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
-    job = JobRun(task, group, stop, inputs)
-    frozen, trainers = make_trainers(task, manifest, backbone, group)
-    step, total = job.resume(trainers, frozen), 0
-
-    step, total = train(job, trainers, frozen, SplitReader(manifest, "train"), step)
-    counts = count(job, trainers, frozen, manifest, total) if step == total else None
-    if counts is None:
-        leave(job, step, total)
-        return
-    job.on_main(lambda: publish(job, trainers, counts, manifest, backbone))
-    job.finish("done", total, total)
-
-
 def unfinished(task: Task, group: Group) -> Task:
-    """`task` with only those of its cells that no job has finished. A person may run an old script
-    again; what is done must not be trained anew."""
+    """Return `task` without finished cells, so that rerunning an old script is safe."""
     done = group.broadcast(counted_cells(task.paths.counts) if group.is_main else None)
     cells = tuple(cell for cell in task.cells if cell.signature not in done)
     if group.is_main and len(cells) < len(task.cells):
@@ -97,10 +79,27 @@ def unfinished(task: Task, group: Group) -> Task:
     return task.model_copy(update={"cells": cells})
 
 
+def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) -> None:
+    """Do the work of `train_bundle` on the data set of `manifest`."""
+    backbone = load_backbone(task.cells[0], task.paths, group)
+    inputs = {"data set": manifest.fingerprint, "backbone": backbone.sha256}
+    job = JobRun(task, group, stop, inputs)
+    frozen, trainers = make_trainers(task, manifest, backbone, group)
+    start = job.resume(trainers, frozen)
+
+    step, total = train(job, trainers, frozen, SplitReader(manifest, "train"), start)
+    counts = evaluate_cells(job, trainers, frozen, manifest, total) if step == total else None
+    if counts is None:
+        stop_and_requeue(job, step, total)
+        return
+    job.on_main(lambda: publish(job, trainers, counts, manifest, backbone))
+    job.finish("done", total, total)
+
+
 def make_trainers(
     task: Task, manifest: Manifest, backbone: LoadedBackbone, group: Group
 ) -> tuple[Backbone | None, list[CellTrainer]]:
-    """The frozen backbone, if it is frozen, and a trainer for every cell that has not failed."""
+    """Return the backbone if it is frozen, else None, and a trainer for each cell not failed."""
     whole = task.cells[0].protocol.train == "all"
     if not whole:
         freeze(backbone.module, task.cells[0])
@@ -122,8 +121,10 @@ def train(
     reader: SplitReader,
     start: int,
 ) -> tuple[int, int]:
-    """Train from step `start` to the end or to a stop. Returns the steps done and their total;
-    the last state is in a checkpoint."""
+    """Train from step `start` to the end or to a stop; the last state is in a checkpoint.
+
+    Returns (steps done, total steps). If all cells have failed, training is at its end.
+    """
     cell, group = job.task.cells[0], job.group
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
     total = cell.protocol.epochs * batches.steps_per_epoch
@@ -132,7 +133,7 @@ def train(
     if cell.protocol.profile:
         group.watch.start()
     step = start
-    # closed on an error too, whose traceback would keep the loader processes alive
+    # close on errors too: a traceback would keep the loader processes alive
     with closing(load_steps(batches, start, total, cell.protocol.workers)) as items:
         batch = job.fetch(items)
         job.raise_trouble()
@@ -148,7 +149,7 @@ def train(
                 if trainer.failure:
                     job.on_main(partial(job.give_up, trainer, step))
             step += 1
-            batch = job.fetch(items)  # before they decide: one rank's bad sample ends all of them
+            batch = job.fetch(items)  # before `decide`, which reports a damaged sample to all ranks
             action = job.decide()
             if action is not Action.GO_ON or step == total:
                 job.save(step, still_training(trainers), backbone)
@@ -161,13 +162,16 @@ def train(
 
 
 def still_training(trainers: Sequence[CellTrainer]) -> list[CellTrainer]:
-    """The cells that have not failed."""
+    """Return the trainers of the cells that have not failed."""
     return [trainer for trainer in trainers if trainer.failure is None]
 
 
 def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Group) -> Features:
-    """What the trainers take: the frozen backbone's output for uint8 images [b, 3, h, w], without
-    a gradient; or, where the whole network trains, the normalised images themselves."""
+    """Return the input of the trainers for uint8 images [b, 3, h, w].
+
+    It is the output of the frozen backbone, without a gradient. If the whole network trains, it is
+    the normalised images.
+    """
     inputs = normalise(images)
     if backbone is None:
         return inputs
@@ -176,14 +180,17 @@ def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Grou
         return found
 
 
-def count(
+def evaluate_cells(
     job: JobRun,
     trainers: Sequence[CellTrainer],
     backbone: Backbone | None,
     manifest: Manifest,
     total: int,
 ) -> list[Counts | None] | None:
-    """The counts of the cells that still train, or None if asked to stop."""
+    """Return the counts of the cells that have not failed, or None on a stop.
+
+    The counts of a cell are None if its logits are not all finite.
+    """
     active = still_training(trainers)
     for module in [backbone, *(trainer.network for trainer in active)]:
         if module is not None:
@@ -213,8 +220,10 @@ def publish(
     manifest: Manifest,
     backbone: LoadedBackbone,
 ) -> None:
-    """Leave heads and counts, which make the cells done, and remove their checkpoints; rank 0
-    does it."""
+    """Write heads and counts, which make the cells done, and remove their checkpoints.
+
+    Only rank 0 calls it.
+    """
     paths, finished = job.task.paths, []
     for trainer, cell_counts in zip(still_training(trainers), counts, strict=True):
         if cell_counts is None:
@@ -240,8 +249,10 @@ def publish(
 def save_head(
     job: JobRun, trainer: CellTrainer, manifest: Manifest, backbone: LoadedBackbone
 ) -> None:
-    """Write what training changed of a cell as a file that loads with `weights_only=True`: the
-    weights of its head or network, and the running statistics of a frozen backbone that moved."""
+    """Write the head of a cell, or its network, as a file that loads with `weights_only=True`.
+
+    It includes the running statistics of a frozen backbone if training moved them.
+    """
     content = {
         "cell": trainer.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
@@ -253,18 +264,17 @@ def save_head(
     checkpoint.write_tensors(path, content, job.generation.check)
 
 
-def leave(job: JobRun, step: int, total: int) -> bool:
-    """Hand a job that was stopped, and has saved all, back to Slurm. Return True on rank 0 if Slurm
-    starts it again; False on other ranks."""
+def stop_and_requeue(job: JobRun, step: int, total: int) -> bool:
+    """Requeue a job that has stopped and saved. Return True on rank 0 if Slurm starts it again."""
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
     job.log(f"stopped by {name} after step {step} of {total}; run grid again to resume")
-    # also a preempted job, which Slurm requeues only if it has not ended before its grace does; one
-    # that was cancelled is refused
+    # also after a preemption: Slurm requeues only jobs that are still there when their grace time
+    # ends; it refuses a cancelled job
     if job.group.is_main:
         try:
             return requeue(job.group.env)
-        except UserError as error:  # in an interactive allocation, for one
+        except UserError as error:  # for example in an interactive allocation
             job.log(f"warning: not requeued: {error}")
     return False
 

@@ -1,4 +1,4 @@
-"""Kernels for the CPU: compiled where they are defined, kept for the next process."""
+"""Compile numba kernels when they are defined, and cache them for the next process."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from numba import types as numba_types
 
 T = TypeVar("T")
 
-types: Any = numba_types  # it makes its types as it runs
+types: Any = numba_types  # numba creates its types at run time, so mypy does not know them
 
 
-# Python's global lock is not held; x / 0 is infinite instead of an error, whose branch would keep
-# loops from becoming vectors
-_HOW: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# Kernels release Python's global lock. x / 0 is infinite instead of an error, whose branch would
+# prevent vectorisation.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def compiled(signature: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Compile a function now, or take what an earlier process has compiled and kept. Where nothing
-    can be kept, on a full disk or without a home, or what was is damaged, each process compiles for
-    itself. The kernel runs beside other threads of Python."""
+    """Return a decorator that compiles a function now, or loads it from numba's cache on disk.
+
+    Without a usable cache (full disk, no home, damaged files) each process compiles for itself.
+    The kernel releases Python's global lock.
+    """
 
     def decorated(function: Callable[..., T]) -> Callable[..., T]:
         try:
-            return njit(signature, cache=True, **_HOW)(function)
-        except Exception:  # what was kept may be cut short too, and raises what it likes
-            return njit(signature, **_HOW)(function)
+            return njit(signature, cache=True, **_OPTIONS)(function)
+        except Exception:  # a damaged cache raises any exception
+            return njit(signature, **_OPTIONS)(function)
 
     return decorated

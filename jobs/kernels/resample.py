@@ -1,10 +1,9 @@
-"""Resizes only the window of an image that survives a crop, to the very bytes that Pillow gives
-when it resizes the whole image, which is then cropped.
+"""Resize only the window of an image that a crop shows, with the bytes of Pillow.
 
-Pillow (`Resample.c`) resizes one axis, rounds to uint8, and then the other, with integer weights of
-22 fractional bits. Its `resize(box=...)` is not the same: it places the weights anew. Here the
-weights are those of the whole image, but only pixels of the window are computed, from only the rows
-of the image that they depend on.
+The result equals that of Pillow for the whole image, cropped. Pillow (`Resample.c`) resizes one
+axis, rounds to uint8, and then resizes the other, with integer weights of 22 fractional bits. Its
+`resize(box=...)` differs, because it computes other weights. Here the weights are those of the
+whole image, but only pixels of the window are computed, from the rows that they depend on.
 """
 
 from __future__ import annotations
@@ -21,12 +20,14 @@ from jobs.kernels.numba_compile import compiled, types
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 
-_BITS = 22  # PRECISION_BITS of Resample.c: 32 less 8 of a value less 2 of overshoot
+_BITS = 22  # PRECISION_BITS of Resample.c: 32 - 8 of a value - 2 of overshoot
 
 
 class Span(NamedTuple):
-    """The part [start, stop) of one axis of an image that was resized from `length` to `resized`
-    pixels; seen from its end if it is `mirrored`."""
+    """The part [start, stop) of an axis that is resized from `length` to `resized` pixels.
+
+    If `mirrored`, the window shows the part in reverse order.
+    """
 
     length: int
     resized: int
@@ -36,8 +37,13 @@ class Span(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Of each pixel along an axis of a window: the first pixel that it depends on, int32 [n]; the
-    weights of that one and those that follow, int32 [n, taps]; the nearest pixel, int32 [n]."""
+    """The source pixels of the n pixels along an axis of a window.
+
+    Attributes:
+        first: the first source pixel that each pixel depends on, int32 [n].
+        weights: weights of this source pixel and the next ones, int32 [n, taps].
+        nearest: the nearest source pixel, int32 [n].
+    """
 
     first: Ints
     weights: Ints
@@ -45,42 +51,43 @@ class Axis(NamedTuple):
 
     @classmethod
     def of(cls, span: Span) -> Axis:
-        """That of a window which shows `span`."""
+        """Return the axis of a window that shows `span`."""
         first, weights = _bilinear(*span)
         return cls(first, weights, _nearest(*span))
 
     @property
-    def needed(self) -> tuple[int, int]:
-        """The pixels [first, stop) that its own depend on."""
+    def source(self) -> tuple[int, int]:
+        """Return the range [first, stop) of source pixels that its pixels depend on."""
         return (
             min(int(self.first.min()), int(self.nearest.min())),
             max(int(self.first.max()) + self.weights.shape[1], int(self.nearest.max()) + 1),
         )
 
     def counted_from(self, start: int) -> Axis:
-        """The same where only the pixels from `start` on are there."""
+        """Return the axis for a source that begins at the source pixel `start`."""
         return Axis(self.first - np.int32(start), self.weights, self.nearest - np.int32(start))
 
 
 class Window:
-    """What a crop shows of a resized image: two spans of its axes."""
+    """The part of a resized image that a crop shows: the spans of its two axes."""
 
     def __init__(self, rows: Span, columns: Span) -> None:
         self.shape = (rows.stop - rows.start, columns.stop - columns.start)
         self.rows, self.columns = Axis.of(rows), Axis.of(columns)
         lost = rows.length - rows.resized, columns.length - columns.resized
-        self.rows_first = lost[0] > max(0, 2 * lost[1])  # found in Pillow 13, which names no rule
+        self.rows_first = lost[0] > max(0, 2 * lost[1])  # as Pillow 13 does, without documenting it
 
     @cached_property
     def source_rows(self) -> tuple[int, int]:
-        """The rows [first, stop) of the image, as it was before the resize, that are needed."""
-        return self.rows.needed
+        """Return the range [first, stop) of rows of the image before the resize that it needs."""
+        return self.rows.source
 
     def of_image(self, image: Bytes, window: Bytes | None = None) -> Bytes:
-        """The window of the image, resized bilinearly with antialiasing, uint8 [3, h, w]: the
-        contiguous array `window`, whatever it held, or a new one.
+        """Return the window of the image, resized bilinearly with antialiasing, uint8 [3, h, w].
 
-        image: its `source_rows`, contiguous uint8 [rows, W, 3].
+        Args:
+            image: the `source_rows` of the image, contiguous uint8 [rows, W, 3].
+            window: contiguous array to overwrite and return; None makes a new one.
         """
         down, across = self.rows.counted_from(self.source_rows[0])[:2], self.columns[:2]
         num_rows, num_columns = self.shape
@@ -98,10 +105,11 @@ class Window:
         return window
 
     def of_label(self, label: Bytes, window: Bytes | None = None) -> Bytes:
-        """The window of the label map, resized to the nearest neighbour, uint8 [h, w], as
-        `of_image` has it.
+        """Return the window of the label map, resized by nearest neighbour, uint8 [h, w].
 
-        label: its `source_rows`, contiguous uint8 [rows, W].
+        Args:
+            label: the `source_rows` of the label map, contiguous uint8 [rows, W].
+            window: contiguous array to overwrite and return; None makes a new one.
         """
         if window is None:
             window = np.empty(self.shape, np.uint8)
@@ -110,7 +118,7 @@ class Window:
         return window
 
 
-_READ = types.Array(types.uint8, 2, "C", readonly=True)  # one that may be written to fits too
+_READ = types.Array(types.uint8, 2, "C", readonly=True)  # accepts writable arrays too
 _PLANES = types.Array(types.uint8, 3, "C", readonly=True)
 _WRITTEN, _FIRST, _WEIGHTS = types.uint8[:, :, ::1], types.int32[::1], types.int32[:, ::1]
 _SPAN = (types.int64, types.int64, types.int64, types.int64, types.boolean)
@@ -120,8 +128,7 @@ _SPAN = (types.int64, types.int64, types.int64, types.int64, types.boolean)
 def _bilinear(
     length: int, resized: int, start: int, stop: int, mirrored: bool
 ) -> tuple[Ints, Ints]:
-    """Of each pixel of a span: the first pixel it depends on, and the weights of that one and
-    those that follow."""
+    """Return `first` and `weights` of an `Axis`."""
     count, scale = stop - start, length / resized
     support = max(scale, 1.0)
     first, num_taps = np.empty(count, np.int32), np.empty(count, np.int32)
@@ -133,14 +140,14 @@ def _bilinear(
     weights, real = np.zeros((count, most), np.int32), np.empty(most)
     for i in range(count):
         place = stop - 1 - i if mirrored else start + i
-        if resized == length:  # such an axis stays as it is
+        if resized == length:  # this axis is not resized
             first[i], weights[i, 0] = place, 1 << _BITS
             continue
         centre, total = (place + 0.5) * scale, 0.0
         for k in range(num_taps[i]):
             real[k] = max(0.0, 1.0 - abs((k + first[i] - centre + 0.5) * (1.0 / support)))
             total += real[k]
-        shift = max(0, first[i] + most - length)  # so that all taps lie in the image
+        shift = max(0, first[i] + most - length)  # keeps all taps inside the image
         first[i] -= shift
         for k in range(num_taps[i]):
             weights[i, shift + k] = int(0.5 + real[k] / total * (1 << _BITS))
@@ -149,11 +156,11 @@ def _bilinear(
 
 @compiled(_FIRST(*_SPAN))
 def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -> Ints:
-    """The pixel that each pixel of a span shows."""
+    """Return `nearest` of an `Axis`."""
     scale = length / resized
     nearest = np.empty(stop - start, np.int32)
     place = 0.5 * scale
-    for i in range(stop):  # added up step by step, whose rounding a product would not have
+    for i in range(stop):  # Pillow adds up step by step, and a product would round otherwise
         if i >= start:
             nearest[stop - 1 - i if mirrored else i - start] = int(place)
         place += scale
@@ -164,7 +171,7 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
 def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
     column = columns.astype(np.uint32)
     for y in range(rows.size):
-        if y > 0 and rows[y] == rows[y - 1]:  # often, where rows are enlarged
+        if y > 0 and rows[y] == rows[y - 1]:  # frequent if rows are enlarged
             window[y] = window[y - 1]
             continue
         line = label[rows[y]]
@@ -172,9 +179,9 @@ def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
             window[y, x] = line[column[x]]
 
 
-# What follows runs on vectors: an image's row of bytes is first packed to one integer a pixel, so
-# that a tap fetches a pixel with one load, apart from the arithmetic. All numbers are unsigned:
-# numba looks for negative indices otherwise, and takes 64 bits where 32 are enough.
+# LLVM vectorises the functions below. A row of bytes is first packed to one integer for each pixel,
+# so that a tap loads a whole pixel, apart from the arithmetic. All numbers are unsigned, because
+# numba would handle negative indices otherwise, and use 64 bits instead of 32.
 _ROUNDED_UP, _SHIFT, _MOST = np.uint32(1 << (_BITS - 1)), np.uint32(_BITS), np.uint32(255)
 _ONE, _TWO, _THREE, _BYTE, _TWO_BYTES = (np.uint32(number) for number in (1, 2, 3, 8, 16))
 
@@ -241,7 +248,7 @@ def _resize_rows(planes: Bytes, first: Ints, weights: Ints, window: Bytes) -> No
     for plane in range(planes.shape[0]):
         for y in range(num_rows):
             lines = planes[plane, first[y] : first[y] + num_taps]
-            if num_taps == 2:  # whenever rows are enlarged
+            if num_taps == 2:  # always if rows are enlarged
                 _blend(lines[0], lines[1], weights[y], window[plane, y])
                 continue
             sums[:] = _ROUNDED_UP

@@ -1,5 +1,4 @@
-"""The backbone that a bundle shares: which weights it has, and their hash; and what its heads start
-from, where that is not random."""
+"""Load the backbone of a bundle, its weights and their hash, and the first weights of heads."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 from jobs.spec.run_paths import RunPaths
 
-# What of a weights file is left out, by weights; a file of one's own may hold any of it. The rest
-# must be the network's, name by name.
-_LEFT_OUT = {
+# Prefixes of a weights file that are ignored, by the setting `weights`; for a user's own file they
+# are those of `_ANY_HEAD`. All other names must match the network.
+_IGNORED = {
     "imagenet": ("fc.", "classifier."),
     "coco": ("classifier.", "aux_classifier."),
     PRE_FINE: ("aux_classifier.",),
@@ -35,9 +34,14 @@ _HEAD = "classifier."
 
 
 class LoadedBackbone(NamedTuple):
-    """A backbone on its device, and of the file its weights came from: its SHA-256 ("" for random
-    ones, which are a function of the seed), its path, and what heads start from, if not from
-    random weights."""
+    """A backbone on its device, and the file of its weights.
+
+    Attributes:
+        module: the backbone.
+        sha256: hash of the file; "" for random weights, which are a function of the seed.
+        path: the file; None for random weights.
+        head: the first weights of heads; None if they are random.
+    """
 
     module: Backbone
     sha256: str
@@ -46,8 +50,10 @@ class LoadedBackbone(NamedTuple):
 
 
 def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
-    """The backbone of `cell` with the weights its protocol names; with pre-fine, these have a head
-    too. Raises `UserError` if their file is missing, damaged or of another network."""
+    """Return the backbone of `cell` with the weights of its protocol; pre-fine has a head too.
+
+    Raises `UserError` if the weights file is missing, damaged or of another network.
+    """
     protocol = cell.protocol
     name = MODELS[cell.model].backbone
     backbone = build_backbone(name, cell.seed, protocol.batchnorm_momentum, group.process_group)
@@ -64,15 +70,20 @@ def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
 
 
 def start_head(head: nn.Module, loaded: LoadedBackbone) -> None:
-    """Give `head` the weights that came with the backbone, if any did. Raises `UserError` if they
-    are of another head, or of other classes."""
+    """Load the head's weights from the weights file, if it has any.
+
+    Raises `UserError` if they belong to another head or to other classes.
+    """
     if loaded.head is not None:
         assert loaded.path is not None
         load_exactly(head, loaded.head, loaded.path, _HEAD)
 
 
 def weights_file(cell: Cell, paths: RunPaths) -> Path:
-    """The file that holds the weights of the cell's backbone; a pre-trained one is checked."""
+    """Return the file of the weights of the cell's backbone, after comparing its hash.
+
+    A user's own file has no hash to compare. Raises `UserError` if it is missing or damaged.
+    """
     weights = cell.protocol.weights
     if weights not in WITHOUT_FILE:
         path = require_weights(weights, cell.model)
@@ -89,31 +100,31 @@ def weights_file(cell: Cell, paths: RunPaths) -> Path:
 
 
 def freeze(backbone: Backbone, cell: Cell) -> None:
-    """No gradient runs through a frozen backbone; its batch norm uses running statistics, or, with
-    `backbone_batchnorm = "train"`, those of the batch."""
+    """Freeze the backbone; `backbone_batchnorm` decides the mode of its batch norm."""
     backbone.requires_grad_(False)
     backbone.train(cell.protocol.backbone_batchnorm == "train")
 
 
 def moving_buffers(backbone: nn.Module | None, protocol: Protocol) -> dict[str, Tensor]:
-    """Return the running statistics of a frozen backbone that training moves; nothing if it leaves
-    them as they are, or if they belong to a network that trains as a whole."""
+    """Return the running statistics of a frozen backbone if training moves them, else nothing."""
     if backbone is None or protocol.train == "all" or protocol.backbone_batchnorm == "eval":
         return {}
     return dict(backbone.named_buffers())
 
 
 def read_weights(path: Path, weights: str) -> dict[str, Tensor]:
-    """The tensors of a weights file by torchvision's names in a segmentation model: that of such a
-    model, as torchvision and we save them, or of a classifier. What `weights` leaves out is left
-    out. Raises `UserError` if it is not a file of tensors."""
+    """Return the tensors of a weights file by torchvision's names in a segmentation model.
+
+    The file can belong to a segmentation model or to a classifier. The names that `weights` ignores
+    are left out. Raises `UserError` if it is not a file of tensors.
+    """
     try:
         state = read_tensors(path)
         if not any(isinstance(tensor, Tensor) for tensor in state.values()):
             raise TypeError("none is a tensor")
-        left_out = _LEFT_OUT.get(weights, _ANY_HEAD)
-        kept = {name: state[name] for name in state if not name.startswith(left_out)}
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+        ignored = _IGNORED.get(weights, _ANY_HEAD)
+        kept = {name: state[name] for name in state if not name.startswith(ignored)}
+    except Exception as error:  # torch raises many types for a file of another format
         raise UserError(
             f"{path} is not a file of weights: reading it gave {type(error).__name__}; give "
             "a state dict that torch.save wrote"
@@ -126,10 +137,13 @@ def read_weights(path: Path, weights: str) -> dict[str, Tensor]:
 def load_exactly(
     module: nn.Module, found: Mapping[str, Tensor], path: Path, prefix: str = ""
 ) -> None:
-    """Load into `module` what `path` holds for it. Raises `UserError` if a tensor is missing, has
-    another shape, or is not one of the module's; `prefix` precedes the names in the file."""
+    """Load the tensors `found` in the file `path` into `module`, name by name.
+
+    Raises `UserError` if a tensor is missing, unexpected, of another shape, or not finite. `prefix`
+    precedes the names in the file.
+    """
     expected = module.state_dict()
-    # torchvision's ImageNet files are older than this counter, and nothing reads it
+    # torchvision's ImageNet files lack this counter, and nothing reads it
     counters = {n: expected[n] for n in expected if n.endswith("num_batches_tracked")}
     state = {**counters, **found}
     other = "are these weights of another network?"
@@ -150,8 +164,8 @@ def load_exactly(
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, of tensors and plain values; raises nearly any exception."""
-    # torch compares no checksum: flipped bits would just be other weights
+    """Read tensors and plain values that `torch.save` wrote; raises nearly any exception."""
+    # torch does not compare the checksums of the archive
     if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
         raise zipfile.BadZipFile(f"the checksum of {bad} does not fit")
     return torch.load(path, map_location="cpu", weights_only=True)

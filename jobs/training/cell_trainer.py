@@ -1,4 +1,4 @@
-"""One cell in training: its network, optimiser, loss, and the step that updates it."""
+"""Train one cell: its network, loss and optimiser, and the step that updates the weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from jobs.spec.protocol import Protocol
 
 
 class CellTrainer:
-    """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network on
-    images. State is the network's, the momentum and the gradient scaler's; the rest is a function
-    of the step."""
+    """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network.
+
+    The state is that of the network, the momentum and the gradient scaler; everything else is a
+    function of the step.
+    """
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class CellTrainer:
             weight_decay=protocol.weight_decay,
         )
         if protocol.momentum:
-            # in the first step it would come to lie among activations, and leave holes behind them
+            # allocated in the first step, it would fragment the memory of activations
             for parameter in self.network.parameters():
                 self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._half = half_precision(protocol, group)
@@ -120,8 +122,7 @@ class CellTrainer:
             self._scaler.update()
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes: tensors, wherever it was in the order of their indices,
-        and plain values."""
+        """Return everything that a step changes, as contiguous tensors and plain values."""
         momentum = self._optimizer.state_dict()["state"]
         return {
             "network": in_order(self.network.state_dict()),
@@ -130,18 +131,22 @@ class CellTrainer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a state that `state` gave."""
+        """Load a state that `state` returned."""
         self.network.load_state_dict(state["network"])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-        for parameter, one in self._optimizer.state.items():  # laid out as it was
+        for parameter, one in self._optimizer.state.items():  # contiguous in files
             one.update({n: alike(t, parameter) for n, t in one.items() if t is not None})
-        if state["scaler"]:  # none if it was saved where there was no mixed precision
+        if state["scaler"]:  # empty if it was saved without mixed precision
             self._scaler.load_state_dict(state["scaler"])
 
     def state_matches(self, state: Any, buffers: Mapping[str, Tensor]) -> bool:
-        """Whether `state` is one that `state` gave of a cell like this one, with the `buffers` of
-        its frozen backbone that move."""
+        """Return True if `state` has the entries, shapes and dtypes of this cell's state.
+
+        Args:
+            state: what a checkpoint holds, possibly of another program.
+            buffers: the running statistics of the frozen backbone that training moves.
+        """
         parameters = list(self.network.parameters())
         try:
             momentum = {i: one["momentum_buffer"] for i, one in state["momentum"].items()}
@@ -159,38 +164,42 @@ class CellTrainer:
 
 
 def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of each tensor of a state. Raises `AttributeError` if it is none."""
+    """Return shape and dtype of each tensor. Raises `AttributeError` if one is no tensor."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def learning_rate(protocol: Protocol, step: int, total: int) -> float:
-    """The rate of optimiser step `step`, the first being 0: (1 - i/I), linear, or to a power."""
+    """Return the learning rate of step i = `step` of I = `total`, from 0: (1 - i/I)^power."""
     power = 1.0 if protocol.decay == "linear" else protocol.decay_power
     return protocol.learning_rate * (1 - step / total) ** power
 
 
 def is_mixed(protocol: Protocol, group: Group) -> bool:
-    """Whether fp16 with a gradient scaler is used: where the protocol asks for it and there is a
-    GPU. A processor computes in fp32; the provenance records which it was."""
+    """Return True for fp16 with a gradient scaler: `precision = "mixed"` on a GPU.
+
+    A CPU computes in fp32 instead. The provenance records which it was.
+    """
     return protocol.precision == "mixed" and group.device.type == "cuda"
 
 
 def half_precision(protocol: Protocol, group: Group) -> torch.dtype | None:
-    """What training computes its networks in where it is not fp32. Raises `UserError` on a GPU
-    that has no bf16; every processor has it, if slowly."""
+    """Return the half-precision dtype of training, or None for fp32.
+
+    Raises `UserError` on a GPU without bf16. Every CPU has bf16, some of them slowly.
+    """
     if protocol.precision != "bf16":
         return torch.float16 if is_mixed(protocol, group) else None
     on_gpu = group.device.type == "cuda"
     if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
             f'{torch.cuda.get_device_name(group.device)} has no bf16; set precision = "mixed" '
-            "(fp16) in [protocol], or ask for newer GPUs in the profile"
+            "(fp16) in [protocol], or ask for newer GPUs in the cluster profile"
         )
     return torch.bfloat16
 
 
 def autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
-    """The block in which a network computes in `half`, or as it is."""
+    """Return the context in which networks compute in `half`; None leaves them in fp32."""
     return torch.autocast(device.type, half or torch.float16, enabled=half is not None)
 
 

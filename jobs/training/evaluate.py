@@ -1,5 +1,7 @@
-"""Counts of every cell of a bundle over the validation shards: one image a forward pass, image i on
-rank i mod world_size, none padded or repeated."""
+"""Evaluate every cell of a bundle on the validation shards, one image for each forward pass.
+
+Rank i mod world_size evaluates image i. No image is padded or repeated.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,19 @@ def evaluate(
     stop: Callable[[], bool],
     fetch: Callable[[Iterator[Pair]], Pair | None] = lambda images: next(images, None),
 ) -> list[Counts | None] | None:
-    """The counts of each cell over all images and ranks; None for a cell whose logits are not all
-    finite, and None altogether if a stop was asked for.
+    """Return the counts of each cell over all images and ranks, or None on a stop.
 
-    forward: normalised images [1, 3, H, W] -> one logits [1, C, h, w] a cell, at any stride.
-    stop: asked once an image; all ranks leave together. fetch: takes the next image, before.
+    The counts of a cell are None if its logits are not all finite.
+
+    Args:
+        forward: normalised images [1, 3, H, W] -> logits [1, C, h, w] of each cell, at any stride.
+        num_cells: number of cells.
+        reader: the validation split.
+        num_classes: C.
+        protocol: sizes, bins and `counting`.
+        group: the ranks, which must all call this together.
+        stop: called after each image is fetched; if it is true on one rank, all ranks stop.
+        fetch: returns the next image, or None at the end.
     """
     if num_cells == 0:
         return []
@@ -48,13 +58,13 @@ def evaluate(
     broken = [False] * num_cells
     mine = range(group.rank, len(reader), group.world_size)
     loaded = load_images(EvaluationImages(reader, protocol), mine, protocol.workers)
-    # closed on an error too, whose traceback would keep the loader processes alive
+    # close on errors too: a traceback would keep the loader processes alive
     with closing(loaded) as images:
         for _ in range(0, len(reader), group.world_size):
             pair = fetch(images)
             if group.max(stop()):
                 return None
-            if pair is None:  # the last round may leave some ranks without an image
+            if pair is None:  # in the last round some ranks may have no image
                 continue
             image, target = pair
             logits = forward(normalise(image[None].to(group.device, non_blocking=True)))
@@ -67,8 +77,15 @@ def evaluate(
 
 
 def count(logits: Tensor, target: Tensor, protocol: Protocol) -> Counts:
-    """Counts of one image from its logits [C, h, w] and label map uint8 [H, W], as the protocol's
-    `counting` says. Raises `ValueError` for what cannot be counted."""
+    """Return the counts of one image, by the protocol's `counting`.
+
+    Args:
+        logits: [C, h, w] at any stride.
+        target: uint8 [H, W].
+
+    Raises:
+        ValueError: the logits or labels cannot be counted.
+    """
     if protocol.counting == "fused":
         return count_upsampled(logits, target, protocol.bins, protocol.threads)
     scores = upsample(logits[None].float(), (target.shape[0], target.shape[1]))[0]
@@ -85,6 +102,6 @@ def _sum_over_ranks(counts: Counts, group: Group) -> Counts:
 
 
 def stack(counts: Sequence[Counts]) -> dict[str, np.ndarray]:
-    """The arrays of several cells with a new first axis, as the counts file has them."""
+    """Stack the arrays of several cells along a new first axis, as a counts file has them."""
     arrays = [c.as_arrays() for c in counts]
     return {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}

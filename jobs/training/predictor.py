@@ -1,4 +1,4 @@
-"""A trained cell as a function from an image to a label map."""
+"""Label images with a trained cell."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ from jobs.training.torch_settings import configure_torch
 
 
 class Prediction(NamedTuple):
-    """labels: uint8 [H, W], class indices. confidence: float32 [H, W], the highest softmax score,
-    in [0, 1]."""
+    """The prediction for one image.
+
+    Attributes:
+        labels: uint8 [H, W], class indices.
+        confidence: float32 [H, W], the highest softmax score, in [0, 1].
+    """
 
     labels: NDArray[np.uint8]
     confidence: NDArray[np.float32]
 
 
 class Predictor:
-    """The network of a trained cell as evaluation scored it: the same bits on the same kind of
-    machine.
+    """The network of a trained cell, with the bits that evaluation scored on the same machine type.
 
-    Sets torch's threads, determinism and precision for the whole process as the cell's protocol
-    says. Raises `UserError` if the file is not a trained head, or its backbone is missing or was
-    exchanged."""
+    It sets torch's threads, determinism and precision for the whole process, by the cell's
+    protocol. It raises `UserError` if the file is not a trained head, or if its backbone is missing
+    or another one.
+    """
 
     def __init__(self, head: Path, paths: RunPaths, group: Group) -> None:
         content = _read(head)
@@ -64,16 +68,17 @@ class Predictor:
         self._device = group.device
 
     def predict(self, image: NDArray[np.uint8]) -> Prediction:
-        """Return label map and confidences of an RGB image, uint8 [H, W, 3], at the image's own
-        size."""
+        """Return labels and confidences at the size of the image, RGB uint8 [H, W, 3]."""
         scores = upsample(self.logits(image), (image.shape[0], image.shape[1]))[0]
         labels, confidence = lowest_argmax(scores), scores.softmax(0).amax(0)
         return Prediction(labels.to(torch.uint8).cpu().numpy(), confidence.cpu().numpy())
 
     @torch.no_grad()
     def logits(self, image: NDArray[np.uint8]) -> Tensor:
-        """Return the network's output [1, C, h, w] for an RGB image, uint8 [H, W, 3], which it sees
-        at the size that validation images had."""
+        """Return logits [1, C, h, w] of an RGB image, uint8 [H, W, 3].
+
+        The image is resized as validation images were.
+        """
         blank = np.zeros(image.shape[:2], np.uint8)
         seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol)
         logits: Tensor = self._network(normalise(torch.from_numpy(seen)[None].to(self._device)))
@@ -96,7 +101,7 @@ def _read(head: Path) -> dict[str, Any]:
         content = read_tensors(head)
         content["classes"], content["weights"], content["backbone_sha256"], content["backbone"]
         return {**content, "cell": Cell.model_validate(content["cell"])}
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many types for a file of another format
         raise UserError(
             f"{head} is not a trained head ({type(error).__name__}); give one of a run's heads/"
         ) from error

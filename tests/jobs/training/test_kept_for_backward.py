@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from jobs.losses import combine
+from jobs.losses import functional
 from jobs.losses.functional import combined_loss, sum_of_powers
 from jobs.losses.grammar import parse_loss
 from jobs.models.build import upsample
@@ -73,7 +73,7 @@ def test_the_logits_themselves_are_gone_once_their_scores_are_there(monkeypatch)
         seen["logits"] = weakref.ref(large)
         return large
 
-    monkeypatch.setitem(combine.LOSSES, "CE", watched)
+    monkeypatch.setitem(functional.LOSSES, "CE", watched)
     combined_loss(made(), target, parse_loss("CE"), 0.0, torch.ones(4), VOID)
     assert seen["gone"]
 

@@ -207,7 +207,7 @@ def test_a_stale_start_does_not_finish_an_evaluation(two_starts, streets, alone)
     trainers = trainees_of(task, streets, alone)
     backbone = load_backbone(task.cells[0], task.paths, alone).module
     with pytest.raises(Superseded):
-        train.count(stale, trainers, backbone, streets, 20)
+        train.evaluate_cells(stale, trainers, backbone, streets, 20)
 
 
 @pytest.mark.parametrize(("module", "moment"), [(train, "save_head"), (counts_file, "file_sha256")])
@@ -242,7 +242,7 @@ def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, nu
     handed_back = []
     monkeypatch.setattr(slurm_cli, "requeue", handed_back.append)
     newest.group.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
-    train.leave(newest, 3, 20)
+    train.stop_and_requeue(newest, 3, 20)
     assert handed_back == ["4711"]
 
 
@@ -252,7 +252,7 @@ def test_a_stale_start_hands_no_job_back_to_slurm(two_starts, monkeypatch):
     monkeypatch.setattr(slurm_cli, "requeue", lambda job: pytest.fail(f"requeued {job}"))
     stale.group.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
     with pytest.raises(Superseded):
-        train.leave(stale, 3, 20)
+        train.stop_and_requeue(stale, 3, 20)
 
 
 @pytest.mark.parametrize("moment", ["before it writes", "between weights and record"])
