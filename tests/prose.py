@@ -22,7 +22,7 @@ FINISHED = (
     "hpc/distributed",
     "hpc/scheduler",
     "hpc/diagnostics",
-    "jobs/losses",
+    "jobs",
     "benchmarks",
     "tests/cluster",
     "tests/fuzz",

@@ -1,10 +1,10 @@
-"""`--profile`: how long each part of a job takes, in its log and in RUN/profiles.
+"""`--profile`: write the time of each part of a job to its log and to RUN/profiles.
 
-The parts of training are data (waiting for the loaders, and the way to the GPU), backbone, heads
+The parts of training are data (waiting for the loaders, and copies to the GPU), backbone, heads
 (forward and backward), losses (resizing, the loss, and the gradient of both), optimiser,
 communication, checkpoints, and other. Communication holds what is left of a head's all-reduce when
-its backward pass ends; batch norm's exchange lies within the network it belongs to. Measuring waits
-for the GPU at the end of each part, so a profiled run is slower; its bits are the same.
+its backward pass ends; the communication of batch norm counts to its network. Measuring waits for
+the GPU at the end of each part, so a profiled run is slower; its bits are the same.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ DATA = "data"
 
 
 def report(job: JobRun, stage: str, unit: str, done: int) -> None:
-    """End a stage in which `done` units (steps, images) were worked off: its parts go to the log
-    and, if there are any, to a file of this start of the job. Called by all ranks; nothing happens
-    where no profile was asked for."""
+    """Write the profile of a stage to the log and to a file; do nothing without `--profile`.
+
+    All ranks must call this together.
+
+    Args:
+        job: this start of the job.
+        stage: "training" or "evaluation".
+        unit: "steps" or "images".
+        done: number of units; no file is written for 0.
+    """
     watch = job.group.watch
     if not watch.running:
         return
@@ -37,13 +44,15 @@ def report(job: JobRun, stage: str, unit: str, done: int) -> None:
 
 
 def of_all_ranks(group: Group, seconds: Mapping[str, float]) -> list[dict[str, float]]:
-    """The `seconds` by part of each rank."""
+    """Return the `seconds` by part of each rank. All ranks must call it together."""
     return [group.broadcast(dict(seconds), source=rank) for rank in range(group.world_size)]
 
 
 def table(stage: str, unit: str, done: int, ranks: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """The lines of a profile: rates with and without waiting for data, then the parts, the longest
-    first, as means over ranks."""
+    """Yield the lines of a profile: rates with and without waiting for data, then the parts.
+
+    Times are means over ranks; the longest part comes first.
+    """
     parts = {part for seconds in ranks for part in seconds}
     mean = {part: sum(r.get(part, 0.0) for r in ranks) / len(ranks) for part in parts}
     total = sum(mean.values())
