@@ -67,7 +67,7 @@ class SlurmSite:
         return {row["Name"]: row for row in _accounting("qos", "", _QUALITY)}
 
     def hosts(self, listed: str) -> set[str]:
-        """The names that a list such as `node[07-12]` means."""
+        """Return the names that a list such as `node[07-12]` means."""
         return (
             set(slurm_cli.ask("scontrol", "show", "hostnames", listed).split()) if listed else set()
         )
