@@ -1,4 +1,4 @@
-"""How Slurm writes times, amounts, GPUs and MPI types, and what is read from it."""
+"""Slurm's notation of times, amounts, GPUs and MPI types is parsed."""
 
 from __future__ import annotations
 

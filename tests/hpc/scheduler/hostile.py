@@ -1,5 +1,5 @@
-"""Variables that a shell may have left over: options of Slurm's commands, an `salloc` around it, a
-launcher. None may change where, how or whether a job runs."""
+"""Leftover variables of a shell: options of Slurm's commands, of a surrounding `salloc` and of a
+launcher. None may change where or how a job runs."""
 
 OPTIONS = {
     "SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "1", "SBATCH_MEM_PER_NODE": "10",

@@ -1,4 +1,4 @@
-"""How a job has ended is read from what is left of it: the queue's last word and its logs."""
+"""The exit cause of a job is found from the queue's last word and the job's logs."""
 
 from __future__ import annotations
 
@@ -86,17 +86,17 @@ def test_without_a_word_the_logs_tell_and_name_the_line(ended, line, cause):
     assert ended("step 5 of 10", line) == (cause, line)
 
 
-def test_words_of_its_log_are_no_ending(ended):
+def test_other_lines_of_a_log_are_no_exit_cause(ended):
     assert ended("a warning: there is no memory to pin", "step 5 of 10") == ("unknown", "")
 
 
-def test_a_rank_without_memory_explains_what_followed(ended):
-    """Its peers miss it, srun ends them, and somebody cancels what is left."""
+def test_an_out_of_memory_rank_explains_all_other_errors(ended):
+    """Its peers lose it, srun ends them, and the user cancels the rest."""
     rank0 = f"{LOST_PEER}\nsrun: error: n1: task 1: Out Of Memory\n{STEP_ENDED}\n{CANCELLED}"
     assert ended(rank0, OOM_KILL, word="CANCELLED")[0] == "out of memory"
 
 
-def test_a_rank_that_only_missed_its_peer_has_no_error_of_its_own(ended):
+def test_a_rank_that_only_lost_its_peer_has_no_error_of_its_own(ended):
     missed = "RuntimeError: [pair.cc:534] Connection closed by peer [10.0.0.1]:2891"
     assert ended(LOST_PEER, "step 5 of 10") == ("killed", missed)
     assert ended(LOST_PEER, BUG) == ("error", "ValueError: boom")
@@ -106,7 +106,7 @@ def test_a_rank_that_only_missed_its_peer_has_no_error_of_its_own(ended):
     assert ended(lost)[0] == "node failure"
 
 
-def test_which_rank_ended_first_tells_a_kill_from_an_error(ended):
+def test_the_rank_that_ended_first_tells_a_kill_from_an_error(ended):
     """srun ends the others, and they look killed too."""
     killed = "srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1"
     assert ended(f"{LOST_PEER}\n{killed}") == ("killed", "srun: error: n1: task 1: Killed")
@@ -133,7 +133,7 @@ def test_a_rank_of_the_local_queue_that_left_neither_result_nor_error_was_killed
 
 
 def test_only_the_last_start_counts(ended):
-    """A requeued job goes on in the same logs."""
+    """A requeued job appends to its logs."""
     first = f"{START_PREFIX}12-0-0: rank 0 of 2 on n1\n{OOM_KILL}\n{TIME_LIMIT}\nerror: disk full"
     second = f"{START_PREFIX}12-1-0: rank 0 of 2 on n2\nstep 6 of 10"
     assert ended(first)[0] == "out of memory"

@@ -1,4 +1,4 @@
-"""A job is a module's name and strings; its failure is one line that can be found again."""
+"""A job is a module's name and strings. Its failure is one line, which is found in its logs."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The local queue, driven for real: submitit's jobs, a runner of its own, and what kills them."""
+"""The local queue runs real jobs through submitit and a real runner, and both are killed."""
 
 import os
 import pickle
@@ -39,13 +39,13 @@ def note(path, text):
         file.write(text + "\\n")
 
 def hold(path):
-    """Until somebody makes PATH.go."""
+    """Wait until PATH.go exists."""
     note(path, RANK)
     while not Path(path + ".go").exists():
         time.sleep(0.02)
 
 def save(path):
-    """On SIGTERM, as a training job would."""
+    """Save on SIGTERM, as a training job does."""
     signal.signal(signal.SIGTERM, lambda *_: (note(path + ".saved", RANK), sys.exit(1)))
     hold(path)
 
@@ -68,7 +68,7 @@ class Attack:
         return os.mkdir, (self.path,)
 
 def leave_pickle(path):
-    """A second result beside submitit's own."""
+    """Write a second result beside submitit's own."""
     with open(os.environ["SUBMITIT_FOLDER"] + "/0_1_result.pkl", "wb") as file:
         pickle.dump(("success", Attack(path)), file)
     with open(path + ".pkl", "wb") as file:
@@ -82,7 +82,7 @@ ONE = Resources()
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with an awkward name, in which jobs find the program above."""
+    """Return a folder with an awkward name, in which jobs find the program above."""
     place = tmp_path / "a b'c\"$x"
     (place / "modules").mkdir(parents=True)
     (place / "modules" / "local_program.py").write_text(PROGRAM)
@@ -192,7 +192,7 @@ def test_a_job_waits_for_those_before_it_even_if_they_fail(place):
 
 
 def test_a_job_starts_if_the_record_of_one_that_it_needs_is_damaged(place):
-    """What it needs is in files, which it checks itself."""
+    """The job checks the files that it needs itself."""
     queue = open_local(place)
     (job,) = queue.submit([call("note", place / "first", "x")], ONE, "first")
     assert outcome(queue, job) == "succeeded"
@@ -234,7 +234,7 @@ def test_a_users_mistake_ends_the_job_and_can_be_read(place):
     assert last_error(logs) == "error: no manifest"
 
 
-def test_a_killed_runner_stops_no_job_and_the_next_carries_on(place):
+def test_a_killed_runner_stops_no_job_and_the_next_takes_over(place):
     queue = open_local(place)
     ids = queue.submit([call("hold", place / "a"), call("note", place / "b", "x")], ONE, "two")
     wait_for(lambda: (place / "a").exists())
@@ -290,7 +290,7 @@ def test_cancelled_jobs_never_start_or_may_save_on_every_rank(place):
     assert [outcome(queue, job_id) for job_id in ids] == ["cancelled"] * 2
 
 
-def test_a_job_that_does_not_heed_is_killed(place, monkeypatch):
+def test_a_job_that_ignores_sigterm_is_killed(place, monkeypatch):
     monkeypatch.setattr(local, "_KILL_WAIT_SECONDS", 0.5)
     monkeypatch.chdir(place)
     queue = open_local(place)
@@ -321,7 +321,7 @@ def test_ranks_do_not_wait_for_a_dead_one(place):
     ("program", "cause", "line"),
     [("lose_rank_1", "killed", ""), ("mistake", "error", "error: no manifest")],
 )
-def test_how_a_job_has_ended_is_told_from_what_its_ranks_left(place, program, cause, line):
+def test_the_exit_cause_is_found_in_the_logs_of_the_ranks(place, program, cause, line):
     queue = open_local(place)
     path = [place / "hold"] if program == "lose_rank_1" else []
     (job,) = queue.submit([call(program, *path)], Resources(tasks_per_node=2), "two")
@@ -330,7 +330,7 @@ def test_how_a_job_has_ended_is_told_from_what_its_ranks_left(place, program, ca
     assert exit_cause("failed", queue.log_files(job)) == (cause, line)
 
 
-def test_a_job_that_was_cancelled_is_told_as_that_even_if_it_ended_well(place):
+def test_a_cancelled_job_is_cancelled_even_if_it_ended_well(place):
     queue = open_local(place)
     (job,) = queue.submit([call("hold", place / "hold")], ONE, "one")
     wait_for((place / "hold").exists)
@@ -362,7 +362,7 @@ def test_a_job_added_as_the_runner_leaves_is_not_forgotten(place):
     assert lines(place / "out") == list("012")
 
 
-def test_jobs_get_setup_their_id_and_gpus_of_their_own(place):
+def test_jobs_get_their_setup_id_and_own_gpus(place):
     queue = open_local(place, gpus_per_node=2, local_jobs=2, setup=("export HELLO='a  b'",))
     names = ("LOSSGRID_JOB_ID", "CUDA_VISIBLE_DEVICES", "HELLO")
     wanted = queue.profile.training()
@@ -387,7 +387,7 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(place):
     assert not (place / "out").exists()
 
 
-def test_jobs_do_not_see_what_a_shell_has_left_over(place, monkeypatch):
+def test_jobs_do_not_see_leftover_variables_of_the_shell(place, monkeypatch):
     for name, value in HOSTILE.items():
         monkeypatch.setenv(name, value)
     queue = open_local(place)

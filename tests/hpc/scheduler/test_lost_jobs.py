@@ -1,5 +1,5 @@
-"""Submissions that die when sbatch has answered and nothing is noted yet. The commands of Slurm are
-faked, and what they were sent is run as a node would."""
+"""Submitters die after sbatch has answered and before job ids are recorded. Slurm's commands are
+faked, and the scripts they got are run as on a node."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SlurmQueue(ClusterProfile(), {logs!r}).submit(calls, Resources(), "train", token
 
 
 def die_submitting(slurm: FakeSlurm, logs: Path) -> None:
-    """Three calls are sent by a process that is killed as soon as sbatch has printed its answer."""
+    """Submit three calls from a process that is killed as soon as sbatch has printed its answer."""
     sbatch = slurm.folder / "bin" / "sbatch"
     sbatch.write_text(sbatch.read_text() + "\nkill -KILL $PPID\n")
     repository = os.pathsep.join([str(Path(__file__).parents[3]), os.environ["PYTHONPATH"]])

@@ -1,5 +1,5 @@
-"""The Slurm queue with only the commands of Slurm faked: scripts on PATH that note what they were
-asked, and an srun that runs its command."""
+"""The Slurm queue, with only Slurm's commands faked: scripts on PATH that record their arguments,
+and an srun that runs its command."""
 
 import os
 import shlex
@@ -60,10 +60,10 @@ def main(arguments):
 
 
 class FakeSlurm:
-    """The folder in which the fake commands find their answers and leave what they were asked."""
+    """A folder with fake commands, the answers they give and the arguments they got."""
 
     def __init__(self, folder: Path, commands: dict[str, str] | None = None) -> None:
-        """`commands` in place of some of the usual ones."""
+        """Write the commands; `commands` replaces some of the usual ones."""
         self.folder = folder
         (folder / "bin").mkdir(parents=True)
         for name, body in {**COMMANDS, **(commands or {})}.items():
@@ -85,7 +85,7 @@ class FakeSlurm:
         return [line.split()[1:] for line in lines if line.split()[0] == command]
 
     def variables(self) -> dict[str, set[str]]:
-        """The names in the environments of each command, over all its calls."""
+        """Return the names of all environment variables that each command saw."""
         found: dict[str, set[str]] = {}
         for line in (self.folder / "variables").read_text().splitlines():
             command, *names = line.split()
@@ -226,7 +226,7 @@ def test_a_job_waits_for_those_that_slurm_still_knows(slurm, logs):
 
 
 def test_a_needed_job_must_succeed(slurm, logs):
-    """One that has succeeded is not waited for; one that has failed is refused at once."""
+    """A job that succeeded is not waited for; one that failed is refused at once."""
     slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETED\n9 FAILED\n")
     slurm.answer("accounting", "11|CANCELLED by 0\n12|COMPLETED\n")
     queue = open_slurm(logs)
@@ -290,13 +290,13 @@ def test_jobs_of_an_earlier_local_run_are_gone_and_their_logs_are_found(slurm, l
     assert queue.log_files("local-000001") == [folder / f"4711_{n}_log.err" for n in (9, 10)]
 
 
-def test_a_limit_that_the_site_does_not_tell_can_be_set(slurm, logs):
+def test_the_refusal_of_too_many_jobs_names_max_jobs(slurm, logs):
     slurm.answer("refuse", "Job violates accounting/QOS policy (job submit limit)")
     with pytest.raises(UserError, match=r"submit limit\).*; max_jobs in the profile"):
         open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
-def test_what_a_job_waits_for_and_how_it_ended_are_in_the_same_answer(slurm, logs):
+def test_one_squeue_tells_wait_reasons_and_exit_causes_too(slurm, logs):
     slurm.answer("queue", "7_0 RUNNING None\n7_1 PENDING Priority\n8 NODE_FAIL NodeDown\n9 PENDING "
                  "Nodes required for job are DOWN, DRAINED\n")  # fmt: skip
     assert open_slurm(logs).look(["7_0", "7_1", "8", "9", "10"]) == {
@@ -309,7 +309,7 @@ def test_what_a_job_waits_for_and_how_it_ended_are_in_the_same_answer(slurm, log
     assert len(slurm.asked("squeue")) == 1
 
 
-def test_the_accounting_is_asked_once_for_what_squeue_has_forgotten_and_may_be_off(slurm, logs):
+def test_sacct_is_asked_once_for_jobs_that_squeue_has_forgotten_and_may_be_off(slurm, logs):
     slurm.answer("accounting", "7_0|CANCELLED by 1000\n7_1|NODE_FAIL\n8|RUNNING\n10|TIMEOUT\n")
     queue = open_slurm(logs)
     assert queue.remembered(["7_0", "7_1", "8", "9"]) == {"7_0": "CANCELLED", "7_1": "NODE_FAIL"}
@@ -323,7 +323,7 @@ def test_the_accounting_is_asked_once_for_what_squeue_has_forgotten_and_may_be_o
 
 
 def test_every_start_is_marked_in_the_log_and_only_the_last_counts(slurm, logs):
-    """A requeued job goes on in the same logs: here it refuses, and then runs."""
+    """A requeued job appends to its logs."""
     queue = open_slurm(logs)
     queue.submit([call("mistake")], Resources(), "train")
     step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
@@ -372,7 +372,7 @@ def test_jobs_are_cancelled_by_one_scancel(slurm, logs):
 
 
 def test_a_thousand_elements_of_an_array_are_cancelled_by_one_word(slurm, logs):
-    """Each may be a question to the controller."""
+    """scancel may ask the controller once per argument."""
     elements = [f"7_{n}" for n in (*range(1000, 200, -1), 17, 3)]
     open_slurm(logs).cancel([*elements, "8"])
     assert slurm.asked("scancel") == [["--quiet", "7_3", "7_17", "7_[201-1000]", "8"]]
@@ -409,7 +409,7 @@ NASTY = "$(touch x) `touch x`; touch x #' \" & | > x * [red] {b} ~ !"
 
 
 def test_names_and_paths_are_words_and_nothing_in_them_is_run(slurm, tmp_path, monkeypatch):
-    """Every text of the profile, the job's name, its folder and its arguments."""
+    """All texts of the profile, the job's name, its folder and its arguments are quoted."""
     python = tmp_path / "$(touch${IFS}x)" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -444,7 +444,7 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(slurm, tmp_path, m
     assert not [path for path in tmp_path.rglob("*") if path.name == "x"]
 
 
-def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkeypatch, capsys):
+def test_no_command_of_slurm_sees_leftover_variables_of_the_shell(slurm, logs, monkeypatch, capsys):
     for name, value in {**HOSTILE, "SLURM_CONF": "/site/slurm.conf"}.items():
         monkeypatch.setenv(name, value)
     queue = open_slurm(logs)
@@ -466,7 +466,7 @@ def test_no_command_of_slurm_sees_what_a_shell_has_left_over(slurm, logs, monkey
     assert line.endswith(" of this shell is not used; jobs get what the cluster profile says")
 
 
-def test_a_script_that_is_sent_by_hand_from_such_a_shell_starts_the_ranks_without(slurm, logs):
+def test_a_script_submitted_by_hand_from_such_a_shell_starts_the_ranks_without_them(slurm, logs):
     queue = open_slurm(logs, python="bash -c 'compgen -e' --")
     queue.submit([call("a")], Resources(), "a")
     step = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "", "SLURM_NTASKS": "1"}
@@ -480,7 +480,7 @@ def test_a_script_that_is_sent_by_hand_from_such_a_shell_starts_the_ranks_withou
     "NUMBER\n", "NUMBER;cluster\n", "Submitted batch job NUMBER\n",
     "*** 2026: 3 days to the maintenance\njob budget 77\nNUMBER\nyour 5 jobs\n",
 ])  # fmt: skip
-def test_the_id_is_the_line_that_is_one(slurm, logs, answer):
+def test_the_job_id_is_found_among_other_lines_of_sbatch(slurm, logs, answer):
     slurm.answer("answer", answer)
     queue = open_slurm(logs)
     assert queue.submit([call("a")], Resources(), "one") == ["1"]
@@ -488,14 +488,14 @@ def test_the_id_is_the_line_that_is_one(slurm, logs, answer):
     assert all(words[0] == "--parsable" for words in slurm.asked("sbatch"))
 
 
-def test_an_answer_without_an_id_is_not_taken_for_one(slurm, logs):
+def test_an_answer_without_a_job_id_is_an_error(slurm, logs):
     slurm.answer("answer", "your job 7 is the best\n")
     with pytest.raises(UserError, match=r"printed no job id, but 'your job 7 .*; see with squeue"):
         open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
 @pytest.mark.parametrize("extra", [{"requeue": False}, {"no-requeue": True}])
-def test_a_profile_can_switch_requeueing_off_and_is_told_what_it_means(slurm, logs, capsys, extra):
+def test_a_profile_that_switches_requeueing_off_is_warned_about(slurm, logs, capsys, extra):
     queue = open_slurm(logs, extra=extra)
     for _ in range(2):
         queue.submit([call("a")], Resources(), "a")
@@ -524,7 +524,7 @@ GOOD_SETUPS = [
 
 
 def run_setup(profile: ClusterProfile, folder: Path, last: str) -> subprocess.CompletedProcess[str]:
-    """As a batch script does."""
+    """Run the setup lines as a batch script does."""
     (folder / "sourced").write_text(SOURCED)
     script = folder / "script"
     script.write_text("\n".join(["#!/bin/bash", *profile.setup_lines(), last]))
@@ -603,7 +603,7 @@ def test_a_slurm_that_does_not_answer(tmp_path, monkeypatch, logs, kind, command
 
 
 def only(folder: Path, *commands: str) -> Path:
-    """A folder for PATH with these commands alone."""
+    """Return a folder for PATH with these commands alone."""
     (folder / "only").mkdir()
     for name in commands:
         (folder / "only" / name).symlink_to(shutil.which(name))
@@ -640,12 +640,12 @@ def test_profiles_are_found_by_name_or_path(tmp_path, monkeypatch):
         ({"reduce_nodes": 2}, "need mpi, srun's plugin"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(table, message):
+def test_an_invalid_profile_is_refused(table, message):
     with pytest.raises(UserError, match=message):
         parse(ClusterProfile, table, "[cluster]")
 
 
-def test_the_profiles_that_come_with_the_project_are_valid(monkeypatch):
+def test_the_shipped_profiles_are_valid(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     assert read_profile("local").kind == "local"
     v100 = read_profile("v100").training()

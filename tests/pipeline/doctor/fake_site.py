@@ -1,5 +1,4 @@
-"""A Slurm site that exists on paper: what scontrol, sacctmgr, srun and sbatch say of it lies in
-files, as a test wants it."""
+"""A fake Slurm site: scontrol, sacctmgr, srun and sbatch print files that a test writes."""
 
 from __future__ import annotations
 
@@ -74,21 +73,21 @@ class FakeSite(FakeSlurm):
         self.answer("qos", "normal||1-00:00:00|\nlong|150|2-00:00:00|gres/gpu=8,node=4\ngold|||\n")
 
     def partition(self, **changes: str) -> None:
-        """The partition `gpu`, changed, and the default one."""
+        """Write the partition `gpu` with changes, and the default one."""
         usual = {"accounts": "ALL", "default": "NO", "most": "UNLIMITED", "time": "1-00:00:00",
                  "state": "UP"}  # fmt: skip
         gpu = PARTITION.format(name="gpu", **{**usual, **changes})
         self.answer("partition", gpu + PARTITION.format(name="cpu", **{**usual, "default": "YES"}))
 
     def node(self, **changes: str) -> None:
-        """Its nodes; the first of them changed."""
+        """Write the nodes, the first with changes."""
         usual = {"gres": "gpu:v100:4(S:0-1)", "state": "IDLE", "partitions": "gpu,cpu"}
         rows = [{**usual, **changes}, usual, usual, usual]
         self.answer("node", "".join(NODE.format(name=f"n{i}", **r) for i, r in enumerate(rows, 1)))
 
 
 def profile_file(folder: Path, **changes: object) -> Path:
-    """That profile with changes; a key that is None is left out."""
+    """Write `PROFILE` with changes, without keys that are None."""
     table = {**PROFILE, **changes}
     extra = table.pop("extra", {})
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items() if value is not None]

@@ -1,4 +1,4 @@
-"""What the tests of the doctor look for in its lines."""
+"""Read the lines of the doctor, and damage a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def failures(lines: list[str]) -> list[str]:
-    """What fails, without the word."""
+    """Return the FAIL lines without that word."""
     return [line.removeprefix("FAIL  ") for line in lines if line.startswith("FAIL")]
 
 
 def only_failure(found: tuple[int, list[str]]) -> str:
-    """The one line that fails, while the others go on."""
+    """Return the only FAIL line; check that other checks passed."""
     code, lines = found
     assert code == 1
     (line,) = failures(lines)
@@ -20,7 +20,7 @@ def only_failure(found: tuple[int, list[str]]) -> str:
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle of a file is another."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What can be wrong with the facts of a job's ranks: ranks 0 and 1 are on n1, 2 and 3 on n2."""
+"""Break the facts of a probe job, one fault per function: ranks 0, 1 are on n1, and 2, 3 on n2."""
 
 from __future__ import annotations
 

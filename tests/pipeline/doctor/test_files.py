@@ -1,5 +1,5 @@
-"""Each check of the login node on a grid's files, disks and software is broken once: that line says
-FAIL and what to do, no other does, and all go on."""
+"""The doctor's checks of a grid's files, disks and software. Each is broken once: its line says
+FAIL and what to do, and no other line does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_healthy_grid_passes_every_check(examine, site, tmp_path):
 
 
 def on_disk(monkeypatch, **numbers: int) -> None:
-    """The disk of every folder has other numbers."""
+    """Change the numbers of the disk of every folder."""
     honest = os.statvfs
 
     def told(path):
@@ -122,7 +122,7 @@ def test_a_data_set_whose_images_are_not_there_is_a_failure(examine, tmp_path):
     assert f"{tmp_path}/nowhere" in only_failure(examine((drawn, own)))
 
 
-def test_one_that_was_packed_with_other_settings_is(examine):
+def test_a_data_set_packed_with_other_settings_is_a_failure(examine):
     line = only_failure(examine(("train = 6", "train = 7")))
     assert "was packed with other settings than [dataset.streets] has now (train = 6 th" in line
 
@@ -171,7 +171,7 @@ def test_a_check_that_breaks_is_a_line_and_the_others_go_on(examine, monkeypatch
     )
 
 
-def test_what_fails_here_is_not_sent_to_the_nodes(examine, site):
+def test_no_probe_job_is_submitted_if_a_check_fails_here(examine, site):
     code, lines = examine(arguments=["--on-nodes"], partition="gpus")
     assert code == 1
     assert lines[-1] == "skip  the nodes: a job would fail for the reasons above; fix them first"

@@ -1,5 +1,5 @@
-"""What the nodes tell the doctor: the facts of a real rank, dealt to the ranks of two nodes, are
-wrong in one way at a time."""
+"""The doctor's checks of the nodes. The facts of a real rank are copied to the ranks of two nodes
+and broken one at a time: the check concerned fails, and no other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CALL, RESOURCES = ModuleCall("jobs.probe"), Resources(nodes=2, tasks_per_node=2)
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, streets) -> Grid:
-    """For two nodes with two ranks each, which have something to tell about everything."""
+    """Return a grid for two nodes with two ranks each, to which every check applies."""
     folder = tmp_path_factory.mktemp("doctor")
     cluster = profile_file(
         folder, tasks_per_node=2, gpus_per_node=2, gres="", node_local="/tmp", lead_seconds=600,
@@ -64,7 +64,7 @@ def grid(tmp_path_factory, streets) -> Grid:
 
 @pytest.fixture(scope="module")
 def one_rank(grid, tmp_path_factory) -> dict[str, Any]:
-    """What a rank tells that is alone, and answered as the login node does."""
+    """Return the facts of a single rank, whose files a thread answers as the login node does."""
     shards = grid.datasets["streets"].shards
     return told(tmp_path_factory.mktemp("probe"), list(inputs(grid)), shards)
 
@@ -90,7 +90,7 @@ def told(folder: Path, files: list[str], data: str | None) -> dict[str, Any]:
 
 @pytest.fixture
 def examine(grid, one_rank):
-    """The lines about a job of four such ranks on n1 and n2, changed by a test, and one of
+    """Return a function that checks four such ranks on n1 and n2, changed by a test, and those of
     `reduce`."""
 
     def lines(
@@ -156,7 +156,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__qualname__)
-def test_something_is_wrong_on_the_nodes(examine, change):
+def test_a_fault_of_the_nodes_fails_its_check_alone(examine, change):
     assert only_failure(examine(change)).startswith(BREAKS[change])
 
 
@@ -167,7 +167,7 @@ def test_a_requeued_job_is_answered_anew(tmp_path):
     assert clock["left"] <= clock["between"] <= clock["came"] < clock["left"] + 30
 
 
-def test_which_way_a_clock_is_wrong_is_said(examine):
+def test_the_direction_of_a_wrong_clock_is_reported(examine):
     assert " s ahead of this node's: from 30 s on running jobs look dead; " in only_failure(
         examine(late(45))
     )
@@ -213,7 +213,7 @@ def test_an_mpi_that_does_not_start(examine):
     )
 
 
-def test_a_job_that_could_leave_nothing_does_not_see_the_run_directory(examine):
+def test_a_job_that_wrote_no_file_does_not_see_the_run_directory(examine):
     lines = examine(list.clear, has_log=False)
     assert only_failure(lines).startswith(
         "a job on the nodes: the nodes do not see the run directory: job 7 could leave neither log "
@@ -264,7 +264,7 @@ def test_a_torch_without_kernels_for_the_gpu(examine, monkeypatch, tmp_path):
     assert "has no kernels for Tesla V100 (sm_70), only sm_80, sm_90; install a build that" in line
 
 
-def test_a_torch_that_does_not_load_is_told_where_no_gpu_is_asked_for_too(examine, grid):
+def test_a_torch_that_does_not_load_is_reported_without_gpus_too(examine, grid):
     def change(ranks: Ranks) -> None:
         for rank in ranks:
             del rank["device"], rank["met"]

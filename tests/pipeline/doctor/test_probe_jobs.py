@@ -1,4 +1,4 @@
-"""The jobs of the doctor: sent, waited for, ended with it, and gone without a trace."""
+"""The doctor's probe jobs are submitted, waited for and ended with it, and leave no files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_job_that_would_wait_for_ever_is_cancelled(tmp_path):
 
 @pytest.fixture
 def local(tmp_path, streets) -> Path:
-    """A grid file for the local queue, and two ranks."""
+    """Return a grid file for the local queue and two ranks."""
     return grid_file(
         tmp_path,
         (f"{tmp_path}/streets", str(streets)),
@@ -46,7 +46,7 @@ def local(tmp_path, streets) -> Path:
     )
 
 
-def test_on_the_local_queue_a_job_is_asked_too_and_nothing_is_left(local, tmp_path, capsys):
+def test_on_the_local_queue_a_probe_job_runs_too_and_leaves_nothing(local, tmp_path, capsys):
     before = tree(tmp_path)
     assert doctor.main([str(local), "--on-nodes"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,5 +1,5 @@
-"""Each check of what Slurm says of a site is broken once, by the profile or by the site: that line
-says FAIL and what to do, and no other does."""
+"""The doctor's checks of a Slurm site. Each is broken once, by the profile or by the site: its line
+says FAIL and what to do, and no other line does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.pipeline.doctor.fake_site import CONFIG, PROFILE
 from tests.pipeline.doctor.lines import failures, only_failure
 
 
-def test_what_it_asks_sbatch_about_is_what_grid_would_send(examine, site, tmp_path, monkeypatch):
+def test_sbatch_tests_the_scripts_that_grid_would_submit(examine, site, tmp_path, monkeypatch):
     for name, value in HOSTILE.items():
         monkeypatch.setenv(name, value)
     extra = {"reservation": "course", "exclusive": True}
@@ -53,7 +53,7 @@ PROFILES = [
 
 
 @pytest.mark.parametrize(("profile", "what", "said"), PROFILES)
-def test_a_profile_that_asks_for_what_is_not_there(examine, profile, what, said):
+def test_a_profile_that_asks_for_something_missing(examine, profile, what, said):
     assert only_failure(examine(**profile)).startswith(f"{what}: {said}")
 
 
@@ -64,11 +64,11 @@ def test_a_profile_that_asks_for_what_is_not_there(examine, profile, what, said)
     {"partition": None, "qos": None},  # the default partition has such nodes too
     {"gres": "", "mpi": None, "account": "teaching", "qos": "normal", "minutes": 1440},
 ])  # fmt: skip
-def test_a_profile_that_asks_for_it_in_other_words(examine, profile):
+def test_a_profile_in_other_notation_passes(examine, profile):
     assert examine(**profile)[0] == 0
 
 
-def test_a_profile_without_requeueing_is_told_what_it_means(examine):
+def test_a_profile_without_requeueing_is_a_warning(examine):
     code, lines = examine(extra={"requeue": False})
     assert code == 0
     assert [x for x in lines if x.startswith("warn  requeueing: requeue is off in the profile")]
@@ -144,7 +144,7 @@ def test_without_accounting_its_checks_are_left_out(examine, site):
     assert skipped == ["skip  account", "skip  quality of service", "skip  limits of one job"]
 
 
-def test_nor_is_an_account_needed_where_slurm_wants_none(examine, site):
+def test_no_account_is_needed_if_slurm_wants_none(examine, site):
     site.answer("assoc", "")
     site.answer("config", CONFIG.format("none"))
     code, lines = examine()
@@ -161,7 +161,7 @@ def test_a_controller_that_does_not_answer_fails_once_and_the_rest_goes_on(exami
     assert [line for line in lines if line.startswith("pass  data set streets")]
 
 
-def test_where_there_is_no_slurm_the_files_are_checked_all_the_same(examine, monkeypatch):
+def test_without_slurm_the_files_are_checked_all_the_same(examine, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     found = examine()
     assert only_failure(found).startswith("scheduler: there is no sbatch on PATH; use a login")
