@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     print_table(results, table, paths.page)
     if newer := _newer_counts(grid):
         print(cli.one_line(
-            f"warning: {newer} counts files are newer than {grid.run.results}, so the report lacks "
+            f"warning: {grid.run.results} is older than {newer} counts files, so the report lacks "
             f"them; run `python -m pipeline.reduce {grid.words}`, then report again"
         ))  # fmt: skip
 

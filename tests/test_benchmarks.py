@@ -1,6 +1,7 @@
-"""Programs that measure speed run here in small, so that none has rotted when a machine was cleared
-for it. What they compare must be there, and give what ours gives, or say why not; how fast it is
-stands in no test."""
+"""Run the benchmarks in small, so that they work when a machine is free for them.
+
+Every peer must run and agree with ours, or give a reason. No test checks a speed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ LARGE = "2048 x 1024"
 
 @pytest.fixture(autouse=True)
 def in_small(monkeypatch, tmp_path):
-    """A round of each, on pictures of 96 x 64, and no CamVid."""
+    """Set one round on pictures of 96 x 64, without CamVid."""
     threads = torch.get_num_threads()
     image = counting.an_image
     monkeypatch.setenv("LOSSGRID_CAMVID", str(tmp_path / "nowhere"))
@@ -65,7 +66,7 @@ def test_ours_runs_beside_its_peers(name, peers, tmp_path, capsys):
         assert "absent" not in one or one["absent"]
 
 
-def test_how_cost_grows_is_drawn(monkeypatch, tmp_path):
+def test_growth_is_plotted(monkeypatch, tmp_path):
     monkeypatch.setattr(growth_data, "PROCESSES", (1, 2))
     monkeypatch.setattr(growth_data, "STEPS", 2)
     plot = growth.reading()

@@ -40,8 +40,8 @@ DICE = frozenset({"DL", "WDL"})
 VOC_AND_SBD = ("voc", "sbd")
 RESEMBLES = 0.5
 AGREES = 0.25
-NO_LESS = f"by more than {MARGIN}: less would not show in the paper's two digits"
-SCALE = "the change that scheduling towards WCE brings over the static CE and dice losses (medians)"
+NO_LESS = f"by more than {MARGIN} (the paper's two digits would not show less)"
+SCALE = "the effect of schedules towards WCE over the static CE and dice losses (medians)"
 SAID = {True: "holds", False: "does not hold", None: "cannot be said"}
 
 
@@ -81,9 +81,9 @@ def _recall_for_accuracy(evidence: Evidence) -> Claim:
     return Claim(
         "recall_for_accuracy",
         "Compound losses with weighted CE trade accuracy for class-averaged recall.",
-        "Every loss of two terms that ends with WCE in it, static or scheduled, has the higher "
-        "recall and the lower accuracy than every static loss of CE and dice without WCE, "
-        f"{NO_LESS}. To compare with these static losses is our reading.",
+        "Every loss of two terms that ends with WCE, static or scheduled, has higher recall and "
+        f"lower accuracy than every static loss of CE and dice without WCE, {NO_LESS}. The choice "
+        "of these static losses is our reading.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -126,8 +126,8 @@ def _static_compounds(evidence: Evidence) -> Claim:
         "static_compounds",
         "Static compound losses with unweighted CE resemble the traditional losses.",
         "The recall and accuracy of DLCE and WDLCE, in any ratio, differ from those of CE and FL "
-        f"by at most half of {SCALE}. Our reading: the traditional losses are CE and FL, since a "
-        "dice loss alone varies over seeds; calibration, in which FL stands apart, is not asked.",
+        f"by at most half of {SCALE}. Our reading: the traditional losses are CE and FL, because "
+        "a dice loss alone varies over seeds. Calibration, in which FL differs, is not compared.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -145,8 +145,7 @@ def _back_to_ce(evidence: Evidence) -> Claim:
     return Claim(
         "back_to_ce",
         "Losses that end in unweighted CE resemble CE.",
-        f"Their recall and accuracy differ from CE's by at most half of {SCALE}: they lie on CE's "
-        "side.",
+        f"Their recall and accuracy differ from CE's by at most half of {SCALE}.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -184,8 +183,8 @@ def _schedules_agree(evidence: Evidence) -> Claim:
         "schedules_agree",
         "The two schedules, naive and alternating, agree.",
         f"Between the same two losses, their recall and accuracy differ by at most a quarter of "
-        f"{SCALE}. Calibration is shown beside it: the paper's own table has them up to 0.07 "
-        "apart there.",
+        f"{SCALE}. Calibration is shown but not judged: it differs by up to 0.07 in the paper's "
+        "own table.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -207,9 +206,9 @@ def _no_trend(evidence: Evidence) -> Claim:
     return Claim(
         "no_trend",
         "There is no consistent trend between the naive and the alternating schedule.",
-        "On a data set, over all models and pairs of losses, neither schedule is the higher one "
-        f"in every pair, {NO_LESS}; in recall, accuracy, cal and S_rec each. The paper does not "
-        "define a trend: every pair of a data set is our reading.",
+        "Over all models and pairs of losses of a data set, neither schedule is higher in every "
+        f"pair, {NO_LESS}. This holds for recall, accuracy, cal and S_rec each. The paper does not "
+        "define a trend; this definition is our reading.",
         tuple(judge(dataset, of_dataset) for dataset, of_dataset in by_dataset.items()),
     )
 
@@ -268,8 +267,8 @@ def _ratios_matter_little(evidence: Evidence) -> Claim:
     return Claim(
         "ratios_matter_little",
         "The ratio in which a static compound mixes its losses matters little.",
-        "Static compounds of the same terms in other ratios differ in recall and accuracy by at "
-        f"most a quarter of {SCALE}; how little is our reading.",
+        "Static compounds of the same terms in different ratios differ in recall and accuracy by "
+        f"at most a quarter of {SCALE}. This bound is our reading.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -285,8 +284,8 @@ def _dice_varies_most(evidence: Evidence) -> Claim:
     return Claim(
         "dice_varies_most",
         "Dice alone varies most over seeds.",
-        "The largest standard deviation of recall over seeds is that of DL or WDL. It is itself "
-        "uncertain, by 40 % with 4 seeds and by 70 % with 2.",
+        "The largest standard deviation of recall over seeds is that of DL or WDL. Its own "
+        "uncertainty is 40 % with 4 seeds and 70 % with 2.",
         tuple(judge(block) for block in blocks(evidence)),
     )
 
@@ -294,15 +293,15 @@ def _dice_varies_most(evidence: Evidence) -> Claim:
 def _deeplab_against_fcn(evidence: Evidence, paper_datasets: Mapping[str, str]) -> Claim:
     def judge(dataset: str, backbone: str, heads: Mapping[str, str]) -> Case:
         if paper_datasets.get(dataset) not in VOC_AND_SBD:
-            text = f"missing: {dataset} is neither VOC nor SBD, of which alone the paper says it"
+            text = f"missing: VOC or SBD, the only data sets of this claim ({dataset} is neither)"
             return Case(dataset, tuple(heads.values()), None, (text,), ())
         return heads_apart(evidence, dataset, backbone, heads, {"acc": 1, "f1": 1, "rec": 1})
 
     return Claim(
         "deeplab_against_fcn",
         "On VOC and SBD, DeepLabV3 beats FCN in accuracy, F1 and recall.",
-        "On the same backbone, each of the three is higher in the mean over the losses for which "
-        f"both define it, {NO_LESS}. The mean over losses is our reading.",
+        "On the same backbone, each of the three is higher on average over the losses for which "
+        f"both models define it, {NO_LESS}. The average over losses is our reading.",
         tuple(judge(*where, heads) for where, heads in _heads(evidence).items()),
     )
 
@@ -311,8 +310,8 @@ def _deeplab_calibrates_worse(evidence: Evidence) -> Claim:
     return Claim(
         "deeplab_calibrates_worse",
         "DeepLabV3 is calibrated worse than FCN.",
-        "On the same backbone, its cal is lower in the mean over the losses that both have, "
-        f"{NO_LESS}. The mean over losses is our reading.",
+        "On the same backbone, its cal is lower on average over the losses that both models have, "
+        f"{NO_LESS}. The average over losses is our reading.",
         tuple(
             heads_apart(evidence, *where, heads, {"cal": -1})
             for where, heads in _heads(evidence).items()
@@ -348,11 +347,11 @@ def _no_class_left_out(evidence: Evidence) -> Claim:
         "no_class_left_out",
         "Only schedules that end in WCE, and DLWCE, leave no class unpredicted on the most "
         "imbalanced data.",
-        "On the data set whose most frequent class is the most times as frequent as its rarest: "
-        "F1 is defined with every seed for these losses, and for every other loss of the paper's "
-        "table it is undefined with one seed at least. F1 is undefined where a class is never "
-        "predicted or never right, which the paper's table does not tell apart. WCE and WDL with "
-        "class weights are not in that table, and are not judged.",
+        "The most imbalanced data set has the largest ratio of its most frequent class to its "
+        "rarest. There F1 is defined with every seed for these losses. For every other loss of the "
+        "paper's table it is undefined with at least one seed. F1 is undefined if a class is never "
+        "predicted or never right; the paper's table does not distinguish the two. WCE and WDL "
+        "with class weights are not in that table, and are not judged.",
         tuple(
             judge(block) for block in blocks(evidence) if block.dataset == evidence.most_imbalanced
         ),
@@ -382,8 +381,8 @@ def _pre_fine_wins(evidence: Evidence, paper_datasets: Mapping[str, str]) -> Cla
     return Claim(
         "pre_fine_wins",
         "Starting from weights trained for segmentation wins: pre-fine is the best in every score.",
-        f"Each of the paper's six scores is above that of every loss, {NO_LESS}; each score is a "
-        f"case of its own. Exceptions in the paper's own table: {named}.",
+        f"Each of the paper's six scores is above that of every loss, {NO_LESS}. Each score is a "
+        f"separate case. Exceptions in the paper's own table: {named}.",
         tuple(case for block in blocks(evidence) for case in judge(block)),
     )
 
@@ -391,7 +390,7 @@ def _pre_fine_wins(evidence: Evidence, paper_datasets: Mapping[str, str]) -> Cla
 def _score_by_score(case: Case, is_exception: bool) -> Case:
     if case.holds is not False or not is_exception:
         return case
-    return replace(case, texts=(*case.texts, "so it is in the paper's table"))
+    return replace(case, texts=(*case.texts, "the paper's table has the same exception"))
 
 
 @cache

@@ -195,7 +195,7 @@ def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: flo
         )
     if limit < MARGIN:
         change = block.effect(score)
-        return Part(None, f"scheduling towards WCE moves {label} by {change:+z.3f} only: no scale")
+        return Part(None, f"no scale: schedules towards WCE change {label} by {change:+z.3f} only")
     found = [block.difference(*names, score) for names in pairs]
     (one, other), furthest = block.furthest(pairs, score)
     holding = sum(abs(pair.mean) <= limit for pair in found)

@@ -1,13 +1,15 @@
-"""Trains a grid of four bundles on a Slurm cluster of its own, on this machine, under faults drawn
-at random, and compares every cell, bit for bit, with the same grid left alone.
+"""Train a grid of four bundles under random faults, and compare it with an undisturbed training.
 
     python -m tests.cluster.chaos [--faults 50] [--seed 0]       as root, on Debian or Ubuntu
 
-Only faults count that interrupted a start with unsaved progress, as the record of its steps shows.
-While too few have counted, the grid is trained again in a new run directory. Prints a Markdown
-table; the exit code is 1 if a cell is missing or differs, if steps were done twice beyond the last
-checkpoint, or if too few faults were counted. The seed fixes what is drawn, not when machines get
-to it.
+The program starts its own Slurm cluster on this machine. Every cell must be equal bit for bit.
+
+A fault counts only if it interrupted a start with unsaved progress, as the record of steps shows.
+Until enough faults have counted, the grid is trained again in a new run directory. The seed fixes
+the drawn faults, but not their time.
+
+Prints a Markdown table. The exit code is 1 if a cell is missing or differs, if more steps than one
+checkpoint interval were repeated, or if too few faults were counted.
 """
 
 from __future__ import annotations
@@ -44,22 +46,22 @@ from tests.jobs.job_processes import jobs
 from tests.jobs.small_runs import assert_same, results
 
 NUM_BUNDLES = 4
-NUM_NODES = 2 * NUM_BUNDLES + 2  # all train at once, and a job that has lost a node finds others
+NUM_NODES = 2 * NUM_BUNDLES + 2  # all bundles train at once, and a lost node has a replacement
 LOSSES = ("CE", "DLNWCE", "WCE")
 EPOCHS = 30  # of two steps
-STEP_SECONDS = 0.4  # at least, so that there is something to strike
+STEP_SECONDS = 0.4  # at least, so that faults find a running job
 WORLD_SIZE = 2
-# two whole nodes a job, one rank on each, so that a fault strikes one job only
+# each job has two whole nodes with one rank on each, so that a fault affects one job only
 PROFILE = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 8, "array_parallelism": NUM_BUNDLES}
-LAST_STEPS = 8  # of a bundle; there is no time to strike
-DELAY = 2.0  # seconds, at most, from seeing that a bundle can be struck to the strike
+LAST_STEPS = 8  # of a bundle, in which it is not struck
+DELAY = 2.0  # seconds, the longest wait before a strike
 TWO_CHECKPOINTS = "killed, newest checkpoint cut short"
 PATIENCE = 1800.0  # seconds for a round
 
 
 @dataclass
-class Plan:
-    """The settings of a run of this program."""
+class ChaosOptions:
+    """The number and kinds of faults, the seed, and the size of the grid."""
 
     faults: int
     seed: int
@@ -69,38 +71,42 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start the cluster, and torment it."""
+    """Start a cluster, run the faults on it, and end it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--faults", type=int, default=50, help="how many must have counted")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--faults", type=int, default=50, help="number of faults that must count")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn faults")
     options = parser.parse_args(argv)
     try:
         cluster = Cluster(NUM_NODES)
     except NoCluster as error:
         sys.exit(f"error: {error}")
     try:
-        return torment(cluster, cluster.runs / "chaos", Plan(options.faults, options.seed))
+        return run_chaos(
+            cluster, cluster.runs / "chaos", ChaosOptions(options.faults, options.seed)
+        )
     finally:
         cluster.end()
 
 
-def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
-    """Train rounds of the grid until enough faults have counted; print what happened. 0 if all is
-    as it must be, else 1."""
+def run_chaos(cluster: Cluster, folder: Path, options: ChaosOptions) -> int:
+    """Train rounds of the grid until enough faults have counted, and print the result.
+
+    Returns 0 if the run passes, else 1.
+    """
     folder.mkdir()
     data = pack_streets(folder / "streets")
-    rng = random.Random(plan.seed)
-    deck, outcomes, number = draw(rng, plan.kinds, plan.faults), [], 0
+    rng = random.Random(options.seed)
+    deck, outcomes, number = draw(rng, options.kinds, options.faults), [], 0
     missing: set[str] = set()
     different: set[str] = set()
     with ThreadPoolExecutor(1) as pool:
-        # beside the first round, most of which is waiting
-        alone = pool.submit(undisturbed, folder / "undisturbed", data, plan.num_bundles)
+        # concurrently with the first round, which mostly waits
+        alone = pool.submit(undisturbed, folder / "undisturbed", data, options.num_bundles)
         while number == 0 or (deck and not missing):
             number += 1
-            current = Round(cluster, folder / f"round{number}", data, plan)
+            current = Round(cluster, folder / f"round{number}", data, options)
             strikes = current.train(deck, rng)
             record = all_begun(current.grid.run.root)
             judged = judge_all(strikes, record)
@@ -110,35 +116,35 @@ def torment(cluster: Cluster, folder: Path, plan: Plan) -> int:
             expected = alone.result()
             missing |= expected.keys() - found.keys()
             different |= set(differing(found, expected))
-            say(f"round {number} is done: {len(found)} cells")
+            log(f"round {number} is done: {len(found)} cells")
             if all(outcome.uncounted for outcome in judged):
-                break  # it would not get better
-    return conclude(outcomes, plan, number, missing, different)
+                break  # another round would not help
+    return conclude(outcomes, options, number, missing, different)
 
 
 def conclude(
     outcomes: Sequence[Outcome],
-    plan: Plan,
+    options: ChaosOptions,
     rounds: int,
     missing: Collection[str],
     different: Collection[str],
 ) -> int:
-    """Print the table and the verdict; the exit code."""
+    """Print the table and the verdict; return the exit code."""
     print("\n".join(table(outcomes)))
     for outcome in outcomes:
         if outcome.uncounted:
             print(f"not counted: {outcome.kind}: {outcome.uncounted}")
-    wrong = failures(outcomes, plan.faults, missing, different)
+    wrong = failures(outcomes, options.faults, missing, different)
     for line in wrong:
         print(f"error: {line}")
-    cells = len(LOSSES) * plan.num_bundles
+    cells = len(LOSSES) * options.num_bundles
     if not wrong:
-        print(f"{rounds} times {cells} cells, all bit for bit as undisturbed (seed {plan.seed})")
+        print(f"{rounds} times {cells} cells, all bit for bit as undisturbed (seed {options.seed})")
     return 1 if wrong else 0
 
 
 def draw(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
-    """So many kinds of faults in random order, each as often as any other, give or take one."""
+    """Return `number` kinds of faults in random order; their frequencies differ by at most 1."""
     drawn: list[str] = []
     while len(drawn) < number:
         drawn += rng.sample(kinds, len(kinds))
@@ -146,13 +152,15 @@ def draw(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
 
 
 def grid_of(folder: Path, data: str, num_bundles: int) -> Grid:
-    """The grid whose run is in `folder`."""
+    """Return the grid whose run is in `folder`."""
     return bundle_grid(folder, data, seeds=range(num_bundles), losses=LOSSES, epochs=EPOCHS)
 
 
 def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
-    """The results of the same grid, each bundle from beginning to end by as many processes of this
-    machine, without Slurm."""
+    """Train the same grid without Slurm and without faults, and return its results.
+
+    Each bundle is trained by `WORLD_SIZE` processes of this machine.
+    """
     grid = grid_of(folder, data, num_bundles)
     with jobs(folder / "logs") as start:
         for key, cells in bundles(grid.cells).items():
@@ -167,7 +175,7 @@ def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
 
 
 def differing(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Iterator[str]:
-    """The names of the cells whose weights or counts are not bit for bit as they should be."""
+    """Yield the names of the cells whose weights or counts differ in any bit."""
     for name in found.keys() & wanted.keys():
         try:
             assert_same(found[name], wanted[name])
@@ -178,25 +186,27 @@ def differing(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Iterat
 class Round:
     """One run of the grid, from its submission until all its cells are done."""
 
-    def __init__(self, cluster: Cluster, folder: Path, data: str, plan: Plan) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, data: str, options: ChaosOptions) -> None:
         self.cluster = cluster
-        self.grid = grid_of(folder, data, plan.num_bundles)
+        self.grid = grid_of(folder, data, options.num_bundles)
         self.run = self.grid.run
         self._bundles: dict[str, list[Cell]] = bundles(self.grid.cells)
         for key in self._bundles:
             give_disk(self.run, key, cluster)
-        self._profile = write_profile(folder, **{**PROFILE, **plan.profile})
+        self._profile = write_profile(folder, **{**PROFILE, **options.profile})
         self._pause = self.run.root / PAUSE
         self._pause.write_text(str(STEP_SECONDS))
 
     def train(self, deck: Sequence[str], rng: random.Random) -> list[Strike]:
-        """Train all cells, and strike with the kinds of `deck` in turn, as many as there is time
-        for; the strikes."""
+        """Train all cells, strike with the kinds of `deck` in turn, and return the strikes.
+
+        The training may end before all kinds are used.
+        """
         strikes: list[Strike] = []
         deadline = time.monotonic() + PATIENCE
         while unfinished := self._unfinished():
             if time.monotonic() > deadline:
-                say(f"given up: {len(unfinished)} bundles are not done; {self._queue()}")
+                log(f"given up: {len(unfinished)} bundles are not done; {self._queue()}")
                 break
             if any(self._is_lost(key, self._queue()) for key in unfinished):
                 self._submit()
@@ -208,7 +218,7 @@ class Round:
         return strikes
 
     def _strike(self, kind: str, rng: random.Random) -> Strike | None:
-        """Let a bundle that can be struck feel a fault of some kind; None if there is none."""
+        """Strike a random bundle with a fault of `kind`; return None if no bundle can be struck."""
         victims = [victim for victim in self._victims() if _can_be_struck(victim, kind)]
         if not victims:
             return None
@@ -224,7 +234,7 @@ class Round:
         with KINDS[kind](victim, rank):
             pass
         healed = f"healed after {time.monotonic() - began:.0f} s"
-        say(f"{kind}: rank {rank} of {victim.job} at step {step}, {saved} saved; {healed}")
+        log(f"{kind}: rank {rank} of {victim.job} at step {step}, {saved} saved; {healed}")
         return strike
 
     def _victims(self) -> list[Victim]:
@@ -245,7 +255,7 @@ class Round:
         return [key for key, cells in self._bundles.items() if cells[0].signature not in done]
 
     def _queue(self) -> dict[str, str]:
-        """The state of each job in the queue."""
+        """Return the state of each job in the queue, by job id."""
         lines = self.cluster.answer("squeue", "--noheader", "--array", "--format=%i %T")
         return dict(line.split() for line in lines.splitlines())
 
@@ -253,7 +263,7 @@ class Round:
         return {job for job, word in self._queue().items() if word == "RUNNING"}
 
     def _is_lost(self, key: str, queue: Collection[str]) -> bool:
-        """Return whether a bundle's job is known to be dead, so `grid` would submit it again."""
+        """Return True if `grid` would resubmit the bundle, because its job is known to be dead."""
         task = self._tasks().get(key)
         if task is None:
             return True
@@ -266,13 +276,15 @@ class Round:
     def _submit(self) -> None:
         command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]
         said = self.cluster.answer(*command, "--cluster", self._profile)
-        say("; ".join(line for line in said.splitlines() if "submitted" in line))
+        log("; ".join(line for line in said.splitlines() if "submitted" in line))
 
 
 def _newest_start(victim: Victim) -> tuple[int, int]:
-    """The number of a bundle's newest start, and the step that it has begun last; (0, -1) while the
-    job, which may have been requeued, has not yet begun one."""
-    # without this a job that only starts would be taken for the start that was struck before
+    """Return the generation of a bundle's newest start, and its last begun step.
+
+    They are (0, -1) until the job, which may have been requeued, begins a step.
+    """
+    # the time of the start tells a requeued job from the start that was struck before
     started = datetime.fromisoformat(victim.cluster.job(victim.job)["StartTime"]).timestamp()
     own = [begun for begun in all_begun(victim.run.root) if begun.bundle == victim.bundle]
     if not own or own[-1].time < started:
@@ -281,15 +293,14 @@ def _newest_start(victim: Victim) -> tuple[int, int]:
 
 
 def _can_be_struck(victim: Victim, kind: str) -> bool:
-    """Return whether a bundle trains, has progress since a checkpoint, and is not near its end."""
+    """Return True if a bundle has progress since a checkpoint and is not near its end."""
     saved = victim.steps_saved
     if len(saved) < (2 if kind == TWO_CHECKPOINTS else 1):
         return False
     return saved[-1] <= _newest_start(victim)[1] < 2 * EPOCHS - LAST_STEPS
 
 
-def say(text: str) -> None:
-    """A line for whoever watches."""
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,4 @@
-"""Judge the effect of faults on bundles by the record of steps begun; and whether a
-run of `tests.cluster.chaos` passes."""
+"""Judge the effect of each fault from the record of begun steps, and a run of the chaos test."""
 
 from __future__ import annotations
 
@@ -12,8 +11,11 @@ from tests.cluster.slow_training import Begun
 
 @dataclass(frozen=True)
 class Strike:
-    """A fault that struck a bundle: its kind, the number of the start that was running, and the
-    step of the newest checkpoint right before. most_redone: the steps that may be done twice."""
+    """A fault that struck a bundle.
+
+    `generation` is the start that was running, `saved` the step of its newest checkpoint, and
+    `most_redone` the number of steps that may be repeated.
+    """
 
     kind: str
     bundle: str
@@ -26,12 +28,9 @@ class Strike:
 class Outcome:
     """The effect of a strike.
 
-    Attributes:
-        unsaved: Steps that the start had begun and not saved when it ended, or had to hand over.
-        redone: Steps done twice.
-        seconds: Seconds from the last step before it to the first one beyond it.
-        uncounted: The reason why it does not count, or "".
-        harm: A forbidden effect of it, or "".
+    `unsaved` is the number of begun steps beyond the checkpoint, `redone` that of repeated steps.
+    `seconds` pass between the last step before the strike and the first step beyond it. `uncounted`
+    is the reason why the strike does not count, `harm` the forbidden effect; both may be "".
     """
 
     kind: str
@@ -43,9 +42,9 @@ class Outcome:
 
 
 def judge(strike: Strike, record: Sequence[Begun]) -> Outcome:
-    """Return the effect of a strike, once its bundle is done.
+    """Return the effect of a strike on a finished bundle.
 
-    It counts only if it interrupted a start with unsaved progress, so that a later start went on.
+    It counts only if it interrupted a start with unsaved progress, and a later start continued.
     """
     steps = [begun for begun in record if begun.bundle == strike.bundle]
     struck = [begun for begun in steps if begun.generation == strike.generation]
@@ -70,7 +69,7 @@ def judge(strike: Strike, record: Sequence[Begun]) -> Outcome:
 
 
 def judge_all(strikes: Sequence[Strike], record: Sequence[Begun]) -> list[Outcome]:
-    """Return the effect of each strike; a start counts once, however often it was struck."""
+    """Return the effect of each strike; only the first strike on a start counts."""
     outcomes: list[Outcome] = []
     struck: set[tuple[str, int]] = set()
     for strike in strikes:
@@ -85,7 +84,7 @@ def judge_all(strikes: Sequence[Strike], record: Sequence[Begun]) -> list[Outcom
 def failures(
     outcomes: Sequence[Outcome], wanted: int, missing: Collection[str], different: Collection[str]
 ) -> list[str]:
-    """A line for each reason why the run does not pass; none if it does."""
+    """Return a line for each reason why the run fails, none if it passes."""
     counted = sum(not outcome.uncounted for outcome in outcomes)
     lines = [f"{outcome.kind}: {outcome.harm}" for outcome in outcomes if outcome.harm]
     if counted < max(1, wanted):
@@ -98,7 +97,7 @@ def failures(
 
 
 def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The lines of a Markdown table: a row for each kind of fault, and one for all."""
+    """Yield the lines of a Markdown table, a row for each kind of fault and one for all."""
     yield "| fault | struck | counted | steps redone | at most | seconds lost (median) | at most |"
     yield "|---|---|---|---|---|---|---|"
     by_kind: dict[str, list[Outcome]] = {}

@@ -1,4 +1,4 @@
-"""A short run of `tests.cluster.chaos`; and that its judgement can say no."""
+"""A short run of `tests.cluster.chaos`, and faults that its judgement must find."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.cluster.chaos import Plan, conclude, differing, draw, torment
+from tests.cluster.chaos import ChaosOptions, conclude, differing, draw, run_chaos
 from tests.cluster.chaos_record import Outcome, Strike, failures, judge, judge_all, table
 from tests.cluster.faults import KINDS
 from tests.cluster.slow_training import Begun
 
-# what two nodes alone can heal from, since the others of the cluster have work
+# faults from which two nodes recover, because other tests use the other nodes
 ON_TWO_NODES = ("rank killed", "disk full while checkpointing", "TERM to a rank")
 STRIKE = Strike("rank killed", "bundle", generation=1, saved=4, most_redone=3)
 
 
 def record(*starts: range, bundle: str = "bundle") -> list[Begun]:
-    """A step a second, and ten seconds from one start to the next."""
+    """Return a record with a step each second, and ten seconds between two starts."""
     begun, now = [], 0.0
     for generation, steps in enumerate(starts, 1):
         for step in steps:
@@ -31,8 +31,8 @@ def record(*starts: range, bundle: str = "bundle") -> list[Begun]:
 
 def test_three_faults_leave_every_bit_as_it_is(cluster, capsys):
     profile = {"exclude": "n[3-4]", "cpus_per_task": 4}
-    plan = Plan(3, seed=1, kinds=ON_TWO_NODES, num_bundles=2, profile=profile)
-    code = torment(cluster, cluster.runs / "chaos", plan)
+    plan = ChaosOptions(3, seed=1, kinds=ON_TWO_NODES, num_bundles=2, profile=profile)
+    code = run_chaos(cluster, cluster.runs / "chaos", plan)
     said = capsys.readouterr().out
     assert code == 0, said
     for kind in ON_TWO_NODES:
@@ -86,7 +86,7 @@ def test_what_must_not_happen_is_named(second, harm):
 
 
 def test_no_fault_no_cell_and_a_bit_that_differs_are_each_a_failure(capsys):
-    counted, plan = Outcome("rank killed", unsaved=1), Plan(faults=1, seed=0)
+    counted, plan = Outcome("rank killed", unsaved=1), ChaosOptions(faults=1, seed=0)
     assert conclude([counted], plan, 1, (), ()) == 0
     assert "error" not in capsys.readouterr().out
     for outcomes, missing, different, line in (
@@ -96,7 +96,9 @@ def test_no_fault_no_cell_and_a_bit_that_differs_are_each_a_failure(capsys):
     ):
         assert conclude(outcomes, plan, 1, missing, different) == 1
         assert f"error: {line}\n" in capsys.readouterr().out
-    assert conclude([], Plan(faults=0, seed=0), 1, (), ()) == 1, "no fault at all proves nothing"
+    assert conclude([], ChaosOptions(faults=0, seed=0), 1, (), ()) == 1, (
+        "no fault at all proves nothing"
+    )
 
 
 def test_one_bit_makes_a_cell_differ():

@@ -1,4 +1,4 @@
-"""Labelling images loses none of them."""
+"""Labelling images overwrites none of them."""
 
 import pytest
 

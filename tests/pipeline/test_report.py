@@ -1,4 +1,4 @@
-"""The report: three tables and one page that needs nothing but itself."""
+"""The report: tables, and one self-contained page."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 class Page(HTMLParser):
-    """The tags of a page, and the text that a reader sees."""
+    """The tags and the visible text of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -114,7 +114,7 @@ def test_the_page_sets_the_results_beside_the_paper(page):
 
 
 def analysed(results, folder):
-    """A page without figures, which take their time, and the files beside it."""
+    """Write the files of a report; return its page without figures, which are slow."""
     table = rows(results)
     seen = evidence(results, table)
     paper = paper_section(results, table, seen)
@@ -138,7 +138,7 @@ def test_the_page_says_where_a_claim_holds_and_by_how_much(tmp_path):
     assert len(pairs) == 7 * 6 / 2
 
 
-def test_names_in_the_analysis_are_text_too(results, tmp_path):
+def test_names_in_the_comparison_with_the_paper_are_text(results, tmp_path):
     data = results.datasets[0]
     cells = [{**cell, "model": SCRIPT} for cell in data.cells]
     shown = analysed(replace(results, datasets=[replace(data, cells=cells)]), tmp_path)
@@ -213,7 +213,7 @@ def test_a_report_warns_of_counts_that_its_results_lack(results, tmp_path, capsy
         os.utime(counts / f"{name}.json", (0, reduced - age))
     main([str(grid)])
     said = capsys.readouterr().out
-    assert "warning: 1 counts files are newer than" in said
+    assert "results.h5 is older than 1 counts files, so the report lacks them" in said
     assert f"run `python -m pipeline.reduce {grid}`" in said
 
 

@@ -108,11 +108,11 @@ def test_the_papers_own_exceptions_to_pre_fine_are_named_with_the_claim_and_wher
         f"Exceptions in the paper's own table: Cal of {FCN} on voc; Cal of {FCN} on sbd; "
         f"Rec of {DEEPLAB} on sbd."
     )
-    failing = [finding for finding in claim.cases if finding.holds is False]
+    failing = [case for case in claim.cases if case.holds is False]
     assert [(f.dataset, f.models) for f in failing] == [
         ("voc", (FCN,)), ("sbd", (FCN,)), ("sbd", (DEEPLAB,))
     ]  # fmt: skip
-    assert {f.texts[-1] for f in failing} == {"so it is in the paper's table"}
+    assert {f.texts[-1] for f in failing} == {"the paper's table has the same exception"}
     own = {("voc", DEEPLAB, "pre-fine", "acc"): -0.5}
     (of_ours,) = [f for f in judged(grid(own))["pre_fine_wins"].cases if f.holds is False]
     assert len(of_ours.texts) == 1  # the paper has no such exception
@@ -203,8 +203,8 @@ def test_pairs_without_a_seed_in_common_are_no_evidence_against_a_trend():
 
 def test_a_static_mixture_with_weighted_ce_must_raise_recall_as_a_schedule_does():
     fall = {("voc", FCN, "DLWCE", "rec"): -0.2}
-    (finding,) = [f for f in judged(grid(fall))["recall_for_accuracy"].cases if not f.holds]
-    assert "DLWCE" in finding.texts[0]
+    (case,) = [f for f in judged(grid(fall))["recall_for_accuracy"].cases if not f.holds]
+    assert "DLWCE" in case.texts[0]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,10 @@ def test_where_scheduling_changes_nothing_there_is_no_scale_to_call_a_difference
     found = judged(replace(grid(), scores=flat))
     assert found["recall_for_accuracy"].verdict == "does not hold"
     assert found["schedules_agree"].verdict == "cannot be said"
-    assert "moves Rec by +0.000 only" in found["schedules_agree"].cases[0].texts[0]
+    assert (
+        "schedules towards WCE change Rec by +0.000 only"
+        in found["schedules_agree"].cases[0].texts[0]
+    )
 
 
 def test_a_difference_that_the_papers_two_digits_would_not_show_is_none():
@@ -279,24 +282,24 @@ def test_a_difference_that_the_papers_two_digits_would_not_show_is_none():
     own = grid(jitter=0).scores["voc", FCN, "pre-fine"][0]["s_rec"]
     for lead, holds in ((0.004, False), (0.006, True)):
         nearer = grid({("voc", FCN, "pre-fine", "s_rec"): top + lead - own}, jitter=0)
-        finding = s_rec_of_pre_fine(nearer)
-        assert (finding.dataset, finding.models, finding.holds) == ("voc", (FCN,), holds)
+        case = s_rec_of_pre_fine(nearer)
+        assert (case.dataset, case.models, case.holds) == ("voc", (FCN,), holds)
 
 
 def test_a_loss_whose_s_rec_no_seed_defines_is_left_out_and_counted():
     changed = grid({("voc", FCN, "CEMP", "s_rec"): math.nan})
-    finding = s_rec_of_pre_fine(changed)
-    assert finding.holds
-    assert finding.texts[0].endswith("17 of 17 pairs, 1 undefined")
+    case = s_rec_of_pre_fine(changed)
+    assert case.holds
+    assert case.texts[0].endswith("17 of 17 pairs, 1 undefined")
 
 
 def test_how_much_comes_with_the_spread_over_seeds_of_the_paired_difference():
-    finding = s_rec_of_pre_fine(grid())
+    case = s_rec_of_pre_fine(grid())
     own = grid().scores["voc", FCN, "pre-fine"]
     closest = grid().scores["voc", FCN, "WDLNWCE"]
     apart = [own[seed]["s_rec"] - closest[seed]["s_rec"] for seed in range(4)]
     expected = f"S_rec {np.mean(apart):+.3f} ± {np.std(apart, ddof=1):.3f} (4 of 4 seeds)"
-    assert finding.texts[0].startswith(f"{expected} at the closest pair (pre-fine over WDLNWCE")
+    assert case.texts[0].startswith(f"{expected} at the closest pair (pre-fine over WDLNWCE")
 
 
 def test_machines_read_verdicts_and_the_names_of_the_cells_compared():

@@ -1,4 +1,4 @@
-"""The paper's Table 1 beside results of one's own."""
+"""Differences of a grid's results to the paper's Table 1."""
 
 import csv
 import io

@@ -1,5 +1,7 @@
-"""Made-up but realistic results: classifiers that are more or less sure of themselves, and more or
-less drawn to frequent classes, judged on label maps of blobs."""
+"""Simulate realistic results on label maps of blobs.
+
+The classifiers differ in their confidence and in their preference for frequent classes.
+"""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Losses compared on the seeds that both have, and what so few seeds can say."""
+"""Paired comparisons of losses over few seeds."""
 
 import csv
 import io

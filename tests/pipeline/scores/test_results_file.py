@@ -1,4 +1,4 @@
-"""results.h5 comes back as it was written, or not at all."""
+"""results.h5 is read as it was written, or refused."""
 
 from dataclasses import replace
 

@@ -45,8 +45,9 @@ REFUSED = {
         r"report/\.tmp-[\w.-]+/table\.csv",
         r"report/\.tmp-[\w.-]+/table\.md",
         r"report/\.tmp-[\w.-]+/table\.tex",
-        r"report/\.tmp-[\w.-]+/index\.html",
+        r"report/\.tmp-[\w.-]+/comparisons\.csv",
         r"report/\.tmp-[\w.-]+/table1\.csv",
+        r"report/\.tmp-[\w.-]+/index\.html",
     ],
 }
 # Where a file is open for writing, a disk does not get read-only: it is so from the start.
