@@ -133,7 +133,7 @@ def read_palette_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] |
         stretched = image.mode == "L" and "L;" in _raw_mode(image)
         if image.mode not in ("L", "P") or stretched:
             raise BadFile(
-                f"{path} is no label map: it must have one channel of 8 bits, not mode "
+                f"{path} is not a label map: it must have one channel of 8 bits, not mode "
                 f"{_raw_mode(image) or image.mode}; save class indices as 8-bit PNG"
             )
         stored = _as_stored(image)  # before any other call that loads the image

@@ -262,7 +262,9 @@ def parse_dataset(name: str, table: Any, where: str) -> DatasetSettings:
     if not isinstance(table, dict):
         raise UserError(f"{where} must be a table")
     if not name.strip() or "/" in name or name.startswith("."):
-        raise UserError(f"{where}: its name is a folder's too; use one without / or a leading dot")
+        raise UserError(
+            f"{where}: the name is also a folder name; use one without / and leading dot"
+        )
     source = table.get("source")
     if not isinstance(source, str) or source not in SOURCES:
         hint = did_you_mean(source if isinstance(source, str) else "", SOURCES)

@@ -119,7 +119,7 @@ def _summary_problems(
         "SHA-256": file_sha256(path) == summary.sha256,
     }
     return [
-        f"{path}: {fact} not as the manifest says; {remedy(path)}"
+        f"{path}: {fact} of shard and manifest differ; {remedy(path)}"
         for fact, holds in facts.items()
         if not holds
     ]

@@ -100,7 +100,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):
-        return "a number of thousands of digits" if isinstance(value, int) else "what is given"
+        return "a number of thousands of digits" if isinstance(value, int) else "the given value"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 

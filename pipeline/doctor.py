@@ -140,7 +140,7 @@ def _data_set(grid: Grid, name: str) -> str:
             continue
         read += shard.bytes
         if file_sha256(path) != shard.sha256:
-            raise UserError(f"{path} is damaged (its checksum does not fit); {remedy(path)}")
+            raise UserError(f"{path} is damaged (its checksum differs); {remedy(path)}")
     total = sum(shard.bytes for shard in shards)
     return f"{shown_bytes(total)} in {len(shards)} shards, {shown_bytes(read)} read and as packed"
 

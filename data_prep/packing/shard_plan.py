@@ -152,7 +152,7 @@ def _entry(sample: Sample, codec: str) -> Entry:
         return Entry(sample.id, height, width, "raw", height * width * 3)
     if not header.keeps_jpeg:
         raise BadFile(
-            f'{sample.image} is no RGB or grey JPEG, which codec = "encoded" asks for; '
+            f'{sample.image} is not an RGB or grey JPEG, as codec = "encoded" requires; '
             'set codec = "auto" or "raw"'
         )
     return Entry(sample.id, height, width, "encoded", _stat(sample.image)[0])

@@ -200,7 +200,7 @@ class _Arena:
             if crc32(piece[begin : begin + size]) != self._crcs[number]:
                 first = (number - self._first_crc[k]) * BAND_ROWS
                 last = min(first + BAND_ROWS, self._layouts[k].rows) - 1
-                raise self._damaged(what, f"checksum of rows {first} to {last} does not fit")
+                raise self._damaged(what, f"checksum of rows {first} to {last} differs")
             number += 1
 
     def _damaged(self, what: str, reason: str) -> Damaged:

@@ -130,7 +130,7 @@ def _read(path: Path) -> tuple[_Picture, ...]:
     except OSError as error:
         raise unreadable(error, f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
     except (ValueError, RecursionError) as error:  # cut short, not JSON, not UTF-8
-        raise UserError(f"{path} is not whole ({error}); {_REMEDY}") from error
+        raise UserError(f"{path} is truncated or not JSON ({error}); {_REMEDY}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} does not hold the instances of COCO ({type(error).__name__}: {error}); "

@@ -60,7 +60,7 @@ def read_list(path: Path, remedy: str) -> list[str]:
         message = f"cannot read the list {path}: {error.strerror}; {remedy}"
         raise unreadable(error, message) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; a list holds one id a line") from error
+        raise UserError(f"{path} is not UTF-8 text; a list holds one id per line") from error
     ids: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         found = line.strip()
@@ -68,8 +68,8 @@ def read_list(path: Path, remedy: str) -> list[str]:
             continue
         if len(found.split()) > 1 or "/" in found:
             raise UserError(
-                f"{path}, line {number}: {found!r} is no id; a list holds one id a line, a file "
-                "name without folder and suffix"
+                f"{path}, line {number}: {found!r} is not an id; a list holds one id per line, a "
+                "file name without folder and suffix"
             )
         if found in ids:
             raise UserError(
@@ -77,7 +77,7 @@ def read_list(path: Path, remedy: str) -> list[str]:
             )
         ids[found] = number
     if not ids:
-        raise UserError(f"the list {path} is empty; it must hold one id a line")
+        raise UserError(f"the list {path} is empty; it must hold one id per line")
     return list(ids)
 
 

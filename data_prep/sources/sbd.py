@@ -89,7 +89,7 @@ def _listed_ids(settings: SbdSettings, name: str) -> list[str]:
         return read_list(home / f"{name}.txt", _REMEDY)
     if name != _NOVAL:
         hint = did_you_mean(name, lists | {_NOVAL})
-        raise UserError(f"{home} has no list {name!r}; {hint}, or a file of yours, x.txt")
+        raise UserError(f"{home} has no list {name!r}; {hint}, or your own file, NAME.txt")
     return _without_voc_val(settings)
 
 

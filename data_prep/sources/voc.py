@@ -67,7 +67,7 @@ def official(root: str, name: str) -> list[Sample]:
     known = {file[:-4] for file in names_in(path.parent, _REMEDY) if file.endswith(".txt")}
     if name not in known:
         hint = did_you_mean(name, known)
-        raise UserError(f"{path.parent} has no list {name!r}; {hint}, or a file of yours, x.txt")
+        raise UserError(f"{path.parent} has no list {name!r}; {hint}, or your own file, NAME.txt")
     return listed(root, read_list(path, _REMEDY), str(path))
 
 

@@ -76,7 +76,7 @@ class LocalJobs:
             return path.open("a")
         except OSError as error:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; make room or mend permissions, run again"
+                f"cannot write {path}: {error.strerror}; free space or fix permissions, run again"
             ) from error
 
     def add(self, jobs: Sequence[dict[str, Any]], token: str = "") -> list[str]:

@@ -215,11 +215,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise Damaged(
-            f"{path} cannot be read: {error.strerror}; mend or delete it and run again"
+            f"{path} cannot be read: {error.strerror}; restore or delete it and run again"
         ) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         pass
-    raise Damaged(f"{path} is damaged (its checksum does not fit); delete it and run again")
+    raise Damaged(f"{path} is damaged (its checksum differs); delete it and run again")
 
 
 def fingerprint(value: Any) -> str:
@@ -271,4 +271,4 @@ def fsync(path: Path) -> None:
 
 def _explained(error: OSError, path: Path) -> UserError:
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return UserError(f"cannot write {path}: {reason}; make room or mend permissions, run again")
+    return UserError(f"cannot write {path}: {reason}; free space or fix permissions, run again")

@@ -61,7 +61,7 @@ class Checkpoint:
         path = self.path / f"{entry}.pt"
         try:
             if _checksum(file_crc32(path)) != self.checksums[entry]:
-                raise Damaged(f"{path} is damaged (its checksum does not fit)")
+                raise Damaged(f"{path} is damaged (its checksum differs)")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Damaged:
             raise

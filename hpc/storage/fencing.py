@@ -68,7 +68,7 @@ def claim(folder: Path, entries: Iterable[str]) -> Generation:
                 number += 1
     except OSError as error:
         raise UserError(
-            f"cannot write into {folder}: {error.strerror}; make room or mend permissions, "
+            f"cannot write into {folder}: {error.strerror}; free space or fix permissions, "
             "run again"
         ) from error
     finally:

@@ -68,7 +68,7 @@ def require_locks(folder: Path) -> str:
             contender = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except OSError as error:
         raise UserError(
-            f"cannot write into {folder}: {error.strerror}; make room or mend permissions"
+            f"cannot write into {folder}: {error.strerror}; free space or fix permissions"
         ) from error
     if contender.returncode == 0:
         raise UserError(

@@ -164,4 +164,4 @@ def _copy_checked(source: Path, target: Path, sha256: str) -> None:
     except FileNotFoundError as error:
         raise Damaged(f"{source} cannot be read: {error.strerror}; restore it") from error
     if file_sha256(target) != sha256:
-        raise Damaged(f"{source} is damaged (its checksum does not fit); restore it")
+        raise Damaged(f"{source} is damaged (its checksum differs); restore it")

@@ -129,7 +129,7 @@ def group_number(group: str) -> int | None:
         number = -1
     if number not in own:
         names = ", ".join(sorted(map(_group_name, own)))
-        what = "is a group you are not in" if number >= 0 else "is no Unix group"
+        what = "is a group you are not in" if number >= 0 else "is not a Unix group"
         raise UserError(f"[cluster]: group = {group!r} {what}; yours: {names}")
     return number
 
@@ -206,21 +206,21 @@ def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
 
 def _open_to_others(place: Path, info: os.stat_result, whom: str, remedy: str) -> UserError:
     name = shlex.quote(str(place))
-    mend = f"make sure that all in it is yours and run `chmod go-w {name}`"
+    fix = f"make sure that all in it is yours and run `chmod go-w {name}`"
     if info.st_uid != os.geteuid():
-        mend = f"ask {user_name(info.st_uid)} to run `chmod +t {name}`"
+        fix = f"ask {user_name(info.st_uid)} to run `chmod +t {name}`"
     name_of_group = whom.removeprefix("the group ")
     trust = "" if name_of_group == whom else f", or set group = {name_of_group!r} in [cluster]"
     return UserError(
-        f"{place} can be written to by {whom}, who could put there what your jobs run; "
-        f"{remedy}{trust}, or {mend}"
+        f"{place} can be written to by {whom}, who could change what your jobs run; "
+        f"{remedy}{trust}, or {fix}"
     )
 
 
 def _not_ours(place: Path, info: os.stat_result, remedy: str) -> UserError:
     me = user_name(os.geteuid())
     return UserError(
-        f"{place} belongs to {user_name(info.st_uid)}, who could put there what your jobs run; "
+        f"{place} belongs to {user_name(info.st_uid)}, who could change what your jobs run; "
         f"{remedy}, or make it yours: `chown -hR {me} {shlex.quote(str(place))}`"
     )
 

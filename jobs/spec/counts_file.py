@@ -86,7 +86,7 @@ class CountsIndex:
             raise Damaged(f"{self.path} cannot be read: {error.strerror}") from error
         if crc32(data) != self.crc32:
             raise Damaged(
-                f"{self.path} is damaged (its checksum does not fit); delete it and run grid again"
+                f"{self.path} is damaged (its checksum differs); delete it and run grid again"
             )
         return data
 
@@ -167,7 +167,7 @@ def set_aside_altered(folder: Path) -> list[str]:
             path = index.path.with_suffix(".json")
             rename_file(path, path.with_suffix(ASIDE))
             lines.append(
-                f"{index.path} is damaged (its checksum does not fit); its cells are trained anew, "
+                f"{index.path} is damaged (its checksum differs); its cells are trained anew, "
                 f"its index is {path.with_suffix(ASIDE).name} now"
             )
     return lines

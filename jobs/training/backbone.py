@@ -167,5 +167,5 @@ def read_tensors(path: Path) -> Any:
     """Read tensors and plain values that `torch.save` wrote; raises nearly any exception."""
     # torch does not compare the checksums of the archive
     if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-        raise zipfile.BadZipFile(f"the checksum of {bad} does not fit")
+        raise zipfile.BadZipFile(f"the checksum of {bad} differs")
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -156,7 +156,7 @@ def _user_block(content: bytes | memoryview) -> bytes:
 
 
 def _damaged(path: str | Path) -> Damaged:
-    return Damaged(f"{path} is damaged (its checksum does not fit); run `reduce` again")
+    return Damaged(f"{path} is damaged (its checksum differs); run `reduce` again")
 
 
 def _check(dataset: DatasetResults) -> None:

@@ -45,7 +45,7 @@ def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, Count
             continue
         if verify and index.is_altered():
             problems.append(
-                f"{index.path} is damaged (its checksum does not fit); run grid again to train its "
+                f"{index.path} is damaged (its checksum differs); run grid again to train its "
                 "cells anew"
             )
             continue

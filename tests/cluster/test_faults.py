@@ -72,7 +72,7 @@ def test_a_link_between_nodes_that_is_cut(struck_down, expected):
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(struck_down, expected):
     bundle = struck_down[faults.disk_full]
     folder = bundle.run.checkpoints(bundle.key)
-    reason = "No space left on device; make room or mend permissions, run again"
+    reason = "No space left on device; free space or fix permissions, run again"
     assert re.search(rf"^error: cannot write {folder}/step-\d+-g1: {reason}$", bundle.log(), re.M)
     found = bundle.finish(bundle.submit_again())
     bundle.assert_resumed_once(most_redone=bundle.most_redone())
@@ -83,7 +83,7 @@ def test_a_newest_checkpoint_that_is_cut_short(struck_down, expected):
     bundle = struck_down[faults.newest_checkpoint_cut_short]
     newest = bundle.steps_saved[-1]
     found = bundle.finish(bundle.submit_again())
-    assert "is damaged (its checksum does not fit); passed over" in bundle.log()
+    assert "is damaged (its checksum differs); passed over" in bundle.log()
     assert bundle.resumed_at[-1] < newest
     # back to the checkpoint before the newest one, hence two intervals
     bundle.assert_resumed_once(most_redone=2 * bundle.most_redone())

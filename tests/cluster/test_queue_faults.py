@@ -113,7 +113,7 @@ def test_counts_that_a_disk_has_damaged(cluster, new_bundle, expected):
     (counts,) = bundle.run.counts.glob("*.h5")
     flip(counts)
     reduced = cluster.answer(PYTHON, "-m", "pipeline.reduce", bundle.grid.path).splitlines()
-    line = f"{counts} is damaged (its checksum does not fit)"
+    line = f"{counts} is damaged (its checksum differs)"
     assert reduced[0] == f"warning: {line}; delete it and run grid again"
     assert len([said for said in reduced if said.startswith("missing: ")]) == 2
     said = cluster.answer(*bundle.command(SLOW, "grid"))

@@ -82,7 +82,7 @@ def test_sixteen_bit_rgb_is_refused_although_pillow_reads_it(rooms):
 def test_a_label_map_that_holds_no_8_bit_indices(rooms, mode, name):
     Image.new(mode, (30, 70)).save(rooms.root / "trainannot" / name)
     message = _refusal(rooms)
-    assert f"trainannot/{name} is no label map: it must have one channel of 8 bits" in message
+    assert f"trainannot/{name} is not a label map: it must have one channel of 8 bits" in message
 
 
 def test_a_4_bit_grey_label_map_is_refused_since_pillow_scales_it(rooms):
@@ -100,7 +100,7 @@ def test_a_label_map_saved_as_jpeg(rooms):
 
 def test_codec_encoded_refuses_an_image_that_is_no_jpeg(rooms):
     rooms.table["codec"] = "encoded"
-    assert 'codec = "encoded" asks for; set codec = "auto"' in _refusal(rooms)
+    assert 'codec = "encoded" requires; set codec = "auto"' in _refusal(rooms)
 
 
 def test_a_palette_image_is_a_label_map_of_its_indices(rooms):

@@ -81,7 +81,7 @@ def test_a_manifest_that_differs_from_its_shards(rooms, change, named):
         manifest.splits["val"], shards=(dataclasses.replace(shard, **change),)
     )
     [problem] = verify(dataclasses.replace(manifest, splits={"val": val}))
-    assert f"{shard.file}: {named} not as the manifest says" in problem
+    assert f"{shard.file}: {named} of shard and manifest differ" in problem
 
 
 def test_a_label_value_that_is_no_class(rooms):

@@ -161,7 +161,7 @@ def test_a_value_that_cannot_be_shown_is_described():
     deep: list[object] = []
     for _ in range(5000):
         deep = [deep]
-    assert shown(deep) == "what is given"
+    assert shown(deep) == "the given value"
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "\x1b[31m", "a\0b"])

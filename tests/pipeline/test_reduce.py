@@ -150,7 +150,7 @@ def test_what_is_not_trained_is_missing_by_name(half_done, capsys):
 def test_damaged_counts_are_named_here_and_in_the_results(half_done, capsys):
     (note,) = notes_of(reduced(half_done))
     path = half_done.run.counts_of("rooms-seed1", 1)
-    assert note == f"{path} is damaged (its checksum does not fit); delete it and run grid again"
+    assert note == f"{path} is damaged (its checksum differs); delete it and run grid again"
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {note}"
 
 

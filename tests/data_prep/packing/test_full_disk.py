@@ -21,7 +21,7 @@ from hpc.cli import run
 {before}
 run(main, [{config!r}, "--processes", "1"])
 """
-FULL = rf"error: cannot write .*/disk/.*: {NO_ROOM}; make room or mend permissions, run again"
+FULL = rf"error: cannot write .*/disk/.*: {NO_ROOM}; free space or fix permissions, run again"
 ROOM_AT_FIRST = """
 import shutil
 from collections import namedtuple

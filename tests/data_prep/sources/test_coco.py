@@ -234,9 +234,9 @@ def test_a_root_without_coco_names_the_download(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is not whole ("),
-        ('{"images": [', "is not whole ("),
-        ("\xff", "is not whole ("),
+        ("", "is truncated or not JSON ("),
+        ('{"images": [', "is truncated or not JSON ("),
+        ("\xff", "is truncated or not JSON ("),
         ("[]", "does not hold the instances of COCO ("),
         ('{"images": [], "annotations": []}', "of COCO (KeyError: 'categories')"),
         ('{"images": [], "annotations": [], "categories": []}', "of COCO (KeyError: 'airplane')"),

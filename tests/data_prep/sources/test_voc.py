@@ -102,10 +102,10 @@ def test_another_list_is_another_data_set(tree):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "mine.txt is empty; it must hold one id a line"),
+        ("", "mine.txt is empty; it must hold one id per line"),
         ("a\nb\n\na\n", "mine.txt holds 'a' twice, in lines 1 and 4; remove one"),
         ("a\n/JPEGImages/b.jpg /SegmentationClass/b.png\n", "mine.txt, line 2: "),
-        ("../../secret\n", "mine.txt, line 1: '../../secret' is no id"),
+        ("../../secret\n", "mine.txt, line 1: '../../secret' is not an id"),
         ("2007_000032\nnone\nneither\n", "JPEGImages has no neither.jpg and 1 more, which "),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing_and_gives_one_line(tmp_path):
     *refusals, left = done.stdout.splitlines()
     for name, line in zip(["new.bin", "old.txt", "new.json", "folder"], refusals, strict=True):
         start = re.escape(f"cannot write {tmp_path / name}: ")
-        assert re.fullmatch(f"{start}{NO_ROOM}; make room or mend permissions, run again", line)
+        assert re.fullmatch(f"{start}{NO_ROOM}; free space or fix permissions, run again", line)
     assert left == "old.txt old"
 
 
@@ -235,7 +235,7 @@ def test_a_damaged_record_is_named(tmp_path, damage):
     with pytest.raises(Damaged) as refused:
         read_json(path)
     assert str(refused.value) == (
-        f"{path} is damaged (its checksum does not fit); delete it and run again"
+        f"{path} is damaged (its checksum differs); delete it and run again"
     )
 
 

@@ -502,7 +502,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_gives_one_line(tmp_path):
     *refusals, resumed, left = done.stdout.splitlines()
     for name, line in zip(["step-000000020-g1", "head.pt"], refusals, strict=True):
         start = re.escape(f"cannot write {tmp_path / 'checkpoints' / name}: ")
-        assert re.fullmatch(f"{start}{NO_ROOM}; make room or mend permissions, run again", line)
+        assert re.fullmatch(f"{start}{NO_ROOM}; free space or fix permissions, run again", line)
     assert resumed == "10 10000.0 []"
     assert left == "step-000000010-g1"
 

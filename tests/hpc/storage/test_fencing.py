@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     line, left = done.stdout.splitlines()
     start = re.escape(f"cannot write into {tmp_path / 'generations'}: ")
-    assert re.fullmatch(f"{start}{NO_ROOM}; make room or mend permissions, run again", line)
+    assert re.fullmatch(f"{start}{NO_ROOM}; free space or fix permissions, run again", line)
     assert left == "[]"
 
 

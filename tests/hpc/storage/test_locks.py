@@ -95,6 +95,6 @@ def test_locks_that_are_missing_or_let_others_in_do_not_pass(without_locks, monk
     without_locks(errno.ENOSYS)
     with pytest.raises(UserError, match="cannot lock a file in "):
         require_locks(tmp_path)
-    with pytest.raises(UserError, match=r"cannot write into .*: No such file or directory; make"):
+    with pytest.raises(UserError, match=r"cannot write into .*: No such file or directory; free"):
         require_locks(tmp_path / "missing")
     assert not list(tmp_path.iterdir())

@@ -140,7 +140,7 @@ def test_the_message_names_the_other_user_and_a_remedy(place, mode, user, group,
     with pytest.raises(UserError) as refused:
         private_folder(run, remedy="set run_dir to a folder of yours")
     told = str(refused.value)
-    assert told.startswith(f"{run} {said}, who could put there what your jobs run; set run_dir")
+    assert told.startswith(f"{run} {said}, who could change what your jobs run; set run_dir")
     assert ("or set group = 'users' in [cluster]" in told) == (group == SHARED_ID)
     mend = re.search(r"`(.*)`", told, re.DOTALL)[1]
     subprocess.run(["/bin/sh", "-c", mend], check=True, cwd=place)
@@ -241,7 +241,7 @@ def test_an_own_run_is_opened_to_the_profiles_group(place):
 
 
 def test_an_unknown_group_or_one_without_this_user_is_refused(place):
-    for name, what in (("no such", "is no Unix group"), (SHARED, "is a group you are not in")):
+    for name, what in (("no such", "is not a Unix group"), (SHARED, "is a group you are not in")):
         with pytest.raises(UserError, match=rf"\[cluster\]: group = '{name}' {what}; yours: "):
             private_folder(place / "run", name)
     assert list(place.iterdir()) == []

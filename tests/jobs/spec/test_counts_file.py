@@ -193,6 +193,6 @@ def test_a_disk_that_gets_full_gives_one_line_wherever_the_writer_is(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(lines := done.stdout.splitlines()) == 20
     start = re.escape(f"cannot write {tmp_path}/t-g1.")
-    refusal = re.compile(rf"{start}(h5|json): {NO_ROOM}; make room or mend permissions, run again")
+    refusal = re.compile(rf"{start}(h5|json): {NO_ROOM}; free space or fix permissions, run again")
     assert all(refusal.fullmatch(line) for line in lines if line != "['confusion', 'nll']")
     assert lines[-1] == "['confusion', 'nll']"  # there was room for it

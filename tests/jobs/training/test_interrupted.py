@@ -297,5 +297,5 @@ def test_what_rank_0_cannot_write_ends_all_ranks_with_one_line(streets, tmp_path
     for log in job.logs:
         (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
         assert line.startswith(f"error: cannot write {grid.run.root}/checkpoints/")
-        assert line.endswith("; make room or mend permissions, run again")
+        assert line.endswith("; free space or fix permissions, run again")
         assert "Traceback" not in log

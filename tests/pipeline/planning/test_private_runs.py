@@ -46,15 +46,16 @@ def linked_to_an_open_folder(run: Path) -> None:
 
 
 CASES = {
-    open_to_all: "{run} can be written to by everybody, who could put there what your jobs run; "
+    open_to_all: "{run} can be written to by everybody, who could change what your jobs run; "
     "set run_dir to a folder of yours, or make sure that all in it is yours and run "
     "`chmod go-w {run}`",
-    open_to_its_group: "{run} can be written to by the group 4343, who could put there what your "
+    open_to_its_group: "{run} can be written to by the group 4343, who could change what your "
     "jobs run; set run_dir to a folder of yours, or set group = '4343' in [cluster], or make sure ",
-    of_somebody_else: "{run} belongs to 4242, who could put there what your jobs run; set run_dir "
+    of_somebody_else: "{run} belongs to 4242, who could change what your jobs run; set run_dir "
     "to a folder of yours, or make it yours: `chown -hR root {run}`",
-    in_a_folder_open_to_all: "{run.parent} can be written to by everybody, who could put there ",
-    linked_to_an_open_folder: "{run.parent}/target can be written to by everybody, who could put ",
+    in_a_folder_open_to_all: "{run.parent} can be written to by everybody, who could change ",
+    linked_to_an_open_folder: "{run.parent}/target can be written to by everybody, who could "
+    "change ",
 }
 
 

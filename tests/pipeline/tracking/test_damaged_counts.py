@@ -114,13 +114,13 @@ def test_grid_finds_counts_whose_content_alone_is_damaged(grid, tmp_path, capsys
     assert words(grid, queue) == {"done": 8}, "status does not read all counts"
     assert main(["grid", str(grid.path), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"warning: {path} is damaged (its checksum does not fit); run grid again" in said
+    assert f"warning: {path} is damaged (its checksum differs); run grid again" in said
     assert "would submit 1 jobs for 4 cells" in said
 
     submit(grid, queue, ["grid"])
     (line,) = warnings(capsys)
     assert line == (
-        f"warning: {path} is damaged (its checksum does not fit); its cells are trained anew, its "
+        f"warning: {path} is damaged (its checksum differs); its cells are trained anew, its "
         "index is seed1-g1.json-damaged now"
     )
     assert cells_of(queue, "job1") == tuple(lost)
@@ -162,7 +162,7 @@ def test_a_file_under_the_index_of_another_is_not_taken_for_it(grid, capsys):
     shutil.copy(one, other)
     assert_reduced(grid, seed(grid, 0))
     (line,) = warnings(capsys)
-    assert line.startswith(f"warning: {other} is damaged (its checksum does not fit); delete it")
+    assert line.startswith(f"warning: {other} is damaged (its checksum differs); delete it")
 
 
 # --- odd things in a run directory ------------------------------------------------------------
@@ -269,4 +269,4 @@ def test_the_record_of_a_backbone_that_is_damaged_is_a_note(tmp_path, packed):
     record.write_text(json.dumps({"checksum": "0"}))
     assert_reduced(grid, grid.cells)
     note = read_results(grid.run.results).record["notes"][0]
-    assert note == f"{record} is damaged (its checksum does not fit); delete it and run again"
+    assert note == f"{record} is damaged (its checksum differs); delete it and run again"

@@ -17,7 +17,7 @@ from tests.tiny_disk import may_mount, on_tiny_disk
 pytestmark = pytest.mark.skipif(not may_mount(), reason="may not mount a disk of its own")
 
 REASON = {"full": "No space left on device", "read-only": "Read-only file system"}
-REMEDY = "; make room or mend permissions, run again"
+REMEDY = "; free space or fix permissions, run again"
 MEGABYTES = 224
 # What is refused in turn, in the run directory.
 REFUSED = {
