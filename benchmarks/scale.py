@@ -25,8 +25,7 @@ from benchmarks.large_run import CLASSES, LOSSES, MODELS, end, large_grid, send_
 from benchmarks.measure import users_environment
 from hpc.scheduler.auto import open_queue
 from pipeline.config.grid_file import read_grid
-from pipeline.planning.forecast import Forecast
-from pipeline.submit import plan_of
+from pipeline.submission.decision import chosen, plan_of
 from pipeline.tracking.survey import survey
 
 PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
@@ -96,7 +95,7 @@ def _plan(config: str) -> None:
     """Plan from the grid file to the tasks of a submission."""
     grid = read_grid(config)
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
-    assert plan_of(grid, state, Forecast(grid)).bundles
+    assert plan_of(grid, state, chosen(state, "grid"), {}).bundles
 
 
 def _survey(config: str) -> None:

@@ -2,8 +2,8 @@
 
     python -m pipeline.cancel [CONFIG] [--cell NAME]...
 
-Running jobs save before they end; waiting ones never start, and what was held back is not sent, not
-even by a `--wait` that goes on. `python -m pipeline.submit grid` goes on where they stopped.
+Running jobs save before they end, and waiting ones never start. Deferred jobs are not sent, not
+even by a `--wait` that goes on. `python -m pipeline.submit grid` continues where the jobs stopped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from hpc.scheduler.base import Queue
 from jobs.spec.cell import Cell
 from pipeline.config.cell_names import cells_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
-from pipeline.submit import one_at_a_time
-from pipeline.tracking.script_jobs import sent_tasks
-from pipeline.tracking.submissions import BUNDLE, CANCEL, PRETRAIN, Submission, Submitted
+from pipeline.submission.submitter import one_at_a_time
+from pipeline.tracking.submissions import (
+    BUNDLE,
+    CANCEL,
+    PRETRAIN,
+    Submission,
+    Submitted,
+    sent_tasks,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,24 +43,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def cancel(grid: Grid, queue: Queue, cells: Sequence[Cell] = ()) -> list[str]:
-    """End what works on the grid, or on `cells`, by one call of the queue. What was done, in lines.
-    It is noted first, so that a cancelled cell is known as one, whatever Slurm remembers of it."""
+    """End the jobs that work on the grid, or on `cells`; return lines that say so.
+
+    A record is written first, so that a cancelled cell is known as one, even if Slurm forgets.
+    """
     if not grid.run.submitted.exists():
         return ["nothing to cancel: nothing was submitted"]
     with one_at_a_time(grid.run.root, grid.cluster.group):
         signatures = {cell.signature for cell in cells}
-        alive, held = open_work(grid, queue, signatures)
-        if not cells or alive or held:
-            bundles = [task for task in (*alive, *held) if task.kind == BUNDLE]
+        alive, deferred = open_work(grid, queue, signatures)
+        if not cells or alive or deferred:
+            bundles = [task for task in (*alive, *deferred) if task.kind == BUNDLE]
             Submission(grid.run).cancelled(bundles, whole=not cells)
         jobs = {task.job: task for task in alive}
         queue.cancel(jobs)
-    if not jobs and not held:
+    if not jobs and not deferred:
         return ["nothing to cancel: no job waits or runs"]
     lines = [f"cancelled {len(jobs)} jobs{_stages(jobs.values())}"]
-    if held:
-        lines.append(f"no longer held back: {len(held)} jobs")
-    others = {cell for task in (*alive, *held) for cell in task.cells} - signatures
+    if deferred:
+        lines.append(f"no longer deferred: {len(deferred)} jobs")
+    others = {cell for task in (*alive, *deferred) for cell in task.cells} - signatures
     if cells and others:
         lines.append(f"with them end {len(others)} other cells, which are in the same jobs")
     lines.append(f"running ones save first; `python -m pipeline.submit grid {grid.words}` goes on")
@@ -64,16 +72,18 @@ def cancel(grid: Grid, queue: Queue, cells: Sequence[Cell] = ()) -> list[str]:
 def open_work(
     grid: Grid, queue: Queue, signatures: Set[str] = frozenset()
 ) -> tuple[list[Submitted], list[Submitted]]:
-    """The tasks and stages whose jobs wait or run, and the tasks that are held back; with
-    `signatures`, only those that train one of these cells."""
+    """Return the tasks and stages whose jobs wait or run, and the deferred tasks.
+
+    With `signatures`, return only those that train one of these cells.
+    """
     sent = [task for task in sent_tasks(grid.run, queue) if task.kind != CANCEL or not task.job]
     if signatures:
         sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
     jobs = queue.look({task.job for task in sent if task.job})
     alive = {t.job: t for t in sent if t.job and jobs[t.job].state != "gone"}
     latest = {cell: task for task in sent for cell in task.cells if task.kind != PRETRAIN}
-    held = {task.task: task for task in latest.values() if task.held}
-    return list(alive.values()), list(held.values())
+    deferred = {task.task: task for task in latest.values() if task.deferred}
+    return list(alive.values()), list(deferred.values())
 
 
 def _stages(tasks: Collection[Submitted]) -> str:

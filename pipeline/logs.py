@@ -19,9 +19,7 @@ from hpc.scheduler.job import is_launchers, last_start
 from pipeline.config.cell_names import one_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.tracking.display import unasked_line
-from pipeline.tracking.script_jobs import sent_tasks
-from pipeline.tracking.stages import PREP, REDUCE, REPORT
-from pipeline.tracking.submissions import CANCEL, PRETRAIN
+from pipeline.tracking.submissions import CANCEL, PREP, PRETRAIN, REDUCE, REPORT, sent_tasks
 
 _KINDS = (PREP, PRETRAIN, REDUCE, REPORT)
 _LINES = 20

@@ -1,10 +1,10 @@
-"""Submit again what was tried and is not done, by the cause of its end.
+"""Submit failed and interrupted cells again, depending on the exit cause of their jobs.
 
     python -m pipeline.retry [CONFIG] [--cell NAME]...
 
-After a node failure, preemption, time limit or kill: as it was, from its last checkpoint. Out of
-memory: in jobs of half as many cells. What a user should mend, or has cancelled, and losses that
-were not finite, are told, and tried again only by name.
+Node failure, preemption, time limit, kill: the cells resume from their last checkpoint. Out of
+memory: they go into jobs of half as many cells. Errors, cancelled cells and losses that were not
+finite are only reported; `--cell` submits such a cell again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from jobs.spec.cell import Cell
 from jobs.spec.run_paths import RunPaths
 from pipeline.config.cell_names import cells_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
+from pipeline.submission.code_version import source_of_code
+from pipeline.submission.decision import chosen, plan_of, sends
+from pipeline.submission.submitter import check, submit, submit_deferred
 from pipeline.submission.wait import wait_for
-from pipeline.submit import check, plan_of, submit, submit_deferred
-from pipeline.tracking.display import TOO_LARGE, describe_missing, unasked_line
-from pipeline.tracking.reasons import reason_lines
-from pipeline.tracking.stages import GRID
-from pipeline.tracking.submissions import cancellations
+from pipeline.tracking.display import TOO_LARGE, describe_missing, reason_lines, unasked_line
+from pipeline.tracking.submissions import GRID, cancellations
 from pipeline.tracking.survey import NOT_FINITE, CellState, Survey, survey
 
-_AGAIN = ("node failure", "preemption", "time limit", "killed", "unknown")
 _MEMORY = "out of memory"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Submit again what was tried before."""
+    """Submit failed and interrupted cells again."""
     parser = argument_parser("python -m pipeline.retry", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--cell", action="append", default=[], metavar="NAME",
@@ -48,15 +47,15 @@ def main(argv: Sequence[str]) -> int:
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=dry_run)
     named = cells_named(grid, arguments.cell)
     state = survey(grid, queue, accounting=True)
-    chosen = choose(state, named)
+    cells = choose(state, named)
     if state.unreachable:
         print(unasked_line(state.unreachable))
     for line in describe(grid, state, named):
         print(one_line(line))
-    if dry_run or not chosen:
+    if dry_run or not cells:
         describe_missing(check(grid, [GRID], missing_is_fine=dry_run))
-        num_jobs = len(plan_of(grid, state, choose=lambda _: chosen).bundles)
-        print(f"would submit {num_jobs} jobs" if chosen else "nothing to submit again")
+        num_jobs = len(plan_of(grid, state, cells, source_of_code()).bundles)
+        print(f"would submit {num_jobs} jobs" if cells else "nothing to submit again")
         return 0
     again_named = partial(choose, named=named)
     jobs = submit(grid, queue, [GRID], again_named, forgiven(grid.run, named))
@@ -67,20 +66,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:
-    """The cells to submit again: those `named`, or all that were tried and may be tried again by
-    themselves. Raises `UserError` for one that is named and done, or on its way."""
+    """Return the cells to submit again: those `named`, or all that `retry` sends by itself.
+
+    Raises:
+        UserError: A named cell is done or on its way.
+    """
     if named:
         states = {cell.cell.signature: cell for cell in state.cells}
         for cell in named:
             _require_stopped(states[cell.signature], state)
         return list(named)
-    return [cell.cell for cell in _tried(state) if _by_itself(cell, state)]
+    return chosen(state, "retry")
 
 
 @contextmanager
 def forgiven(run: RunPaths, named: Sequence[Cell]) -> Iterator[None]:
-    """Rename the records of losses that were not finite, which keep the named cells from training.
-    They get their names back if the submission is refused."""
+    """Rename the failure records that keep the named cells from training; undo it if the submission
+    is refused."""
     renamed: dict[Path, Path] = {}
     try:
         for cell in named:
@@ -100,14 +102,8 @@ def _free_name(run: RunPaths, cell: Cell) -> Path:
 
 
 def _tried(state: Survey) -> list[CellState]:
-    """Cells whose job has ended without finishing them."""
+    """Return the cells whose job ended without finishing them."""
     return [cell for cell in state.cells if cell.cause and cell.state not in ("done", "running")]
-
-
-def _by_itself(cell: CellState, state: Survey) -> bool:
-    if cell.cause == _MEMORY:
-        return state.fits(cell.cell)
-    return cell.cause in _AGAIN
 
 
 def _require_stopped(cell: CellState, state: Survey) -> None:
@@ -126,8 +122,8 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
 
 
 def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[str]:
-    """A line for each cause: how many cells, and what happens to them; and one for each reason why
-    cells are not submitted again by themselves."""
+    """Yield a line for each cause, with the number of cells and what happens to them, and one for
+    each reason why cells need `--cell`."""
     signatures = {cell.signature for cell in named}
     tried = [c for c in _tried(state) if not named or c.cell.signature in signatures]
     for (cause, again), cells in _by_cause(tried, state).items():
@@ -149,7 +145,7 @@ def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[
 def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool], list[CellState]]:
     grouped: dict[tuple[str, bool], list[CellState]] = {}
     for cell in cells:
-        grouped.setdefault((cell.cause, _by_itself(cell, state)), []).append(cell)
+        grouped.setdefault((cell.cause, sends(state, "retry", cell)), []).append(cell)
     return grouped
 
 

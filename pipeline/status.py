@@ -23,9 +23,9 @@ from pipeline.tracking.display import (
     describe_survey,
     failure_lines,
     outdated_lines,
+    reason_lines,
     stage_lines,
 )
-from pipeline.tracking.reasons import reason_lines
 from pipeline.tracking.survey import STATES, survey
 
 

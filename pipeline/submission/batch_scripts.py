@@ -17,8 +17,7 @@ from hpc.scheduler import sbatch_options
 from hpc.scheduler.clean_env import batch_lines, submitting_lines
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
 from jobs.spec.task import Task
-from pipeline.tracking.stages import GRID, PROGRAMS, REDUCE, REPORT
-from pipeline.tracking.submissions import BUNDLE, PRETRAIN
+from pipeline.tracking.submissions import BUNDLE, GRID, PRETRAIN, PROGRAMS, REDUCE, REPORT
 
 MARK = "# Written by lossgrid"
 SUBMIT = "submit.sh"
@@ -30,7 +29,7 @@ _PROGRAMS = {**PROGRAMS, _TRAIN: PROGRAMS[BUNDLE]}
 
 
 @dataclass(frozen=True)
-class Site:
+class ScriptSite:
     """Where scripts run: the cluster, the working directory, the run directory (absolute), and the
     name of the grid. `token` is that of the record that lists their tasks. options: what reduce and
     report are called with beside the grid file."""
@@ -111,13 +110,13 @@ def _remark(task: Task) -> str:
     return f"{cells} of {one_line(first.dataset)}, seed {first.seed}"
 
 
-def render(site: Site, scripts: Sequence[Part]) -> dict[str, str]:
+def render(site: ScriptSite, scripts: Sequence[Part]) -> dict[str, str]:
     """The text of every file by its name; `submit.sh`, which sends the others, comes last."""
     files = {f"{part.name}.sbatch": script(site, part) for part in scripts}
     return files | {SUBMIT: _submit_script(site, scripts)}
 
 
-def script(site: Site, part: Part) -> str:
+def script(site: ScriptSite, part: Part) -> str:
     """One batch script. Its logs are called what `grid` calls those of its jobs."""
     array = bool(part.tasks)
     what = f"{len(part.tasks)} tasks" if array else f"stage {part.stage}"
@@ -153,7 +152,7 @@ def _row(task: str, remark: str) -> str:
     return f"\n    {task}  # {remark}"
 
 
-def _options(site: Site, part: Part, log: str) -> dict[str, Any]:
+def _options(site: ScriptSite, part: Part, log: str) -> dict[str, Any]:
     given = sbatch_options.options(
         site.profile, _resources(site.profile, part), f"{site.grid}-{part.name}"
     )
@@ -172,7 +171,7 @@ def _resources(profile: ClusterProfile, part: Part) -> Resources:
     return profile.reducing() if part.stage == REDUCE else profile.single()
 
 
-def _srun(site: Site, part: Part, log: str) -> list[str]:
+def _srun(site: ScriptSite, part: Part, log: str) -> list[str]:
     words = shlex.join(
         ["srun", *sbatch_options.srun_options(site.profile, _resources(site.profile, part))]
     )
@@ -190,7 +189,7 @@ def _umask(profile: ClusterProfile) -> str:
     return "umask u=rwx,g=rwx,o=" if profile.group else "umask go-w"
 
 
-def _note(site: Site, part: Part, job: str) -> str:
+def _note(site: ScriptSite, part: Part, job: str) -> str:
     return f': >"$run/submitted/{note_name(site.token, part)}.{job}"'
 
 
@@ -199,7 +198,7 @@ def note_name(token: str, part: Part) -> str:
     return f"{token}-{part.name}"
 
 
-def _submit_script(site: Site, scripts: Sequence[Part]) -> str:
+def _submit_script(site: ScriptSite, scripts: Sequence[Part]) -> str:
     variables = {part.name: part.name.replace("-", "_") for part in scripts}
     lines = [
         "#!/bin/bash",

@@ -28,7 +28,7 @@ from jobs.spec.cell import Cell, bundles
 from pipeline.config.grid_file import Grid
 from pipeline.planning.cost_model import checkpoint_bytes
 from pipeline.planning.forecast import Forecast
-from pipeline.tracking.survey import DEAD_AFTER_SECONDS
+from pipeline.tracking.snapshot import DEAD_AFTER_SECONDS
 
 _MINUTES = 15  # time limit of a probe job, without the notice before its end
 

@@ -1,23 +1,94 @@
-"""The folder that `--script DIR` writes: refused where something else lies in it, and brought up to
-date where older scripts do."""
+"""Write the batch scripts of `--script DIR`, in place of older ones and of nothing else."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hpc.cli import UserError
+from hpc.cli import UserError, one_line, warn
+from hpc.scheduler import sbatch_options
+from hpc.scheduler.base import Queue
 from hpc.storage.atomic import TEMPORARY_PREFIX, remove_file, write_bytes
-from hpc.storage.permissions import require_private
-from jobs.spec.task import Task
+from hpc.storage.permissions import private_folder, require_private
+from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid
-from pipeline.submission.batch_scripts import MARK, SUBMIT, Part, note_name
-from pipeline.tracking.submissions import Submitted, record_path, write_tasks
+from pipeline.planning.plan import Plan, without_waiting
+from pipeline.planning.preflight import check_room
+from pipeline.submission.batch_scripts import (
+    MARK,
+    SUBMIT,
+    Part,
+    ScriptSite,
+    note_name,
+    parts,
+    render,
+)
+from pipeline.submission.code_version import source_of_code
+from pipeline.submission.decision import plan_of
+from pipeline.submission.submitter import (
+    TO_DO,
+    Choice,
+    check,
+    keep_config,
+    one_submission,
+    set_altered_counts_aside,
+    set_stale_aside,
+)
+from pipeline.tracking.display import describe_survey
+from pipeline.tracking.submissions import GRID, Submitted, new_token, record_path, write_tasks
+from pipeline.tracking.survey import survey
 
 _OURS = re.compile(r"(prep|pretrain|train|reduce|report)(-[0-9]+)?\.sbatch|submit\.sh")
 _ELSEWHERE = "choose another folder for --script"
+
+
+def write_scripts(
+    grid: Grid,
+    queue: Queue,
+    stages: Sequence[str],
+    folder: Path,
+    choose: Choice = TO_DO,
+    options: Sequence[str] = (),
+) -> None:
+    """Do as `submit`, but write batch scripts into `folder`, which the user sends."""
+    check(grid, stages)
+    for line in sbatch_options.warnings(grid.cluster):
+        warn(line)
+    check_folder(folder, grid)  # a refusal leaves no run directory
+    with one_submission(grid):
+        plan = _plan(grid, queue, choose) if GRID in stages else Plan((), ())
+        wanted = parts(stages, plan.pretrain, plan.bundles, queue.max_array_size())
+        if not wanted:
+            return print("nothing is left to submit, so no script was written")
+        keep_config(grid)
+        for place in (grid.run.logs, grid.run.submitted):  # Slurm makes no folder for its logs
+            private_folder(place, grid.cluster.group)
+        token, tasks = new_token(), [*plan.pretrain, *plan.bundles]
+        for task in tasks:
+            write_task(task)
+        write_record(grid, token, wanted, tasks)
+        run = grid.run.root.absolute()
+        site = ScriptSite(grid.cluster, Path.cwd(), run, grid.name, token, options)
+        write_folder(folder, render(site, wanted))
+    send = one_line(shlex.quote(str(folder / SUBMIT)))
+    return print(f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} sends all")
+
+
+def _plan(grid: Grid, queue: Queue, choose: Choice) -> Plan:
+    set_altered_counts_aside(grid)
+    state = survey(grid, queue)
+    describe_survey(grid, state)
+    plan = plan_of(grid, state, choose(state), source_of_code())
+    ready = without_waiting(plan, state.pretraining)
+    check_room(grid, [cell for task in ready.bundles for cell in task.cells])
+    if left_out := len(plan.bundles) - len(ready.bundles):
+        jobs = ", ".join(sorted(set(state.pretraining.values())))
+        print(f"{left_out} jobs are left out until {jobs} has trained their backbone")
+    set_stale_aside(grid, state, ready)
+    return ready
 
 
 def check_folder(folder: Path, grid: Grid) -> None:

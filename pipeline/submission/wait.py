@@ -1,4 +1,4 @@
-"""Staying until the jobs of a submission have ended, and saying how it went."""
+"""Wait until the jobs of a submission have ended, and report the outcome."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from hpc.scheduler.base import Queue, QueueUnreachable
 from hpc.scheduler.exit_cause import names_error
 from hpc.scheduler.job import last_error
 from pipeline.config.grid_file import Grid
-from pipeline.tracking.display import counts_line, time_left
+from pipeline.tracking.display import counts_line, reason_lines, time_left
 from pipeline.tracking.outcomes import not_successful
-from pipeline.tracking.reasons import reason_lines
-from pipeline.tracking.stages import GRID, REPORT
+from pipeline.tracking.submissions import GRID, REPORT
 from pipeline.tracking.survey import CellState, Survey, survey
 
 _CLUSTER_POLL_SECONDS = 15.0
@@ -37,14 +36,19 @@ def wait_for(
     stages: Sequence[str],
     submit: Callable[[Sequence[str]], Jobs] | None = None,
 ) -> int:
-    """Wait until all `jobs` of `stages` have ended; what the queue had no room for goes to `submit`
-    whenever a job has ended. Prints the report's table and page if there is one. Returns 0 if
-    everything asked for is there, 1 if cells are missing, 2 if a stage failed."""
+    """Wait until all `jobs` of `stages` have ended; print the report's table if there is one.
+
+    Args:
+        submit: Submits the deferred jobs of some stages; it is called when a job has ended.
+
+    Returns:
+        The exit code: 0 if all is done, 1 if cells are missing, 2 if a stage failed.
+    """
     progress = _Progress(grid)
     try:
         while _watch(grid, queue, jobs, stages, progress) and submit:
-            held = [stage for stage in stages if stage == GRID or stage not in jobs]
-            jobs = {**jobs, **retry_while_unreachable(partial(submit, held))}
+            deferred = [stage for stage in stages if stage == GRID or stage not in jobs]
+            jobs = {**jobs, **retry_while_unreachable(partial(submit, deferred))}
     except KeyboardInterrupt:
         words = one_line(grid.words)
         print(f"the jobs go on; see `python -m pipeline.status {words}`", file=sys.stderr)
@@ -68,8 +72,8 @@ def wait_for(
 
 
 def retry_while_unreachable(ask: Callable[[], T]) -> T:
-    """What `ask()` returns, once the queue answers: jobs go on without a controller, and so do we.
-    Says so, once."""
+    """Return `ask()`. As long as the queue is unreachable, ask again; jobs go on without it. The
+    user is told once."""
     told = False
     while True:
         try:
@@ -82,7 +86,7 @@ def retry_while_unreachable(ask: Callable[[], T]) -> T:
 
 
 class _Progress:
-    """Shows how far a grid is: in place on a terminal, else by a line from time to time."""
+    """Shows the progress of a grid: in place on a terminal, else by a line from time to time."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -90,11 +94,11 @@ class _Progress:
         self._shown_at, self._shown = 0.0, ""
 
     def status(self) -> Status:
-        """Return the line that stands on a terminal."""
+        """Return the status line of a terminal."""
         return Status("waiting", console=self._console)
 
     def show(self, state: Survey, status: Status) -> None:
-        """Show how far the grid is now."""
+        """Show the progress of the grid now."""
         line = _progress_line(self._grid, state)
         status.update(Text(line))  # a plain string would be read as markup
         due = time.monotonic() - self._shown_at > _LINE_SECONDS
@@ -106,7 +110,8 @@ class _Progress:
 def _watch(
     grid: Grid, queue: Queue, jobs: Jobs, stages: Sequence[str], progress: _Progress
 ) -> bool:
-    """Stay until all `jobs` have ended, or one has while others are held back: whether it is so."""
+    """Block until every job has ended. Return True early if a job ended and deferred jobs can be
+    submitted."""
     ids = {job for of_stage in jobs.values() for job in of_stage}
     missing = any(stage not in jobs for stage in stages)
     seen: set[str] = set()  # alive when we looked before
@@ -114,10 +119,12 @@ def _watch(
         while True:
             state = retry_while_unreachable(partial(survey, grid, queue, ids))
             alive = {job for job in ids if state.jobs[job].state != "gone"}
-            held = missing or bool(state.held) or (GRID in stages and bool(state.deferred))
-            if not alive and not held:
+            deferred = (
+                missing or bool(state.deferred) or (GRID in stages and bool(state.deferred_stages))
+            )
+            if not alive and not deferred:
                 return False
-            if held and (not alive or seen - alive):
+            if deferred and (not alive or seen - alive):
                 time.sleep(queue.poll_seconds)  # the room may be taken by other jobs of the user
                 return True
             seen = alive
@@ -147,7 +154,7 @@ def _done_share(cell: CellState) -> float:
 
 
 def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
-    """The error line of the first stage whose job failed; the later ones only fail after it."""
+    """Return the error line of the first stage whose job failed."""
     for stage, ids in jobs.items():
         for job in ids if stage != GRID else ():
             error = last_error(queue.log_files(job))
@@ -157,7 +164,7 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def _stopped_stage(queue: Queue, jobs: Jobs) -> str | None:
-    """Why the first stage did not succeed that says no error, as one that was killed."""
+    """Return why a stage without an error in its log did not succeed: it was killed, for one."""
     stages = [(stage, job) for stage, ids in jobs.items() if stage != GRID for job in ids]
     known = (
         retry_while_unreachable(partial(queue.look, [job for _, job in stages])) if stages else {}

@@ -1,7 +1,8 @@
-"""Plans and states for the terminal."""
+"""Print plans and states in the terminal."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +14,9 @@ from rich.text import Text
 
 from hpc.cli import MissingInput, one_line
 from pipeline.config.grid_file import Grid
-from pipeline.tracking.outcomes import modified
-from pipeline.tracking.reasons import by_reason
-from pipeline.tracking.stages import GRID, REDUCE, REPORT
-from pipeline.tracking.survey import STATES, UNKNOWN, CellState, Progress, Survey
+from pipeline.tracking.snapshot import UNKNOWN, modified
+from pipeline.tracking.submissions import GRID, REDUCE, REPORT
+from pipeline.tracking.survey import STATES, CellState, Progress, Survey
 
 if TYPE_CHECKING:  # planning, which status need not load
     from pipeline.planning.forecast import Forecast
@@ -28,6 +28,8 @@ TOO_LARGE = (
 )
 _OTHER = "other data than their data sets hold now, and are left out"
 MOST_ROWS = 1000  # of a table in the terminal
+# numbers, and the hashes in the names of files and tasks
+_NUMBER = re.compile(r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{8,}\b|[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
 _COLOURS = {
     "done": "green",
     "running": "cyan",
@@ -38,7 +40,7 @@ _COLOURS = {
 
 
 def describe_survey(grid: Grid, state: Survey) -> None:
-    """One line of how many cells are in which state, and a line for each problem."""
+    """Print how many cells are in which state, and a line for each problem."""
     for problem in state.problems:
         print(f"warning: {one_line(problem)}")
     if state.unreachable:
@@ -52,12 +54,12 @@ def describe_survey(grid: Grid, state: Survey) -> None:
     if stale := state.count("stale"):
         again = f"`python -m pipeline.submit grid {grid.words} --retrain stale`"
         print(one_line(f"{stale} cells were made from {_OTHER}; {again} trains them anew"))
-    if tight := sum(c.state == "failed" and not state.fits(c.cell) for c in state.cells):
+    if tight := sum(c.state == "failed" and not state.fits_memory(c.cell) for c in state.cells):
         print(f"{tight} cells {TOO_LARGE}")
 
 
 def describe_missing(missing: Iterable[MissingInput]) -> None:
-    """A line for each input that is to be there when the grid is submitted."""
+    """Print a line for each input that must be there when the grid is submitted."""
     for line in dict.fromkeys(one_line(str(error)) for error in missing):
         print(f"note: missing: {line}")
 
@@ -68,7 +70,7 @@ def unasked_line(why: str) -> str:
 
 
 def stage_lines(state: Survey) -> Iterator[str]:
-    """`reduce: waiting (Dependency)`: the stages beside training that wait or run."""
+    """Yield `reduce: waiting (Dependency)` for each stage beside training that waits or runs."""
     named = [("pre-training", job) for job in state.pretraining.values()]
     named += [(stage, job) for job, stage in state.stages.items()]
     for name, job in named:
@@ -102,7 +104,7 @@ def outdated_lines(grid: Grid, state: Survey) -> Iterator[str]:
 
 
 def _progress(far: Progress) -> Iterator[str]:
-    """`step 12 of 40`, `1.50 steps/s`, `0:00:18 left`, as far as each is known."""
+    """Yield `step 12 of 40`, `1.50 steps/s`, `0:00:18 left`, as far as each is known."""
     yield f"step {far.step} of {far.total}" if far.total else f"step {far.step}"
     if far.rate:
         yield f"{far.rate:.2f} steps/s"
@@ -110,7 +112,7 @@ def _progress(far: Progress) -> Iterator[str]:
 
 
 def counts_line(state: Survey) -> str:
-    """`3 done, 5 running`."""
+    """Return `3 done, 5 running`."""
     counts = [(state.count(name), name) for name in STATES]
     return ", ".join(f"{count} {name}" for count, name in counts if count) or "none"
 
@@ -118,7 +120,7 @@ def counts_line(state: Survey) -> str:
 def describe_plan(
     grid: Grid, state: Survey, plan: Plan, stages: Sequence[str], forecast: Forecast
 ) -> None:
-    """What a submission would do, and cost; nothing is written."""
+    """Print what a submission would do and cost."""
     describe_survey(grid, state)
     print(f"stages: {', '.join(stages)}")
     if GRID not in stages:
@@ -160,13 +162,13 @@ def console(width: int = 160) -> Console:
 
 
 def literal(name: str) -> Text:
-    """A name as it is: rich would read brackets in a plain string as markup, and a terminal obeys
-    control characters."""
+    """Return a name as text without markup or control characters. rich reads brackets in a plain
+    string as markup, and a terminal obeys control characters."""
     return Text(one_line(name))
 
 
 def cells_overview(cells: Sequence[CellState]) -> Table:
-    """One row a data set and model: how many of their cells are in which state."""
+    """Return a table of how many cells are in which state, one row per data set and model."""
     table = Table("data set", "model", *STATES)
     counts: dict[tuple[str, str], Counter[str]] = {}
     for cell in cells:
@@ -178,14 +180,15 @@ def cells_overview(cells: Sequence[CellState]) -> Table:
 
 
 def cells_lines(cells: Sequence[CellState]) -> Iterator[str]:
-    """What `cells_table` says, a line a cell: to lay out a table of thousands takes seconds."""
+    """Yield one line per cell, as `cells_table` shows it. The layout of a table of thousands takes
+    seconds."""
     for cell in cells:
         yield one_line("  ".join([cell.cell.name, *filter(None, _words(cell))]))
 
 
 def cells_table(cells: Sequence[CellState], whole: bool = False) -> Table:
-    """One row a cell: state, step, rate, time left, and why. Unless `whole`, cells that failed for
-    one reason share a row."""
+    """Return a table of one row per cell: state, step, rate, time left, and reason. Unless `whole`,
+    cells that failed for one reason share a row."""
     table = Table()
     table.add_column("cell", overflow="fold")  # its name is what other commands take
     for heading in ("state", "step", "steps/s", "time left"):
@@ -218,8 +221,33 @@ def _words(cell: CellState) -> tuple[str, str, str, str, str]:
 
 
 def time_left(far: CellState | Progress) -> str:
-    """`1:02:03` at the present rate, where there is one."""
+    """Return the time left at the present rate as `1:02:03`; "" if there is no rate."""
     if not far.rate:
         return ""
     seconds = int((far.total - far.step) / far.rate)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def by_reason(cells: Iterable[CellState]) -> list[list[CellState]]:
+    """Return the cells grouped by state and reason, in the order of the first of each group.
+    Reasons that differ only in the cell's own name or in numbers are one."""
+    grouped: dict[tuple[str, str], list[CellState]] = {}
+    for cell in cells:
+        grouped.setdefault((cell.state, _pattern(cell)), []).append(cell)
+    return list(grouped.values())
+
+
+def _pattern(cell: CellState) -> str:
+    own = cell.why.replace(cell.cell.name, "<cell>").replace(cell.cell.signature, "<cell>")
+    return _NUMBER.sub("<number>", own)
+
+
+def reason_lines(cells: Iterable[CellState], with_state: bool = True) -> Iterator[str]:
+    """Yield a line for each reason: the cell, or how many cells and an example."""
+    for group in by_reason(cells):
+        first = group[0]
+        words = " ".join(filter(None, [first.state if with_state else "", first.why]))
+        if len(group) == 1:
+            yield f"{first.cell.name}: {words}".rstrip()
+        else:
+            yield f"{len(group)} cells: {words}; for example {first.cell.name}"

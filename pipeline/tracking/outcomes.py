@@ -1,21 +1,18 @@
-"""How the tasks of a run have ended, and what planning learns of it: how many cells a job may have
-where one of more ran out of memory."""
+"""What the ends of jobs mean: failures, and how many cells a job may have. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from data_prep.shards.manifest import MANIFEST
-from hpc.scheduler.base import JobState, Queue
+from hpc.scheduler.base import JobState
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.exit_cause import ExitCause, exit_cause
-from jobs.spec.cell import Cell
-from jobs.spec.run_paths import RunPaths
-from pipeline.config.grid_file import Grid
-from pipeline.tracking.stages import PREP, REDUCE, REPORT
-from pipeline.tracking.submissions import BUNDLE, CANCEL, PRETRAIN, Submitted
+from pipeline.tracking.submissions import BUNDLE, PRETRAIN, Submitted
+
+if TYPE_CHECKING:
+    from pipeline.tracking.snapshot import Snapshot
 
 _SUCCEEDED = ("succeeded", "COMPLETED")  # the last words of the queues
 _NO_FAILURE = ("unknown", "cancelled", "dependency failed")
@@ -35,24 +32,9 @@ class Failure(NamedTuple):
         return f"{title} failed: {self.exit_cause.line or self.exit_cause.cause}"
 
 
-def exit_causes(
-    jobs: Mapping[str, JobState], queue: Queue, accounting: bool = False
-) -> dict[str, ExitCause]:
-    """How each of `jobs` that is gone has ended, from the queue's last word and its logs; with
-    `accounting`, those that neither explains are looked up there, all by one question."""
-    found = {job: exit_cause(j.why, queue.log_files(job)) for job, j in jobs.items() if _is_gone(j)}
-    unknown = sorted(job for job in found if found[job].cause == "unknown")
-    words = queue.remembered(unknown) if accounting and unknown else {}
-    return found | {job: exit_cause(word, queue.log_files(job)) for job, word in words.items()}
-
-
-def _is_gone(job: JobState) -> bool:
-    return job.state == "gone"
-
-
 def granted(site: ClusterProfile) -> str:
-    """What a job of the profile gets, as far as its memory depends on it: a job that ran out of
-    memory says nothing about others that get more, or other nodes."""
+    """Return the resources of a job on which its memory depends, in words. A job that ran out of
+    memory says nothing about jobs that get more, or other nodes."""
     keys = ("partition", "constraint", "gres", "nodes", "tasks_per_node", "cpus_per_task",
             "gpus_per_node", "memory_gb", "extra")  # fmt: skip
     given = {key: getattr(site, key) for key in keys}
@@ -62,10 +44,12 @@ def granted(site: ClusterProfile) -> str:
 def cells_at_most(
     sent: Iterable[Submitted], ended: Mapping[str, ExitCause], grant: str
 ) -> dict[str, int]:
-    """How many cells a job of each cell may have, by signature: half of a job that ran out of
-    memory, with what jobs are granted now; 0 where a cell did so alone, and, by its key, for a
-    backbone whose training did. A later submission keeps it in its record, since logs are deleted
-    and a queue forgets."""
+    """Return the maximum number of cells per job, by signature, after jobs ran out of memory.
+
+    It is half of a job that ran out of memory with the resources `grant`, and 0 for a cell that did
+    so alone. A backbone whose training did so has 0, by its key. The next submission keeps these
+    numbers in its record, since logs are deleted and queues forget.
+    """
     found: dict[str, int] = {}
     for task in sent:
         if task.kind not in (BUNDLE, PRETRAIN) or task.granted != grant:
@@ -78,93 +62,37 @@ def cells_at_most(
     return found
 
 
-def answerable(
-    cell: Cell, task: Submitted | None, untrained: Mapping[str, Submitted]
-) -> Submitted | None:
-    """Return the task whose exit cause tells why a cell is not done.
-
-    It is the cell's own, or the one that was to train its backbone, see `untrained`."""
-    if task is None or task.kind == CANCEL or cell.protocol.weights != "pretrain":
-        return task
-    return untrained.get(cell.backbone_key, task)
-
-
-def untrained(run: RunPaths, sent: Iterable[Submitted]) -> dict[str, Submitted]:
-    """The last task that was to train each backbone that is not there, by its key."""
-    trainers = {task.backbone: task for task in sent if task.backbone and task.job}
-    return {
-        key: task
-        for key, task in trainers.items()
-        if not run.backbone(key).with_suffix(".json").exists()
-    }
-
-
-def blocker(
-    job: str,
-    sent: Mapping[str, Submitted],
-    jobs: Mapping[str, JobState],
-    ended: Mapping[str, ExitCause],
-) -> Failure | None:
+def blocker(seen: Snapshot, job: str) -> Failure | None:
     """Return the failure that kept `job` from starting: that of a job which it needed. The queue's
-    own word is not enough: Slurm soon forgets."""
-    task = sent.get(job)
+    own word is not enough, since Slurm soon forgets."""
+    task = seen.by_job.get(job)
     for needed in task.needs if task else ():
-        known = needed in sent and needed in ended and jobs[needed].why not in _SUCCEEDED
-        if known and ended[needed].cause != "unknown":
-            return Failure(sent[needed].kind, needed, ended[needed])
+        failed = (
+            needed in seen.by_job
+            and needed in seen.ended
+            and seen.ended[needed].cause != "unknown"
+            and seen.jobs[needed].why not in _SUCCEEDED
+        )
+        if failed:
+            return Failure(seen.by_job[needed].kind, needed, seen.ended[needed])
     return None
 
 
-def last_of_each(
-    grid: Grid, stages: Iterable[Submitted], trainers: Mapping[str, Submitted]
-) -> list[Submitted]:
-    """Return the last job of each stage, and those of `trainers` (see `untrained`) whose backbone
-    this grid needs."""
-    keys = {cell.backbone_key for cell in grid.cells if cell.protocol.weights == "pretrain"}
-    by_kind = {task.kind: task for task in stages}
-    return [*by_kind.values(), *(task for key, task in trainers.items() if key in keys)]
-
-
 def not_successful(job: JobState, logs: Sequence[Path]) -> str:
-    """Return why a job that is gone did not do its work: the line or the cause. "" if it did, or if
-    neither the queue nor the logs tell."""
+    """Return why a job that is gone did not do its work: its error line or the exit cause. "" if it
+    succeeded, or if neither the queue nor the logs tell."""
     found = exit_cause(job.why, logs)
     unknown = job.why in _SUCCEEDED or found.cause == "unknown"
     return "" if unknown else found.line or found.cause
 
 
-def failures(
-    grid: Grid,
-    last: Sequence[Submitted],
-    jobs: Mapping[str, JobState],
-    ended: Mapping[str, ExitCause],
-    queue: Queue,
-) -> tuple[Failure, ...]:
-    """Return those of the `last` jobs that failed, and whose work nobody has done since."""
-    found = [
-        Failure(task.kind, task.job, ended[task.job])
-        for task in last
-        if task.job in ended
-        and ended[task.job].cause not in _NO_FAILURE
-        and jobs[task.job].why not in _SUCCEEDED
-    ]
-    return tuple(f for f in found if not _made_since(grid, f.kind, queue.log_files(f.job)))
-
-
-def _made_since(grid: Grid, kind: str, logs: Sequence[Path]) -> bool:
-    """Return whether what a stage makes is newer than the logs of its failed job."""
-    products = {
-        PREP: [Path(settings.shards) / MANIFEST for settings in grid.datasets.values()],
-        REDUCE: [grid.run.results],
-        REPORT: [grid.run.page],
-    }.get(kind, [])
-    made, said = [modified(path) for path in products], [modified(path) for path in logs]
-    return bool(made and said) and min(made) > 0 and max(made) > max(said)
-
-
-def modified(path: Path) -> float:
-    """Return when a file was last written, in seconds; 0 if it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def failures(seen: Snapshot) -> tuple[Failure, ...]:
+    """Return the stages and pre-trainings whose last job failed, and whose work is not redone."""
+    return tuple(
+        Failure(task.kind, task.job, seen.ended[task.job])
+        for task in seen.last_of_each
+        if task.job in seen.ended
+        and task.job not in seen.redone
+        and seen.ended[task.job].cause not in _NO_FAILURE
+        and seen.jobs[task.job].why not in _SUCCEEDED
+    )

@@ -1,12 +1,17 @@
-"""The records of submissions: what was to be sent, and which jobs it became. One JSON file a
-submission; written before the queue is asked, so that a crash in between leaves a trace, and again
-with the ids of the jobs."""
+"""Submission records: the tasks that were to be sent, and the jobs they became.
+
+Each submission writes one JSON file before it asks the queue, so that a crash in between leaves a
+trace, and writes it again with the ids of the jobs. The user sends batch scripts by hand, so nobody
+knows their jobs: `submit.sh`, and every element of an array as it starts, leave a note with the
+array's id, an empty file `submitted/TOKEN-NAME.ID`.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,16 @@ from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task
 
 BUNDLE, PRETRAIN, CANCEL = "bundle", "pretrain", "cancel"
+PREP, GRID, REDUCE, REPORT = STAGES = ("prep", "grid", "reduce", "report")  # in order
+# the program of each kind of job
+PROGRAMS = {
+    PREP: "data_prep.pack",
+    PRETRAIN: "jobs.pretrain",
+    BUNDLE: "jobs.train",
+    REDUCE: "pipeline.reduce",
+    REPORT: "pipeline.report",
+}
+_NOTE = re.compile(r"(?P<script>.+)\.(?P<array>[0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -30,9 +45,9 @@ class Submitted:
         cells: The signatures of its cells.
         backbone: The key of the backbone that it pre-trains.
         job: The job it became; "" if the submission ended before the queue answered.
-        held: Why it was deferred to the next submission; "" if it was not.
+        deferred: Why it was deferred to the next submission; "" if it was not.
         script: The batch script that holds it; its job is found by
-            `pipeline.tracking.script_jobs`.
+            `noted_arrays`.
         element: Its place in the job array of `script`, or of the submission with `token`.
         granted: The resources of its job.
         at_most: The maximum number of cells per job with these resources; None for no limit. See
@@ -46,7 +61,7 @@ class Submitted:
     cells: tuple[str, ...] = ()
     backbone: str = ""
     job: str = ""
-    held: str = ""
+    deferred: str = ""
     script: str = ""
     element: int = 0
     granted: str = ""
@@ -56,7 +71,7 @@ class Submitted:
 
     @classmethod
     def of(cls, task: Task, **more: Any) -> Submitted:
-        """What a task is before it is sent."""
+        """Return the record of a task before it is sent."""
         backbone = task.cells[0].backbone_key if task.kind == PRETRAIN else ""
         cells = tuple(cell.signature for cell in task.cells)
         return cls(task.name, task.kind, cells, backbone, **more)
@@ -72,14 +87,19 @@ class Submission:
         self._at_most: Mapping[str, int] = {}
 
     def limits(self, granted: str, at_most: Mapping[str, int]) -> None:
-        """What the jobs get, and how many cells they may have, by a cell's signature or the key of
-        a backbone to be trained; for the tasks that are planned after."""
+        """Set the resources and limits of the tasks that are planned next.
+
+        Args:
+            granted: The resources of a job, in words.
+            at_most: The maximum number of cells per job, by a cell's signature or the key of a
+                backbone to be trained.
+        """
         self._granted, self._at_most = granted, at_most
 
-    def plan(self, tasks: Sequence[Task], held: Sequence[Task] = (), why: str = "") -> None:
-        """Note tasks that are about to be sent, and others that are not, and why."""
+    def plan(self, tasks: Sequence[Task], deferred: Sequence[Task] = (), why: str = "") -> None:
+        """Note tasks that are about to be sent, and `deferred` ones with the reason `why`."""
         self._tasks |= {task.name: self._planned(task) for task in tasks}
-        self._tasks |= {task.name: replace(self._planned(task), held=why) for task in held}
+        self._tasks |= {task.name: replace(self._planned(task), deferred=why) for task in deferred}
         self.write()
 
     def _planned(self, task: Task) -> Submitted:
@@ -92,33 +112,37 @@ class Submission:
         return replace(planned, at_most=at_most)
 
     def cancelled(self, tasks: Iterable[Submitted], whole: bool) -> None:
-        """Note that the jobs of tasks are about to be ended, and that those without one are no
-        longer to be sent; `whole`: the whole grid."""
+        """Note that tasks are cancelled: their jobs are about to be ended, and those without a job
+        are no longer sent. `whole`: the whole grid is cancelled."""
         for task in tasks:
-            self._tasks[f"{task.task} {task.job}"] = replace(task, kind=CANCEL, held="")
+            self._tasks[f"{task.task} {task.job}"] = replace(task, kind=CANCEL, deferred="")
         if whole:
             self._tasks[CANCEL] = Submitted(CANCEL, CANCEL)
         self.write()
 
     def defer(self, stages: Iterable[str], why: str) -> None:
-        """Note stages that are not sent, or not yet, see `deferred_stages`."""
-        self._tasks |= {stage: Submitted(stage, stage, held=why) for stage in stages}
+        """Note that stages are deferred, see `deferred_stages`."""
+        self._tasks |= {stage: Submitted(stage, stage, deferred=why) for stage in stages}
         self.write()
 
     def sending(self, names: Sequence[str], needs: Sequence[str] = ()) -> str:
-        """Note that tasks, which need some jobs to succeed, are about to be sent together; a name
-        that was not planned is a stage's. Returns the token to send them with."""
+        """Note that tasks or stages are about to be sent together; return their submission token.
+
+        Args:
+            names: Names of planned tasks; any other name is a stage's.
+            needs: The jobs that must succeed before they start.
+        """
         earlier = {task.token for task in self._tasks.values()} - {""}
         token = f"{self._path.stem}-{len(earlier)}"
         for element, name in enumerate(names):
             self._tasks[name] = replace(
-                self._known(name), token=token, element=element, needs=tuple(needs), held=""
+                self._known(name), token=token, element=element, needs=tuple(needs), deferred=""
             )
         self.write()
         return token
 
     def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
-        """Note which jobs tasks became."""
+        """Note the job of each task."""
         for name, job in zip(names, jobs, strict=True):
             self._tasks[name] = replace(self._known(name), job=job)
         self.write()
@@ -127,21 +151,21 @@ class Submission:
         return self._tasks.get(name, Submitted(name, name))
 
     def write(self) -> None:
-        """Put it on disk as it is."""
+        """Write the record to disk."""
         write_tasks(self._path, self._tasks.values())
 
     def jobs(self, *kinds: str) -> list[str]:
-        """The ids of the jobs of these kinds that were sent."""
+        """Return the ids of the jobs of these kinds."""
         return [task.job for task in self._tasks.values() if task.job and task.kind in kinds]
 
 
 def new_token() -> str:
-    """A name for a record, later than those before."""
+    """Return a name for a record; names sort by time."""
     return f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
 
 
 def record_path(run: RunPaths, token: str) -> Path:
-    """Where the record of that name lies."""
+    """Return the path of the record with that name."""
     return run.submitted / f"{token}.json"
 
 
@@ -151,7 +175,7 @@ def write_tasks(path: Path, tasks: Iterable[Submitted]) -> None:
 
 
 def submissions(run: RunPaths) -> Iterator[Submitted]:
-    """What all submission records hold, oldest first."""
+    """Yield the tasks of all submission records, oldest first."""
     for path in json_files(run.submitted):
         yield from _tasks_of(path)
 
@@ -162,31 +186,31 @@ def _tasks_of(path: Path) -> list[Submitted]:
             Submitted(**{**task, "cells": tuple(task["cells"]), "needs": tuple(task["needs"])})
             for task in read_json(path)["tasks"]
         ]
-    # damaged, or no such record: what it submitted is found by its files
+    # damaged, or no such record: its tasks are found by their files
     except (Damaged, FileNotFoundError, KeyError, TypeError):
         return []
 
 
 def deferred_stages(sent: Iterable[Submitted]) -> tuple[str, ...]:
-    """Return the stages that the last submission which had them did not send; none of those before
-    the whole grid was cancelled. sent: what all records hold, oldest first."""
+    """Return the stages that their last submission deferred, unless the whole grid was cancelled
+    since. sent: the tasks of all records, oldest first."""
     deferred: dict[str, bool] = {}
     for task in sent:
         if task.task == CANCEL:
             deferred.clear()
         elif task.kind not in (BUNDLE, PRETRAIN, CANCEL):
-            deferred[task.kind] = bool(task.held)
+            deferred[task.kind] = bool(task.deferred)
     return tuple(stage for stage, waits in deferred.items() if waits)
 
 
 def is_lost(task: Submitted) -> bool:
-    """Whether its submission ended before it could note the job."""
+    """Return whether the submission of a task ended before it noted the job."""
     return bool(task.token) and not task.job
 
 
 def recall(tasks: Iterable[Submitted], queue: Queue) -> list[Submitted]:
-    """`tasks`, the lost ones with the jobs that the queue knows by their tokens; if there are none,
-    it is not asked."""
+    """Return `tasks`, the lost ones with the jobs that the queue knows by their tokens. The queue
+    is not asked if no task is lost."""
     known = list(tasks)
     tokens = {task.token for task in known if is_lost(task)}
     found = queue.sent_as(tokens) if tokens else {}
@@ -194,8 +218,8 @@ def recall(tasks: Iterable[Submitted], queue: Queue) -> list[Submitted]:
 
 
 def settle(run: RunPaths, recalled: Iterable[Submitted]) -> None:
-    """Write what became of lost tasks into their records, once nobody else submits: the job, or
-    that there is none, so that the queue need not be asked again."""
+    """Write the jobs of lost tasks into their records, or that they have none, so that the queue
+    is not asked again. The caller holds the lock of the run directory."""
     by_record: dict[str, dict[tuple[str, int], Submitted]] = {}
     for task in recalled:
         of_record = by_record.setdefault(task.token.rpartition("-")[0], {})
@@ -207,13 +231,50 @@ def settle(run: RunPaths, recalled: Iterable[Submitted]) -> None:
 
 
 def cancellations(run: RunPaths) -> int:
-    """How often the whole grid was cancelled."""
+    """Return how often the whole grid was cancelled."""
     return sum(task.task == CANCEL for task in submissions(run))
 
 
+def noted_arrays(folder: Path) -> dict[str, list[str]]:
+    """Return the array ids of each script (`TOKEN-NAME`), newest first, from notes in `folder`."""
+    found: dict[str, list[str]] = {}
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:  # no submissions; or reading their records reports the error
+        return {}
+    for match in filter(None, map(_NOTE.fullmatch, names)):
+        found.setdefault(match["script"], []).append(match["array"])
+    return {script: sorted(arrays, key=int, reverse=True) for script, arrays in found.items()}
+
+
+def sent_tasks(run: RunPaths, queue: Queue) -> Iterator[Submitted]:
+    """Yield the tasks of all records, oldest first, with the jobs that only `queue` remembers. A
+    task of a script comes once for each job that it may have become."""
+    arrays = noted_arrays(run.submitted)
+    for task in recall(submissions(run), queue):
+        found = [] if task.job else candidates(task.script, task.element, arrays)
+        yield from (replace(task, job=job) for job in reversed(found)) if found else (task,)
+
+
+def candidates(script: str, element: int, arrays: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the jobs that the element of a script may have become, newest first."""
+    return [f"{array}_{element}" for array in arrays.get(script, ())]
+
+
+def job_of(
+    jobs: Sequence[str], alive: Callable[[str], bool], logs: Callable[[str], Sequence[Any]]
+) -> str:
+    """Return the newest candidate that is alive, or else has logs, or else the newest; "" if there
+    is none. The user may have sent an array with some of its elements only."""
+    return next(filter(alive, jobs), "") or next(filter(logs, jobs), "") or next(iter(jobs), "")
+
+
 def json_files(folder: Path) -> list[Path]:
-    """The JSON files of a folder in order; none where there is no folder. Raises `UserError` if it
-    cannot be listed: what it holds must not be taken for missing."""
+    """Return the JSON files of a folder in order; none if there is no folder.
+
+    Raises:
+        UserError: The folder cannot be listed; its files must not be taken for missing.
+    """
     try:
         found = (path for path in folder.iterdir() if path.suffix == ".json")
         return sorted(found, key=lambda path: path.name)

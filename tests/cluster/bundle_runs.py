@@ -15,7 +15,8 @@ from data_prep.pack import pack
 from data_prep.settings import parse_dataset
 from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid, read_grid
-from pipeline.tracking.survey import DEAD_AFTER_SECONDS, submissions
+from pipeline.tracking.snapshot import DEAD_AFTER_SECONDS
+from pipeline.tracking.submissions import submissions
 from tests.cluster.slow_training import PAUSE, steps_begun
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
 from tests.jobs.small_runs import is_done, results, steps_saved, task_of

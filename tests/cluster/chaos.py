@@ -30,7 +30,7 @@ from jobs.spec.cell import Cell, bundles
 from jobs.spec.counts_file import counted_cells
 from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid
-from pipeline.tracking import survey
+from pipeline.tracking import snapshot
 from pipeline.tracking.submissions import Submitted, submissions
 from tests.cluster.bundle_runs import (
     CHECKPOINT_SECONDS,
@@ -271,7 +271,7 @@ class Round:
             beat = read_json(self.run.progress_of(task.task))
         except (FileNotFoundError, Damaged):
             beat = {}
-        return task.job not in queue and survey._heart_stopped(beat)
+        return task.job not in queue and snapshot._heart_stopped(beat, time.time())
 
     def _submit(self) -> None:
         command = [PYTHON, "-m", "tests.cluster.slow_training", "grid", self.grid.path]

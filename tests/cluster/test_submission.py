@@ -14,7 +14,7 @@ from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profil
 from hpc.scheduler.exit_cause import NEVER_SATISFIED
 from hpc.scheduler.job import ModuleCall
 from hpc.scheduler.slurm import SlurmQueue
-from pipeline.submission.batch_scripts import Part, Site, render
+from pipeline.submission.batch_scripts import Part, ScriptSite, render
 from tests.cluster.probe import seen_by
 from tests.cluster.slurm_cluster import PROFILE
 from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE, LAUNCHER
@@ -134,7 +134,7 @@ def test_nor_one_that_scripts_have_sent(cluster, folder):
     )
     for name in ("logs", "submitted"):
         (folder / name).mkdir()
-    there = Site(profile, folder, folder, "hostile", "T")
+    there = ScriptSite(profile, folder, folder, "hostile", "T")
     for name, text in render(there, [Part("train", "train", [("task", "")])]).items():
         (folder / name).write_text(text)
     for words, left_over in ((["submit.sh"], HOSTILE), (["-c", "sbatch train.sbatch"], HANDED_ON)):

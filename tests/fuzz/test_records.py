@@ -32,7 +32,7 @@ from jobs.training.backbone import load_exactly, read_weights
 from jobs.training.predictor import Predictor
 from pipeline.scores.results_file import read_results
 from pipeline.tracking.finished import finished_cells
-from pipeline.tracking.survey import submissions
+from pipeline.tracking.submissions import submissions
 from tests.fuzz.accidents import damaged
 from tests.fuzz.cases import fuzzed
 from tests.jobs.cells import a_cell

@@ -13,6 +13,8 @@ from hpc.storage.fencing import claim
 from jobs.spec.cell import Cell
 from jobs.spec.task import read_task
 from pipeline.config.grid_file import Grid
+from pipeline.planning.plan import Plan
+from pipeline.submission.decision import chosen, plan_of
 from pipeline.tracking.survey import STATES, survey
 from tests.pipeline.fake_queue import FakeQueue
 
@@ -57,3 +59,9 @@ def diverge(grid: Grid, cell: Cell) -> None:
     """The loss of a cell was not finite."""
     record = {"cell": cell.name, "step": 2, "reason": "the loss was nan at step 2 of 6"}
     write_json(grid.run.failure(cell.signature), record)
+
+
+def planned(grid: Grid, queue: FakeQueue) -> Plan:
+    """Return the jobs that `grid` would submit now."""
+    state = survey(grid, queue)
+    return plan_of(grid, state, chosen(state, "grid"), source={})

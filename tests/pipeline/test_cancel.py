@@ -1,4 +1,4 @@
-"""A grid is cancelled: its jobs end, what was held back stays, and `grid` goes on."""
+"""A grid is cancelled: its jobs end, what was deferred stays, and `grid` goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline import status
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
 from pipeline.submission import wait
-from pipeline.submit import submit, submit_deferred
+from pipeline.submission.submitter import submit, submit_deferred
 from pipeline.tracking.submissions import cancellations
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
@@ -120,8 +120,8 @@ def test_what_was_held_back_is_not_sent_by_who_still_waits(grid, queue, monkeypa
     jobs = submit(grid, queue, ["grid", "reduce"])
     seen = cancellations(grid.run)
     lines = cancel(grid, queue)
-    assert lines[1] == "no longer held back: 1 jobs"
-    assert not survey(grid, queue).held
+    assert lines[1] == "no longer deferred: 1 jobs"
+    assert not survey(grid, queue).deferred
 
     again = partial(submit_deferred, grid, queue, seen)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -136,7 +136,7 @@ def test_what_was_held_back_is_not_sent_by_who_still_waits(grid, queue, monkeypa
 def test_a_held_cell_that_was_cancelled_is_left_out_by_who_still_waits(grid, queue):
     queue.max_jobs = 0
     submit(grid, queue, ["grid"])
-    cells = survey(grid, queue).held
+    cells = survey(grid, queue).deferred
     seed1 = [cell for cell in cells if cell.seed == 1]
     assert cancel(grid, queue, seed1[:1])[0] == "cancelled 0 jobs"
     queue.max_jobs = 5

@@ -8,7 +8,7 @@ from hpc.cli import UserError
 from hpc.scheduler.job import START_PREFIX
 from pipeline import logs
 from pipeline.config.grid_file import Grid
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from pipeline.tracking.submissions import Submission
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import small_grid

@@ -12,8 +12,8 @@ from hpc.scheduler.base import JobState
 from pipeline import retry
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
-from pipeline.submission.cell_selection import unsent
-from pipeline.submit import plan_of, submit
+from pipeline.submission.decision import chosen
+from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
@@ -24,6 +24,7 @@ from tests.pipeline.stories import (
     diverge,
     end,
     heartbeat,
+    planned,
     save,
     words,
 )
@@ -307,8 +308,8 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
 
 def test_waiting_sends_what_was_never_sent_if_it_fits(grid, queue):
     state, too_large = survey(grid, queue), grid.cells[3].signature
-    assert unsent(state) == list(grid.cells)
-    assert unsent(replace(state, at_most={too_large: 0})) == [
+    assert chosen(state, "--wait") == list(grid.cells)
+    assert chosen(replace(state, at_most={too_large: 0}), "--wait") == [
         cell for cell in grid.cells if cell.signature != too_large
     ]
 
@@ -317,8 +318,8 @@ def test_waiting_does_not_send_what_has_failed_again_and_again(grid, queue):
     queue.max_jobs = 1
     submit(grid, queue, ["grid"])
     end(queue, "job1", "error: disk full")
-    assert {cell.seed for task in plan_of(grid, survey(grid, queue)).bundles for cell in task.cells}
-    assert {cell.seed for cell in unsent(survey(grid, queue))} == {1}
+    assert {cell.seed for task in planned(grid, queue).bundles for cell in task.cells}
+    assert {cell.seed for cell in chosen(survey(grid, queue), "--wait")} == {1}
 
 
 def test_retry_waits_where_it_is_asked_to(grid, queue, monkeypatch, capsys):

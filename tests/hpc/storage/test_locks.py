@@ -11,7 +11,7 @@ from hpc.cli import UserError
 from hpc.scheduler.local_jobs import LocalJobs
 from hpc.storage.locks import require_locks, take_lock
 from hpc.storage.node_cache import cached_copy
-from pipeline.submit import one_at_a_time
+from pipeline.submission.submitter import one_at_a_time
 
 
 @pytest.fixture

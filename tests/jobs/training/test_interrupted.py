@@ -24,7 +24,7 @@ from jobs.training.cell_trainer import CellTrainer
 from pipeline import reduce
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from tests.jobs.cells import CLASS_WEIGHTS, MODEL, a_cell, a_share
 from tests.jobs.job_processes import Job, jobs, lives, until
 from tests.jobs.small_runs import (

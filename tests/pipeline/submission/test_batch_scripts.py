@@ -13,12 +13,11 @@ from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.scheduler.job import ModuleCall
 from pipeline import submit as command
 from pipeline.submission.batch_scripts import Part, parts, render, script
-from pipeline.submission.batch_scripts import Site as Where
-from pipeline.submit import plan_of
-from pipeline.tracking.survey import survey
+from pipeline.submission.batch_scripts import ScriptSite as Where
 from tests.hpc.scheduler.test_slurm import NASTY, logs, open_slurm, slurm  # noqa: F401
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import grid_file, small_grid
+from tests.pipeline.stories import planned
 from tests.pipeline.submission.slurm_scripts import Site, options
 
 # ruff: noqa: F811 (fixtures of other files)
@@ -107,7 +106,7 @@ def test_names_and_paths_are_words_and_nothing_in_them_is_run(tmp_path):
 
 def test_arrays_are_as_long_as_the_site_allows(tmp_path):
     grid = small_grid(tmp_path, PRETRAIN, more="cells_per_job = 1\n")
-    plan = plan_of(grid, survey(grid, FakeQueue(tmp_path)))
+    plan = planned(grid, FakeQueue(tmp_path))
     found = parts(["prep", "grid", "reduce"], plan.pretrain, plan.bundles, 3)
     assert [part.name for part in found] == ["prep", "pretrain", "train", "train-2", "train-3",
                                              "reduce"]  # fmt: skip
@@ -122,7 +121,7 @@ def test_training_needs_no_backbone_but_its_own(tmp_path):
     """One that fails keeps only its own cells from training."""
     other = '\n[dataset.more]\nsource = "synthetic"\nshards = "x"\ntrain = 6\nval = 3\n'
     grid = small_grid(tmp_path, PRETRAIN, more=f"{other}size = [32, 40]\n")
-    plan = plan_of(grid, survey(grid, FakeQueue(tmp_path)))
+    plan = planned(grid, FakeQueue(tmp_path))
     found = parts(["grid"], plan.pretrain, plan.bundles, 1000)
     assert [len(part.tasks) for part in found] == [2, 2, 2]
     sent = render(where(ClusterProfile()), found)["submit.sh"]

@@ -8,7 +8,7 @@ import pytest
 from pipeline import logs, status
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from pipeline.tracking.submissions import submissions
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue

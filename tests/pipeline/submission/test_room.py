@@ -1,4 +1,4 @@
-"""A site lets a user have only so many jobs in the queue: what does not fit is held back, says so,
+"""A site lets a user have only so many jobs in the queue: what does not fit is deferred, says so,
 and goes with a later submission."""
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from data_prep.pack import pack
 from hpc.cli import UserError
 from hpc.scheduler.base import JobState
 from hpc.storage.atomic import read_json
-from pipeline import submit as command
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
-from pipeline.submission import wait
-from pipeline.submit import plan_of, submit
+from pipeline.submission import submitter, wait
+from pipeline.submission.submitter import submit, submit_deferred
 from pipeline.tracking.submissions import cancellations
 from pipeline.tracking.survey import STATES, survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import cells_of
+from tests.pipeline.stories import cells_of, planned
 
 SEEDS = ("seeds = [0, 1]", "seeds = [0, 1, 2, 3, 4]")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -57,9 +56,9 @@ def test_what_does_not_fit_waits_and_says_why(grid, queue, capsys):
     assert submit(grid, queue, ["grid"]) == {"grid": ["job1", "job2", "job3"]}
     said = capsys.readouterr().out.splitlines()
     assert said[-2] == "submitted 3 jobs for 12 cells"
-    assert said[-1].startswith("held back: 2 jobs: you may have no more jobs in the queue")
+    assert said[-1].startswith("deferred: 2 jobs: you may have no more jobs in the queue")
     assert words(grid, queue) == {"waiting": 20}
-    assert sorted(cell.seed for cell in survey(grid, queue).held) == [3] * 4 + [4] * 4
+    assert sorted(cell.seed for cell in survey(grid, queue).deferred) == [3] * 4 + [4] * 4
     reasons = {cell.why for cell in survey(grid, queue).cells if cell.cell.seed > 2}
     assert reasons == {"you may have no more jobs in the queue; run it again when there is room"}
 
@@ -74,8 +73,8 @@ def test_it_goes_with_the_next_submission_that_finds_room(grid, queue):
     queue.max_jobs = None
     assert submit(grid, queue, ["grid"]) == {"grid": ["job2", "job3", "job4", "job5"]}
     assert words(grid, queue) == {"done": 4, "waiting": 16}
-    assert not survey(grid, queue).held
-    assert not plan_of(grid, survey(grid, queue)).bundles
+    assert not survey(grid, queue).deferred
+    assert not planned(grid, queue).bundles
 
 
 def test_what_comes_after_training_is_held_back_too(grid, queue, capsys):
@@ -83,7 +82,7 @@ def test_what_comes_after_training_is_held_back_too(grid, queue, capsys):
     jobs = submit(grid, queue, ALL)
     assert [len(jobs[stage]) for stage in ("prep", "grid", "reduce")] == [1, 5, 1]
     assert "report" not in jobs
-    assert capsys.readouterr().out.splitlines()[-1].startswith("held back: report: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("deferred: report: ")
 
 
 def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, queue, monkeypatch):
@@ -96,7 +95,7 @@ def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, qu
     assert survey(grid, queue).deferred == ("reduce", "report")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
-    again = partial(command.submit_deferred, grid, queue, cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     sent = [call.module for call in queue.calls.values()][8:]
     assert sent == [*["jobs.train"] * 5, "pipeline.reduce", "pipeline.report"]
@@ -138,7 +137,7 @@ def test_a_report_that_was_deferred_needs_the_reduction_that_was_not(grid, queue
     queue.max_jobs = 7  # one prep, five bundles, reduce
     submit(grid, queue, ALL)
     queue.jobs["job1"] = "gone"  # prep
-    sent = command.submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    sent = submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
     assert queue.calls["job7"].module == "pipeline.reduce"
     assert sent["report"] == ["job8"]
     assert queue.needs["job8"] == ["job7"]
@@ -151,7 +150,7 @@ def test_a_report_that_was_deferred_needs_the_reduction_that_moves(grid, queue):
     submit(grid, queue, ["grid", "reduce", "report"])
     counts.unlink()
     queue.max_jobs = None
-    sent = command.submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    sent = submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
     assert queue.cancelled == [["job5"]]
     assert queue.after[sent["reduce"][0]] == ["job1", "job2", "job3", "job4", "job6"]
     assert queue.needs[sent["report"][0]] == sent["reduce"]
@@ -217,8 +216,8 @@ def test_a_poll_that_sends_nothing_writes_and_prints_nothing(grid, queue, monkey
         raise AssertionError("counts were verified again")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(command, "set_aside_altered", refuse)
-    again = partial(command.submit_deferred, grid, queue, cancellations(grid.run))
+    monkeypatch.setattr(submitter, "set_aside_altered", refuse)
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
     monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     assert all(found == files[0] for found in files[:5])
@@ -246,12 +245,12 @@ def test_what_is_deferred_is_noted_once(grid, queue, capsys):
     finish(grid, cells_of(queue, "job1"), "task1")
     queue.jobs["job1"] = "gone"
     capsys.readouterr()
-    command.submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
+    submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
     assert capsys.readouterr().err == ""  # the data set was warned about before
     (second,) = set(grid.run.submitted.iterdir()) - {first}
     assert len(read_json(second)["tasks"]) == 1
     assert words(grid, queue) == {"done": 4, "waiting": 16}
-    assert len(survey(grid, queue).held) == 12
+    assert len(survey(grid, queue).deferred) == 12
 
 
 def test_a_job_that_ends_while_another_data_set_is_packed_makes_room(tmp_path, grid, queue):
@@ -264,7 +263,7 @@ def test_a_job_that_ends_while_another_data_set_is_packed_makes_room(tmp_path, g
     assert submit(both, queue, ["prep", "grid"])["prep"] == ["job6"]
     queue.jobs |= {"job1": "gone", "job6": "running"}
     finish(grid, cells_of(queue, "job1"), "task1")
-    command.submit_deferred(both, queue, cancellations(both.run), ["grid"])
+    submit_deferred(both, queue, cancellations(both.run), ["grid"])
     assert {cell.dataset for cell in cells_of(queue, "job7")} == {"more"}
     assert queue.needs["job7"] == ["job6"]
 

@@ -14,7 +14,7 @@ from hpc.scheduler.auto import open_queue
 from pipeline import cancel, status
 from pipeline.config.grid_file import Grid
 from pipeline.submission import wait
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from pipeline.tracking.submissions import Submission
 from pipeline.tracking.survey import survey
 from tests.hpc.scheduler.test_slurm import FakeSlurm

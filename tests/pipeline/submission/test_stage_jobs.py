@@ -11,7 +11,7 @@ from hpc.scheduler.base import NO_RUNNER
 from pipeline import status
 from pipeline import submit as command
 from pipeline.config.grid_file import Grid
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid

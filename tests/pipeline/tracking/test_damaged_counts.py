@@ -19,11 +19,12 @@ from jobs.spec.counts_file import counted_cells
 from pipeline import reduce, status
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.scores.results_file import read_results
-from pipeline.submit import main, plan_of, submit
+from pipeline.submission.submitter import submit
+from pipeline.submit import main
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import counts_of, finish, grid_file
-from tests.pipeline.stories import cells_of, words
+from tests.pipeline.stories import cells_of, planned, words
 from tests.pipeline.tracking.damages import DAMAGES, flip
 
 
@@ -68,8 +69,8 @@ def assert_reduced(grid: Grid, cells) -> None:
         assert dataset.counts_of(place).equals(counts_of(cell, manifest))
 
 
-def planned(grid: Grid) -> list[str]:
-    tasks = plan_of(grid, survey(grid, FakeQueue(grid.run.logs))).bundles
+def planned_names(grid: Grid) -> list[str]:
+    tasks = planned(grid, FakeQueue(grid.run.logs)).bundles
     return sorted(cell.name for task in tasks for cell in task.cells)
 
 
@@ -88,11 +89,11 @@ def test_a_damaged_file_is_named_and_its_cells_alone_are_trained_anew(grid, caps
     if "delete it" in line:  # what the line says to do
         culprit = Path(named)
         shutil.rmtree(culprit) if culprit.is_dir() else culprit.unlink()
-    assert planned(grid) == sorted(cell.name for cell in lost)
+    assert planned_names(grid) == sorted(cell.name for cell in lost)
 
     finish(grid, lost, "seed1", generation=2)
     assert_reduced(grid, grid.cells)
-    assert planned(grid) == []
+    assert planned_names(grid) == []
 
 
 def test_nothing_of_a_damaged_file_is_deleted_by_reduce_or_grid(grid):
@@ -101,7 +102,7 @@ def test_nothing_of_a_damaged_file_is_deleted_by_reduce_or_grid(grid):
     flip(broken)
     before[broken] = broken.read_bytes()
     reduce.main([str(grid.path)])
-    planned(grid)
+    planned_names(grid)
     assert {path: path.read_bytes() for path in grid.run.counts.iterdir()} == before
 
 
@@ -236,7 +237,7 @@ def test_cells_that_were_counted_with_different_backbones_are_not_compared(tmp_p
     assert not grid.run.results.exists()
     one.unlink()
     assert_reduced(grid, cells[2:])
-    assert planned(grid) == sorted(cell.name for cell in [*cells[:2], *seed(grid, 1)])
+    assert planned_names(grid) == sorted(cell.name for cell in [*cells[:2], *seed(grid, 1)])
 
 
 def test_cells_of_a_backbone_that_was_trained_anew_are_refused(tmp_path, packed):

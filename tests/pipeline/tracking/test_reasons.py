@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from pipeline.tracking.display import cells_table
-from pipeline.tracking.reasons import reason_lines
+from pipeline.tracking.display import cells_table, reason_lines
 from pipeline.tracking.survey import CellState
 from tests.pipeline.grids import small_grid
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from hpc.storage.atomic import read_json, write_json
-from pipeline import submit as command
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
 from pipeline.logs import jobs_of
-from pipeline.submit import plan_of, submit, write_scripts
+from pipeline.submission import script_folder
+from pipeline.submission.script_folder import write_scripts
+from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
+from tests.pipeline.stories import planned
 from tests.pipeline.submission.slurm_scripts import Site
 from tests.pipeline.tracking.test_survey import PRETRAIN, grid, packed, save, states, words  # noqa: F401
 
@@ -69,7 +71,7 @@ def test_jobs_that_wait_or_run_are_seen_by_the_notes(grid, cluster):
     note(grid, 7)
     cluster.jobs = {"7_0": "running", "7_1": "waiting"}
     assert words(grid, cluster) == {"running": 4, "waiting": 4}
-    assert survey(grid, cluster).active_jobs == ("7_0", "7_1")
+    assert survey(grid, cluster).active_jobs == {"7_0", "7_1"}
     assert submit(grid, cluster, ["grid"]) == {"grid": ["7_0", "7_1"]}  # to be waited for
 
 
@@ -91,7 +93,7 @@ def test_a_heart_that_beats_is_running_whatever_the_queue_knows(grid, tmp_path, 
 def test_an_interrupted_job_is_written_again_and_goes_on_from_its_checkpoint(grid, cluster):
     write(grid, cluster)
     note(grid, 7)
-    (job, other) = plan_of(grid, survey(grid, cluster)).bundles
+    (job, other) = planned(grid, cluster).bundles
     save(grid, job.cells, 3)
     heartbeat(grid, task_name(grid, 0), "stopped")
     finish(grid, other.cells, "other")
@@ -126,7 +128,7 @@ def test_an_array_of_some_elements_does_not_hide_the_one_before(grid, cluster):
 def test_a_script_older_than_the_last_is_seen_to_run(grid, cluster):
     write(grid, cluster)
     first = token(grid)
-    save(grid, plan_of(grid, survey(grid, cluster)).bundles[0].cells, 3)
+    save(grid, planned(grid, cluster).bundles[0].cells, 3)
     write(grid, cluster)  # other tasks now: they start at another step
     note(grid, 7, record=first)
     cluster.jobs = {"7_0": "running", "7_1": "running"}
@@ -166,7 +168,7 @@ def test_a_record_whose_scripts_were_never_written_is_no_submission(grid, cluste
     def crash(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "write_folder", crash)
+    monkeypatch.setattr(script_folder, "write_folder", crash)
     with pytest.raises(KeyboardInterrupt):
         write(grid, cluster)
     assert words(grid, cluster) == {"missing": 8}

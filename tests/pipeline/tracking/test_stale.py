@@ -4,6 +4,7 @@ trains anew without the user's word."""
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from jobs.spec.counts_file import counted_cells
 from pipeline import reduce, retry, status, submit
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
-from pipeline.submission.cell_selection import to_do, with_stale
+from pipeline.submission.decision import chosen
+from pipeline.submission.submitter import submit as send
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import cells_of, words
 
+WITH_STALE = partial(chosen, command="grid --retrain stale")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 
 
@@ -88,7 +91,7 @@ def test_they_are_counted_and_a_submission_leaves_them(stale, queue, capsys):
     assert words(stale, queue) == {"stale": 8}
     assert {cell.why for cell in survey(stale, queue).cells} == {"other data"}
     capsys.readouterr()
-    assert submit.submit(stale, queue, ["grid"]) == {"grid": []}
+    assert send(stale, queue, ["grid"]) == {"grid": []}
     said = capsys.readouterr().out.splitlines()
     line = (
         "8 cells were made from other data than their data sets hold now, and are left out; "
@@ -104,7 +107,7 @@ def test_they_are_counted_and_a_submission_leaves_them(stale, queue, capsys):
 
 def test_on_the_users_word_they_are_trained_anew_and_nothing_is_lost(stale, queue):
     before = sorted(path.read_bytes() for path in stale.run.counts.iterdir())
-    submit.submit(stale, queue, ["grid"], with_stale)
+    send(stale, queue, ["grid"], WITH_STALE)
     sent = [cell.signature for job in queue.jobs for cell in cells_of(queue, job)]
     assert sorted(sent) == sorted(cell.signature for cell in stale.cells)
     assert words(stale, queue) == {"waiting": 8}
@@ -169,8 +172,8 @@ def test_a_backbone_of_other_data_is_not_used(tmp_path, shards, queue, trained):
         interrupted(grid, [pretraining_cell(cell)])
     assert words(grid, queue) == {"missing": 8}
     corrected(grid)
-    assert words(grid, queue) == {"stale": 8} and to_do(survey(grid, queue)) == []
-    submit.submit(grid, queue, ["grid"], with_stale)
+    assert words(grid, queue) == {"stale": 8} and chosen(survey(grid, queue), "grid") == []
+    send(grid, queue, ["grid"], WITH_STALE)
     assert [call.module for call in queue.calls.values()].count("jobs.pretrain") == 1
     moved = grid.run.stale / path.relative_to(grid.run.root)
     assert moved.exists() == trained and not path.exists()
@@ -179,7 +182,7 @@ def test_a_backbone_of_other_data_is_not_used(tmp_path, shards, queue, trained):
 
 
 def test_a_job_that_still_runs_on_the_earlier_data_runs_on(grid, queue):
-    submit.submit(grid, queue, ["grid"])
+    send(grid, queue, ["grid"])
     queue.jobs["job1"] = "running"
     interrupted(grid, [c for c in grid.cells if c.seed == 0])
     corrected(grid)
@@ -196,7 +199,7 @@ def test_what_is_set_aside_twice_is_kept_twice(grid, queue):
         )
         pack("streets", grid.datasets["streets"], processes=1)
         queue.jobs.clear()
-        submit.submit(grid, queue, ["grid"], with_stale)
+        send(grid, queue, ["grid"], WITH_STALE)
     names = {path.name for path in (grid.run.stale / "counts").iterdir()}
     assert names == {f"all-g1.{end}" for end in ("h5", "json", "h5.2", "json.2")}
 
@@ -216,12 +219,12 @@ def test_from_end_to_end(tmp_path, shards, queue):
     one_model = (', "deeplabv3_mobilenet_v3_large"]', "]")
     grid = small_grid(tmp_path, PRETRAIN, ("seeds = [0, 1]", "seeds = [0]"), one_model)
     stages = ("prep", "grid", "reduce")
-    submit.submit(grid, queue, stages)
+    send(grid, queue, stages)
     work(queue)
     before, results = read_results(grid.run.results), grid.run.results.read_bytes()
     Image.new("L", (40, 32)).save(label_map(grid))
 
-    submit.submit(grid, queue, stages)
+    send(grid, queue, stages)
     with pytest.raises(
         UserError, match=r"has 2 finished cells, but would now have 0,.* \(2 cells "
     ):
@@ -229,7 +232,7 @@ def test_from_end_to_end(tmp_path, shards, queue):
     assert grid.run.results.read_bytes() == results
     assert words(grid, queue) == {"stale": 2}
 
-    submit.submit(grid, queue, ["grid"], with_stale)
+    send(grid, queue, ["grid"], WITH_STALE)
     work(queue)
     assert words(grid, queue) == {"done": 2}
     assert reduce.main([str(grid.path)]) == 0

@@ -22,11 +22,13 @@ from jobs.spec.cell import Cell
 from jobs.spec.task import read_task
 from pipeline import status
 from pipeline.config.grid_file import Grid, read_grid
-from pipeline.submit import one_at_a_time, plan_of, submit
+from pipeline.submission.submitter import one_at_a_time, submit
 from pipeline.tracking.display import time_left
-from pipeline.tracking.survey import DEAD_AFTER_SECONDS, STATES, CellState, survey
+from pipeline.tracking.snapshot import DEAD_AFTER_SECONDS
+from pipeline.tracking.survey import STATES, CellState, survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
+from tests.pipeline.stories import planned
 
 REPOSITORY = Path(__file__).parents[3]
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -307,7 +309,7 @@ def test_a_job_that_lives_without_our_knowing_its_id_is_not_doubled(grid, slurm,
     heartbeat(grid, dying, "job1", step=1)
     found = survey(grid, slurm)
     assert (found.count("running"), found.count("missing")) == (4, 4)
-    assert found.active_jobs == ()  # there is no id to wait for
+    assert found.active_jobs == frozenset()  # there is no id to wait for
     submit(grid, slurm, ["grid"])
     assert [cell.seed for cell in cells_of(slurm, "job1")] == [1] * 4
     assert slurm.after["job1"] == []
@@ -384,7 +386,7 @@ def test_all_stages_follow_one_another(grid, queue):
 
 
 def test_planning_records_which_code_it_was(grid, queue):
-    task = plan_of(grid, survey(grid, queue)).bundles[0]
+    task = planned(grid, queue).bundles[0]
     if (REPOSITORY / ".git").exists():
         assert len(task.source["commit"]) == 40
         assert "diff" in task.source
@@ -406,7 +408,7 @@ TWO_AT_ONCE = """
 import sys, time
 from pathlib import Path
 from pipeline.config.grid_file import read_grid
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from hpc.scheduler.base import JobState
 from tests.pipeline.fake_queue import FakeQueue
 class SlowQueue(FakeQueue):

@@ -16,7 +16,7 @@ from pipeline import status
 from pipeline import submit as command
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from tests.pipeline.grids import small_grid
 from tests.pipeline.whole_runs.test_killed import steps_saved, wait_until
 

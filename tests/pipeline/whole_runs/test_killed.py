@@ -18,7 +18,7 @@ from hpc.scheduler.local_jobs import LocalJobs, processes
 from hpc.storage import checkpoint
 from pipeline import cancel, logs, retry
 from pipeline.config.grid_file import Grid
-from pipeline.submit import submit
+from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import CellState, survey
 from tests.pipeline.grids import small_grid
 

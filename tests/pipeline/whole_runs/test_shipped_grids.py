@@ -28,6 +28,7 @@ from pipeline import submit
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.paper.reference import paper_table
 from pipeline.scores.results_file import read_results
+from pipeline.submission import submitter
 from tests.data_prep.sources import trees
 from tests.pipeline.fake_queue import FakeQueue
 
@@ -106,7 +107,7 @@ def run_small(name: str, folder: Path, patch: pytest.MonkeyPatch) -> Grid:
             raw_files(folder / "raw" / dataset, settings["source"])
     (folder / "grid.toml").write_text("".join(f"{key} = {toml(table[key])}\n" for key in table))
     (folder / "profile.toml").write_text(PROFILE)
-    patch.setattr(submit, "check_room", lambda *_: "")  # 36 GB, if heads were not deleted
+    patch.setattr(submitter, "check_room", lambda *_: "")  # 36 GB, if heads were not deleted
     patch.setattr(submit, "open_queue", lambda *_, **__: InlineQueue(folder, folder / "run"))
     arguments = [str(folder / "grid.toml"), "--wait", "--cluster", str(folder / "profile.toml")]
     assert submit.main(["all", *arguments]) == 0
