@@ -48,8 +48,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def jobs_of(grid: Grid, queue: Queue, name: str) -> tuple[str, list[str]]:
-    """What `name` means, and the jobs that were sent for it, the last first. Raises `UserError`
-    where it means nothing, or nothing was sent."""
+    """Return the meaning of `name`, and the jobs that were sent for it, the last first.
+
+    Raises:
+        UserError: `name` means nothing, or no job was sent for it.
+    """
     meant = one_named(grid, name, _KINDS)
     sent = [task for task in sent_tasks(grid.run, queue) if task.job and task.kind != CANCEL]
     if isinstance(meant, str):
@@ -63,8 +66,8 @@ def jobs_of(grid: Grid, queue: Queue, name: str) -> tuple[str, list[str]]:
 
 
 def describe(queue: Queue, name: str, jobs: Sequence[str], lines: int | None) -> Iterator[str]:
-    """The logs of the last of `jobs` that has any: where they are, its error, and the last `lines`
-    of each rank (None: all of all starts)."""
+    """Yield the logs of the last of `jobs` that has any: their folder, its error, and the last
+    `lines` of each rank (None: all lines of all starts)."""
     logs = {job: found for job in jobs if (found := queue.log_files(job))}
     if not logs:
         yield f"{name}: job {jobs[0]} has written nothing yet"
@@ -91,8 +94,8 @@ def describe(queue: Queue, name: str, jobs: Sequence[str], lines: int | None) ->
 
 
 def error_first(logs: Sequence[Path]) -> Iterator[str]:
-    """The error of the first rank that has one, its whole traceback where there is one: refusals
-    of ours first, since they tell what to do."""
+    """Yield the error of the first rank that has one, with its traceback. Refusals of ours come
+    first, since they say what to do."""
     starts = [last_start(log) for log in logs]
     errors = [(rank, error) for rank, lines in enumerate(starts) if (error := error_of(lines))]
     for rank, error in sorted(errors, key=lambda found: not found[1].startswith("error: "))[:1]:
@@ -108,7 +111,7 @@ def error_first(logs: Sequence[Path]) -> Iterator[str]:
 
 
 def ranks_and_streams(logs: Sequence[Path]) -> Iterator[Path]:
-    """Standard error and output of each rank."""
+    """Yield the logs of standard error and output of each rank."""
     for log in logs:
         yield log
         if log.suffix == ".err":
@@ -116,7 +119,7 @@ def ranks_and_streams(logs: Sequence[Path]) -> Iterator[Path]:
 
 
 def whole(log: Path) -> list[str]:
-    """All lines of a log; none where there is no such file."""
+    """Return all lines of a log; none if there is no such file."""
     try:
         return log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -25,7 +25,7 @@ TESTS = {
     "jobs/metrics/reference.py": "jobs/metrics/test_counts jobs/metrics/test_fixed_point",
     "jobs/metrics/counts.py": "jobs/metrics/test_counts",
     "jobs/metrics/scores.py": "jobs/metrics/test_scores",
-    "pipeline/submission/cell_selection.py": (
+    "pipeline/submission/decision.py": (
         "pipeline/tracking/test_stale pipeline/test_retry pipeline/tracking/test_survey"
     ),
     "pipeline/tracking/outcomes.py": (

@@ -1,6 +1,5 @@
-"""What a plan will cost before anything is queued: time, memory, storage, files. A model of the
-arithmetic, whose assumptions are `ASSUMPTIONS`; a measured step time takes the place of its rates.
-"""
+"""Estimate what a plan costs before anything is queued: time, memory, storage, files. The model is
+arithmetic on `ASSUMPTIONS`; a measured step time takes the place of its rates."""
 
 from __future__ import annotations
 
@@ -41,8 +40,14 @@ _FILES = {"task": 12, "cell": 1, "checkpoint": 1}  # records, counts, logs; a he
 
 @dataclass(frozen=True)
 class Job:
-    """The cells that one job trains, the number of training images and the pixels of all validation
-    images as the network sees them (0: not known yet), and the classes of their data set."""
+    """The size of one job.
+
+    Attributes:
+        cells: The cells that it trains.
+        train_images: The number of training images; 0 if not known yet.
+        val_pixels: The pixels of all validation images at the network's input; 0 if not known yet.
+        num_classes: The number of classes of the data set.
+    """
 
     cells: Sequence[Cell]
     train_images: int
@@ -55,14 +60,21 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps; 0 if the number of images is not known."""
+        """The number of optimiser steps; 0 if the number of images is not known."""
         return self.protocol.epochs * (self.train_images // self.protocol.batch_size)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one job: wall time in seconds, bytes of a GPU's and of a node's memory, bytes and number
-    of files in the run directory, at the most."""
+    """The largest cost of one job.
+
+    Attributes:
+        seconds: Wall time in seconds.
+        gpu_bytes: Memory of one GPU in bytes.
+        node_bytes: Memory of one node in bytes.
+        storage: Bytes in the run directory.
+        files: Number of files in the run directory.
+    """
 
     seconds: float
     gpu_bytes: float
@@ -72,8 +84,8 @@ class Cost:
 
 
 def cost(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> Cost:
-    """What `job` costs on `cluster`. `measured`: how many times longer its steps
-    take than modelled."""
+    """Return the cost of `job` on `cluster`. `measured`: measured step time divided by the modelled
+    one."""
     ranks = cluster.nodes * cluster.tasks_per_node
     seconds = (job.steps * step_flops(job) + evaluation_flops(job)) / rate(job.protocol, cluster)
     loaders = job.protocol.workers * _LOADER
@@ -87,8 +99,8 @@ def cost(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> Cost:
 
 
 def step_flops(job: Job) -> float:
-    """Floating-point operations of an optimiser step: one pass of the backbone for all cells, and
-    forward and backward of each head."""
+    """Return the floating-point operations of one optimiser step: one pass of the backbone for all
+    cells, and forward and backward of each head."""
     protocol = job.protocol
     pixels = protocol.batch_size * protocol.crop[0] * protocol.crop[1]
     passes = 3 if protocol.train == "all" else 1
@@ -97,19 +109,20 @@ def step_flops(job: Job) -> float:
 
 
 def evaluation_flops(job: Job) -> float:
-    """Of one pass over the validation images."""
+    """Return the floating-point operations of one pass over the validation images."""
     return 2 * job.val_pixels * (_backbone_macs(job) + sum(map(_head_macs, job.cells)))
 
 
 def rate(protocol: Protocol, cluster: ClusterProfile) -> float:
-    """Floating-point operations a second of one rank."""
+    """Return the floating-point operations per second of one rank."""
     if cluster.gpus_per_node:
         return FLOPS["gpu fp32" if protocol.precision == "fp32" else "gpu mixed"]
     return FLOPS["cpu"] * protocol.threads
 
 
 def gpu_bytes(job: Job, ranks: int) -> float:
-    """Memory of a rank's GPU: all weights, and the activations of one head at a time."""
+    """Return the memory of a rank's GPU in bytes: all weights, and the activations of one head at a
+    time."""
     protocol, backbone = job.protocol, MODELS[job.cells[0].model].backbone
     images = -(-protocol.batch_size // ranks)
     pixels = images * protocol.crop[0] * protocol.crop[1]
@@ -125,23 +138,23 @@ def gpu_bytes(job: Job, ranks: int) -> float:
 
 
 def files_of(cells: Sequence[Cell]) -> int:
-    """The most files that one job of these cells has in the run directory."""
+    """Return the maximum number of files in the run directory of a job of these cells."""
     return _FILES["task"] + len(cells) * (_FILES["cell"] + KEPT + 1) + KEPT + 1
 
 
 def bytes_of(cell: Cell) -> int:
-    """The most that a cell takes on disk: its trained weights, and while it trains the kept
-    checkpoints and the one being written."""
+    """Return the maximum bytes of a cell on disk: its trained weights and, during training, the
+    kept checkpoints and the one being written."""
     return int(_trained(cell) * _BYTES) + (KEPT + 1) * checkpoint_bytes(cell)
 
 
 def checkpoint_bytes(cell: Cell) -> int:
-    """What a checkpoint holds of a cell: its trained weights and their momentum."""
+    """Return the bytes of a cell in a checkpoint: its trained weights and their momentum."""
     return int(_trained(cell) * _BYTES) * 2
 
 
 def _trained(cell: Cell) -> float:
-    """The number of its trained weights."""
+    """Return the number of trained weights of a cell."""
     parameters = _head_parameters(cell)
     if cell.protocol.train == "all":
         parameters += BACKBONE_PARAMETERS[MODELS[cell.model].backbone]
@@ -149,7 +162,7 @@ def _trained(cell: Cell) -> float:
 
 
 def cells_that_fit(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> int:
-    """How many of the job's cells, at least one, a job can train within the memory of a GPU and the
+    """Return how many of the cells of a job, at least one, fit into the memory of a GPU and the
     time limit."""
     for number in range(len(job.cells), 1, -1):
         part = replace(job, cells=job.cells[:number])
@@ -162,8 +175,8 @@ def cells_that_fit(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> 
 
 
 def wall_seconds(costs: Sequence[Cost], at_once: int) -> float:
-    """When the last job ends, if `at_once` run at the same time and each starts as soon as one has
-    ended."""
+    """Return the end of the last job in seconds, if `at_once` jobs run at the same time and each
+    starts as soon as one has ended."""
     ends = [0.0] * min(at_once, max(1, len(costs)))
     for one in costs:
         heapq.heapreplace(ends, ends[0] + one.seconds)
@@ -171,7 +184,7 @@ def wall_seconds(costs: Sequence[Cost], at_once: int) -> float:
 
 
 def slower_than_modelled(step_seconds: float, job: Job, cluster: ClusterProfile) -> float:
-    """How many times longer a step of `job` takes than modelled, if it takes `step_seconds`."""
+    """Return the measured step time, `step_seconds`, divided by the modelled one."""
     ranks = cluster.nodes * cluster.tasks_per_node
     return step_seconds * ranks * rate(job.protocol, cluster) / step_flops(job)
 

@@ -1,5 +1,5 @@
-"""What a grid's plan will cost: `estimate`'s model, fed with the images of the data sets, packed or
-not, and with the step times that the run's own jobs have shown."""
+"""Estimate what the plan of a grid costs. The model is `pipeline.planning.cost_model`, with the
+images of the data sets, packed or not, and the step times of the run's own jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _UNSEEN = (480, 640)  # height and width of an image that was not looked at yet
 
 
 class Forecast:
-    """Of `grid`. `step_seconds`: a measured step of its largest job, in place of the run's own."""
+    """The forecast of `grid`. step_seconds: a measured step of its largest job, in place of the
+    run's own."""
 
     def __init__(self, grid: Grid, step_seconds: float | None = None) -> None:
         self._grid = grid
@@ -38,11 +39,11 @@ class Forecast:
         self._images = {name: images(settings) for name, settings in grid.datasets.items()}
 
     def fits(self, cells: Sequence[Cell]) -> int:
-        """How many of `cells`, a bundle, one job can train within memory and time limit."""
+        """Return how many of `cells`, a bundle, one job can train within memory and time limit."""
         return cells_that_fit(self._job(cells), self._grid.cluster, self._measured)
 
     def lines(self, tasks: Sequence[Task]) -> Iterator[str]:
-        """The estimate of `tasks` in words."""
+        """Return the estimate of `tasks` in lines of text."""
         cluster = self._grid.cluster
         costs = [cost(self._job(task.cells), cluster, self._measured) for task in tasks]
         if not costs:
@@ -97,7 +98,8 @@ class Forecast:
 
     @cached_property
     def _shown(self) -> list[float]:
-        """How much slower than modelled the steps were of each job that has said its rate."""
+        """Return the ratio of measured to modelled step time of each job that has reported its
+        rate."""
         found = []
         for path in sorted(self._grid.run.progress.glob("*.json")):
             try:
@@ -121,8 +123,9 @@ class Forecast:
 
 
 def images(settings: DatasetSettings) -> tuple[int, list[tuple[int, int]]]:
-    """The number of training images of a data set, and the (height, width) of its validation
-    images: packed, else as its files lie there, else as published; none where nothing is known."""
+    """Return the number of training images of a data set and the (height, width) of each validation
+    image: from the packed data set, else from its files, else as published; None if nothing is
+    known."""
     try:
         splits = Manifest.load(settings.shards).splits
         return splits["train"].images, [
@@ -145,7 +148,7 @@ def _pixels(size: tuple[int, int], short_side: int) -> float:
 
 
 def _clock(seconds: float) -> str:
-    """`41 min`, `20.3 h` or `3.2 days`."""
+    """Return `41 min`, `20.3 h` or `3.2 days`."""
     if seconds < 2 * 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"

@@ -1,4 +1,4 @@
-"""Cells -> tasks: what is to be submitted. Pure functions."""
+"""Turn cells into tasks, one task per job. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config.grid_file import Grid
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be submitted: backbones to pre-train, and bundles (or parts) to train."""
+    """The tasks of a submission: backbones to pre-train, and bundles or parts of them to train."""
 
     pretrain: tuple[Task, ...]
     bundles: tuple[Task, ...]
@@ -28,13 +28,17 @@ def make_plan(
     fits: Callable[[Sequence[Cell]], int] = len,
     at_most: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The tasks that train `cells`. A task is the cells of equal bundle and equal step, so that
-    none loses progress for another; `cluster.cells_per_job` splits it further.
+    """Return the tasks that train `cells`.
 
-    steps: how far each cell's newest checkpoint is, by signature. backbones: the keys of those
-    that are trained, or being trained, already. source: the code's commit, for the record. fits:
-    how many of some cells one job can train, where the profile says cells_per_job = "fit". at_most:
-    the most that a job of a cell may have, by signature, as one of more ran out of memory.
+    A task holds cells of equal bundle and equal step, so that none loses progress for another. The
+    profile's `cells_per_job` splits it further.
+
+    Args:
+        steps: The step of each cell's newest checkpoint, by signature.
+        backbones: The keys of the backbones that are trained or being trained.
+        source: The version of the code, for the record.
+        fits: Returns how many of some cells one job can train, for `cells_per_job = "fit"`.
+        at_most: The maximum number of cells per job after an out-of-memory failure, by signature.
     """
     wanted, limits = list(cells), at_most or {}
 
@@ -59,8 +63,8 @@ def make_plan(
 
 
 def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
-    """What to submit now and what later, where the queue takes only `room` more jobs (None: any
-    number). A bundle does not go before its backbone."""
+    """Return the part of a plan to submit now and the part to defer, if the queue takes only `room`
+    more jobs (None: any number). A bundle does not go before its backbone."""
     if room is None or len(plan.pretrain) + len(plan.bundles) <= room:
         return plan, Plan((), ())
     pretrain, later = plan.pretrain[:room], plan.pretrain[room:]
@@ -72,7 +76,7 @@ def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
 
 
 def without_waiting(plan: Plan, backbones: Collection[str]) -> Plan:
-    """`plan` without the bundles that wait for one of `backbones`, by their keys."""
+    """Return `plan` without the bundles that wait for one of `backbones`, by their keys."""
     bundles = [
         task
         for task in plan.bundles

@@ -1,4 +1,4 @@
-"""What is refused before anything is queued: data sets, weights and room on disk."""
+"""Refuse a submission before anything is queued: wrong data sets or weights, no room on disk."""
 
 from __future__ import annotations
 
@@ -100,8 +100,11 @@ def packed_as_asked(name: str, settings: DatasetSettings) -> Manifest:
 
 
 def check_room(grid: Grid, cells: Iterable[Cell]) -> str:
-    """What the run directory's disk holds, and is to hold. Raises `UserError` if it has no room for
-    heads and checkpoints."""
+    """Return a line about the room on the disk of the run directory.
+
+    Raises:
+        UserError: The disk has no room for the heads and checkpoints.
+    """
     needed = sum(bytes_of(cell) for cell in cells)
     existing = existing_folder(grid)
     free = shutil.disk_usage(existing).free
@@ -114,7 +117,7 @@ def check_room(grid: Grid, cells: Iterable[Cell]) -> str:
 
 
 def check_files(grid: Grid, cells: Iterable[Cell]) -> str:
-    """The same of the number of files, where the disk has a limit on it."""
+    """Do as `check_room` for the number of files, if the disk has a limit on it."""
     needed = sum(map(files_of, bundles(cells).values()))
     disk = os.statvfs(existing_folder(grid))
     if not disk.f_files:
@@ -128,5 +131,5 @@ def check_files(grid: Grid, cells: Iterable[Cell]) -> str:
 
 
 def existing_folder(grid: Grid) -> Path:
-    """The run directory, or where it would be made."""
+    """Return the run directory, or the nearest folder above it that exists."""
     return next(p for p in (grid.run.root, *grid.run.root.parents) if p.exists())

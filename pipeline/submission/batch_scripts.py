@@ -1,7 +1,7 @@
-"""A plan -> batch scripts, for sites where people run `sbatch` themselves. Pure functions.
+"""Turn a plan into batch scripts, for sites where the user runs `sbatch`. Pure functions.
 
-The tasks of an array stand in its script and not in a file beside it: Slurm keeps a copy of the
-script, so elements that still wait go on meaning the same when scripts are written anew.
+The script of an array lists its tasks, and no file beside it does. Slurm keeps a copy of the
+script, so waiting elements keep their meaning when scripts are written anew.
 """
 
 from __future__ import annotations
@@ -30,9 +30,16 @@ _PROGRAMS = {**PROGRAMS, _TRAIN: PROGRAMS[BUNDLE]}
 
 @dataclass(frozen=True)
 class ScriptSite:
-    """Where scripts run: the cluster, the working directory, the run directory (absolute), and the
-    name of the grid. `token` is that of the record that lists their tasks. options: what reduce and
-    report are called with beside the grid file."""
+    """The place where scripts run.
+
+    Attributes:
+        profile: The cluster profile.
+        folder: The working directory.
+        run: The run directory, absolute.
+        grid: The name of the grid.
+        token: The name of the record that lists the tasks.
+        options: Arguments of reduce and report beside the grid file.
+    """
 
     profile: ClusterProfile
     folder: Path
@@ -44,9 +51,14 @@ class ScriptSite:
 
 @dataclass(frozen=True)
 class Part:
-    """One script: a stage, or some tasks of `pretrain` or `train`, each with a remark. `name` is
-    its file's, without suffix. needs: the script, and its element, that trains the backbone of
-    these tasks."""
+    """One script: a stage, or some tasks of `pretrain` or `train`.
+
+    Attributes:
+        stage: The stage or kind of task.
+        name: The file's name without suffix.
+        tasks: The name and a remark of each task.
+        needs: The script, and its element, that trains the backbone of these tasks.
+    """
 
     stage: str
     name: str
@@ -57,8 +69,8 @@ class Part:
 def parts(
     stages: Sequence[str], pretrain: Sequence[Task], bundles: Sequence[Task], size: int
 ) -> list[Part]:
-    """The scripts for `stages` in the order of their work; no array has more than `size` tasks, and
-    all tasks of an array need the same backbone."""
+    """Return the scripts for `stages` in the order of their work. An array has at most `size`
+    tasks, which all need the same backbone."""
     found = []
     for stage in stages:
         if stage == GRID:
@@ -111,13 +123,14 @@ def _remark(task: Task) -> str:
 
 
 def render(site: ScriptSite, scripts: Sequence[Part]) -> dict[str, str]:
-    """The text of every file by its name; `submit.sh`, which sends the others, comes last."""
+    """Return the text of each file by its name; `submit.sh`, which sends the others, comes last."""
     files = {f"{part.name}.sbatch": script(site, part) for part in scripts}
     return files | {SUBMIT: _submit_script(site, scripts)}
 
 
 def script(site: ScriptSite, part: Part) -> str:
-    """One batch script. Its logs are called what `grid` calls those of its jobs."""
+    """Return the text of one batch script. Its logs have the names that `grid` gives to those of
+    its jobs."""
     array = bool(part.tasks)
     what = f"{len(part.tasks)} tasks" if array else f"stage {part.stage}"
     log = "%A_%a_{}_log" if array else "%j_{}_log"
@@ -194,7 +207,7 @@ def _note(site: ScriptSite, part: Part, job: str) -> str:
 
 
 def note_name(token: str, part: Part) -> str:
-    """What the notes of a script's jobs are called, before the job's id."""
+    """Return the name of the notes of a script's jobs, without the job's id."""
     return f"{token}-{part.name}"
 
 

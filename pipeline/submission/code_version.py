@@ -1,4 +1,4 @@
-"""Which code it is that submits: for the record."""
+"""Find the version of the code that submits, for the record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def source_of_code() -> dict[str, str]:
-    """The commit of this program and what differs from it, where it runs from a git checkout."""
+    """Return the commit of this program and the changes since, if it runs from a git checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {}

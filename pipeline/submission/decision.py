@@ -70,7 +70,7 @@ def cause(state: Survey, cell: CellState) -> str:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a submission does.
+    """The work of one submission.
 
     Attributes:
         state: The survey that it follows from.

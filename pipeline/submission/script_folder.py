@@ -119,7 +119,7 @@ def _refuse_others(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, but for what a killed writer left."""
+    """Return the files of a folder, without those that a killed writer left."""
     try:
         return sorted(p for p in folder.iterdir() if not p.name.startswith(TEMPORARY_PREFIX))
     except OSError as error:

@@ -65,7 +65,7 @@ def describe_missing(missing: Iterable[MissingInput]) -> None:
 
 
 def unasked_line(why: str) -> str:
-    """Say that the queue cannot be asked, and `why`."""
+    """Return a line that says that the queue cannot be asked, and `why`."""
     return f"note: the queue cannot be asked from here, so states are from files: {one_line(why)}"
 
 

@@ -1,4 +1,4 @@
-"""Which cells are done, as the files of counts and their indices tell."""
+"""Read which cells are done from the files of counts and their indices."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.tracking.submissions import json_files
 
 @contextmanager
 def many_records() -> Iterator[None]:
-    """Python looks again and again for garbage among thousands of records that all stay: half of
-    the time that a survey takes."""
+    """Switch garbage collection off. A survey keeps thousands of records, and the search for
+    garbage among them takes half of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -27,8 +27,8 @@ def many_records() -> Iterator[None]:
 
 @many_records()
 def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
-    """The counts file of each finished cell by signature, and a line for each damaged one: as sizes
-    tell, or with `verify` checksums."""
+    """Return the index of the counts of each finished cell, by signature, and a line for each
+    damaged file. Sizes are compared; with `verify`, checksums too."""
     done: dict[str, CountsIndex] = {}
     problems, broken = [], []
     for path in json_files(run.counts):

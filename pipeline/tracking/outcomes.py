@@ -1,4 +1,4 @@
-"""What the ends of jobs mean: failures, and how many cells a job may have. Pure functions."""
+"""Judge how jobs ended: failures, and the number of cells that a job may have. Pure functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TITLES = {PRETRAIN: "pre-training"}
 
 
 class Failure(NamedTuple):
-    """A stage, or a pre-training, whose job failed. kind: prep, pretrain, reduce or report, as
+    """A failed job of a stage or a pre-training. kind: prep, pretrain, reduce or report, as
     `pipeline.logs` takes it."""
 
     kind: str

@@ -1,9 +1,10 @@
-"""What of a run was made from other data than the data sets hold now: counts, checkpoints, failures
-and backbones. They record the fingerprint of the packed data set that they were made from.
+"""Find what was made from other data than the data sets hold now: counts, checkpoints, failures and
+backbones. Each records the fingerprint of its packed data set.
 
-A cell that has such files is stale: it is neither reduced nor resumed nor trained anew without the
-user's word, which is `grid --retrain stale`. That moves the files to RUN/stale; the cell is then
-missing like any other."""
+A cell with such files is stale. It is neither reduced nor resumed nor trained anew without the
+user's word, which is `grid --retrain stale`. That command moves the files to RUN/stale; the cell is
+then missing like any other.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ WHY = "other data"
 
 @dataclass(frozen=True)
 class Stale:
-    """`files`: by the signature of each stale cell, what is to be set aside before it is trained
-    anew. `backbones`: the keys of the backbones among them."""
+    """The files that were made from other data.
+
+    Attributes:
+        files: The files to set aside before a stale cell is trained anew, by signature.
+        backbones: The keys of the backbones among them.
+    """
 
     files: Mapping[str, tuple[Path, ...]]
     backbones: frozenset[str]
@@ -75,7 +80,7 @@ def find_stale(
 
 
 def fingerprints(grid: Grid) -> dict[str, str]:
-    """The fingerprint of each data set that is packed and can be read, by name."""
+    """Return the fingerprint of each packed data set that can be read, by name."""
     found = {}
     for name, settings in grid.datasets.items():
         with suppress(UserError):  # submissions say what is wrong with it
@@ -84,7 +89,7 @@ def fingerprints(grid: Grid) -> dict[str, str]:
 
 
 def failure_record(path: Path) -> dict[str, Any]:
-    """What the record of a failure says; nothing if there is none or it is damaged."""
+    """Return the record of a failure; an empty one if it is missing or damaged."""
     try:
         return read_json(path)
     except (Damaged, FileNotFoundError):
@@ -101,7 +106,7 @@ def set_aside(run: RunPaths, files: Iterable[Path]) -> None:
 
 
 def other_data(index: CountsIndex, present: str) -> bool:
-    """Whether counts are those of other data than the data set of this fingerprint."""
+    """Return whether counts come from other data than the data set with fingerprint `present`."""
     return bool(index.record["manifest"] != present)
 
 
@@ -117,15 +122,15 @@ def _is_of_other(record: Mapping[str, Any], present: str) -> bool:
 
 
 def _checkpoints(run: RunPaths, cell: Cell, present: str) -> list[Path]:
-    """The checkpoints of a cell that were made from other data."""
+    """Return the checkpoints of a cell that were made from other data."""
     found = checkpoint.find(run.checkpoints(cell.bundle_key))[0]
     ours = [c for c in found if cell.signature in c.checksums]
     return [c.path for c in ours if _is_of_other(c.record, present)]
 
 
 def _backbone(run: RunPaths, cell: Cell, present: str) -> list[Path]:
-    """The files of the backbone that `weights = "pretrain"` trains for a cell, if they were made
-    from other data; where it is not trained yet, the checkpoints or the failure of its training."""
+    """Return the files of a pre-trained backbone that were made from other data. If it is not
+    trained yet, these are the checkpoints or the failure of its training."""
     path = run.backbone(cell.backbone_key)
     try:
         record = read_json(path.with_suffix(".json"))
