@@ -92,14 +92,14 @@ def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, qu
     jobs = submit(grid, queue, ["grid"])
     assert queue.cancelled == [["job7", "job8"]]
     assert "reduce" not in jobs
-    assert survey(grid, queue).deferred == ("reduce", "report")
+    assert survey(grid, queue).deferred_stages == ("reduce", "report")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
     again = partial(submit_deferred, grid, queue, cancellations(grid.run))
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     sent = [call.module for call in queue.calls.values()][8:]
     assert sent == [*["jobs.train"] * 5, "pipeline.reduce", "pipeline.report"]
-    assert survey(grid, queue).deferred == ()
+    assert survey(grid, queue).deferred_stages == ()
 
 
 def test_stages_that_were_deferred_go_with_the_next_grid_but_not_after_cancel(grid, queue):
@@ -113,9 +113,9 @@ def test_stages_that_were_deferred_go_with_the_next_grid_but_not_after_cancel(gr
     queue.max_jobs = 5
     queue.cancel(["job6", "job7"])
     submit(grid, queue, ["reduce"])
-    assert survey(grid, queue).deferred == ("reduce",)
+    assert survey(grid, queue).deferred_stages == ("reduce",)
     cancel(grid, queue)
-    assert survey(grid, queue).deferred == ()
+    assert survey(grid, queue).deferred_stages == ()
 
 
 def test_stages_that_move_are_not_lost_if_the_queue_refuses_the_cells(grid, queue, monkeypatch):

@@ -1,0 +1,32 @@
+"""Which command sends a cell again: the table of the docs is the table of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.submission.decision import SENT_BY, chosen
+from pipeline.tracking.survey import survey
+from tests.pipeline.fake_queue import FakeQueue
+from tests.pipeline.grids import small_grid
+
+PAGE = Path(__file__).parents[3] / "docs/explanation/submission.md"
+COMMANDS = ("grid", "retry", "--wait", "grid --retrain stale")
+
+
+def test_the_docs_show_the_table_of_resubmission():
+    rows = re.findall(r"^\| ([a-z ]+) \| (yes|no) \| (yes|no) \| (yes|no) \| (yes|no) \|$",
+                      PAGE.read_text(encoding="utf-8"), re.MULTILINE)  # fmt: skip
+    shown = {
+        reason: {command for command, word in zip(COMMANDS, words, strict=True) if word == "yes"}
+        for reason, *words in rows
+    }
+    assert shown == {reason: set(commands) for reason, commands in SENT_BY.items()}
+
+
+@pytest.mark.parametrize(("command", "number"), [*zip(COMMANDS, (8, 0, 8, 8), strict=True)])
+def test_cells_that_were_never_sent(tmp_path, shards, command, number):
+    grid = small_grid(tmp_path)
+    assert len(chosen(survey(grid, FakeQueue(tmp_path)), command)) == number
