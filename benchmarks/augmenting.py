@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import RandomCrop, functional
 
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth
-from benchmarks.pictures import Pictures, on_all
+from benchmarks.pictures import ImageIds, on_all
 from data_prep.settings import VOID
 from hpc.distributed.allocator import keep_freed_memory
 from jobs.data.batches import TrainingBatches
@@ -90,7 +90,7 @@ def _randomly_cropped(image: Image.Image, label: Image.Image) -> tuple[Image.Ima
     return functional.crop(image, *place), functional.crop(label, *place)
 
 
-def _compared(pictures: Pictures) -> list[Found]:
+def _compared(pictures: ImageIds) -> list[Found]:
     to_png, to_jpeg, steps, rounds = SETS[pictures.name]
     labels = pictures.files("labels")
     peers = {

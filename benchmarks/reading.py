@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.measure import Absent, Found, compare, copy_bandwidth, in_turns
-from benchmarks.pictures import Pictures, on_all
+from benchmarks.pictures import ImageIds, on_all
 from benchmarks.readers import NEEDS, STREAMING_RAW, Pairs, readers, why_absent
 from data_prep.shards import reader as shards
 from hpc.distributed.allocator import keep_freed_memory
@@ -34,7 +34,7 @@ def measure() -> list[Found]:
     return on_all(_compared, _no_camvid)
 
 
-def _compared(pictures: Pictures) -> list[Found]:
+def _compared(pictures: ImageIds) -> list[Found]:
     what = f"{WHAT}, {pictures.name}"
     peers = readers(pictures)
     for name, start in peers.items():
@@ -61,7 +61,7 @@ def _target(peer: str) -> float:
     return TARGET_RAW if peer == STREAMING_RAW else TARGET
 
 
-def _ours(pictures: Pictures) -> Pairs:
+def _ours(pictures: ImageIds) -> Pairs:
     reader = pictures.reader
     for i in range(len(reader)):
         yield reader.image(i), reader.label(i)
@@ -77,18 +77,18 @@ def _check_same(ours: Pairs, theirs: Pairs, peer: str) -> None:
         assert same, f"{peer} gives other pixels than ours for picture {number}"
 
 
-def _pair_bytes(pictures: Pictures) -> float:
+def _pair_bytes(pictures: ImageIds) -> float:
     reader = pictures.reader
     sizes = [height * width for height, width in map(reader.size, range(len(reader)))]
     return 4 * sum(sizes) / len(sizes)  # 3 bytes of the image and 1 of the label map
 
 
-def _limit(pictures: Pictures) -> str:
+def _limit(pictures: ImageIds) -> str:
     size, rate = _pair_bytes(pictures), copy_bandwidth() / 2
     return f"copying {size / 1e6:.2f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
 
 
-def _more(pictures: Pictures) -> dict[str, float | str]:
+def _more(pictures: ImageIds) -> dict[str, float | str]:
     """Return the cost of the checks, and the bytes per pixel of PNG."""
     ours, units = partial(_drain, partial(_ours, pictures)), len(pictures.reader)
 

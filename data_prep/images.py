@@ -215,7 +215,7 @@ def _refuse_deep(image: Image.Image, name: str) -> None:
     # Pillow reads 16-bit RGB as mode RGB and silently drops half of each value
     if image.mode not in _EIGHT_BIT_MODES or ";16" in _raw_mode(image):
         raise BadFile(
-            f"{name} has more than 8 bits a channel (mode {_raw_mode(image) or image.mode}); "
+            f"{name} has more than 8 bits per channel (mode {_raw_mode(image) or image.mode}); "
             "convert it to 8 bits"
         )
     if not image.width or not image.height:
@@ -227,7 +227,9 @@ def _refuse_misread_bmp(image: Image.Image, name: str) -> None:
     # Pillow reads 4-bit grey as 8-bit, and 8-bit files with a palette of two greys as 1-bit
     right = {"L": 8, "1": 1}.get(image.mode)
     if image.format == "BMP" and right and (bits := _bmp_bits(image)) != right:
-        raise BadFile(f"{name} is a grey BMP of {bits} bits a pixel, not read; save it as PNG")
+        raise BadFile(
+            f"{name} is a grey BMP of {bits} bits per pixel, which is not supported; save it as PNG"
+        )
 
 
 def _bmp_bits(image: Image.Image) -> int:

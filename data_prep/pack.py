@@ -26,7 +26,7 @@ from data_prep.packing.shard_plan import (
     find_source,
     plan_shards,
 )
-from data_prep.packing.split_overlap import Pictures, overlap_warnings
+from data_prep.packing.split_overlap import ImageIds, overlap_warnings
 from data_prep.packing.worker_pool import in_processes, sensible_processes, with_progress
 from data_prep.settings import DatasetSettings, read_datasets
 from data_prep.shards.manifest import MANIFEST, ROOTS, SPLITS, Manifest, SplitSummary, shard_stem
@@ -53,17 +53,17 @@ def main(argv: Sequence[str]) -> int:
     ranks = world()
     with ranks.abort_on_error():
         datasets = _chosen(options.config, options.dataset)
-        pictures = {}
+        image_ids = {}
         for name, settings in datasets.items():
             manifest = pack(
                 name, settings, skip_bad=options.skip_bad, processes=options.processes, ranks=ranks
             )
-            pictures[name] = Pictures.packed(manifest)
+            image_ids[name] = ImageIds.packed(manifest)
             if ranks.rank == 0:
                 print(_report(manifest), flush=True)
                 for warning in manifest.warnings():
                     print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
-        for warning in overlap_warnings(datasets, pictures) if ranks.rank == 0 else ():
+        for warning in overlap_warnings(datasets, image_ids) if ranks.rank == 0 else ():
             print(f"warning: {one_line(warning)}", file=sys.stderr, flush=True)
     return 0
 

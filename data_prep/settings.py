@@ -129,7 +129,7 @@ class FolderSettings(DatasetSettings):
             if str(value) in self.labels:
                 raise ValueError(f"{value} is both void and a class in labels; remove one")
             if not self.labels and value < len(self.classes):
-                raise ValueError(f"void = {value} is the index of a class")
+                raise ValueError(f"void = {value} is the index of a class; choose another value")
         return self
 
     @property

@@ -68,7 +68,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; TOML files must be") from error
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except (
         ValueError,
         RecursionError,

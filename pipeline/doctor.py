@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_prep.packing.split_overlap import Pictures
+from data_prep.packing.split_overlap import ImageIds
 from data_prep.shards.manifest import MANIFEST, remedy
 from data_prep.weights import FILES, WITHOUT_FILE, check_published, require_weights
 from hpc.cli import UserError, argument_parser, one_line, run
@@ -129,7 +129,7 @@ def _data_set(grid: Grid, name: str) -> str:
     """Check the lengths of all shards, and the content of at most `_QUICK_BYTES`."""
     settings = grid.datasets[name]
     if not (Path(settings.shards) / MANIFEST).exists():
-        Pictures.of_source(settings)  # raises the errors of packing
+        ImageIds.of_source(settings)  # raises the errors of packing
         raise CheckSkipped("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
     manifest = packed_as_asked(name, settings)
     shards = [shard for half in manifest.splits.values() for shard in half.shards]

@@ -18,7 +18,7 @@ _SHARED_IMAGES = {"voc", "sbd"}  # sources in which equal ids are the same photo
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageIds:
     """The ids of a data set's images."""
 
     train: Sequence[str]
@@ -50,10 +50,10 @@ class Pictures:
 
 
 Datasets = Mapping[str, DatasetSettings]
-PicturesByName = Mapping[str, Pictures]
+ImageIdsByName = Mapping[str, ImageIds]
 
 
-def overlap_warnings(datasets: Datasets, pictures: PicturesByName) -> list[str]:
+def overlap_warnings(datasets: Datasets, image_ids: ImageIdsByName) -> list[str]:
     """Return one line for each overlap of training and validation images.
 
     Overlaps are images in both splits of a data set, and training images of VOC or SBD that another
@@ -62,11 +62,13 @@ def overlap_warnings(datasets: Datasets, pictures: PicturesByName) -> list[str]:
 
     Args:
         datasets: settings by name.
-        pictures: the images of the data sets to compare, by name.
+        image_ids: the images of the data sets to compare, by name.
     """
     return [
-        *_within(datasets, pictures), *_between(datasets, pictures), *_with_voc(datasets, pictures)
-    ]  # fmt: skip
+        *_within(datasets, image_ids),
+        *_between(datasets, image_ids),
+        *_with_voc(datasets, image_ids),
+    ]
 
 
 def _same_image(one: Sample, other: Sample) -> bool:
@@ -76,8 +78,8 @@ def _same_image(one: Sample, other: Sample) -> bool:
         return False  # packing reports the error
 
 
-def _within(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
-    for name, of in pictures.items():
+def _within(datasets: Datasets, image_ids: ImageIdsByName) -> Iterator[str]:
+    for name, of in image_ids.items():
         by_id = _shared(of.train, of.val) if datasets[name].source in _SHARED_IMAGES else []
         if shared := sorted({*of.leaked, *by_id}, key=str.encode):
             yield (
@@ -87,19 +89,19 @@ def _within(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
             )
 
 
-def _between(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
-    related = [name for name in pictures if datasets[name].source in _SHARED_IMAGES]
+def _between(datasets: Datasets, image_ids: ImageIdsByName) -> Iterator[str]:
+    related = [name for name in image_ids if datasets[name].source in _SHARED_IMAGES]
     for trained, validated in permutations(related, 2):
-        if shared := _shared(pictures[trained].train, pictures[validated].val):
+        if shared := _shared(image_ids[trained].train, image_ids[validated].val):
             yield _seen(
-                trained, shared, len(pictures[validated].val), f"the data set {validated!r}"
+                trained, shared, len(image_ids[validated].val), f"the data set {validated!r}"
             )
 
 
-def _with_voc(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
-    if any(datasets[name].source == "voc" for name in pictures):
+def _with_voc(datasets: Datasets, image_ids: ImageIdsByName) -> Iterator[str]:
+    if any(datasets[name].source == "voc" for name in image_ids):
         return  # `_between` compares it
-    for name in pictures:
+    for name in image_ids:
         settings = datasets[name]
         if not isinstance(settings, SbdSettings):
             continue
@@ -109,7 +111,7 @@ def _with_voc(datasets: Datasets, pictures: PicturesByName) -> Iterator[str]:
                 theirs = sbd.voc_val_ids(settings)
             except UserError:  # the source files may be gone once they are packed
                 continue
-            if shared := _shared(pictures[name].train, theirs):
+            if shared := _shared(image_ids[name].train, theirs):
                 yield _seen(name, shared, len(theirs), "VOC 2012")
 
 

@@ -43,7 +43,7 @@ _REMEDY = (
 )
 
 
-class _Picture(NamedTuple):
+class _AnnotatedImage(NamedTuple):
     """The annotations of one image."""
 
     file_name: str
@@ -78,15 +78,15 @@ def samples(settings: CocoSettings, split: str) -> list[Sample]:
     _pycocotools()
     path = Path(settings.root) / "annotations" / f"instances_{split}2017.json"
     images = Path(settings.root) / f"{split}2017"
-    pictures = _read(path)
+    annotated = _read(path)
     if split == "train":
-        pictures = tuple(p for p in pictures if p.area > LEAST_AREA)
-    if not pictures:
+        annotated = tuple(p for p in annotated if p.area > LEAST_AREA)
+    if not annotated:
         raise UserError(f"{path} describes no image with enough of VOC's classes; {_REMEDY}")
     there = names_in(images, _REMEDY)
-    missing = [p.file_name for p in pictures if p.file_name not in there]
+    missing = [p.file_name for p in annotated if p.file_name not in there]
     refuse_missing(missing, images, str(path), _REMEDY)
-    found = (Sample(p.stem, images / p.file_name, path, p.annotation) for p in pictures)
+    found = (Sample(p.stem, images / p.file_name, path, p.annotation) for p in annotated)
     return sorted(found, key=lambda sample: sample.id.encode())
 
 
@@ -123,7 +123,7 @@ def _draw(height: int, width: int, objects: list[Any]) -> NDArray[np.uint8]:
     return label
 
 
-def _read(path: Path) -> tuple[_Picture, ...]:
+def _read(path: Path) -> tuple[_AnnotatedImage, ...]:
     try:
         status = path.stat()
         return _parse(path, status.st_size, status.st_mtime_ns)
@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[_Picture, ...]:
 
 
 @lru_cache(maxsize=len(SPLITS))
-def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
+def _parse(path: Path, size: int, modified: int) -> tuple[_AnnotatedImage, ...]:
     """Parse an annotation file. `size` and `modified` are keys of the cache, to notice changes."""
     content = json.loads(path.read_bytes())
     _refuse_inconsistent(path, content)
@@ -153,7 +153,7 @@ def _parse(path: Path, size: int, modified: int) -> tuple[_Picture, ...]:
             areas[image] += one["area"]
             objects[image].append([index, one.get("segmentation"), one["bbox"]])
     return tuple(
-        _Picture(
+        _AnnotatedImage(
             one["file_name"],
             Path(one["file_name"]).stem,
             areas.get(one["id"], 0.0),
@@ -200,8 +200,8 @@ def _refuse_lost(path: Path, key: str, lost: Sequence[Any], known: set[Any]) -> 
 
 def _compact(height: int, width: int, objects: list[list[Any]]) -> str:
     # text needs a quarter of the memory of numbers, and is cheap to send to other processes
-    picture = {"height": height, "width": width, "objects": objects}
-    return json.dumps(picture, separators=(",", ":"))
+    image = {"height": height, "width": width, "objects": objects}
+    return json.dumps(image, separators=(",", ":"))
 
 
 def _class_of_category(categories: list[Mapping[str, Any]]) -> dict[int, int]:

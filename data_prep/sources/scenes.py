@@ -122,14 +122,14 @@ class _Scene:
     def finished(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return image and label map as arrays, with texture, light and camera noise."""
         label = np.array(self.canvas.label)
-        blurred = self.canvas.picture.filter(ImageFilter.GaussianBlur(self.height / 256))
-        picture = np.array(blurred).astype(np.float64)
+        blurred = self.canvas.image.filter(ImageFilter.GaussianBlur(self.height / 256))
+        image = np.array(blurred).astype(np.float64)
         for kind, (strength, grain) in _TEXTURE.items():
             noise = self._noise(grain) * strength
-            picture += np.where(label == kind, noise, 0.0)[..., None]
+            image += np.where(label == kind, noise, 0.0)[..., None]
         light = self.random.uniform(0.75, 1.15) * self.random.uniform(0.94, 1.06, 3)
-        picture = picture * light + self.random.normal(0.0, 5.0, picture.shape)
-        return np.clip(picture, 0, 255).astype(np.uint8), label
+        image = image * light + self.random.normal(0.0, 5.0, image.shape)
+        return np.clip(image, 0, 255).astype(np.uint8), label
 
     def _draw_sky(self) -> None:
         top, low = np.array([96, 142, 206]), np.array([206, 220, 234])
@@ -301,9 +301,9 @@ class Canvas:
 
     def __init__(self, size: tuple[int, int]) -> None:
         height, width = size
-        self.picture = Image.new("RGB", (width, height))
+        self.image = Image.new("RGB", (width, height))
         self.label = Image.new("L", (width, height))
-        self._brush = ImageDraw.Draw(self.picture)
+        self._brush = ImageDraw.Draw(self.image)
         self._pen = ImageDraw.Draw(self.label)
 
     def polygon(self, points: Sequence[Point], kind: int, colour: Colour) -> None:

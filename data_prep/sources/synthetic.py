@@ -43,7 +43,9 @@ def prepare(settings: SyntheticSettings) -> None:
             for index, sample in enumerate(samples(settings, split)):
                 _write(settings, split, index, sample)
     except OSError as error:
-        raise UserError(f"cannot write pictures to {root}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write images to {root}: {error.strerror}; free space or fix permissions"
+        ) from error
     write_json(root / _DONE, _wanted(settings))
 
 
@@ -65,8 +67,8 @@ def read_label(settings: SyntheticSettings, sample: Sample) -> NDArray[np.uint8]
 
 
 def _write(settings: SyntheticSettings, split: str, index: int, sample: Sample) -> None:
-    picture, label = draw_scene(settings.seed, SPLITS.index(split), index, settings.size)
-    Image.fromarray(picture).save(sample.image, quality=JPEG_QUALITY)
+    image, label = draw_scene(settings.seed, SPLITS.index(split), index, settings.size)
+    Image.fromarray(image).save(sample.image, quality=JPEG_QUALITY)
     Image.fromarray(label).save(sample.label)
 
 

@@ -228,4 +228,4 @@ def _wait_for(address: Path) -> str:
             time.sleep(_POLL_SECONDS)
             if address.parent.exists():
                 list(address.parent.iterdir())  # makes NFS refresh its cache
-    raise UserError(f"rank 0 did not leave its address in {address} within {TIMEOUT}")
+    raise UserError(f"rank 0 did not write its address to {address} within {TIMEOUT}; see its log")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.packing.split_overlap import Pictures, overlap_warnings
+from data_prep.packing.split_overlap import ImageIds, overlap_warnings
 from data_prep.settings import DatasetSettings
 from data_prep.shards.manifest import Manifest
 from data_prep.weights import WITHOUT_FILE, require_weights
@@ -26,7 +26,7 @@ def check_sources(grid: Grid) -> list[MissingInput]:
     missing: list[MissingInput] = []
     for settings in grid.datasets.values():
         with _collected(missing):
-            Pictures.of_source(settings)
+            ImageIds.of_source(settings)
     return missing
 
 
@@ -46,18 +46,18 @@ def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingI
     `quiet`."""
     missing: list[MissingInput] = []
     warnings: list[str] = []
-    pictures = {}
+    image_ids = {}
     for name, settings in grid.datasets.items():
         if packed:
             manifest = packed_as_asked(name, settings)
-            pictures[name] = Pictures.packed(manifest)
+            image_ids[name] = ImageIds.packed(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
             with _collected(missing):
-                pictures[name] = Pictures.of_source(settings)
-        if name not in pictures:
+                image_ids[name] = ImageIds.of_source(settings)
+        if name not in image_ids:
             continue
-        images = len(pictures[name].train)
+        images = len(image_ids[name].train)
         protocol = grid.protocols[name]
         protocol.steps_per_epoch(images)
         if protocol.weights == "pretrain" and images < protocol.pretrain.batch_size:
@@ -72,7 +72,7 @@ def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingI
                 require_weights(weights, model)
     if missing or quiet:
         return missing
-    for warning in [*warnings, *overlap_warnings(grid.datasets, pictures)]:
+    for warning in [*warnings, *overlap_warnings(grid.datasets, image_ids)]:
         print(f"warning: {one_line(warning)}", file=sys.stderr)
     return missing
 

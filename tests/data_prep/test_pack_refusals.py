@@ -66,7 +66,7 @@ def test_no_image_at_all(rooms):
 def test_sixteen_bit_images(rooms):
     deep = np.full((70, 30), 4000, np.uint16)
     Image.fromarray(deep).save(rooms.root / "train" / "b.png")
-    assert "train/b.png has more than 8 bits a channel" in _refusal(rooms)
+    assert "train/b.png has more than 8 bits per channel" in _refusal(rooms)
 
 
 def test_sixteen_bit_rgb_is_refused_although_pillow_reads_it(rooms):
@@ -75,7 +75,7 @@ def test_sixteen_bit_rgb_is_refused_although_pillow_reads_it(rooms):
     path = rooms.root / "train" / "b.png"
     path.write_bytes(_png(header, rows))
     rooms.label("b.png", (2, 2))
-    assert "more than 8 bits a channel (mode RGB;16B)" in _refusal(rooms)
+    assert "more than 8 bits per channel (mode RGB;16B)" in _refusal(rooms)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("RGB", "b.png"), ("I;16", "b.png"), ("1", "b.png")])

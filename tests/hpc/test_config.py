@@ -118,7 +118,7 @@ def test_names_are_suggested_nearest_first_or_all_of_them():
     [
         (b"a = ", "is not valid TOML: Invalid value (at end of document)"),
         (b"a = 1\na = 2\n", "is not valid TOML: Cannot overwrite a value"),
-        ("name = 'Zürich'".encode("latin-1"), "is not UTF-8 text; TOML files must be"),
+        ("name = 'Zürich'".encode("latin-1"), "is not UTF-8 text; save it as UTF-8"),
         (b"a = " + b"[" * 5000, "is not valid TOML: "),
         (b"a = " + b"1" * 5000, "is not valid TOML: "),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep import verify
 from data_prep.pack import main, pack
-from data_prep.packing.split_overlap import Pictures, overlap_warnings
+from data_prep.packing.split_overlap import ImageIds, overlap_warnings
 from data_prep.shards.manifest import Manifest
 from pipeline import submit
 from tests.data_prep.sources import trees
@@ -100,7 +100,7 @@ def test_equal_names_in_unrelated_data_sets_are_not_the_same_picture(tree):
     raw = np.full((4, 5), 7, np.uint8)
     trees.cityscapes(tree, train={"ulm/ulm_1": raw}, val={"bonn/bonn_1": raw})
     tables = {name: trees.settings("cityscapes", tree) for name in ("one", "two")}
-    pictures = {"one": Pictures(["a"], ["b"], []), "two": Pictures(["b"], ["a"], [])}
+    pictures = {"one": ImageIds(["a"], ["b"], []), "two": ImageIds(["b"], ["a"], [])}
     assert overlap_warnings(tables, pictures) == []
 
 
@@ -114,9 +114,9 @@ def test_a_leak_is_an_equal_picture_and_not_an_equal_name(rooms, packed):
         shutil.copy(rooms.root / "train/b.png", rooms.root / "val/c.png")
         rooms.label("c.png", (70, 30), split="val")
         assert pack("rooms", rooms.settings).leaked == ("b", "c")
-        pictures = Pictures.packed(Manifest.load(rooms.shards))
+        pictures = ImageIds.packed(Manifest.load(rooms.shards))
     else:
-        pictures = Pictures.of_source(rooms.settings)
+        pictures = ImageIds.of_source(rooms.settings)
     [warning] = overlap_warnings({"rooms": rooms.settings}, {"rooms": pictures})
     assert warning.startswith(
         f"{1 + packed} of {3 + packed} validation images of the data set 'rooms' are training "
@@ -126,8 +126,8 @@ def test_a_leak_is_an_equal_picture_and_not_an_equal_name(rooms, packed):
 
 def test_shards_outlive_the_voc_that_their_overlap_was_counted_with(tree):
     settings = trees.settings("sbd", tree, voc_root=str(tree))
-    ids = Pictures.packed(pack("sbd", settings))
-    assert ids == Pictures.packed(Manifest.load(settings.shards))
+    ids = ImageIds.packed(pack("sbd", settings))
+    assert ids == ImageIds.packed(Manifest.load(settings.shards))
     assert len(overlap_warnings({"sbd": settings}, {"sbd": ids})) == 1
     (tree / "VOCdevkit").rename(tree / "gone")
     assert overlap_warnings({"sbd": settings}, {"sbd": ids}) == []

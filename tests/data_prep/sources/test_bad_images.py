@@ -109,7 +109,10 @@ def test_a_4_bit_grey_bmp_which_pillow_would_misread(rooms):
     content = b"BM" + struct.pack("<IHHI", begin + len(rows), 0, 0, begin) + sizes + palette + rows
     for folder in ("train", "trainannot"):
         (rooms.root / folder / "b.png").write_bytes(content)
-        assert f"{folder}/b.png is a grey BMP of 4 bits a pixel, not read" in _refused(rooms)
+        assert (
+            f"{folder}/b.png is a grey BMP of 4 bits per pixel, which is not supported"
+            in _refused(rooms)
+        )
         rooms.pair("b", (70, 30))
 
 

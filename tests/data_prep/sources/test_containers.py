@@ -137,7 +137,9 @@ def test_a_grey_bmp_is_read_as_its_bits_say_or_refused(file, bits, greys):
     head = b"BM" + struct.pack("<IHHI", begin + len(rows), 0, 0, begin)
     file.write_bytes(head + struct.pack("<IiiHHIIiiII", *sizes) + palette + rows)
     if (bits, len(greys)) == (8, 2):
-        with pytest.raises(BadFile, match="is a grey BMP of 8 bits a pixel, not read; save it as"):
+        with pytest.raises(
+            BadFile, match="is a grey BMP of 8 bits per pixel, which is not supported; save it as"
+        ):
             decode_rgb(file.read_bytes(), "name")
     else:
         found = decode_rgb(file.read_bytes(), "name")

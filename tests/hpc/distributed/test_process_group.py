@@ -169,7 +169,7 @@ def test_ranks_do_not_wait_for_ever_for_a_rank_0_that_never_came(tmp_path):
     kind, message, seconds = json.loads((tmp_path / "told.json").read_text())
     assert kind == "UserError"
     address = tmp_path / "rendezvous/start.addr"
-    assert message == f"rank 0 did not leave its address in {address} within 0:00:01"
+    assert message == f"rank 0 did not write its address to {address} within 0:00:01; see its log"
     assert seconds < 10
 
 

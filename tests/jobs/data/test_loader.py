@@ -125,7 +125,7 @@ def test_a_rank_that_has_no_image_of_a_batch(streets):
 def test_images_of_any_size_lie_in_slots_of_the_largest(short_side, monkeypatch):
     """Also where temporary files have names that are too long for a socket."""
     monkeypatch.setattr(tempfile, "tempdir", f"/tmp/{'t' * 100}")
-    pictures = Pictures([(30, 40), (50, 20), (25, 25), (60, 70)] * 4)
+    pictures = ImageIds([(30, 40), (50, 20), (25, 25), (60, 70)] * 4)
     images = EvaluationImages(pictures, Protocol(eval_size=short_side))
     places = []
     for index, pair in zip(range(1, 16, 2), load_images(images, range(1, 16, 2), 1), strict=True):
@@ -134,7 +134,7 @@ def test_images_of_any_size_lie_in_slots_of_the_largest(short_side, monkeypatch)
     assert places[:2] == places[6:] and len(set(places)) == 6
 
 
-class Pictures:
+class ImageIds:
     """A reader of pictures of these sizes."""
 
     def __init__(self, sizes):

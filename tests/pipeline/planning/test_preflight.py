@@ -235,7 +235,7 @@ def user(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         (None, "there is no grid file {path}; there are configs/camvid.toml, "),
         (b"name = small\n", "{path} is not valid TOML: Invalid value (at line 1, column 8)"),
-        ("name = 'Zürich'\n".encode("latin-1"), "{path} is not UTF-8 text; TOML files must be"),
+        ("name = 'Zürich'\n".encode("latin-1"), "{path} is not UTF-8 text; save it as UTF-8"),
         (b"name = 'x'\nseed = [0]\n", "{path}: unknown key 'seed'; did you mean 'seeds'?"),
     ],
     ids=["no file", "no TOML", "no UTF-8", "unknown key"],
