@@ -28,6 +28,7 @@ from pipeline.submission.code_version import source_of_code
 from pipeline.submission.decision import Decision, chosen, plan_of
 from pipeline.tracking.display import describe_survey
 from pipeline.tracking.outcomes import granted
+from pipeline.tracking.snapshot import read_snapshot
 from pipeline.tracking.stale import set_aside
 from pipeline.tracking.submissions import (
     GRID,
@@ -39,7 +40,7 @@ from pipeline.tracking.submissions import (
     cancellations,
     settle,
 )
-from pipeline.tracking.survey import Survey, survey
+from pipeline.tracking.survey import Survey, survey_of
 
 Choice = Callable[[Survey], Sequence[Cell]]
 TO_DO: Choice = partial(chosen, command="grid")
@@ -138,7 +139,7 @@ def _refuse_cancelled(grid: Grid, before: int) -> None:
 def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> Decision:
     """Survey the run and decide; refuse a plan that the disk has no room for."""
     of_grid = GRID in stages
-    state = survey(grid, queue, accounting=of_grid)
+    state = survey_of(read_snapshot(grid, queue, accounting=of_grid))
     plan = plan_of(grid, state, choose(state), source_of_code()) if of_grid else Plan((), ())
     check_room(grid, [cell for task in plan.bundles for cell in task.cells])
     return decision.decide(state, stages, plan)
