@@ -75,7 +75,10 @@ def pretrain_on(
         job, trainers, None, SplitReader(manifest, "train"), job.resume(trainers, None)
     )
     if trainers[0].failure:
-        raise UserError(f"pre-training stopped: {trainers[0].failure}; lower its learning_rate")
+        raise UserError(
+            f"pre-training stopped: {trainers[0].failure}; lower learning_rate in "
+            "[protocol.pretrain]"
+        )
     counts = evaluate_cells(job, trainers, None, manifest, total) if step == total else None
     if counts is None:
         return stop_and_requeue(job, step, total) or not group.is_main

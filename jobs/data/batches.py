@@ -1,8 +1,8 @@
 """Make training batches and evaluation images from shards.
 
-The batch of step i is a function of (seed, i) alone. It depends neither on the step at which
-training started, nor on the number of loader processes, nor on the number of ranks that share it.
-Images are resized, flipped and cropped as uint8.
+The batch of step i is a function of (seed, i) alone. Neither the step at which training started
+nor the numbers of loader processes and ranks change it. Images are resized, flipped and cropped as
+uint8.
 """
 
 from __future__ import annotations

@@ -248,8 +248,8 @@ class _Process:
     def _wait(self) -> int | None:
         """Return the exit code of a process that is about to exit; -N after signal N.
 
-        Return None if it has not exited after `_KILL_TIMEOUT` (a file system may block it), or if
-        the code is lost (this process may have been started with SIGCHLD ignored).
+        Return None if it has not exited after `_KILL_TIMEOUT`, because a file system may block it.
+        Return None if the code is lost, because this process may ignore SIGCHLD.
         """
         deadline = time.monotonic() + _KILL_TIMEOUT
         while self._exit_code is None and time.monotonic() < deadline:

@@ -3,7 +3,7 @@
 The pass upsamples, takes the softmax, predicts and counts row by row, so it stores nothing of the
 image's size. The counts are those of the reference, `upsample` and
 `jobs.metrics.reference.count_image`, but for rounding: decisions differ only for pixels that are a
-few last places from another one. It runs on the CPU, whatever device made the logits.
+few last places from another one. It runs on the CPU, for logits of any device.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _check_shapes(logits: Tensor, target: Tensor, bins: int) -> None:
             f"{list(target.shape)} of {target.dtype}"
         )
     if bins < 1 or 0 in logits.shape or len(logits) > VOID:
-        raise ValueError(f"1 to {VOID} classes and a bin, not {list(logits.shape)} and {bins}")
+        raise ValueError(
+            f"counts need 1 to {VOID} classes and a bin, not {list(logits.shape)} and {bins}"
+        )
 
 
 def _check_values(planes: Reals, labels: Bytes) -> None:

@@ -7,8 +7,9 @@ Free of torch, because planning imports it.
                     | "CEMP" ["[" p "," share "]"] | "FLMP" ["[" gamma "," p "," share "]"])
 
 `W` means class-weighted and `MP` max-pooled. Two terms side by side count half each. `N` (naive)
-and `A` (alternating) are schedules from the first term to the second, between the fractions s and e
-of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in brackets.
+and `A` (alternating) are schedules from the first term to the second. They lie between the
+fractions s and e of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in
+brackets.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ It is the weighted mean over pixels with the weights that make it largest, under
 norm and on each weight.
 
 The weights maximise sum w_u l_u over all n labelled pixels of the global batch under w >= 0,
-||w||_p <= gamma and max w <= tau, with gamma = n^(-1/q), q = p / (p - 1), tau = gamma m^(-1/p). The
-solution caps the largest losses, the set J, at tau and gives the others tau (l_u / alpha)^(q - 1),
-alpha^q = sum_{u not in J} l_u^q / (m - |J|). J holds the losses above the largest threshold t with
+||w||_p <= gamma and max w <= tau. Here gamma = n^(-1/q), q = p / (p - 1), tau = gamma m^(-1/p).
+The solution caps the weights of the largest losses, the set J, at tau. The others get
+tau (l_u / alpha)^(q - 1), alpha^q = sum_{u not in J} l_u^q / (m - |J|). J holds the losses above
+the largest threshold t with
 
     t^q (m - |J(t)|) <= sum_{l_u <= t} l_u^q,    J(t) = {u: l_u > t}.
 

@@ -33,7 +33,7 @@ class DilatedConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """float [B, C, h, w] -> float [B, K, h, w]."""
+        """Convolve float [B, C, h, w] to float [B, K, h, w]."""
         if not _is_worth_it(input):
             return super().forward(input)
         return _Convolve.apply(by_pixel(input), self.weight, self.dilation[0])
@@ -43,7 +43,7 @@ class DilatedPyramid(ASPP):
     """torchvision's ASPP, whose dilated convolutions share one copy of the features."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [B, C, h, w] -> float [B, 256, h, w]."""
+        """Map float [B, C, h, w] to float [B, 256, h, w]."""
         shared = by_pixel(x) if _is_worth_it(x) else x
         maps = [branch(shared if isinstance(branch, ASPPConv) else x) for branch in self.convs]
         return self.project(torch.cat(maps, dim=1))

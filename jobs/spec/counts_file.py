@@ -206,7 +206,7 @@ def read_counts(index: CountsIndex, buffer: bytearray | None = None) -> dict[str
             for name, (offset, kind, shape) in index.arrays.items()
         }
     except (TypeError, ValueError) as error:
-        raise _damaged(index.path, "is not as its index says") from error
+        raise _damaged(index.path, "does not match its index") from error
 
 
 def _place(stored: Any) -> tuple[int, str, list[int]]:

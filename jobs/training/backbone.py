@@ -159,7 +159,9 @@ def load_exactly(
             )
     for name in state:
         if name not in expected:
-            raise UserError(f"{path} has {prefix + name!r}, which has no place here; {other}")
+            raise UserError(
+                f"{path} has {prefix + name!r}, which the network does not have; {other}"
+            )
     module.load_state_dict(state)
 
 

@@ -99,7 +99,7 @@ class CellTrainer:
             logits.register_hook(partial(_enter_network, watch))
         with watch.part("losses"):
             logits = logits if self._half is None else logits.float()
-            loss = combined_loss(  # nobody else keeps the logits of all pixels
+            loss = combined_loss(  # no name keeps the upsampled logits alive
                 upsample(logits, _size(target)),
                 target, cell.loss, position, self._class_weights, VOID, self._group.sum,
             )  # fmt: skip

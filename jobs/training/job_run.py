@@ -29,8 +29,7 @@ from jobs.training.cell_trainer import CellTrainer, half_precision, is_mixed
 
 HEARTBEAT_SECONDS = 2.0
 
-# Raised when the program begins to round otherwise; 1 was not recorded. 2: dilated convolutions.
-# 3: fp32 is no TF32 on a GPU. The next: counts without fused multiply-add.
+# Part of the provenance. Raise it when the program begins to round otherwise.
 ROUNDING = {"cpu": 3, "cuda": 4}
 
 T = TypeVar("T")
@@ -50,7 +49,7 @@ class JobRun:
     """This start of `task`.
 
     Only rank 0 writes. If it cannot (disk full, superseded by a newer generation), the error is
-    raised on all ranks, so that none waits for another that has exited.
+    raised on all ranks. So no rank waits for another that has exited.
 
     Attributes:
         inputs: hashes of the data set and the backbone, which must not change under a half-trained

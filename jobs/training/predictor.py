@@ -52,7 +52,8 @@ class Predictor:
         backbone = load_backbone(self.cell, paths, group)
         if backbone.sha256 != content["backbone_sha256"]:
             raise UserError(
-                f"{head} was trained on another backbone than the one that is there now"
+                f"{head} was trained on another backbone than the one that is there now; "
+                "restore that backbone, or train the cell again"
             )
         module = build_head(
             self.cell.model, len(self.classes), self.cell.seed, protocol.batchnorm_momentum

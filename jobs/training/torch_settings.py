@@ -11,7 +11,7 @@ from jobs.spec.protocol import Protocol
 
 
 def configure_torch(protocol: Protocol) -> None:
-    """Set threads, determinism and precision by `protocol`, whatever the node's defaults are.
+    """Set threads, determinism and precision by `protocol`, overriding the node's defaults.
 
     The process also keeps freed memory from step to step, which changes no bit.
     """

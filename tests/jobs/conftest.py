@@ -1,4 +1,4 @@
-"""What the tests of the compute side share: one thread, one rank, and a small packed data set."""
+"""Fixtures of the tests of jobs: one thread, one rank, and a small packed data set."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What rank 0 has printed."""
+        """Return the output of rank 0."""
         return self._logs[0].read_text()
 
     @property
@@ -66,7 +66,7 @@ class Job:
         until(lambda: all(_state(rank.pid) in "TZX" for rank in self._ranks), "ranks stood still")
 
     def kill(self) -> None:
-        """What a lost node does. Returns when all ranks are gone."""
+        """Kill all ranks, as a node failure does. Return when they have exited."""
         self.send(signal.SIGKILL)
         self.end()
 
@@ -147,7 +147,7 @@ def _children(process: int | None) -> set[Path]:
 
 
 def lives(process: Path) -> bool:
-    """Whether a process of /proc is more than what its parent has yet to read."""
+    """Return True if a process of /proc is not a zombie."""
     return _state(process.name) not in "ZX"
 
 

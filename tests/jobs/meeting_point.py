@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class MeetingPoint:
-    """Where the ranks of a test, each a thread, add up their tensors in order of rank."""
+    """Adds up the tensors of the ranks of a test, which are threads, in order of rank."""
 
     def __init__(self, ranks: int) -> None:
         self._parts = [None] * ranks
@@ -20,7 +20,7 @@ class MeetingPoint:
             self._parts[rank] = part.detach().clone()
             self._barrier.wait()
             total = sum(self._parts)
-            self._barrier.wait()  # nobody leaves a new part before all have seen the old ones
+            self._barrier.wait()  # no rank writes a new part before all have read the old ones
             return total
 
         return add_up

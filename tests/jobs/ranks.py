@@ -22,7 +22,7 @@ _PATIENCE = 400.0  # seconds
 def on_ranks(
     world_size: int, folder: Path, function: Callable[..., Any], *arguments: Any
 ) -> list[Any]:
-    """What `function(group, *arguments)` returns on each rank; `folder` is an empty one."""
+    """Return the result of `function(group, *arguments)` on each rank; `folder` must be empty."""
     ranks = [
         _PROCESSES.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
         for rank in range(world_size)

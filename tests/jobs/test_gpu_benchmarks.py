@@ -1,5 +1,7 @@
-"""What measures a GPU runs on a processor too, in small, but for the clock and the memory of a GPU:
-who gets hold of one for an hour must not lose it to a mistake in the program."""
+"""Run the GPU benchmarks on a CPU, with small inputs and without the GPU's clock and memory.
+
+A mistake in a benchmark must not waste the hour in which a GPU is available.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def test_bundles_are_measured_beside_the_published_way_and_cells_alone(monkeypat
         size = 1 if "bundle of 1," in one.what else 3
         assert one.more["steps a second"] == pytest.approx(2 / sum(one.ours) / size, rel=0.5)
         assert re.fullmatch(r"\d+ GFLOP at \d+ [GT]FLOP/s: [\d.]+ (s|ms|µs)", one.limit)
-        assert "peak GB" not in one.more  # that of a processor is its process's
+        assert "peak GB" not in one.more  # a CPU reports the memory of the process
 
 
 def test_what_a_backbone_gives_fits_into_half_precision(monkeypatch):

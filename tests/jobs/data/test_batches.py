@@ -37,7 +37,7 @@ def batches_of(reader, seed=0, rank=0, world_size=1, **settings):
 
 
 def loaded(batches, start=0, stop=STEPS, workers=0):
-    """What the batches hold, each looked at while it is the last."""
+    """Return copies of the batches, each made while it is the last."""
     return [content(batch) for batch in load_steps(batches, start, stop, workers)]
 
 

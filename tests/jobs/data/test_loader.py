@@ -169,7 +169,7 @@ def test_what_a_gpu_reads_is_pinned_in_order(batches, monkeypatch, workers):
 
 
 class Item2:
-    """Ten items of one byte, their numbers. Whoever makes item 2 does `act` first."""
+    """Ten items of one byte, their numbers. `act` runs before item 2 is made."""
 
     num_bytes = 1
 

@@ -62,8 +62,10 @@ def by(counting, logits, target, bins, threads=1):
 
 
 def between(places, pixels):
-    """How much of each place of the logits a pixel shows, [pixels, places] in float64; positions
-    are float32, as they are everywhere."""
+    """Return the weight of each place of the logits in each pixel, float64 [pixels, places].
+
+    Positions are float32, as they are everywhere.
+    """
     scale = np.float32(places) / np.float32(pixels)
     position = np.longdouble(scale) * (np.arange(pixels) + 0.5) - 0.5
     position = np.maximum(position.astype(np.float32), 0)
@@ -136,7 +138,7 @@ def test_only_pixels_next_to_another_decision_may_be_counted_otherwise(case, cou
 
 
 def assert_all_but(found, certain, others):
-    """What is certain is counted, and beside it only the others."""
+    """Check that all certain pixels are counted, and beside them only the `others`."""
     assert (found >= certain).all()
     assert (found - certain).sum() == others
 

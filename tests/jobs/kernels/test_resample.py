@@ -63,7 +63,7 @@ def test_a_window_of_any_resize_is_that_of_pillow(rows, columns, seed):
 @pytest.mark.parametrize("size", [(1024, 2048), (360, 480), (500, 333), (1200, 310)])
 @pytest.mark.parametrize("scale", [0.23, 0.71, 1.0, 1.9])
 def test_so_it_is_at_the_sizes_of_real_pictures(size, scale):
-    """Where rounding errors that are added up pixel by pixel have had their time."""
+    """Rounding errors of positions add up along such axes."""
     height, width = size
     rows = Span(height, round(height * scale), round(height * scale) - 60, round(height * scale))
     columns = Span(width, round(width * scale), round(width * scale) - 50, round(width * scale))
@@ -138,7 +138,7 @@ def test_a_sample_is_what_the_plain_way_makes_of_the_whole_picture(streets, resi
 
 
 def test_a_sample_is_the_same_in_arrays_that_held_another(streets):
-    """Where a crop reaches beyond its picture, nothing of the other is left."""
+    """A crop that reaches beyond its picture shows nothing of the other sample."""
     reader = SplitReader(streets, "train")
     protocol = Protocol(resize=(20, 60), crop=(48, 70), flip=0.5)
     used = np.full((3, 48, 70), 7, np.uint8), np.full((48, 70), 7, np.uint8)

@@ -37,7 +37,7 @@ def num_parameters(module):
 
 
 def without_values(build):
-    """What `build` builds, on torch's device that has shapes and no memory."""
+    """Return the result of `build` on torch's meta device."""
     with torch.device("meta"):
         return build()
 
@@ -111,7 +111,7 @@ def test_features_have_the_stride_of_the_table(name):
 
 @pytest.mark.parametrize("head", ["fcn", "deeplabv3"])
 def test_one_image_of_one_position_teaches_nothing(head):
-    """Why a crop must be larger than the stride: batch norm over one value is its bias."""
+    """A crop must be larger than the stride, because batch norm over one value is its bias."""
     features = [torch.randn(1, 960, side, side) for side in (1, 1, 2, 2)]
     network = build_head(f"{head}_mobilenet_v3_large", 3, 0, 0.1).train()
     set_dropout_position(network, 0, "m", 0, [0])

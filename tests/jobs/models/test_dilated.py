@@ -1,4 +1,4 @@
-"""DeepLabV3's dilated convolutions on a processor: torch's numbers without the products of padding,
+"""DeepLabV3's dilated convolutions on a CPU: torch's numbers without the products of padding,
 and the same promises as any other layer of a head."""
 
 import itertools
@@ -97,7 +97,7 @@ class Products(TorchDispatchMode):
 
 
 def reads_within(size, dilation):
-    """How often the taps along an axis read a pixel of the map, counted one by one."""
+    """Count one by one how often the taps along an axis read a pixel of the map."""
     places = itertools.product(range(size), (-dilation, 0, dilation))
     return sum(0 <= place + by < size for place, by in places)
 
@@ -179,7 +179,7 @@ def test_a_cell_has_the_same_bits_alone_and_in_a_bundle(alone, also_small):
 
 
 def trained_on(group):
-    """What two steps change of the weights, in double precision."""
+    """Return the change of the weights by two steps, in double precision."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dilated, "_is_worth_it", lambda x: True)
         torch.set_default_dtype(torch.float64)

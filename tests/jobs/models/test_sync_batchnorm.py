@@ -145,7 +145,7 @@ SHARES = {2: [(3, 5), (0, 4), (7, 1), (1, 0)], 4: [(2, 0, 3, 1), (1, 1, 1, 1), (
 
 
 def on_its_share(group, shares):
-    """What each rank finds for its images of each of the batches, split as `shares` says."""
+    """Return the results of each rank for each batch, which `shares` splits over the ranks."""
     found = []
     for sizes in shares:
         mine = images(sum(sizes)).split(sizes)[group.rank]

@@ -1,4 +1,4 @@
-"""Who a cell is: what changes its signature, what only its speed, and who shares a backbone."""
+"""The identity of a cell depends on settings that change results; bundles share a backbone."""
 
 from __future__ import annotations
 

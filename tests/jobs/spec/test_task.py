@@ -1,4 +1,4 @@
-"""What a job is told: a file that says all, and a name that planning twice gives once."""
+"""A task file holds all that a job needs; planning twice gives the same name."""
 
 from __future__ import annotations
 

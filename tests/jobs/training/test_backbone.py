@@ -152,7 +152,7 @@ def test_weights_of_a_deeper_network_of_the_same_family(load, tmp_path):
     """All that a ResNet-50 needs is in a ResNet-101's file, and fits."""
     path = saved(state_of("imagenet", "fcn_resnet101"), tmp_path / "own.pth")
     message = refusal(load, path, RESNET)
-    assert "has 'backbone.layer3.6.conv1.weight', which has no place here" in message
+    assert "has 'backbone.layer3.6.conv1.weight', which the network does not have" in message
 
 
 def test_a_weight_that_is_not_finite(load, tmp_path):

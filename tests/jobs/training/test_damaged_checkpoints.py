@@ -257,7 +257,7 @@ def goes_on_from(step: int, grid: Grid, capfd, *words: str) -> bool:
 
 
 def where_rank_1_cannot_read(group, task_path: Path, newest: int) -> dict:
-    """What each rank goes on from: the step, and a weight of its network."""
+    """Return the step from which each rank resumes, and a weight of its network."""
     task = read_task(task_path)
     honest = checkpoint.Checkpoint.load
 

@@ -62,7 +62,7 @@ def deterministic():
 
 
 def asked_by_training(model):
-    """What one step of a whole network asks, from images to the gradients of all weights."""
+    """Run one step of a whole network, from images to the gradients of all weights."""
     with torch.device("meta"):
         network = Network(
             build_backbone(MODELS[model].backbone, 0, 0.1), build_head(model, 3, 0, 0.1)

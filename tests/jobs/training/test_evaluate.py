@@ -66,7 +66,7 @@ def on_rank(group, folder, protocol=PROTOCOL):
 
 @pytest.fixture(scope="module")
 def evaluated(packed, tmp_path_factory):
-    """What each rank found, by the number of ranks."""
+    """The results of each rank, by the number of ranks."""
     return {
         size: on_ranks(size, tmp_path_factory.mktemp("ranks"), on_rank, packed.folder)
         for size in WORLD_SIZES

@@ -272,12 +272,12 @@ def test_a_checkpoint_holds_what_a_step_changes_and_nothing_else(streets, tmp_pa
             for momentum, parameter in zip(state["momentum"].values(), parameters, strict=True):
                 assert momentum.keys() == {"momentum_buffer"}
                 assert momentum["momentum_buffer"].shape == parameter.shape
-            assert state["scaler"] == {}  # no mixed precision on a processor
+            assert state["scaler"] == {}  # no mixed precision on a CPU
             assert state["backbone"].keys() == (moving.keys() if mode == "train" else set())
 
 
 def test_without_mixed_precision_and_then_with_it(alone, monkeypatch):
-    """As from a processor to a GPU and back."""
+    """A job can move from a CPU to a GPU and back."""
     first = CellTrainer(a_cell(), 3, CLASS_WEIGHTS, alone)
     first.step(*a_share(0), 0, 4)
     monkeypatch.setattr(cell_trainer, "is_mixed", lambda *_: True)

@@ -1,5 +1,8 @@
-"""What is kept for a backward pass: of a loss, the scores of all pixels once, and maps of pixels;
-of a bundle, what one head computed."""
+"""A backward pass keeps little memory.
+
+A loss keeps the scores of all pixels once, and maps of pixels. A bundle keeps the activations of
+one head.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a cell computes in: half precision where it is asked for, and single precision where it must
-be."""
+"""A cell computes in half precision if the protocol says so, and in fp32 where it must."""
 
 import copy
 import math
@@ -40,7 +39,7 @@ def test_mixed_precision_is_for_a_gpu(alone):
 
 
 def test_fp32_is_no_tf32():
-    """Which torch chooses for convolutions where a GPU has it."""
+    """TF32 is torch's default for convolutions on GPUs that have it."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     configure_torch(a_cell().protocol)
     assert not torch.backends.cudnn.allow_tf32
@@ -133,7 +132,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def train_small(trainer, steps):
-    """Fewer numbers than `train` has: a processor is slow in fp16."""
+    """Fewer numbers than `train` has: a CPU is slow in fp16."""
     shares = [a_share(step, images=2, size=(960, 1, 2)) for step in steps]
     return [trainer.step(*share, step, TOTAL) for step, share in zip(steps, shares, strict=True)]
 

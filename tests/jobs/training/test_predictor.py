@@ -88,7 +88,7 @@ def test_a_flipped_bit_of_a_head(head, alone):
 
 
 def test_running_statistics_that_are_missing_or_of_another_backbone(head, alone):
-    """A head without them labels images as nobody has scored them."""
+    """Without them a head would label images with logits that evaluation never scored."""
     moving = a_cell(backbone_batchnorm="train").model_dump(mode="json")
     lacking = "does not hold the running statistics that its backbone had in training: it holds "
     assert f"{lacking}none; train it again" in refusal(head(cell=moving), alone)

@@ -46,7 +46,7 @@ PAIRS = [
 
 
 class Case(NamedTuple):
-    """What is trained, and how."""
+    """A cell to train, and the way in which it is trained."""
 
     model: str
     loss: str
@@ -97,7 +97,7 @@ WRONG_GROUPS = {"own means": OwnMeans, "own statistics": OwnStatistics}
 
 
 class Step(NamedTuple):
-    """What a step did: the loss, the gradient of each parameter, and how all of them moved."""
+    """The results of a step: loss, gradient of each parameter, and change of all parameters."""
 
     loss: list
     gradients: list
@@ -105,8 +105,10 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a rank found for a case. Distances are norms relative to that of the oracle's value,
-    the largest of all steps, and of all parameters; rank 0 measures them."""
+    """The distances of a rank from the oracle, in one case; rank 0 measures them.
+
+    They are norms relative to that of the oracle's value, the largest of all steps and parameters.
+    """
 
     loss: float
     gradient: float

@@ -165,7 +165,7 @@ def test_a_flipped_byte_outside_the_samples_names_all_of_them(tmp_path, outcome,
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"shard_mb": 64}])
 def test_a_data_set_of_other_settings_is_not_trained_on(tmp_path, outcome, change):
-    """Somebody packed another one since the job was submitted."""
+    """Another data set was packed into the folder after the submission."""
     job = Job(tmp_path)
     pack("streets", job.settings.model_copy(update=change), processes=1)
     code, said = outcome(job)

@@ -235,7 +235,7 @@ def test_counts_of_a_start_that_is_cut_off_while_it_publishes_do_not_count(
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, None])
 def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, number):
-    """Whatever stopped it, on whichever rank: Slurm knows if the job was cancelled."""
+    """The cause of the stop and the rank do not matter: Slurm knows if the job was cancelled."""
     _, task = two_starts
     newest = JobRun(task, two_starts[0].group, StopRequest(), {})
     newest.stop.signal = number
