@@ -19,9 +19,9 @@ from hpc.cli import argument_parser, run
 from hpc.diagnostics.node_facts import (
     Facts,
     bytes_per_second,
+    free_bytes,
     meet_login_node,
     network_interfaces,
-    room,
     sizes,
     versions,
 )
@@ -66,7 +66,7 @@ def note_node(request: dict[str, Any], folder: Path, env: RankEnv, facts: Facts)
         facts.note("versions", lambda: versions(PACKAGES, SOURCES))
         facts.note("files", lambda: sizes(request["files"]))
         if request["node_local"]:
-            facts.note("room", lambda: room(request["node_local"]))
+            facts.note("room", lambda: free_bytes(request["node_local"]))
     if env.rank == 0:
         facts.note("bytes_per_second", lambda: bytes_per_second(folder))
     facts.note("damaged", lambda: [line for d in request["data"] for line in _damaged(d, env)])

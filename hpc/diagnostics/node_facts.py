@@ -85,7 +85,7 @@ def sizes(paths: Iterable[str]) -> dict[str, int]:
     return {path: Path(path).stat().st_size if os.access(path, os.R_OK) else -1 for path in paths}
 
 
-def room(place: str) -> int:
+def free_bytes(place: str) -> int:
     """Return the free bytes on the disk where folder `place` is, or would be made.
 
     Args:

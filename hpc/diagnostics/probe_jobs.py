@@ -104,7 +104,7 @@ def run_probe_jobs(
     except BaseException:
         _end(queue, jobs)
         raise
-    queue.let_runner_leave(_END_SECONDS)
+    queue.wait_for_runner(_END_SECONDS)
     return [_report(queue, *pair, folder) for pair in zip(probe_jobs, jobs, strict=True)]
 
 
@@ -146,7 +146,7 @@ def _end(queue: Queue, jobs: Sequence[str]) -> None:
             if set(queue.states(jobs).values()) == {"gone"}:
                 break
             time.sleep(_SHORT_SECONDS)
-    queue.let_runner_leave(_END_SECONDS)
+    queue.wait_for_runner(_END_SECONDS)
 
 
 def _report(queue: Queue, probe: ProbeJob, job: str, folder: Path) -> Report:

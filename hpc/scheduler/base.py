@@ -85,8 +85,8 @@ class Queue(Protocol):
             resources: What each job gets.
             name: Name of the jobs in the queue.
             after: Jobs that must have ended before these start, with or without success.
-            token: Submission token, a new word without `+`. `sent_as` finds the jobs by it if the
-                caller dies before it has recorded their ids.
+            token: Submission token, a new word without `+`. `find_by_token` finds the jobs by it
+                if the caller dies before it has recorded their ids.
             needs: Jobs that must have succeeded. If one of them fails, the jobs end without a
                 start.
 
@@ -97,7 +97,7 @@ class Queue(Protocol):
             UserError: The queue refuses the jobs, or a job in `needs` has failed already.
         """
 
-    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+    def find_by_token(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """Return the jobs queued under some submission tokens: token -> index of the call -> id.
 
         A queue opened `read_only` that does not answer finds none.
@@ -118,10 +118,10 @@ class Queue(Protocol):
     def states(self, ids: Iterable[str]) -> dict[str, State]:
         """Return the states alone, see `look`."""
 
-    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+    def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return the last word of jobs for which `look` has none, if accounting knows it."""
 
-    def room(self) -> int | None:
+    def free_slots(self) -> int | None:
         """Return how many more jobs the queue takes from this user now; None if there is no limit
         or it is not known."""
 
@@ -140,7 +140,7 @@ class Queue(Protocol):
     def ensure_runner(self) -> None:
         """Make sure that a process starts the waiting jobs; callers that wait call it again."""
 
-    def let_runner_leave(self, seconds: float) -> None:
+    def wait_for_runner(self, seconds: float) -> None:
         """Wait up to `seconds` until no process of the queue works in its folder.
 
         For callers that remove the folder next. All jobs must have ended.

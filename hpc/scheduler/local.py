@@ -112,9 +112,9 @@ class LocalQueue:
         at_once = self.profile.local_jobs
         return f"jobs run on this machine, {at_once} at a time; Slurm is not asked"
 
-    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+    def find_by_token(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """Find jobs by the token in their files."""
-        return self.jobs.sent_as(tokens)
+        return self.jobs.find_by_token(tokens)
 
     def look(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Return the state of each job, from its files."""
@@ -128,11 +128,11 @@ class LocalQueue:
         """Return the states alone, see `look`."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
 
-    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+    def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return nothing; `look` tells all that is known."""
         return {}
 
-    def room(self) -> None:
+    def free_slots(self) -> None:
         """Return None; any number of jobs may wait."""
 
     def cancel(self, ids: Iterable[str]) -> None:
@@ -171,7 +171,7 @@ class LocalQueue:
         """Return Slurm's default, since batch scripts written here are for another machine."""
         return DEFAULT_MAX_ARRAY_SIZE
 
-    def let_runner_leave(self, seconds: float) -> None:
+    def wait_for_runner(self, seconds: float) -> None:
         """Wait for the end of the runner, which ends when no job waits or runs."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -88,7 +88,7 @@ class LocalJobs:
             write_json(self.path(job_id, "json"), {**job, "token": token, "element": element})
         return ids
 
-    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+    def find_by_token(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """Return the jobs added under some tokens: token -> index in its submission -> id."""
         found: dict[str, dict[int, str]] = {token: {} for token in tokens}
         for path in self.folder.glob("*.json"):

@@ -122,7 +122,7 @@ class SlurmQueue:
             script.flush()
             return slurm_cli.ask("sbatch", "--test-only", script.name).strip()
 
-    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+    def find_by_token(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         """Find jobs by their comments.
 
         Finds nothing if the site, or the profile, gives jobs comments of its own.
@@ -148,14 +148,14 @@ class SlurmQueue:
         """Return the states alone, see `look`."""
         return {job_id: job.state for job_id, job in self.look(ids).items()}
 
-    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+    def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended that squeue no longer shows; {} if sacct does not answer."""
         try:
             return slurm_cli.final_states(known) if (known := _of_slurm(ids)) else {}
         except QueueUnreachable:
             return {}
 
-    def room(self) -> int | None:
+    def free_slots(self) -> int | None:
         """Return the profile's `max_jobs`, or else the site's limit, less the jobs in the queue."""
         limit = self.profile.max_jobs or self._site_limit
         return None if limit is None else max(0, limit - slurm_cli.num_queued())
@@ -179,7 +179,7 @@ class SlurmQueue:
     def ensure_runner(self) -> None:
         """Do nothing; Slurm needs no runner."""
 
-    def let_runner_leave(self, seconds: float) -> None:
+    def wait_for_runner(self, seconds: float) -> None:
         """Do nothing; Slurm needs no runner."""
 
     def _if_reachable(self, question: Callable[[], T], otherwise: T) -> T:
@@ -256,7 +256,7 @@ class SlurmQueue:
         """
         jobs = self.look([*after, *needs])
         gone = {job_id: jobs[job_id].why for job_id in needs if jobs[job_id].state == "gone"}
-        gone |= self.remembered([job_id for job_id, word in gone.items() if not word])
+        gone |= self.final_states([job_id for job_id, word in gone.items() if not word])
         for job_id, word in gone.items():
             if word not in ("", _SUCCEEDED):
                 raise needed_job_failed(job_id, word)

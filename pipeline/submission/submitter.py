@@ -120,7 +120,7 @@ def submit_deferred(
         UserError: The grid was cancelled since.
     """
     _refuse_cancelled(grid, cancelled)
-    if queue.room() == 0:
+    if queue.free_slots() == 0:
         return {}
     with one_submission(grid):
         _refuse_cancelled(grid, cancelled)
@@ -167,7 +167,7 @@ def _act(
             jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
             if not all_sent:
                 break
-        elif queue.room() == 0:
+        elif queue.free_slots() == 0:
             break
         else:
             first = {PREP: packing, REDUCE: before, REPORT: []}[stage]
@@ -222,7 +222,7 @@ def _send_grid(
     if not plan.bundles:
         return sorted(state.active_jobs), True
     set_stale_aside(grid, state, plan)
-    now, later = split(plan, queue.room())
+    now, later = split(plan, queue.free_slots())
     noted = {cell.signature for cell in state.deferred}
     new = [t for t in later.bundles if not noted.issuperset(cell.signature for cell in t.cells)]
     if now.bundles or now.pretrain or new:

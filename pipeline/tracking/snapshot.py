@@ -223,7 +223,7 @@ def _exit_causes(
     gone = {job: known for job, known in jobs.items() if known.state == "gone"}
     found = {job: exit_cause(known.why, queue.log_files(job)) for job, known in gone.items()}
     unknown = sorted(job for job in found if found[job].cause == "unknown")
-    words = queue.remembered(unknown) if accounting and unknown else {}
+    words = queue.final_states(unknown) if accounting and unknown else {}
     return found | {job: exit_cause(word, queue.log_files(job)) for job, word in words.items()}
 
 

@@ -213,7 +213,7 @@ def recall(tasks: Iterable[Submitted], queue: Queue) -> list[Submitted]:
     is not asked if no task is lost."""
     known = list(tasks)
     tokens = {task.token for task in known if is_lost(task)}
-    found = queue.sent_as(tokens) if tokens else {}
+    found = queue.find_by_token(tokens) if tokens else {}
     return [replace(t, job=found[t.token].get(t.element, "")) if is_lost(t) else t for t in known]
 
 

@@ -53,7 +53,7 @@ class FakeQueue:
         self.tokens[token] = dict(enumerate(ids))
         return ids
 
-    def sent_as(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
+    def find_by_token(self, tokens: Iterable[str]) -> dict[str, dict[int, str]]:
         self.asked_for.append(sorted(tokens))
         return {token: self.tokens.get(token, {}) for token in tokens}
 
@@ -64,7 +64,7 @@ class FakeQueue:
     def states(self, ids: Iterable[str]) -> dict[str, str]:
         return {job: found.state for job, found in self.look(ids).items()}
 
-    def room(self) -> int | None:
+    def free_slots(self) -> int | None:
         queued = sum(state != "gone" for state in self.jobs.values())
         return None if self.max_jobs is None else max(0, self.max_jobs - queued)
 
@@ -74,7 +74,7 @@ class FakeQueue:
         for job in self.cancelled[-1]:
             self.jobs[job], self.why[job] = "gone", "CANCELLED"
 
-    def remembered(self, ids: Iterable[str]) -> dict[str, str]:
+    def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         self.recalled.append(sorted(ids))
         return {job: self.accounting[job] for job in ids if job in self.accounting}
 
@@ -91,5 +91,5 @@ class FakeQueue:
     def ensure_runner(self) -> None:
         self.runner_calls += 1
 
-    def let_runner_leave(self, seconds: float) -> None:
+    def wait_for_runner(self, seconds: float) -> None:
         """It has none."""

@@ -55,7 +55,7 @@ def test_the_jobs_of_a_dead_submission_are_found_and_do_their_work(slurm, logs):
         "queue", f"1_0 {comment}\n1_1 {comment}\n1_2 {comment}\n7 (null)\n8 of a project\n"
     )
     queue = open_slurm(logs)
-    assert queue.sent_as(["t-0", "t-1"]) == {"t-0": {0: "1_0", 1: "1_1", 2: "1_2"}, "t-1": {}}
+    assert queue.find_by_token(["t-0", "t-1"]) == {"t-0": {0: "1_0", 1: "1_1", 2: "1_2"}, "t-1": {}}
     for number, word in enumerate("abc"):
         assert slurm.run(1, element(number)) == 0
         assert f"ran with ['{word}']" in (logs / f"1_{number}_0_log.out").read_text()
@@ -69,7 +69,7 @@ def test_an_array_that_was_split_is_found_as_one(slurm, logs):
     ]  # fmt: skip
     first, second = (slurm.options(number)["comment"] for number in (1, 2))
     slurm.answer("queue", f"2 {second}\n1_1 {first}\n1_0 {first}\n")
-    assert queue.sent_as(["t-0"]) == {"t-0": {0: "1_0", 1: "1_1", 2: "2"}}
+    assert queue.find_by_token(["t-0"]) == {"t-0": {0: "1_0", 1: "1_1", 2: "2"}}
     assert slurm.run(2, {"SLURM_JOB_ID": "2"}) == 0
 
 
@@ -97,14 +97,14 @@ def test_a_comment_that_the_profile_gives_is_kept_and_the_job_does_its_work(slur
     queue.submit([call()], Resources(), "train", token="t-0")
     assert slurm.options()["comment"] == "project 7"
     slurm.answer("queue", "1 project 7\n")
-    assert queue.sent_as(["t-0"]) == {"t-0": {}}
+    assert queue.find_by_token(["t-0"]) == {"t-0": {}}
     assert slurm.run(1, {"SLURM_JOB_ID": "1"}) == 0
 
 
 def test_a_silent_controller_is_no_answer(slurm, logs):
     slurm.answer("error", "slurm_load_jobs error: Unable to contact slurm controller\n")
     with pytest.raises(QueueUnreachable, match=r"squeue failed: .* Unable to contact"):
-        open_slurm(logs).sent_as(["t-0"])
+        open_slurm(logs).find_by_token(["t-0"])
 
 
 def test_jobs_of_the_local_queue_are_found_by_their_token(tmp_path, monkeypatch):
@@ -112,4 +112,4 @@ def test_jobs_of_the_local_queue_are_found_by_their_token(tmp_path, monkeypatch)
     monkeypatch.setattr(LocalQueue, "ensure_runner", lambda _: None)  # they wait
     queue.submit([call()], Resources(), "other", token="t-0")
     jobs = queue.submit([call("a"), call("b")], Resources(), "train", token="t-1")
-    assert queue.sent_as(["t-1", "t-2"]) == {"t-1": dict(enumerate(jobs)), "t-2": {}}
+    assert queue.find_by_token(["t-1", "t-2"]) == {"t-1": dict(enumerate(jobs)), "t-2": {}}

@@ -278,11 +278,11 @@ def test_jobs_of_an_earlier_local_run_are_gone_and_their_logs_are_found(slurm, l
     slurm.answer("queue", "7_0 RUNNING None\n")
     queue = open_slurm(logs)
     assert queue.states(["local-000001", "7_0"]) == {"local-000001": "gone", "7_0": "running"}
-    queue.remembered(["local-000001", "8"])
+    queue.final_states(["local-000001", "8"])
     queue.cancel(["local-000001", "8"])
     asked = [slurm.asked(command)[0][-1] for command in ("squeue", "sacct", "scancel")]
     assert asked == ["--jobs=7", "--jobs=8", "8"]
-    assert queue.remembered(["local-000001"]) == {}
+    assert queue.final_states(["local-000001"]) == {}
     folder = logs / "local-000001"
     folder.mkdir(parents=True)
     for rank in (10, 9):
@@ -312,14 +312,14 @@ def test_one_squeue_tells_wait_reasons_and_exit_causes_too(slurm, logs):
 def test_sacct_is_asked_once_for_jobs_that_squeue_has_forgotten_and_may_be_off(slurm, logs):
     slurm.answer("accounting", "7_0|CANCELLED by 1000\n7_1|NODE_FAIL\n8|RUNNING\n10|TIMEOUT\n")
     queue = open_slurm(logs)
-    assert queue.remembered(["7_0", "7_1", "8", "9"]) == {"7_0": "CANCELLED", "7_1": "NODE_FAIL"}
+    assert queue.final_states(["7_0", "7_1", "8", "9"]) == {"7_0": "CANCELLED", "7_1": "NODE_FAIL"}
     (asked,) = slurm.asked("sacct")
     assert "--jobs=7_0,7_1,8,9" in asked
     slurm.answer("accounting_is_off")
-    assert queue.remembered(["7_0"]) == {}
+    assert queue.final_states(["7_0"]) == {}
     (slurm.folder / "bin" / "sacct").unlink()
-    assert queue.remembered(["7_0"]) == {}
-    assert queue.remembered([]) == {}
+    assert queue.final_states(["7_0"]) == {}
+    assert queue.final_states([]) == {}
 
 
 def test_every_start_is_marked_in_the_log_and_only_the_last_counts(slurm, logs):
@@ -342,17 +342,17 @@ def test_every_start_is_marked_in_the_log_and_only_the_last_counts(slurm, logs):
 
 def test_the_room_left_is_the_sites_limit_less_what_is_queued(slurm, logs):
     slurm.answer("queue", "7_0\n7_1\n8\n")
-    assert open_slurm(logs).room() is None  # the site sets none
+    assert open_slurm(logs).free_slots() is None  # the site sets none
     slurm.answer("max_submit", "40\n10\n\n")  # of the user's associations
-    assert open_slurm(logs).room() == 7
+    assert open_slurm(logs).free_slots() == 7
     assert "account=us" in {w for line in asked_room(slurm, logs, account="us") for w in line}
-    assert open_slurm(logs, max_jobs=2).room() == 0  # the profile knows better
+    assert open_slurm(logs, max_jobs=2).free_slots() == 0  # the profile knows better
     slurm.answer("accounting_is_off")
-    assert open_slurm(logs).room() is None
+    assert open_slurm(logs).free_slots() is None
 
 
 def asked_room(slurm, logs, **settings) -> list[list[str]]:
-    open_slurm(logs, **settings).room()
+    open_slurm(logs, **settings).free_slots()
     return slurm.asked("sacctmgr")
 
 
@@ -449,8 +449,8 @@ def test_no_command_of_slurm_sees_leftover_variables_of_the_shell(slurm, logs, m
         monkeypatch.setenv(name, value)
     queue = open_slurm(logs)
     queue.submit([call("a"), call("b")], Resources(), "a", after=["7"])
-    queue.remembered(["7"])
-    queue.room()
+    queue.final_states(["7"])
+    queue.free_slots()
     queue.cancel(["7"])
     slurm.answer("queue", "RUNNING\n")
     requeue("7")
@@ -596,7 +596,7 @@ def test_a_slurm_that_does_not_answer(tmp_path, monkeypatch, logs, kind, command
     queue.check()
     assert queue.unreachable == message
     assert queue.look(["7", "8_1"]) == dict.fromkeys(["7", "8_1"], JobState("unknown"))
-    assert queue.sent_as(["token"]) == {"token": {}}
+    assert queue.find_by_token(["token"]) == {"token": {}}
     assert queue.log_files("7") == []
     with pytest.raises(QueueUnreachable):
         queue.cancel(["7"])

@@ -16,7 +16,7 @@ import torch
 
 from hpc.cli import UserError
 from hpc.diagnostics.check import run_checks
-from hpc.diagnostics.node_facts import Facts, answer_hellos, room
+from hpc.diagnostics.node_facts import Facts, answer_hellos, free_bytes
 from hpc.diagnostics.probe_jobs import ProbeJob, Report
 from hpc.distributed.launcher import RankEnv
 from hpc.scheduler.cluster_profile import Resources
@@ -292,8 +292,8 @@ def test_ranks_read_every_byte_of_the_shards(examine, grid, streets, tmp_path):
 
 def test_a_node_local_folder_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"'\$NO_SUCH_THING' names no folder on "):
-        room("$NO_SUCH_THING")
+        free_bytes("$NO_SUCH_THING")
     with pytest.raises(UserError, match=r"/proc cannot be written to: "):
-        room("/proc/nothing")
-    assert room(f"{tmp_path}/not/made/yet") > 0
+        free_bytes("/proc/nothing")
+    assert free_bytes(f"{tmp_path}/not/made/yet") > 0
     assert not list(tmp_path.iterdir())
