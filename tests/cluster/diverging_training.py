@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     from hpc.cli import run
     from pipeline import submit
+    from pipeline.tracking.submissions import PROGRAMS
 
-    submit.PROGRAMS["bundle"] = "tests.cluster.diverging_training"
+    PROGRAMS["bundle"] = "tests.cluster.diverging_training"
     run(submit.main)

@@ -67,6 +67,7 @@ def halted(root: Path, place: str) -> list[int]:
 if __name__ == "__main__":
     from hpc.cli import run
     from pipeline import submit
+    from pipeline.tracking.submissions import PROGRAMS
 
-    submit.PROGRAMS["reduce"] = "tests.cluster.slow_reduction"
+    PROGRAMS["reduce"] = "tests.cluster.slow_reduction"
     run(submit.main)

@@ -86,6 +86,7 @@ def steps_begun(run: Path, bundle: str) -> list[list[int]]:
 if __name__ == "__main__":
     from hpc.cli import run
     from pipeline import retry, submit
+    from pipeline.tracking.submissions import PROGRAMS
 
-    submit.PROGRAMS["bundle"] = "tests.cluster.slow_training"
+    PROGRAMS["bundle"] = "tests.cluster.slow_training"
     run(lambda argv: retry.main(argv[1:]) if argv[0] == "retry" else submit.main(argv))
