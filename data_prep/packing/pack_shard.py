@@ -81,24 +81,10 @@ def _write(
     samples: Sequence[PlannedSample], plan: ShardPlan
 ) -> tuple[ShardSummary, tuple[str, ...]]:
     num_classes = len(source_module(plan.settings.source).classes(plan.settings))
-    counts = np.zeros(256, np.int64)
-    contents: list[str] = []
-    reasons: dict[str, str] = {}
     file = ""
     with new_file(plan.folder / f"{plan.stem}.h5", final=lambda: plan.folder / file) as temporary:
         with ShardWriter(temporary, [p.entry for p in samples]) as writer:
-            for planned in samples:
-                try:
-                    pixels, label = read_sample(planned, plan)
-                except BadFile as error:
-                    reasons[planned.sample.id] = str(error)
-                    continue
-                if not reasons:  # after the first bad sample the others are only checked
-                    writer.add(pixels, label)
-                    contents.append(_content(planned, pixels))
-                    counts += np.bincount(label.reshape(-1), minlength=256)
-            if reasons:
-                raise _BadSamples(reasons)
+            contents, counts = _add_samples(writer, samples, plan)
         sha256 = file_sha256(temporary)
         file = shard_name(plan.stem, sha256)
         summary = ShardSummary(
@@ -112,7 +98,29 @@ def _write(
             class_pixels=tuple(int(n) for n in counts[:num_classes]),
             void_pixels=int(counts[VOID]),
         )
-        return summary, tuple(contents)
+        return summary, contents
+
+
+def _add_samples(
+    writer: ShardWriter, samples: Sequence[PlannedSample], plan: ShardPlan
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Add all samples; return a hash of each image, and the pixels of each label value."""
+    counts = np.zeros(256, np.int64)
+    contents: list[str] = []
+    reasons: dict[str, str] = {}
+    for planned in samples:
+        try:
+            pixels, label = read_sample(planned, plan)
+        except BadFile as error:
+            reasons[planned.sample.id] = str(error)
+            continue
+        if not reasons:  # after the first bad sample the others are only checked
+            writer.add(pixels, label)
+            contents.append(_content(planned, pixels))
+            counts += np.bincount(label.reshape(-1), minlength=256)
+    if reasons:
+        raise _BadSamples(reasons)
+    return tuple(contents), counts
 
 
 def read_sample(

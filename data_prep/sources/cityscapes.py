@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_prep.images import map_labels, read_index_map
 from data_prep.settings import VOID, CityscapesSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.files import LAYOUTS, Sample, names_in, refuse_missing
+from data_prep.sources.files import TREE_HINT, Sample, names_in, refuse_missing
 from hpc.cli import UserError
 
 RAW_IDS = (
@@ -33,7 +33,7 @@ _IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_labelIds.png"
 _REMEDY = (
     "the data set's root must be the folder in which leftImg8bit_trainvaltest.zip and "
     "gtFine_trainvaltest.zip of https://www.cityscapes-dataset.com/downloads were unpacked; "
-    f"{LAYOUTS}"
+    f"{TREE_HINT}"
 )
 
 

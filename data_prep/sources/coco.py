@@ -23,7 +23,7 @@ from data_prep.images import BadFile
 from data_prep.settings import VOID, CocoSettings
 from data_prep.shards.manifest import SPLITS
 from data_prep.sources import voc
-from data_prep.sources.files import LAYOUTS, Sample, names_in, refuse_missing
+from data_prep.sources.files import TREE_HINT, Sample, names_in, refuse_missing
 from hpc.cli import UserError, unreadable
 
 LEAST_AREA = 1000.0  # pixels; training uses images whose objects cover more
@@ -39,7 +39,7 @@ _COCO_NAMES = {
 }
 _REMEDY = (
     "the data set's root must be the folder in which train2017.zip, val2017.zip and "
-    f"annotations_trainval2017.zip of https://cocodataset.org/#download were unpacked; {LAYOUTS}"
+    f"annotations_trainval2017.zip of https://cocodataset.org/#download were unpacked; {TREE_HINT}"
 )
 
 

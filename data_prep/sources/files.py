@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.cli import MissingInput, UserError, unreadable
 
-LAYOUTS = "docs/how-to/public-data-sets.md shows the tree"
+TREE_HINT = "docs/how-to/public-data-sets.md shows the tree"
 
 
 @dataclass(frozen=True)

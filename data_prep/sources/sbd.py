@@ -15,7 +15,7 @@ from data_prep.images import BadFile, class_indices, map_labels, read_bytes
 from data_prep.settings import SbdSettings
 from data_prep.shards.manifest import SPLITS
 from data_prep.sources import voc
-from data_prep.sources.files import LAYOUTS, Sample, listed_samples, names_in, read_list
+from data_prep.sources.files import TREE_HINT, Sample, listed_samples, names_in, read_list
 from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import did_you_mean
@@ -24,7 +24,7 @@ VOC_VAL = "voc_val"  # in place of a list: VOC's validation images
 _NOVAL = "train_noval"
 _REMEDY = (
     "the data set's root must be the folder in which benchmark.tgz of "
-    f"http://home.bharathh.info/pubs/codes/SBD/download.html was unpacked; {LAYOUTS}"
+    f"http://home.bharathh.info/pubs/codes/SBD/download.html was unpacked; {TREE_HINT}"
 )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_prep.images import BadFile, class_indices, map_labels, read_palette_map
 from data_prep.settings import VOID, VocSettings
 from data_prep.shards.manifest import SPLITS
-from data_prep.sources.files import LAYOUTS, Sample, listed_samples, names_in, read_list
+from data_prep.sources.files import TREE_HINT, Sample, listed_samples, names_in, read_list
 from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import did_you_mean
@@ -25,7 +25,7 @@ CLASSES = (
 )  # fmt: skip
 _REMEDY = (
     "the data set's root must be the folder in which VOCtrainval_11-May-2012.tar of "
-    f"http://host.robots.ox.ac.uk/pascal/VOC/voc2012 was unpacked; {LAYOUTS}"
+    f"http://host.robots.ox.ac.uk/pascal/VOC/voc2012 was unpacked; {TREE_HINT}"
 )
 
 
