@@ -17,15 +17,9 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("hpc", "data_prep", "jobs", "pipeline")
 # folders whose docstrings are checked
 FINISHED = (
-    "data_prep",
-    "hpc/storage",
-    "hpc/distributed",
-    "hpc/scheduler",
-    "hpc/diagnostics",
-    "jobs",
+    *PACKAGES,
     "benchmarks",
-    "tests/cluster",
-    "tests/fuzz",
+    *(f"tests/{room}" for room in ("cluster", "data_prep", "fuzz", "hpc", "jobs")),
 )
 ROOTS = (*PACKAGES, "benchmarks", "tests", "configs", "docs")
 NOUN_CLAUSE = re.compile(

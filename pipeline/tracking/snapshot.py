@@ -52,7 +52,7 @@ Beat = Mapping[str, Any]  # the record of a heartbeat; empty if there is none
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the files of a run said, and the queue answered, at one moment.
+    """The files of a run, and the answer of its queue, at one moment.
 
     Attributes:
         time: The moment, in seconds since the epoch.
