@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import RandomCrop, functional
 
-from benchmarks.measure import Absent, Found, compare, copy_bandwidth
-from benchmarks.pictures import ImageIds, on_all
+from benchmarks.measure import NotMeasured, Result, compare, copy_bandwidth
+from benchmarks.pictures import PictureSet, on_all
 from data_prep.settings import VOID
 from hpc.distributed.allocator import keep_freed_memory
 from jobs.data.batches import TrainingBatches
@@ -46,7 +46,7 @@ WINDOWS = (
 )
 
 
-def measure() -> list[Found]:
+def measure() -> list[Result]:
     """Compare seconds per batch, with the start of the loaders, and seconds per picture.
 
     All use the allocator settings of a job's loaders.
@@ -90,7 +90,7 @@ def _randomly_cropped(image: Image.Image, label: Image.Image) -> tuple[Image.Ima
     return functional.crop(image, *place), functional.crop(label, *place)
 
 
-def _compared(pictures: ImageIds) -> list[Found]:
+def _compared(pictures: PictureSet) -> list[Result]:
     to_png, to_jpeg, steps, rounds = SETS[pictures.name]
     labels = pictures.files("labels")
     peers = {
@@ -121,10 +121,8 @@ def _limit() -> str:
     return f"copying {size / 1e6:.1f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
 
 
-def _no_camvid() -> list[Found]:
-    return [
-        Absent(f"{WHAT}, CamVid", peer, "CamVid is not on this machine") for peer in (PNG, JPEG)
-    ]
+def _no_camvid() -> list[Result]:
+    return [NotMeasured(f"{WHAT}, CamVid", peer, "CamVid is not here") for peer in (PNG, JPEG)]
 
 
 def _load(folder: Folder, steps: int) -> None:
@@ -136,7 +134,7 @@ def _drain(batches: Iterable[object], steps: int) -> None:
     assert sum(1 for _ in batches) == steps
 
 
-def _window(size: tuple[int, int], resized: tuple[int, int], side: int) -> list[Found]:
+def _window(size: tuple[int, int], resized: tuple[int, int], side: int) -> list[Result]:
     """Compare the crop from the middle of one resized picture, from its pixels in memory."""
     image = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
     whole, width_first = Image.fromarray(image), resized[::-1]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Absent, Found, compare, copy_bandwidth, matrix_rate, time_text
+from benchmarks.measure import NotMeasured, Result, compare, copy_bandwidth, matrix_rate, time_text
 from data_prep.settings import VOID
 from jobs.kernels.fused_counts import count_upsampled
 from jobs.metrics.reference import count_image
@@ -32,7 +32,7 @@ ROUNDS = 15  # the time of two threads varies more than that of one
 TORCHMETRICS = "torchmetrics (confusion and calibration error)"
 
 
-def measure() -> list[Found]:
+def measure() -> list[Result]:
     """Compare our counts with all peers."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
@@ -46,11 +46,11 @@ def measure() -> list[Found]:
         "plain PyTorch": (lambda: plain(logits, target), 25.0),
         "our reference": (lambda: _reference(logits, target), 0.0),
     }
-    absent: list[Found] = []
+    absent: list[Result] = []
     if find_spec("torchmetrics"):
         peers[TORCHMETRICS] = (lambda: _torchmetrics(logits, target), 6.0)
     else:
-        absent = [Absent(WHAT, TORCHMETRICS, "torchmetrics is not installed")]
+        absent = [NotMeasured(WHAT, TORCHMETRICS, "torchmetrics is not installed")]
     return [
         *compare(
             WHAT, lambda: count_upsampled(logits, target, BINS, threads), peers,

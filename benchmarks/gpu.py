@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.measure import Work, best_seconds, matrix_rate, waited
+from benchmarks.measure import Work, best_seconds, matrix_rate, synchronised
 from hpc.cli import one_line
 
 T = TypeVar("T")
@@ -41,13 +41,13 @@ def copy_bandwidth(size: int = 2**30) -> float:
     """
     source = torch.ones(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / best_seconds(waited(lambda: target.copy_(source), target.device))
+    return 2 * size / best_seconds(synchronised(lambda: target.copy_(source), target.device))
 
 
 def peak_gb(work: Work, device: torch.device) -> float:
     """Return the peak memory of all tensors on the GPU while `work` runs, in GB."""
     torch.cuda.reset_peak_memory_stats(device)
-    waited(work, device)()
+    synchronised(work, device)()
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
 
 

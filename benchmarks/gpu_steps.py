@@ -28,14 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bundle_job import LOSSES, Job, published, ready
 from benchmarks.gpu import NO_GPU, in_own_process, in_short, peak_gb
 from benchmarks.measure import (
-    Absent,
     Comparison,
-    Found,
+    NotMeasured,
+    Result,
     Work,
     arithmetic,
-    in_turns,
     matrix_rate,
-    waited,
+    synchronised,
+    time_in_turns,
 )
 from hpc.distributed.process_group import Group
 from jobs.models import memory_format
@@ -50,10 +50,10 @@ Block = Callable[[], AbstractContextManager[object]]
 AS_PUBLISHED, ALONE = "the published way, float32", "frozen, one cell a run"
 
 
-def measure() -> Iterator[Found]:
+def measure() -> Iterator[Result]:
     """Measure all models in all precisions, then the settings."""
     if not torch.cuda.is_available():
-        yield Absent("a training step on a GPU", AS_PUBLISHED, NO_GPU)
+        yield NotMeasured("a training step on a GPU", AS_PUBLISHED, NO_GPU)
         return
     fixed = {"weights": "none", "batch_size": 12, "threads": os.cpu_count() or 1}
     protocols = [
@@ -80,14 +80,14 @@ class Measured(NamedTuple):
     absent: dict[str, str]
 
 
-def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Found]:
+def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Result]:
     """Compare bundles of `sizes` cells, in rising order, with the published way.
 
     If 1 is one of the sizes, they are also compared with one cell in each run.
     """
     with ready(protocol) as group:
         found = _measured(model, protocol, sizes, group)
-    rows: list[Found] = []
+    rows: list[Result] = []
     for size in sizes:
         what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}"
         whole = found.seconds[str(size)]
@@ -102,7 +102,7 @@ def of_bundles(model: str, protocol: Protocol, sizes: Sequence[int]) -> list[Fou
             Comparison(what, name, ours, theirs, 0.0, found.limits[size], more)
             for name, theirs in peers.items()
         ]
-        rows += [Absent(what, name, why) for name, why in found.absent.items()]
+        rows += [NotMeasured(what, name, why) for name, why in found.absent.items()]
     return rows
 
 
@@ -114,7 +114,7 @@ def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group
     peaks = {}
     for size in sizes:
         trainers += job.cells([LOSSES[i % len(LOSSES)] for i in range(len(trainers), size)])
-        ways[str(size)] = waited(partial(job.step, trainers[:size]), group.device)
+        ways[str(size)] = synchronised(partial(job.step, trainers[:size]), group.device)
         if group.device.type == "cuda":
             peaks[size] = peak_gb(ways[str(size)], group.device)
     limits = {size: _limit(job, trainers, size) for size in sizes}
@@ -122,13 +122,13 @@ def _measured(model: str, protocol: Protocol, sizes: Sequence[int], group: Group
     absent = {}
     for name, dtype in peers.items():
         try:
-            peer = waited(published(job, dtype), group.device)
+            peer = synchronised(published(job, dtype), group.device)
             peer()
         except torch.OutOfMemoryError as error:
             absent[name] = in_short(error)
         else:
             ways.setdefault(name, peer)
-    return Measured(in_turns(ways, ROUNDS), peaks, limits, absent)
+    return Measured(time_in_turns(ways, ROUNDS), peaks, limits, absent)
 
 
 def _limit(job: Job, trainers: Sequence[CellTrainer], size: int) -> str:
@@ -154,7 +154,7 @@ def of_settings(
         ways = {"": _steps(model, group, protocol, size)}
         for name in names:
             ways[name] = _steps(model, group, protocol, size, SETTINGS[name])
-        names_and_seconds = in_turns(ways, ROUNDS)
+        names_and_seconds = time_in_turns(ways, ROUNDS)
         ways.clear()  # trainers must be freed before their process group
     seconds = {name: tuple(s / size for s in each) for name, each in names_and_seconds.items()}
     what = f"a step of a cell in a bundle of {size}, {model}, {protocol.precision}, as it is"
@@ -173,7 +173,7 @@ def _steps(
         with within():
             job.step(trainers)
 
-    return waited(step, group.device)
+    return synchronised(step, group.device)
 
 
 def _channels_apart() -> AbstractContextManager[object]:
@@ -201,11 +201,11 @@ def _precisions() -> list[str]:
 
 
 def _or_why(
-    work: Callable[..., Sequence[Found]], model: str, protocol: Protocol, *arguments: object
-) -> Sequence[Found]:
+    work: Callable[..., Sequence[Result]], model: str, protocol: Protocol, *arguments: object
+) -> Sequence[Result]:
     """Return the comparisons of `work` in a new process, or the reason for its failure."""
     try:
         return in_own_process(work, model, protocol, *arguments)
     except Exception as error:  # torch and the driver raise errors of many types
         what = f"{work.__name__} {' '.join(map(str, arguments))}, {model}, {protocol.precision}"
-        return [Absent(what, AS_PUBLISHED, in_short(error))]
+        return [NotMeasured(what, AS_PUBLISHED, in_short(error))]

@@ -19,7 +19,7 @@ from statistics import median
 
 from benchmarks import bundles, growth_data, reducing
 from benchmarks.machine import write_record
-from benchmarks.measure import chosen
+from benchmarks.measure import parse_names
 from pipeline.rendering.plotting import Figure, FuncFormatter, LogLocator
 
 Rounds = Mapping[int, Sequence[float]]  # seconds of each round, by the number on the x axis
@@ -45,7 +45,7 @@ class Plot:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and draw the named plots, or all."""
-    names, folder = chosen("python -m benchmarks.growth", __doc__, tuple(PLOTS), argv)
+    names, folder = parse_names("python -m benchmarks.growth", __doc__, tuple(PLOTS), argv)
     for name in names:
         plot = PLOTS[name]()
         draw(plot, folder / f"growth-{name}.png")

@@ -84,7 +84,7 @@ def large_grid(
     return grid
 
 
-def send_all(grid: Grid) -> tuple[Task, ...]:
+def write_submission(grid: Grid) -> tuple[Task, ...]:
     """Write the tasks and the record of a submission of the whole grid; queue nothing."""
     tasks = make_plan(grid, grid.cells, steps={}, backbones=(), source={}).bundles
     record = Submission(grid.run)
@@ -96,7 +96,7 @@ def send_all(grid: Grid) -> tuple[Task, ...]:
     return tasks
 
 
-def end(grid: Grid, tasks: Sequence[Task]) -> None:
+def write_finished(grid: Grid, tasks: Sequence[Task]) -> None:
     """Write the claims, last heartbeats and counts of tasks whose jobs have succeeded."""
     manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
     for task in tasks:
@@ -108,7 +108,7 @@ def end(grid: Grid, tasks: Sequence[Task]) -> None:
         write_json(grid.run.progress_of(task.name), {**beat, "generation": generation})
         bins = cells[0].protocol.bins
         counts = [
-            made_up_counts(len(manifest.classes), bins, int(cell.signature, 16)) for cell in cells
+            simulated_counts(len(manifest.classes), bins, int(cell.signature, 16)) for cell in cells
         ]
         entries = [cell_record(cell, "ab" * 32) for cell in cells]
         record = {
@@ -123,7 +123,7 @@ def end(grid: Grid, tasks: Sequence[Task]) -> None:
         write_counts(grid.run.counts_of(task.name, generation), entries, arrays, record)
 
 
-def made_up_counts(num_classes: int, bins: int, seed: int) -> Counts:
+def simulated_counts(num_classes: int, bins: int, seed: int) -> Counts:
     """Return simulated counts of a classifier that prefers frequent classes; equal seeds are equal.
 
     All sums agree with each other as those of real pixels do.

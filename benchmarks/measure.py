@@ -62,7 +62,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Absent:
+class NotMeasured:
     """A comparison that could not be measured, and the reason."""
 
     what: str
@@ -74,10 +74,10 @@ class Absent:
         return {"what": self.what, "against": self.against, "absent": self.why}
 
 
-Found = Comparison | Absent
+Result = Comparison | NotMeasured
 
 
-def in_turns(ways: Mapping[str, Work], rounds: int = 7) -> dict[str, tuple[float, ...]]:
+def time_in_turns(ways: Mapping[str, Work], rounds: int = 7) -> dict[str, tuple[float, ...]]:
     """Return the seconds of one call of each function, one value a round.
 
     Every function runs once before the first round. Short functions are repeated within a round.
@@ -116,7 +116,8 @@ def compare(
     """
     ways = {"": ours, **{name: work for name, (work, _) in peers.items()}}
     found = {
-        name: tuple(s / units for s in seconds) for name, seconds in in_turns(ways, rounds).items()
+        name: tuple(s / units for s in seconds)
+        for name, seconds in time_in_turns(ways, rounds).items()
     }
     return [
         Comparison(what, name, found[""], found[name], target, limit, more or {})
@@ -142,9 +143,9 @@ HEAD = (
 )
 
 
-def row(one: Found) -> str:
+def row(one: Result) -> str:
     """Return a comparison as a row of the Markdown table with the heading `HEAD`."""
-    if isinstance(one, Absent):
+    if isinstance(one, NotMeasured):
         return f"| {one.what} | {one.against} | | | not measured: {one.why} | | |"
     mine, peer = (time_text(statistics.median(s)) for s in (one.ours, one.peers))
     spread = f"{min(one.ratios):.3g} to {max(one.ratios):.3g}"
@@ -184,10 +185,10 @@ def matrix_rate(dtype: torch.dtype | None = None, device: torch.device | None = 
     on_processor = 2048 if dtype == torch.float32 else 256  # slow in half precision
     size = 8192 if device.type == "cuda" else on_processor
     one = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / best_seconds(waited(lambda: one @ one, device))
+    return 2 * size**3 / best_seconds(synchronised(lambda: one @ one, device))
 
 
-def waited(work: Work, device: torch.device) -> Work:
+def synchronised(work: Work, device: torch.device) -> Work:
     """Return a function that calls `work` and then waits for `device`."""
     if device.type != "cuda":
         return work
@@ -213,7 +214,7 @@ def arithmetic(flops: float, rate: float) -> str:
     return f"{flops / 1e9:.0f} GFLOP at {rate / unit:.0f} {name}: {time_text(flops / rate)}"
 
 
-def chosen(
+def parse_names(
     program: str, description: str | None, names: Sequence[str], argv: Sequence[str]
 ) -> tuple[Sequence[str], Path]:
     """Return the names on a command line, all of `names` if none, and the folder of `--out`.

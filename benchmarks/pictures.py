@@ -36,7 +36,7 @@ NUM_CLASSES, CAMVID_VOID = 11, 11
 
 
 @dataclass(frozen=True)
-class ImageIds:
+class PictureSet:
     """A set of pictures.
 
     `root` has the folders png and jpeg with images, and labels with label maps (PNG), all with
@@ -54,7 +54,7 @@ class ImageIds:
 
 
 @contextmanager
-def camvid() -> Iterator[ImageIds | None]:
+def camvid() -> Iterator[PictureSet | None]:
     """Provide the first `NUM_CAMVID` pictures in a temporary folder, or None without CamVid."""
     source = Path(os.environ.get("LOSSGRID_CAMVID", REPOSITORY.parent / "shared" / "camvid"))
     if not (source / "train").is_dir():
@@ -71,7 +71,7 @@ def camvid() -> Iterator[ImageIds | None]:
 
 
 @contextmanager
-def large_streets() -> Iterator[ImageIds]:
+def large_streets() -> Iterator[PictureSet]:
     """Provide `NUM_LARGE` drawn scenes in a temporary folder."""
     with TemporaryDirectory() as name:
         root = _folders(Path(name))
@@ -82,7 +82,7 @@ def large_streets() -> Iterator[ImageIds]:
         yield _finished("2048 x 1024", root)
 
 
-def on_all(make: Callable[[ImageIds], list], without_camvid: Callable[[], list]) -> list:
+def on_all(make: Callable[[PictureSet], list], without_camvid: Callable[[], list]) -> list:
     """Call `make` with each set in turn and return all results."""
     with camvid() as small:
         found = make(small) if small else without_camvid()
@@ -111,7 +111,7 @@ def _folders(root: Path) -> Path:
     return root
 
 
-def _finished(name: str, root: Path) -> ImageIds:
+def _finished(name: str, root: Path) -> PictureSet:
     """Complete the set from its JPEG files and label maps."""
     for file in (root / "jpeg").iterdir():
         Image.fromarray(decoded(file)).save(root / "png" / f"{file.stem}.png")
@@ -122,4 +122,4 @@ def _finished(name: str, root: Path) -> ImageIds:
     reader = SplitReader(manifest, "train")
     pixels = sum(height * width for height, width in map(reader.size, range(len(reader))))
     size = sum(file.stat().st_size for file in files)
-    return ImageIds(name, root, reader, size / pixels)
+    return PictureSet(name, root, reader, size / pixels)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import VisionDataset
 
-from benchmarks.pictures import ImageIds, decoded
+from benchmarks.pictures import PictureSet, decoded
 
 Bytes = NDArray[np.uint8]
 Pairs = Iterator[tuple[Bytes, Bytes]]
@@ -59,9 +59,9 @@ def why_absent(peer: str) -> str:
     return f"{package} is not installed (see benchmarks/readers.py)"
 
 
-def readers(pictures: ImageIds) -> dict[str, Callable[[], Pairs]]:
+def readers(pictures: PictureSet) -> dict[str, Callable[[], Pairs]]:
     """Return, for each installed peer, a function that starts a pass over the set."""
-    ways: dict[str, Callable[[ImageIds], Callable[[], Pairs]]] = {
+    ways: dict[str, Callable[[PictureSet], Callable[[], Pairs]]] = {
         "torchvision, PNG folder": _torchvision,
         WEBDATASET: _webdataset,
         STREAMING_PNG: _streaming_png,
@@ -70,12 +70,12 @@ def readers(pictures: ImageIds) -> dict[str, Callable[[], Pairs]]:
     return {name: way(pictures) for name, way in ways.items() if not why_absent(name)}
 
 
-def _torchvision(pictures: ImageIds) -> Callable[[], Pairs]:
+def _torchvision(pictures: PictureSet) -> Callable[[], Pairs]:
     folder = PngFolder(pictures.root)
     return lambda: _as_arrays(folder[i] for i in range(len(folder)))
 
 
-def _webdataset(pictures: ImageIds) -> Callable[[], Pairs]:
+def _webdataset(pictures: PictureSet) -> Callable[[], Pairs]:
     import webdataset
 
     path = pictures.root / "pictures.tar"
@@ -92,16 +92,16 @@ def _webdataset(pictures: ImageIds) -> Callable[[], Pairs]:
     return lambda: _as_arrays(samples)
 
 
-def _streaming_png(pictures: ImageIds) -> Callable[[], Pairs]:
+def _streaming_png(pictures: PictureSet) -> Callable[[], Pairs]:
     return _mosaic(pictures, "png", Image.open)
 
 
-def _streaming_raw(pictures: ImageIds) -> Callable[[], Pairs]:
+def _streaming_raw(pictures: PictureSet) -> Callable[[], Pairs]:
     return _mosaic(pictures, "ndarray:uint8", decoded)
 
 
 def _mosaic(
-    pictures: ImageIds, encoding: str, read: Callable[[Path], object]
+    pictures: PictureSet, encoding: str, read: Callable[[Path], object]
 ) -> Callable[[], Pairs]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an imported library would look for updates
     from streaming import LocalDataset, MDSWriter

@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.measure import Absent, Found, compare, copy_bandwidth, in_turns
-from benchmarks.pictures import ImageIds, on_all
+from benchmarks.measure import NotMeasured, Result, compare, copy_bandwidth, time_in_turns
+from benchmarks.pictures import PictureSet, on_all
 from benchmarks.readers import NEEDS, STREAMING_RAW, Pairs, readers, why_absent
 from data_prep.shards import reader as shards
 from hpc.distributed.allocator import keep_freed_memory
@@ -28,18 +28,18 @@ WHAT = "read and decode, one process"
 OTHERS = ("torchvision, PNG folder", *NEEDS)
 
 
-def measure() -> list[Found]:
+def measure() -> list[Result]:
     """Compare the seconds per image and label map, with the allocator of a job's loaders."""
     keep_freed_memory()
     return on_all(_compared, _no_camvid)
 
 
-def _compared(pictures: ImageIds) -> list[Found]:
+def _compared(pictures: PictureSet) -> list[Result]:
     what = f"{WHAT}, {pictures.name}"
     peers = readers(pictures)
     for name, start in peers.items():
         _check_same(_ours(pictures), start(), name)
-    found: list[Found] = list(
+    found: list[Result] = list(
         compare(
             what,
             partial(_drain, partial(_ours, pictures)),
@@ -50,18 +50,18 @@ def _compared(pictures: ImageIds) -> list[Found]:
             more=_more(pictures),
         )
     )
-    return found + [Absent(what, name, why) for name in OTHERS if (why := why_absent(name))]
+    return found + [NotMeasured(what, name, why) for name in OTHERS if (why := why_absent(name))]
 
 
-def _no_camvid() -> list[Found]:
-    return [Absent(f"{WHAT}, CamVid", name, "CamVid is not on this machine") for name in OTHERS]
+def _no_camvid() -> list[Result]:
+    return [NotMeasured(f"{WHAT}, CamVid", name, "CamVid is not here") for name in OTHERS]
 
 
 def _target(peer: str) -> float:
     return TARGET_RAW if peer == STREAMING_RAW else TARGET
 
 
-def _ours(pictures: ImageIds) -> Pairs:
+def _ours(pictures: PictureSet) -> Pairs:
     reader = pictures.reader
     for i in range(len(reader)):
         yield reader.image(i), reader.label(i)
@@ -77,18 +77,18 @@ def _check_same(ours: Pairs, theirs: Pairs, peer: str) -> None:
         assert same, f"{peer} gives other pixels than ours for picture {number}"
 
 
-def _pair_bytes(pictures: ImageIds) -> float:
+def _pair_bytes(pictures: PictureSet) -> float:
     reader = pictures.reader
     sizes = [height * width for height, width in map(reader.size, range(len(reader)))]
     return 4 * sum(sizes) / len(sizes)  # 3 bytes of the image and 1 of the label map
 
 
-def _limit(pictures: ImageIds) -> str:
+def _limit(pictures: PictureSet) -> str:
     size, rate = _pair_bytes(pictures), copy_bandwidth() / 2
     return f"copying {size / 1e6:.2f} MB at {rate / 1e9:.1f} GB/s: {size / rate * 1e3:.3g} ms"
 
 
-def _more(pictures: ImageIds) -> dict[str, float | str]:
+def _more(pictures: PictureSet) -> dict[str, float | str]:
     """Return the cost of the checks, and the bytes per pixel of PNG."""
     ours, units = partial(_drain, partial(_ours, pictures)), len(pictures.reader)
 
@@ -96,7 +96,7 @@ def _more(pictures: ImageIds) -> dict[str, float | str]:
         with patch.object(shards._Arena, "_check", lambda *_: None):
             ours()
 
-    found = in_turns({"with CRCs": ours, "without": unchecked}, ROUNDS)
+    found = time_in_turns({"with CRCs": ours, "without": unchecked}, ROUNDS)
     seconds = {f"ours {how}, s": statistics.median(s) / units for how, s in found.items()}
     return {
         "PNG bytes a pixel": round(pictures.png_bytes_per_pixel, 2),

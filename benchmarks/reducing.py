@@ -21,8 +21,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from benchmarks.large_run import CLASSES, LOSSES, MODELS, large_grid, made_up_counts, send_all
-from benchmarks.measure import Found, Work, compare, copy_bandwidth
+from benchmarks.large_run import (
+    CLASSES,
+    LOSSES,
+    MODELS,
+    large_grid,
+    simulated_counts,
+    write_submission,
+)
+from benchmarks.measure import Result, Work, compare, copy_bandwidth
 from data_prep.shards.manifest import Manifest
 from hpc.distributed.mpi import World, world
 from jobs.metrics.counts import NAMES, Int64
@@ -37,7 +44,7 @@ _PEERS = 2000  # cells that the peer reads; each costs the same
 _KINDS = 40  # different counts of each data set
 
 
-def measure() -> list[Found]:
+def measure() -> list[Result]:
     """Compare seconds per cell, ours over 100,000 cells and the peer's over 2,000 of them."""
     with _finished_run(100) as (grid, chosen):
         files = sorted({index.path for index in chosen.values()})
@@ -123,10 +130,12 @@ def _count_all(grid: Grid) -> None:
     """Write the counts files of all tasks with the jobs' own writer."""
     manifests = {n: Manifest.load(settings.shards) for n, settings in grid.datasets.items()}
     kinds = {
-        name: [made_up_counts(len(m.classes), grid.protocols[name].bins, k) for k in range(_KINDS)]
+        name: [
+            simulated_counts(len(m.classes), grid.protocols[name].bins, k) for k in range(_KINDS)
+        ]
         for name, m in manifests.items()
     }
-    for task in send_all(grid):
+    for task in write_submission(grid):
         name = task.cells[0].dataset
         some = [kinds[name][int(cell.signature, 16) % _KINDS].as_arrays() for cell in task.cells]
         entries = [cell_record(cell, "ab" * 32) for cell in task.cells]
@@ -142,7 +151,7 @@ def _file_a_cell(grid: Grid) -> list[Path]:
     paths = [folder / f"{number}.h5" for number in range(_PEERS)]
     for number, path in enumerate(paths):
         num_classes = list(CLASSES.values())[number * len(CLASSES) // _PEERS]
-        counts = made_up_counts(num_classes, 10, number % _KINDS)
+        counts = simulated_counts(num_classes, 10, number % _KINDS)
         with h5py.File(path, "w") as file:
             for name, array in counts.as_arrays().items():
                 file.create_dataset(name, data=array)

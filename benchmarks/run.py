@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from benchmarks.machine import machine, write_record
-from benchmarks.measure import HEAD, Absent, Found, chosen, row
+from benchmarks.measure import HEAD, NotMeasured, Result, parse_names, row
 
 # The module docstring of each says what it measures. `measure()` returns or yields comparisons.
 BENCHMARKS = (
@@ -31,11 +31,11 @@ BENCHMARKS = (
 
 def main(argv: Sequence[str]) -> int:
     """Run the named benchmarks, or all; return 1 if a target was missed."""
-    names, folder = chosen("python -m benchmarks.run", __doc__, BENCHMARKS, argv)
+    names, folder = parse_names("python -m benchmarks.run", __doc__, BENCHMARKS, argv)
     missed, on = [], machine()
     for name in names:
         print(f"\n## {name}\n\n{HEAD}", flush=True)
-        found: list[Found] = []
+        found: list[Result] = []
         for one in import_module(f"benchmarks.{name}").measure():
             found.append(one)
             print(row(one), flush=True)  # keep each result even if a later benchmark fails
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     return 1 if missed else 0
 
 
-def _missed(one: Found) -> bool:
-    return not isinstance(one, Absent) and not one.met
+def _missed(one: Result) -> bool:
+    return not isinstance(one, NotMeasured) and not one.met
 
 
 if __name__ == "__main__":

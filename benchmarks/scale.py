@@ -21,7 +21,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.large_run import CLASSES, LOSSES, MODELS, end, large_grid, send_all
+from benchmarks.large_run import (
+    CLASSES,
+    LOSSES,
+    MODELS,
+    large_grid,
+    write_finished,
+    write_submission,
+)
 from benchmarks.measure import users_environment
 from hpc.scheduler.auto import open_queue
 from pipeline.config.grid_file import read_grid
@@ -66,7 +73,7 @@ def _measure(folder: Path, seeds: int) -> int:
         *_row("plan (in-process)", _in_new_process(_plan, config)),
         *_row("submit grid --dry-run", _command("pipeline.submit", "grid", config, "--dry-run")),
     ]
-    end(grid, send_all(grid))
+    write_finished(grid, write_submission(grid))
     late += _row("status (in-process)", _in_new_process(_survey, config))
     late += _row("status", _command("pipeline.status", config))
     late += _row("reduce", _command("pipeline.reduce", config))

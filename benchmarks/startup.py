@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from statistics import median
 
-from benchmarks.measure import in_turns, time_text, users_environment
+from benchmarks.measure import time_in_turns, time_text, users_environment
 
 ROUNDS = 7
 SLOWEST = 6  # packages that are listed
@@ -56,7 +56,7 @@ def main() -> None:
         commands["pipeline.status CONFIG"] = ["-m", "pipeline.status", *local]
         commands["pipeline.report CONFIG"] = ["-m", "pipeline.report", config]
         commands["pipeline.submit all CONFIG --wait, again"] = again
-    found = in_turns({name: _command(line) for name, line in commands.items()}, ROUNDS)
+    found = time_in_turns({name: _command(line) for name, line in commands.items()}, ROUNDS)
     print("| command | median | least to most |\n|---|---:|---:|")
     for name, seconds in found.items():
         spread = f"{time_text(min(seconds))} to {time_text(max(seconds))}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bundle_job, full_size, gpu_steps
-from benchmarks.measure import Absent
+from benchmarks.measure import NotMeasured
 from jobs.models.build import build_backbone
 from jobs.spec.protocol import Protocol
 from jobs.training import cell_trainer
@@ -79,9 +79,9 @@ def test_a_peer_without_room_and_a_process_that_fails_are_said_so(monkeypatch):
     monkeypatch.setattr(gpu_steps, "published", no_room)
     monkeypatch.setattr(gpu_steps, "ROUNDS", 1)
     found = gpu_steps.of_bundles(MODEL, SMALL, (1, 2))
-    absent = [one.why for one in found if isinstance(one, Absent)]
+    absent = [one.why for one in found if isinstance(one, NotMeasured)]
     assert absent == ["OutOfMemoryError: CUDA out of memory. Tried"] * 4
-    assert [one.against for one in found if not isinstance(one, Absent)] == [gpu_steps.ALONE]
+    assert [one.against for one in found if not isinstance(one, NotMeasured)] == [gpu_steps.ALONE]
     (failed,) = gpu_steps._or_why(gpu_steps.of_bundles, "fcn_resnet7", SMALL, (1,))
     assert "fcn_resnet7, bf16" in failed.what and failed.why.startswith(("KeyError", "Attribute"))
 
@@ -138,4 +138,4 @@ def test_what_cannot_be_measured_is_refused(capsys, options, refusal):
 def test_without_a_gpu_it_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (nothing,) = gpu_steps.measure()
-    assert isinstance(nothing, Absent) and nothing.why == "there is no GPU here"
+    assert isinstance(nothing, NotMeasured) and nothing.why == "there is no GPU here"

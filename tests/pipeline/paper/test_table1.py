@@ -119,7 +119,7 @@ def test_a_footnote_that_goes_for_a_row_stands_at_its_loss():
 
 
 def compiled(folder, text, body=r"\input{table1}"):
-    """What pdflatex says of a document that needs nothing but graphicx, and its exit status."""
+    """Return the output and exit status of pdflatex for a document that loads only graphicx."""
     (folder / "table1.tex").write_text(text, encoding="utf-8")
     (folder / "paper.tex").write_text(
         "\\documentclass{article}\\usepackage{graphicx}"

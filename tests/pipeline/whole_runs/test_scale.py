@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks.large_run import end, large_grid, send_all
+from benchmarks.large_run import large_grid, write_finished, write_submission
 from hpc.scheduler.auto import open_queue
 from hpc.storage.atomic import fingerprint, write_json
 from jobs.spec.cell import FORMAT, KEY_LENGTH
@@ -51,8 +51,8 @@ status.main(sys.argv[2:])
 def run(tmp_path_factory) -> Grid:
     """640 cells in 160 jobs; all but ten jobs have ended well, and two cells were given up."""
     grid = large_grid(tmp_path_factory.mktemp("large"), 4, ("streets", "rooms"), LOSSES)
-    tasks = send_all(grid)
-    end(grid, tasks[OPEN_JOBS:])
+    tasks = write_submission(grid)
+    write_finished(grid, tasks[OPEN_JOBS:])
     for cell in tasks[0].cells[:2]:
         write_json(grid.run.failure(cell.signature), {"step": 7, "reason": "the loss is inf"})
     return grid
