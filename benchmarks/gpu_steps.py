@@ -2,8 +2,8 @@
 
 Ours runs in each half precision that the GPU supports. The peers are
 
-* the published way, one run for each model (see `benchmarks.bundle_job`), in float32 as its code
-  does and in the same half precision (torch's float32 convolutions use TF32 if the GPU has it);
+* the published way (see `benchmarks.bundle_job`), in float32 and in the same half precision;
+  torch's float32 convolutions use TF32 if the GPU has it;
 * the frozen backbone with one cell in each run, also ours.
 
 Seconds are per cell. The batch lies on the GPU; `benchmarks.full_size` measures whole jobs with

@@ -1,7 +1,7 @@
 """Measure reading an image and its label map in one process, with all files in the page cache.
 
-The peers of our shards are a folder of PNG files, a tar of PNG files, and MosaicML Streaming's
-shards of PNG files and of raw arrays (`benchmarks/readers.py`). Only ours compares every byte with
+The peers of our shards are a folder and a tar of PNG files, and MosaicML Streaming's shards of PNG
+files and of raw arrays (`benchmarks/readers.py`). Only ours compares every byte with
 a checksum.
 """
 

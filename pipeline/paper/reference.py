@@ -124,8 +124,8 @@ def paper_evidence() -> Evidence:
 def match_dataset(dataset: DatasetResults) -> DatasetMatch:
     """Find the paper's data set that equals `dataset`, whatever its name in the grid.
 
-    The classes must have the official names (for Cityscapes the 30 of the paper or the 34 of its
-    code), and the number of validation images must be the paper's.
+    The classes must have the official names; for Cityscapes these are the 30 of the paper or the 34
+    of its code. The number of validation images must be the paper's.
     """
     names = {name.lower().replace("_", " ") for name in dataset.classes}
     images = int(dataset.counts["images"][0]) if dataset.cells else 0

@@ -1,7 +1,7 @@
 """Compare losses in pairs on the seeds that both have.
 
-Cells of equal seed share the order of images, the augmentation and the initial head, so paired
-differences vary less than the difference of two means.
+Cells of equal seed share the order of images, the augmentation and the initial head. Paired
+differences therefore vary less than the difference of two means.
 """
 
 from __future__ import annotations

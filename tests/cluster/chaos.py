@@ -8,8 +8,8 @@ A fault counts only if it interrupted a start with unsaved progress, as the reco
 Until enough faults have counted, the grid is trained again in a new run directory. The seed fixes
 the drawn faults, but not their time.
 
-Prints a Markdown table. The exit code is 1 if a cell is missing or differs, if more steps than one
-checkpoint interval were repeated, or if too few faults were counted.
+Prints a Markdown table. The exit code is 1 if a cell is missing or differs, if a start
+repeated more steps than its last checkpoint allows, or if too few faults counted.
 """
 
 from __future__ import annotations
