@@ -42,10 +42,8 @@ class Facts:
         try:
             self._known[name] = look()
         except (Exception, SystemExit) as error:
-            said = (
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            )
-            self._known["errors"][name] = one_line(said)
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self._known["errors"][name] = one_line(f"{kind}{error}")
         write_json(self._path, self._known)
         return name in self._known
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc.cli import UserError
 from hpc.diagnostics.node_facts import FACTS, answer_hellos
-from hpc.scheduler.base import Queue, QueueUnreachable
+from hpc.scheduler.base import JobState, Queue, QueueUnreachable
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import START_PREFIX, ModuleCall, is_launchers
@@ -80,7 +80,7 @@ def passing_folder(parent: Path, group: str) -> Iterator[Path]:
 
 
 def run_probe_jobs(
-    queue: Queue, probe_jobs: Sequence[ProbeJob], folder: Path, say: Callable[[str], None]
+    queue: Queue, probe_jobs: Sequence[ProbeJob], folder: Path, log: Callable[[str], None]
 ) -> list[Report]:
     """Submit probe jobs and wait until all have ended. An exception, Ctrl-C too, ends the jobs.
 
@@ -88,7 +88,7 @@ def run_probe_jobs(
         queue: Takes the jobs.
         probe_jobs: The jobs.
         folder: The folder in which their ranks write facts.
-        say: Takes a line when the state of the jobs changes.
+        log: Takes a line when the state of the jobs changes.
 
     Returns:
         One report per job.
@@ -100,7 +100,7 @@ def run_probe_jobs(
     try:
         for probe in probe_jobs:
             jobs += queue.submit([probe.call], probe.resources, f"doctor-{probe.name}")
-        _wait(queue, jobs, folder, say)
+        _wait(queue, jobs, folder, log)
     except BaseException:
         _end(queue, jobs)
         raise
@@ -108,31 +108,34 @@ def run_probe_jobs(
     return [_report(queue, *pair, folder) for pair in zip(probe_jobs, jobs, strict=True)]
 
 
-def _wait(queue: Queue, jobs: Sequence[str], folder: Path, say: Callable[[str], None]) -> None:
+def _wait(queue: Queue, jobs: Sequence[str], folder: Path, log: Callable[[str], None]) -> None:
     pause = min(_LOOK_SECONDS, queue.poll_seconds)
-    due, said = 0.0, ""
+    due, last_line = 0.0, ""
     while True:
         answer_hellos(folder)
         if time.monotonic() >= due:
-            states = queue.look(jobs)
-            alive = {job: state for job, state in states.items() if state.state != "gone"}
+            alive = {job: now for job, now in queue.look(jobs).items() if now.state != "gone"}
             if not alive:
                 return
-            for job, state in alive.items():
-                if state.state == "waiting" and any(word in state.why for word in _FOR_EVER):
-                    raise UserError(
-                        f"job {job} would wait for ever ({state.why}); see `scontrol show job "
-                        f"{job}`, and mend the profile"
-                    )
+            _refuse_stuck(alive)
             queue.ensure_runner()
             line = ", ".join(
-                f"job {job} is {state.state}{f' ({state.why})' if state.why else ''}"
-                for job, state in alive.items()
+                f"job {job} is {now.state}{f' ({now.why})' if now.why else ''}"
+                for job, now in alive.items()
             )
-            if line != said:
-                say(f"{line}; Ctrl-C ends it")
-            said, due = line, time.monotonic() + pause
+            if line != last_line:
+                log(f"{line}; Ctrl-C ends it")
+            last_line, due = line, time.monotonic() + pause
         time.sleep(_ANSWER_SECONDS)
+
+
+def _refuse_stuck(jobs: Mapping[str, JobState]) -> None:
+    for job, now in jobs.items():
+        if now.state == "waiting" and any(word in now.why for word in _FOR_EVER):
+            raise UserError(
+                f"job {job} would wait for ever ({now.why}); see `scontrol show job {job}`, and "
+                "mend the profile"
+            )
 
 
 def _end(queue: Queue, jobs: Sequence[str]) -> None:
@@ -156,8 +159,8 @@ def _report(queue: Queue, probe: ProbeJob, job: str, folder: Path) -> Report:
             break
         time.sleep(_SHORT_SECONDS)
     logs = queue.log_files(job)
-    how = exit_cause(queue.look([job])[job].why, logs)
-    ended = f"{how.cause}: {how.line}" if how.line else how.cause
+    cause, line = exit_cause(queue.look([job])[job].why, logs)
+    ended = f"{cause}: {line}" if line else cause
     return Report(probe, job, facts, ended, bool(logs), _set_up(logs))
 
 

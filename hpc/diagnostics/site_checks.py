@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[Check]:
     """Return the checks of a site in the order in which the user mends their failures."""
-    looks: dict[str, Callable[[ClusterProfile, SlurmSite], str]] = {
+    checks: dict[str, Callable[[ClusterProfile, SlurmSite], str]] = {
         "partition": partition,
         "account": account,
         "quality of service": quality,
@@ -55,7 +55,7 @@ def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[
         "options in the shell": options_in_shell,
         "a training job, as sbatch sees it": partial(trial, queue),
     }
-    return [Check(what, partial(look, profile, site)) for what, look in looks.items()]
+    return [Check(name, partial(check, profile, site)) for name, check in checks.items()]
 
 
 def partition(profile: ClusterProfile, site: SlurmSite) -> str:
@@ -216,16 +216,18 @@ def trial(queue: Queue, profile: ClusterProfile, site: SlurmSite) -> str:
     """Check that sbatch would take the jobs of `grid`, `prep`, `reduce` and `report`."""
     known_partitions(profile, site)
     single = dict.fromkeys((profile.single(), profile.reducing()))
-    said = [_trial(queue, profile.training(), 2), *(_trial(queue, one, 1) for one in single)]
-    return said[0]
+    of_training = _trial(queue, profile.training(), 2)
+    for resources in single:
+        _trial(queue, resources, 1)
+    return of_training
 
 
-def _trial(queue: Queue, wanted: Resources, num_calls: int) -> str:
+def _trial(queue: Queue, resources: Resources, num_calls: int) -> str:
     try:
-        said = queue.trial(wanted, "doctor", num_calls).splitlines()
+        lines = queue.trial(resources, "doctor", num_calls).splitlines()
     except QueueUnreachable as error:
         raise UserError(f"{error}; mend what the profile asks for") from error
-    return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", said[-1]) if said else "it is taken"
+    return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", lines[-1]) if lines else "it is taken"
 
 
 def _or_skip(question: Callable[[], T]) -> T:
