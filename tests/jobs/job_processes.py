@@ -138,7 +138,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def _children(process: int | None) -> set[Path]:
-    """The children of a process, as what they are in /proc and nobody else will ever be."""
+    """Return the children of a process, as folders of /proc."""
     try:
         listed = Path(f"/proc/{process}/task/{process}/children").read_text()
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def _children(process: int | None) -> set[Path]:
 
 
 def lives(process: Path) -> bool:
-    """Return True if a process of /proc is not a zombie."""
+    """Return True if a process of /proc exists and is not a zombie."""
     return _state(process.name) not in "ZX"
 
 

@@ -1,5 +1,7 @@
-"""On a GPU the channels of a pixel lie together, from images to logits. Here a processor is made to
-lay them out so: the numbers are the same, and no file knows of it."""
+"""On a GPU images, features and logits are channels-last.
+
+Here a CPU uses that memory format: the numbers are the same, and files do not change.
+"""
 
 import copy
 import io
