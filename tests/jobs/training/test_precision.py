@@ -47,11 +47,11 @@ def test_fp32_is_no_tf32():
 
 
 def test_a_cell_that_began_with_tf32_has_mixed_provenance(alone, monkeypatch):
-    """An older program trained it on a GPU in what it called fp32, and recorded 2."""
+    """A program that used TF32 for fp32 on a GPU recorded 2."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
     on_gpu = SimpleNamespace(device=torch.device("cuda"), world_size=1)
-    assert job_run._provenance(a_cell(), on_gpu)["rounding"] == 3
-    assert job_run._provenance(a_cell(), alone)["rounding"] == 2
+    assert job_run._provenance(a_cell(), on_gpu)["rounding"] == 4
+    assert job_run._provenance(a_cell(), alone)["rounding"] == 3
 
 
 def test_bf16_is_for_gpus_that_have_it(alone, monkeypatch):
