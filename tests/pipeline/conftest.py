@@ -1,4 +1,4 @@
-"""What the tests of planning share."""
+"""Share small grids and packed data among the tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def streets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capsys):
-    """What a command says to its refused arguments, without `error: `; nothing was queued."""
+    """Return the refusal of a command without `error: `; nothing was queued."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
     monkeypatch.delenv("LOSSGRID_CONFIG", raising=False)

@@ -79,7 +79,7 @@ class FakeQueue:
         return {job: self.accounting[job] for job in ids if job in self.accounting}
 
     def log(self, job_id: str) -> Path:
-        """Where the one rank of a job writes."""
+        """Return the log of the one rank of a job."""
         return self._folder / f"{job_id}.err"
 
     def log_files(self, job_id: str) -> list[Path]:

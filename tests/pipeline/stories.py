@@ -1,4 +1,4 @@
-"""What happens to the jobs of a made-up queue, as the files show it that they leave."""
+"""Write the files that jobs of a fake queue leave: heartbeats, checkpoints, logs, failures."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NODE_FAILURE = "srun: error: Node failure on n2"
 
 
 def cells_of(queue: FakeQueue, job: str) -> tuple[Cell, ...]:
-    """What a job trains."""
+    """Return the cells that a job trains."""
     return read_task(queue.calls[job].arguments[0]).cells
 
 
 def words(grid: Grid, queue: FakeQueue) -> dict[str, int]:
-    """How many cells are in each state that occurs."""
+    """Return the number of cells in each state that occurs."""
     found = survey(grid, queue)
     return {state: found.count(state) for state in STATES if found.count(state)}
 

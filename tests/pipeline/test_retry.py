@@ -1,4 +1,4 @@
-"""What was tried is submitted again by the cause of its end, and what would fail again is not."""
+"""Retry submits failed and interrupted cells again, by the exit cause of their jobs."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_loss_that_was_not_finite_is_tried_again_by_name_alone(grid, queue, re
 
 
 def test_a_refused_retry_leaves_the_record_of_a_failure(grid, queue, retried, monkeypatch):
-    """Whatever refuses it, before the queue is asked and after."""
+    """Keep the failure record if the submission is refused, before the queue is asked or after."""
     submit(grid, queue, ["grid"])
     first, *others = cells_of(queue, "job1")
     diverge(grid, first)

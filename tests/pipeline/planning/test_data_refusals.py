@@ -1,4 +1,4 @@
-"""What is wrong with a data set is said before anything is queued, or by the job that packs it: one
+"""Faults of a data set are refused before anything is queued, or by the job that packs it: one
 line that says what, where, and what to do."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plan will cost, before anything is queued."""
+"""The forecast says what a plan costs before anything is queued."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_jobs_that_wait_for_one_another():
 
 @pytest.fixture
 def paper(tmp_path, monkeypatch, capsys):
-    """What a dry run of a grid file in configs/ says, on a machine without its data."""
+    """Return the output of a dry run of a grid file in configs/, on a machine without its data."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))

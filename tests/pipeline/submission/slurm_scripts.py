@@ -81,7 +81,7 @@ class Site:
 
 
 def options(script: Path) -> dict[str, str]:
-    """What the `#SBATCH` lines of a script say."""
+    """Return the options of the `#SBATCH` lines of a script."""
     lines = script.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     found = [shlex.split(x.removeprefix("#SBATCH ")) for x in lines if x.startswith("#SBATCH ")]
     assert all(len(words) == 1 for words in found)

@@ -1,4 +1,4 @@
-"""Which command sends a cell again: the table of the docs is the table of the code."""
+"""The table of the docs says which command sends a cell again, as the code does."""
 
 from __future__ import annotations
 

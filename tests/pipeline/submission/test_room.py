@@ -169,7 +169,7 @@ def test_a_bundle_does_not_go_before_its_backbone(tmp_path, streets, queue):
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
 def test_waiting_sends_the_rest_as_jobs_end(grid, queue, monkeypatch, limit):
-    """Whoever waits sees every cell trained, and the stages after it run once, with never more jobs
+    """With `--wait` every cell is trained, and the stages after it run once, with never more jobs
     than allowed."""
     queue.max_jobs = limit
     most = []

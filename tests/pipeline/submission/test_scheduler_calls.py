@@ -1,4 +1,4 @@
-"""How often a scheduler that hundreds of people share is asked: one sbatch an array, one squeue a
+"""A scheduler that hundreds of users share is asked rarely: one sbatch an array, one squeue a
 poll, one scancel, and sacct not at all where files and squeue say enough."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def grid(tmp_path, slurm) -> Grid:
 
 
 def asked(slurm: FakeSlurm) -> Counter[str]:
-    """How often each command was called since the last look."""
+    """Return how often each command was called since the last look."""
     path = slurm.folder / "asked"
     if not path.exists():
         return Counter()

@@ -1,4 +1,4 @@
-"""What `--wait` says when the jobs have ended."""
+"""`--wait` reports how the jobs ended."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What can happen to a file of counts and to its index."""
+"""Damage a file of counts, or its index, in every way that a disk may."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What status makes of the jobs that people start from batch scripts, and what is written and
-submitted after it. The queue is made up; nothing is trained."""
+"""Status finds the jobs that the user starts from batch scripts. These tests also see what is
+written and submitted after it. The queue is made up; nothing is trained."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def token(grid: Grid) -> str:
 
 
 def note(grid: Grid, job: int, name: str = "train", record: str = "") -> None:
-    """What submit.sh, and an element as it starts, leave."""
+    """Leave the notes of submit.sh and of an element as it starts."""
     (grid.run.submitted / f"{record or token(grid)}-{name}.{job}").touch()
 
 

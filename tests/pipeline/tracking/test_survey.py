@@ -1,4 +1,4 @@
-"""What state each cell is in, by what lies in the run directory and what the queue says. The queue
+"""The state of each cell follows from the run directory and the answers of the queue. The queue
 is the one thing made up."""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def states(grid: Grid, queue: FakeQueue) -> dict[str, CellState]:
 
 
 def words(grid: Grid, queue: FakeQueue) -> dict[str, int]:
-    """How many cells are in each state that occurs."""
+    """Return the number of cells in each state that occurs."""
     found = survey(grid, queue)
     return {state: found.count(state) for state in STATES if found.count(state)}
 

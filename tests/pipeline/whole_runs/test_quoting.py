@@ -181,7 +181,7 @@ LATEX_WORDS = {r"\textbackslash{}": "\\", r"\textasciicircum{}": "^", r"\textasc
 
 
 def latex_text(cell: str) -> str:
-    """What a cell typesets as; fails for what LaTeX would take for a command."""
+    """Return the typeset text of a cell; fail if LaTeX would read a command in it."""
     words = "|".join(map(re.escape, LATEX_WORDS))
     parts = re.findall(rf"({words})|\\([{{}}$&#%_])|\{{([\[\]*])\}}|([^\\{{}}$&#%_^~<>|])", cell)
     found = "".join(LATEX_WORDS.get(a, a) + b + c + d for a, b, c, d in parts)

@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Grid:
 
 
 def open_cells(grid: Grid) -> list[str]:
-    """Those that no counts file on disk names."""
+    """Return the cells that no counts file on disk names."""
     counted: set[str] = set()
     for path in grid.run.counts.glob("*.json"):
         counted.update(json.loads(path.read_text())["cells"]["signature"])

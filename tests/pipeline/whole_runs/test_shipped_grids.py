@@ -73,7 +73,7 @@ class InlineQueue(FakeQueue):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Iterator[Path]:
-    """Where torch keeps its weights: files of the published names with random numbers, whose hash
+    """Give torch a folder of weights: files of the published names with random numbers, whose hash
     is not that of their names."""
     home = tmp_path_factory.mktemp("torch")
     built = {"weights": None, "weights_backbone": None, "aux_loss": True}
@@ -159,7 +159,7 @@ def label_maps(stems: Sequence[str], values: Sequence[int]) -> dict[str, np.ndar
 
 
 def expected_rows(grid: Grid) -> list[tuple[str, str, str]]:
-    """What the file names: pre-fine only for data sets with VOC's classes."""
+    """Return the rows that the file asks for: pre-fine only for data sets with VOC's classes."""
     return [
         (dataset, model, loss.name)
         for dataset, model, loss in product(grid.datasets, grid.models, grid.losses)
