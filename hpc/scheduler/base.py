@@ -41,16 +41,18 @@ class Queue(Protocol):
     Attributes:
         has_site: Jobs go to the partitions of a cluster, under its accounts and limits.
         starts_mpi: The tasks of a job are the ranks of one MPI world.
-        gone_is_certain: A job that is `gone` has no process left.
         unreachable: Why a queue that was opened `read_only` cannot be asked; else "".
         poll_seconds: Pause in seconds between two questions of a caller that waits.
     """
 
     has_site: bool
     starts_mpi: bool
-    gone_is_certain: bool
     unreachable: str
     poll_seconds: float
+
+    def gone_is_certain(self, job_id: str) -> bool:
+        """Return whether a job that is `gone` has no process left. It is uncertain for a job of
+        another queue, as after a change of the cluster profile."""
 
     def check(self) -> None:
         """Ask whether the queue answers.

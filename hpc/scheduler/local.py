@@ -33,6 +33,7 @@ from hpc.scheduler.job import ModuleCall, rank_logs
 from hpc.scheduler.local_jobs import (
     LocalJobs,
     choose_gpus,
+    is_local,
     processes,
     result_of,
     send,
@@ -61,7 +62,6 @@ class LocalQueue:
 
     has_site = False
     starts_mpi = False
-    gone_is_certain = True  # the kernel holds a job's lock as long as one of its processes lives
     poll_seconds = 0.5
     unreachable = ""
 
@@ -98,6 +98,11 @@ class LocalQueue:
             ids = self.jobs.add([{**part, **common} for part in work], token)
         self.ensure_runner()
         return ids
+
+    def gone_is_certain(self, job_id: str) -> bool:
+        """Return True for jobs of this queue: the kernel holds a job's lock as long as one of its
+        processes lives. "", no job at all, is gone too."""
+        return not job_id or is_local(job_id)
 
     def check(self) -> None:
         """Do nothing; files always answer."""

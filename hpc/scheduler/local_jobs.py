@@ -24,6 +24,13 @@ from hpc.storage.atomic import Damaged, read_json, write_json
 from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder
 
+_PREFIX = "local-"  # of job ids
+
+
+def is_local(job_id: str) -> bool:
+    """Return whether a job id is one of a local queue."""
+    return job_id.startswith(_PREFIX)
+
 
 class LocalJobs:
     """The job files of one queue. Callers that change them hold `locked`.
@@ -81,9 +88,9 @@ class LocalJobs:
 
     def add(self, jobs: Sequence[dict[str, Any]], token: str = "") -> list[str]:
         """Queue jobs under a submission token. Return their ids."""
-        numbers = [int(file.stem.removeprefix("local-")) for file in self.folder.glob("*.json")]
+        numbers = [int(file.stem.removeprefix(_PREFIX)) for file in self.folder.glob("*.json")]
         first = max(numbers, default=0) + 1
-        ids = [f"local-{number:06d}" for number in range(first, first + len(jobs))]
+        ids = [f"{_PREFIX}{number:06d}" for number in range(first, first + len(jobs))]
         for element, (job_id, job) in enumerate(zip(ids, jobs, strict=True)):
             write_json(self.path(job_id, "json"), {**job, "token": token, "element": element})
         return ids

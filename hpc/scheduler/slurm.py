@@ -51,7 +51,6 @@ class SlurmQueue:
 
     has_site = True
     starts_mpi = True
-    gone_is_certain = False  # a node that lost its network may still run what Slurm has given up
     poll_seconds = 15.0
 
     def __init__(
@@ -77,6 +76,10 @@ class SlurmQueue:
             self._give_up(slurm_cli.not_on_path(missing[0]))
         elif not read_only:
             self.check()
+
+    def gone_is_certain(self, job_id: str) -> bool:
+        """Return False: a node that lost its network may still run what Slurm has given up."""
+        return False
 
     def check(self) -> None:
         """Ask the controller, unless it has answered before."""

@@ -69,7 +69,7 @@ class Snapshot:
         jobs: The state of each job that the queue was asked about.
         ended: The exit cause of each job that is gone and that a state depends on.
         redone: The jobs of stages whose products are newer than their logs.
-        gone_is_certain: Whether a job that is gone has no process left.
+        certain: The jobs that have no process left if they are gone.
         unreachable: Why the queue could not be asked; "" if it answered.
         problems: A line for each damaged file.
     """
@@ -89,7 +89,7 @@ class Snapshot:
     jobs: Mapping[str, JobState]
     ended: Mapping[str, ExitCause]
     redone: frozenset[str]
-    gone_is_certain: bool
+    certain: frozenset[str]
     unreachable: str
     problems: tuple[str, ...]
 
@@ -115,9 +115,7 @@ class Snapshot:
     def _is_dead(self, task: Submitted) -> bool:
         if self.job_state(task).state != "gone":
             return False
-        # the queue here may know nothing of a job that a script sent elsewhere
-        certain = self.gone_is_certain and not (task.script and task.job)
-        return certain or self.heart_stopped(task)
+        return task.job in self.certain or self.heart_stopped(task)
 
     @cached_property
     def latest(self) -> Mapping[str, Submitted]:
@@ -205,7 +203,7 @@ def read_snapshot(
         jobs=jobs | _failed_by_log([*open_tasks, *stages.values()], jobs, heartbeats, queue, now),
         ended={},
         redone=frozenset(),
-        gone_is_certain=queue.gone_is_certain,
+        certain=frozenset(filter(queue.gone_is_certain, {*jobs, ""})),
         unreachable=queue.unreachable,
         problems=tuple(problems),
     )

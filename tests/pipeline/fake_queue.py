@@ -21,7 +21,7 @@ class FakeQueue:
         """It answers."""
 
     def __init__(self, folder: Path, gone_is_certain: bool = True) -> None:
-        self.gone_is_certain = gone_is_certain
+        self._is_certain = gone_is_certain
         self.jobs: dict[str, str] = {}
         self.calls: dict[str, ModuleCall] = {}
         self.after: dict[str, list[str]] = {}
@@ -36,6 +36,10 @@ class FakeQueue:
         self.accounting: dict[str, str] = {}
         self.recalled: list[list[str]] = []  # the jobs that it was asked about
         self._folder = folder
+
+    def gone_is_certain(self, job_id: str) -> bool:
+        """Answer for jobs of this queue; those of scripts went to another one."""
+        return self._is_certain and "_" not in job_id
 
     def submit(
         self,

@@ -449,3 +449,11 @@ def test_pickles_and_job_files_are_private_under_a_permissive_umask(place):
 def test_a_folder_that_submitit_would_rewrite_is_refused(place):
     with pytest.raises(UserError, match="%"):
         open_queue(ClusterProfile(kind="local"), place / "100%j", place / "queue")
+
+
+def test_a_job_of_slurm_may_still_run_though_the_local_queue_does_not_know_it(place):
+    """Otherwise a change to a local profile would train running cells a second time."""
+    queue = open_local(place)
+    assert queue.look(["4711_0"])["4711_0"].state == "gone"
+    assert not queue.gone_is_certain("4711_0")
+    assert queue.gone_is_certain("local-000001")
