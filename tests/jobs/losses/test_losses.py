@@ -1,6 +1,7 @@
 """Every loss against the paper's formulas, on whole batches and on the shares of many ranks."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from jobs.losses.functional import LOSSES, class_weights, combined_loss
-from jobs.losses.grammar import parse_loss
+from jobs.losses.grammar import KINDS, parse_loss, term_weights
 from tests.jobs import oracles
 from tests.jobs.meeting_point import MeetingPoint
 from tests.jobs.oracles import VOID, a_batch
@@ -149,6 +150,25 @@ def test_a_scheduled_loss_is_the_ramp_between_its_two_losses(name, i):
     values = [oracles.single(term, logits, target, WEIGHTS) for term in (first, second)]
     expected = (1 - ramp) * values[0] + ramp * values[1]
     assert float(loss_of(name, logits, target, i / 100)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.45, 0.7, 0.99])
+@pytest.mark.parametrize("join", ["", "N", "A"])
+def test_a_loss_is_linear_in_its_terms(join, position):
+    """Every two terms in each order: so ranks, bundles and kernels are tested on terms alone."""
+    logits, target = a_batch(4, size=(3, 4))
+    terms = [weighting + kind for kind in KINDS for weighting in ("", "W")]
+    alone = {term: gradient_of(term, logits, target) for term in terms}
+    for first, second in product(terms, repeat=2):
+        name = first + join + second
+        loss = parse_loss(name)
+        assert tuple(term.name for term in loss.terms) == (first, second) and loss.name == name
+        shares = term_weights(loss.schedule, position)
+        for found, *parts in zip(
+            gradient_of(name, logits, target, position), alone[first], alone[second], strict=True
+        ):
+            expected = shares[0] * parts[0] + shares[1] * parts[1]
+            assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
