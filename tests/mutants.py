@@ -24,7 +24,9 @@ TESTS = {
     "jobs/losses/pooling.py": "jobs/losses/test_pooling",
     "jobs/metrics/reference.py": "jobs/metrics/test_counts jobs/metrics/test_fixed_point",
     "jobs/metrics/counts.py": "jobs/metrics/test_counts",
-    "jobs/metrics/scores.py": "jobs/metrics/test_scores",
+    "jobs/metrics/scores.py": (
+        "jobs/metrics/test_scores jobs/metrics/test_fixed_point pipeline/scores/test_score_table"
+    ),
     "pipeline/submission/decision.py": (
         "pipeline/tracking/test_stale pipeline/test_retry pipeline/tracking/test_survey"
     ),
