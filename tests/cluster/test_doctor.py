@@ -90,7 +90,10 @@ def test_what_only_the_nodes_know_fails_in_its_own_line(cluster, examine):
     ]
     assert "module: command not found" in lines[0]
     assert lines[1].startswith("network interface: n1 has no 'ib0', only lo, eth0; set network_int")
-    assert "Unable to find address for: ib0; the ranks cannot talk over ib0: set netw" in lines[2]
+    assert (
+        "Unable to find address for: ib0; the ranks cannot communicate over ib0: set netw"
+        in lines[2]
+    )
     assert "srun started 4 tasks without MPI" in lines[3]
 
 

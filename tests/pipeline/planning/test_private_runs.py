@@ -13,6 +13,7 @@ import pytest
 from hpc.cli import UserError
 from pipeline import submit
 from pipeline.config.grid_file import read_grid
+from pipeline.submission import submitter
 from tests.pipeline.grids import grid_file, small_grid
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
@@ -104,10 +105,10 @@ def test_a_new_run_is_private_and_an_own_readable_one_stays_readable(tmp_path):
     grid = small_grid(tmp_path)
     before = os.umask(0)
     try:
-        with submit.one_at_a_time(grid.run.root):
+        with submitter.one_at_a_time(grid.run.root):
             assert grid.run.root.stat().st_mode & 0o777 == 0o700
         grid.run.root.chmod(0o755)
-        with submit.one_at_a_time(grid.run.root):
+        with submitter.one_at_a_time(grid.run.root):
             assert grid.run.root.stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)

@@ -28,6 +28,7 @@ from pipeline import reduce, report, status, submit
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
 from pipeline.scores.score_table import rows
+from pipeline.submission import submitter
 from tests.jobs.small_runs import assert_all_same, grid_of, is_done, results, steps_saved, task_of
 from tests.pipeline.grids import finish
 from tests.pipeline.scores.simulated import made_up_results
@@ -168,10 +169,10 @@ def submission(disk: Disk, folder: Path, data: Path) -> None:
     command = ["grid", str(grid.path), "--cluster", "local"]
     with mock.patch.object(LocalQueue, "ensure_runner"):  # nothing is to be trained
         for owner, name in (
-            (submit, "one_at_a_time"),
-            (submit, "write_bytes"),
-            (submit, "write_task"),
-            (submit.Submission, "write"),
+            (submitter, "one_at_a_time"),
+            (submitter, "write_bytes"),
+            (submitter, "write_task"),
+            (submitter.Submission, "write"),
             (LocalJobs, "add"),
         ):
             if disk.mode == "read-only" and name != "one_at_a_time":
