@@ -54,7 +54,7 @@ def known_partitions(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 
 
 def nodes_of_partition(profile: ClusterProfile, site: SlurmSite) -> str:
-    """Check that the partition has enough nodes, without excluded ones, and allows so many."""
+    """Check that the partition has enough nodes that are not excluded, and permits so many."""
     for row in known_partitions(profile, site):
         most = row.get("MaxNodes", "")
         if most.isdigit() and profile.nodes > int(most):

@@ -121,7 +121,7 @@ class Queue(Protocol):
         """Return the states alone, see `look`."""
 
     def final_states(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the last word of jobs for which `look` has none, if accounting knows it."""
+        """Return the final state of jobs from accounting, if `look` does not report it."""
 
     def free_slots(self) -> int | None:
         """Return how many more jobs the queue takes from this user now; None if there is no limit
@@ -150,7 +150,7 @@ class Queue(Protocol):
 
 
 def needed_job_failed(job_id: str, word: str) -> UserError:
-    """Return the error for jobs whose needed job `job_id` did not succeed, as `word` says."""
+    """Return the error for jobs that need `job_id`, which ended as `word`."""
     return UserError(
         f"job {job_id}, which these jobs need, did not succeed ({word}); read its log, mend the "
         "cause, and submit again"

@@ -28,7 +28,7 @@ def answer(command: Sequence[str], gone_is_fine: bool = False) -> str:
 
     Args:
         command: The command and its arguments.
-        gone_is_fine: Return what was printed if the command fails since a job is gone.
+        gone_is_fine: If the command fails because a job is gone, return its output.
 
     Raises:
         QueueUnreachable: The command is not on PATH, fails, or does not end within 60 s.
@@ -98,7 +98,7 @@ def max_array_size() -> int:
 def submit_limit(account: str, qos: str) -> int | None:
     """Return how many jobs the user may have in the queue; None if accounting sets no limit.
 
-    It is the least of the user's associations, in `account` if given, and the quality of service.
+    It is the smallest limit of the user's associations (of `account`, if given) and the QOS.
     """
     user = [f"user={user_name(os.getuid())}", *([f"account={account}"] if account else [])]
     questions = [["assoc", "where", *user, "format=MaxSubmitJobs"]]

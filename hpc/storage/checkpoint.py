@@ -2,9 +2,9 @@
 
     FOLDER/step-000000120-g3/ENTRY.pt, index.json
 
-A folder appears by one rename. Units of work come and go without touching each other's progress.
-An entry holds tensors and plain values only. The index is read without torch, by planning too. It
-names its own place, so that a copied or renamed index is refused.
+A folder appears by one rename. A unit of work that comes or goes does not change the checkpoints of
+the others. An entry holds tensors and plain values only. The index is read without torch, by
+planning too. It names its own place, so that a copied or renamed index is refused.
 """
 
 from __future__ import annotations

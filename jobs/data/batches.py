@@ -212,7 +212,9 @@ def augmented_sample(
     draw: Draw,
     into: tuple[Bytes, Bytes] | None = None,
 ) -> tuple[Bytes, Bytes]:
-    """Return sample `i`, the bytes of `augment`; read and resize only the rows its crop needs.
+    """Return sample `i`, augmented. Read and resize only the rows that its crop needs.
+
+    The result equals that of `augment` byte for byte.
 
     Args:
         draw: the random numbers of the sample.

@@ -63,7 +63,7 @@ class Source(Protocol[T]):
 def load_steps(batches: TrainingBatches, start: int, stop: int, workers: int) -> Generator[Batch]:
     """Yield the batches of steps `start` to `stop` - 1, in order.
 
-    A batch is valid until the caller asks for the next but one.
+    A batch stays valid until the caller has asked for two more.
 
     Args:
         workers: number of loader processes; 0 loads in this process.

@@ -29,7 +29,7 @@ from jobs.training.cell_trainer import CellTrainer, half_precision, is_mixed
 
 HEARTBEAT_SECONDS = 2.0
 
-# Part of the provenance. Raise it when the program begins to round otherwise.
+# Part of the provenance. Increase it when a change of the program alters rounding.
 ROUNDING = {"cpu": 3, "cuda": 4}
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class JobRun:
         return Action(self.group.max(wish))
 
     def agree(self) -> Action:
-        """Return `decide()`, or raise the error of one rank on all ranks.
+        """Return the decision of `decide`. If any rank has an error, raise it on all ranks.
 
         The error is `Superseded` (a newer generation has started), a damaged heartbeat, or a
         damaged sample.
@@ -309,7 +309,7 @@ def _require_same_backbone(task: Task, manifest: Manifest) -> None:
 
 
 def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
-    """Return everything beside the cell's settings that its bits can depend on."""
+    """Return the facts, apart from the cell's settings, that can change its bits."""
     cuda = group.device.type == "cuda"
     return {
         "world_size": group.world_size,
