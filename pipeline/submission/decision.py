@@ -1,4 +1,7 @@
-"""Decide what a submission sends: cells, jobs and stages. Pure functions of a survey.
+"""Decide what a submission sends: cells, jobs and stages. Nothing here writes or asks the queue.
+
+All but `plan_of` are pure functions of a survey. `plan_of` reads the sizes of the data sets if the
+profile has `cells_per_job = "fit"`.
 
 `grid`, `retry`, `--wait`, `--script` and `--dry-run` all decide here, so that they cannot disagree.
 """
@@ -97,7 +100,8 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     """Return the jobs that train `cells`. `source`: the version of the code, for the record."""
     backbones = {*state.trained_backbones, *state.pretraining}
-    fits = (forecast or Forecast(grid)).fits
+    by_size = grid.cluster.cells_per_job == "fit"
+    fits = (forecast or Forecast(grid)).fits if by_size else len
     return make_plan(grid, cells, state.steps, backbones, source, fits, state.at_most)
 
 
