@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from hpc.scheduler.exit_cause import Cause
 from pipeline.submission.decision import SENT_BY, chosen
-from pipeline.tracking.survey import survey
+from pipeline.tracking.survey import NOT_FINITE, survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import small_grid
 
@@ -24,6 +26,10 @@ def test_the_docs_show_the_table_of_resubmission():
         for reason, *words in rows
     }
     assert shown == {reason: set(commands) for reason, commands in SENT_BY.items()}
+
+
+def test_the_table_has_every_cause_with_which_a_job_may_end():
+    assert SENT_BY.keys() >= {*get_args(Cause), NOT_FINITE}
 
 
 @pytest.mark.parametrize(("command", "number"), [*zip(COMMANDS, (8, 0, 8, 8), strict=True)])
