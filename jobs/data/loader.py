@@ -273,6 +273,7 @@ def _start(filler: _Filler[T]) -> list[_Process]:
             ends.append(ours)
             pid = os.fork()
             if pid == 0:
+                # called at once, in this turn of the loop
                 _in_the_child(ends, lambda: filler.run(worker, theirs))  # noqa: B023
             theirs.close()  # so that its exit closes the connection
             started.append(_Process(pid, ours))
