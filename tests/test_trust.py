@@ -1,5 +1,5 @@
-"""Nothing loads a pickle that it did not write: no call in our source does, and a file in the place
-of one of ours, with a pickle in it that attacks, is refused."""
+"""The program loads no pickle that it did not write. No call in its source does, and a hostile
+pickle in the place of one of its files is refused."""
 
 from __future__ import annotations
 

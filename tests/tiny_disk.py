@@ -58,7 +58,7 @@ class Disk:
         self._ballast = self.folder / "others"
 
     def close(self) -> None:
-        """Nothing more can be written."""
+        """Make every further write fail."""
         if self.mode == "read-only":
             self._remount("ro")
             return

@@ -155,7 +155,7 @@ def link_cut_for_a_while(victim: Victim, rank: int) -> Iterator[None]:
 
 @contextmanager
 def link_cut(victim: Victim, rank: int) -> Iterator[None]:
-    """That link is cut until somebody sees that the job stands still, and cancels it."""
+    """Cut the link of a rank until the job stands still, then cancel the job."""
     node = victim.node_of(rank)
     other = next(name for name in victim.nodes if name != node)
     victim.cluster.cut(node, other)

@@ -123,7 +123,7 @@ class Cluster:
         self.do("cut", node, other)
 
     def join(self, node: str, other: str) -> None:
-        """That link is back."""
+        """Join the link between two nodes again."""
         self.do("join", node, other)
 
     def command(

@@ -56,7 +56,7 @@ def grid_file(folder: Path, *changes: tuple[str, str], more: str = "", top: str 
 
 
 def small_grid(folder: Path, *changes: tuple[str, str], more: str = "", top: str = "") -> Grid:
-    """That file, read."""
+    """Write and read a small grid file."""
     return read_grid(grid_file(folder, *changes, more=more, top=top))
 
 

@@ -145,8 +145,8 @@ def with_scale(trainer, scale):
 
 
 def test_a_gradient_out_of_fp16s_range_skips_the_update_and_keeps_the_position(alone, as_on_a_gpu):
-    """Nothing moves but the scale, and the next step is as if there had been none before: its
-    batch, its dropout and its learning rate are those of its own number."""
+    """Only the scale changes. The next step has the batch, dropout and learning rate of its own
+    number, as without the skipped step."""
     trainer, without = (trainee_of(a_cell(precision="mixed"), alone) for _ in range(2))
     for one in (trainer, without):
         train_small(one, range(2))
