@@ -1,21 +1,25 @@
 # make demo    run the whole pipeline on the built-in data set (a few minutes on 2 cores)
-# make test    lint, type check, tests
+# make test    lint, type check, and the tests of a few minutes
+# make test-all    make test, then the tests that it leaves out (under half an hour together)
 # make docs    write docs/reference/grid-file.md and cluster-profile.md from the models
 # make cluster start a Slurm cluster of 4 nodes on this machine, as root
 # make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (CONTRIBUTING.md)
-# demo, test and mutants set up .venv first; a second run reuses it.
+# demo, test, test-all and mutants set up .venv first; a second run reuses it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint docs mutants venv cluster clean
+.PHONY: demo test test-all lint docs mutants venv cluster clean
 
 demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3 -m "not slow" --fuzz-cases 300
+
+test-all: test
+	$(BIN)/python -m pytest -n 3 -m "slow or fuzz"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -136,7 +136,7 @@ def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[
             how = f"at most {' or '.join(map(str, sizes))} in a job" if sizes else "with more of it"
             yield f"{number}: {cause}: again, {how}"
         else:
-            yield f"{number}: {cause}: not by themselves; {_remedy(grid, cause)}"
+            yield f"{number}: {cause}: not submitted; {_remedy(grid, cause)}"
             yield from (f"  {line}" for line in reason_lines(cells, with_state=False))
     if not named and (unknown := state.count("unknown")):
         yield f"{unknown} cells: unknown; ask again where the queue answers"
@@ -155,7 +155,10 @@ def _remedy(grid: Grid, cause: str) -> str:
         "cancelled": f"`python -m pipeline.submit grid {grid.words}` submits them",
         _MEMORY: f"they {TOO_LARGE}; then, or with {by_name}, they are tried again",
         NOT_FINITE: f"change their settings, or try the same again with {by_name}",
-    }.get(cause, f"mend it, then `python -m pipeline.submit grid {grid.words}`, or {by_name}")
+    }.get(
+        cause,
+        f"correct the error, then `python -m pipeline.submit grid {grid.words}`, or {by_name}",
+    )
 
 
 if __name__ == "__main__":

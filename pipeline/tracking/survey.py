@@ -221,9 +221,9 @@ def cell_state(seen: Snapshot, steps: Mapping[str, int], cell: Cell) -> CellStat
 
 def _not_finite(seen: Snapshot, state: CellState, task: Submitted | None) -> CellState:
     record = seen.failures[state.cell.signature]
-    path = seen.grid.run.failure(state.cell.signature)
     reason = record.get("reason", "its record is damaged")
-    why = f"{reason}; change its settings, or delete {path} to try again"
+    again = f"python -m pipeline.retry {seen.grid.words} --cell {state.cell.name}"
+    why = f"{reason}; change its settings, or try again with `{again}`"
     job = task.job if task else ""
     return replace(state, state="failed", why=why, job=job, cause=NOT_FINITE)
 

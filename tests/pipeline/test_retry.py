@@ -112,7 +112,7 @@ def test_out_of_memory_means_half_as_many_cells_until_one_does_not_fit(grid, que
     assert [cells_of(queue, job) for job in ("job5", "job6")] == [cells[2:3], cells[3:]]
     end(queue, "job5", OUT_OF_MEMORY)
     lines = retried(grid)
-    assert lines[0].startswith("1 cell: out of memory: not by themselves; they do not fit into ")
+    assert lines[0].startswith("1 cell: out of memory: not submitted; they do not fit into ")
     assert lines[1] == f"  {cells[2].name}: {OUT_OF_MEMORY}"
     assert list(queue.jobs) == [f"job{number}" for number in range(1, 7)]
 
@@ -172,7 +172,7 @@ def test_a_users_mistake_is_told_and_not_repeated(grid, queue, retried):
     submit(grid, queue, ["grid"])
     end(queue, "job1", "error: data/x is damaged; mend it")
     lines = retried(grid)
-    assert lines[0].startswith("4 cells: error: not by themselves; mend it, then `python -m ")
+    assert lines[0].startswith("4 cells: error: not submitted; correct the error, then `python -m ")
     first = cells_of(queue, "job1")[0]
     assert lines[1:] == [
         f"  4 cells: error: data/x is damaged; mend it; for example {first.name}",
@@ -188,7 +188,7 @@ def test_a_loss_that_was_not_finite_is_tried_again_by_name_alone(grid, queue, re
     finish(grid, others, "task1")
     end(queue, "job1")
     lines = retried(grid)
-    assert lines[0].startswith("1 cell: not finite: not by themselves; change their settings")
+    assert lines[0].startswith("1 cell: not finite: not submitted; change their settings")
     assert lines[1].startswith(f"  {first.name}: the loss was nan at step 2 of 6; ")
     assert len(queue.jobs) == 2
     assert retried(grid, "--cell", first.name, "--dry-run")[-1] == "would submit 1 jobs"
@@ -266,7 +266,7 @@ def test_what_was_cancelled_does_not_rise_by_itself(grid, queue, retried):
     cancel(grid, queue, cells_of(queue, "job1")[:1])
     queue.why.clear()  # and Slurm has forgotten
     lines = retried(grid)
-    assert lines[0].startswith("4 cells: cancelled: not by themselves; `python -m pipeline.submit")
+    assert lines[0].startswith("4 cells: cancelled: not submitted; `python -m pipeline.submit")
     assert len(queue.jobs) == 2
     submit(grid, queue, ["grid"])
     assert len(queue.jobs) == 3
@@ -301,7 +301,7 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
     end(queue, "job4", OUT_OF_MEMORY)
     for job in ("job5", "job6"):
         end(queue, job, "error: the pre-trained backbone x is missing; run grid again")
-    assert retried(grid)[0].startswith("8 cells: out of memory: not by themselves; ")
+    assert retried(grid)[0].startswith("8 cells: out of memory: not submitted; ")
     submit(grid, queue, ["grid"])
     assert len(queue.jobs) == 6
 

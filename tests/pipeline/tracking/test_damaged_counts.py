@@ -209,7 +209,7 @@ def test_the_record_of_a_failure_that_cannot_be_read_is_said_so(tmp_path, packed
     grid.run.failure(cell.signature).mkdir(parents=True)
     (state,) = (s for s in survey(grid, FakeQueue(grid.run.logs)).cells if s.cell == cell)
     assert state.state == "failed"
-    assert state.why.startswith("its record is damaged; change its settings, or delete ")
+    assert state.why.startswith("its record is damaged; change its settings, or try again with ")
 
 
 # --- one bundle, two backbones ----------------------------------------------------------------
