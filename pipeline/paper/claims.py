@@ -23,7 +23,7 @@ from pipeline.paper.verdicts import (
     above,
     ahead,
     alike,
-    amount,
+    apart,
     blocks,
     classes_left_out,
     ends_in_wce,
@@ -42,7 +42,7 @@ RESEMBLES = 0.5
 AGREES = 0.25
 NO_LESS = f"by more than {MARGIN} (the paper's two digits would not show less)"
 SCALE = "the effect of schedules towards WCE over the static CE and dice losses (medians)"
-SAID = {True: "holds", False: "does not hold", None: "cannot be said"}
+SAID = {True: "holds", False: "does not hold", None: "cannot be judged"}
 
 
 def check(evidence: Evidence, paper_datasets: Mapping[str, str]) -> list[Claim]:
@@ -175,7 +175,7 @@ def _schedules_agree(evidence: Evidence) -> Claim:
             },
             lambda: [
                 *(alike(block, pairs, score, AGREES) for score in ("rec", "acc")),
-                _calibration_apart(block, pairs),
+                apart(block, pairs, "cal"),
             ],
         )
 
@@ -456,8 +456,3 @@ def to_markdown(claims: Sequence[Claim]) -> str:
 
 def _static(*terms: str) -> Callable[[Kind], bool]:
     return lambda kind: not kind.scheduled and len(kind.terms) == 1 and kind.terms[0] in terms
-
-
-def _calibration_apart(block: Block, pairs: Sequence[tuple[str, str]]) -> Part:
-    (one, other), furthest = block.furthest(pairs, "cal")
-    return Part(True, f"Cal {amount(furthest)} at the furthest pair ({one} minus {other})")

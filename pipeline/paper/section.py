@@ -16,7 +16,7 @@ from pipeline.scores.evidence import Evidence
 from pipeline.scores.results_file import Results
 from pipeline.scores.score_table import LABELS, Row
 
-_MARKS = {"holds": "✓", "holds in part": "◐", "does not hold": "✗", "cannot be said": "?"}
+_MARKS = {"holds": "✓", "holds in part": "◐", "does not hold": "✗", "cannot be judged": "?"}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean, median, stdev
 
 from data_prep.weights import PRE_FINE
@@ -52,21 +53,21 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """Return `holds`, `does not hold`, `holds in part`, or `cannot be said`."""
+        """Return `holds`, `does not hold`, `holds in part`, or `cannot be judged`."""
         said = {case.holds for case in self.cases} - {None}
         if not said:
-            return "cannot be said"
+            return "cannot be judged"
         if len(said) == 2:
             return "holds in part"
         return "holds" if True in said else "does not hold"
 
     @property
     def extent(self) -> str:
-        """Return the number of cases that hold: `4 of 6 cases, 1 cannot be said`."""
+        """Return the number of cases that hold: `4 of 6 cases, 1 cannot be judged`."""
         said = [case.holds for case in self.cases if case.holds is not None]
         unsaid = len(self.cases) - len(said)
         parts = [f"{sum(said)} of {len(said)} case{'s' * (len(said) != 1)}"] if said else []
-        return ", ".join(parts + [f"{unsaid} cannot be said"] * (unsaid > 0))
+        return ", ".join(parts + [f"{unsaid} cannot be judged"] * (unsaid > 0))
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,11 @@ class Block:
         """Return a loss's score by seed."""
         return self.evidence.by_seed((self.dataset, self.model, loss), score)
 
-    def furthest(
-        self, pairs: Sequence[tuple[str, str]], score: str
-    ) -> tuple[tuple[str, str], Paired]:
-        """Return the pair of losses with the largest difference, and that difference."""
-        found = {names: self.difference(*names, score) for names in pairs}
-        return max(found.items(), key=lambda item: abs(item[1].mean))
+    def differences(
+        self, pairs: Iterable[tuple[str, str]], score: str
+    ) -> dict[tuple[str, str], Paired]:
+        """Return the differences of the pairs that have a seed which defines both scores."""
+        return {names: pair for names in pairs if (pair := self.difference(*names, score)).n}
 
     def effect(self, score: str) -> float:
         """Return the effect of schedules towards WCE on a score.
@@ -170,18 +170,25 @@ def above(block: Block, highs: Sequence[str], lows: Sequence[str], score: str) -
 
     The text gives the difference of the closest pair.
     """
-    pairs = {(high, low): block.difference(high, low, score) for high in highs for low in lows}
-    defined = {names: pair for names, pair in pairs.items() if pair.n}
+    pairs = list(product(highs, lows))
+    defined = block.differences(pairs, score)
     if not defined:
-        return Part(None, f"{LABELS[score]} is defined for no pair")
+        return _of_no_pair(score)
     (high, low), closest = min(defined.items(), key=lambda item: item[1].mean)
     holding = sum(pair.mean > MARGIN for pair in defined.values())
-    undefined = f", {len(pairs) - len(defined)} undefined" if len(defined) < len(pairs) else ""
     return Part(
         holding == len(defined),
         f"{LABELS[score]} {amount(closest)} at the closest pair ({high} over {low}), "
-        f"{holding} of {len(defined)} pairs{undefined}",
+        f"{holding} of {len(defined)} pairs{_undefined(pairs, defined)}",
     )
+
+
+def _of_no_pair(score: str) -> Part:
+    return Part(None, f"{LABELS[score]} is defined for no pair")
+
+
+def _undefined(pairs: Sized, defined: Sized) -> str:
+    return f", {len(pairs) - len(defined)} undefined" if len(defined) < len(pairs) else ""
 
 
 def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: float) -> Part:
@@ -196,14 +203,29 @@ def alike(block: Block, pairs: Sequence[tuple[str, str]], score: str, share: flo
     if limit < MARGIN:
         change = block.effect(score)
         return Part(None, f"no scale: schedules towards WCE change {label} by {change:+z.3f} only")
-    found = [block.difference(*names, score) for names in pairs]
-    (one, other), furthest = block.furthest(pairs, score)
-    holding = sum(abs(pair.mean) <= limit for pair in found)
+    defined = block.differences(pairs, score)
+    if not defined:
+        return _of_no_pair(score)
+    holding = sum(abs(pair.mean) <= limit for pair in defined.values())
     return Part(
-        holding == len(found),
-        f"{label} {amount(furthest)} at the furthest pair ({one} minus {other}) where "
-        f"{limit:.3f} is allowed, {holding} of {len(found)} pairs",
+        holding == len(defined),
+        f"{label} {furthest(defined)} where {limit:.3f} is allowed, "
+        f"{holding} of {len(defined)} pairs{_undefined(pairs, defined)}",
     )
+
+
+def apart(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> Part:
+    """Give the largest difference of the pairs without judging it."""
+    defined = block.differences(pairs, score)
+    if not defined:
+        return Part(True, f"{LABELS[score]} is defined for no pair")
+    return Part(True, f"{LABELS[score]} {furthest(defined)}")
+
+
+def furthest(differences: Mapping[tuple[str, str], Paired]) -> str:
+    """Return the largest difference: `+0.110 ± 0.010 (4 of 4 seeds) at the furthest pair (...)`."""
+    (one, other), largest = max(differences.items(), key=lambda item: abs(item[1].mean))
+    return f"{amount(largest)} at the furthest pair ({one} minus {other})"
 
 
 def amount(pair: Paired) -> str:
@@ -240,7 +262,7 @@ def ahead(block: Block, pairs: Sequence[tuple[str, str]], score: str) -> list[in
     The value is 0 if they differ by at most `MARGIN`. Pairs without a seed that defines both scores
     are left out.
     """
-    means = [pair.mean for names in pairs if (pair := block.difference(*names, score)).n]
+    means = [pair.mean for pair in block.differences(pairs, score).values()]
     return [(mean > MARGIN) - (mean < -MARGIN) for mean in means]
 
 

@@ -106,7 +106,7 @@ def test_the_page_sets_the_results_beside_the_paper(page):
                 "The paper's claims on these results", "Losses compared over seeds"]  # fmt: skip
     assert all(heading in text for heading in headings)
     assert "camvid: not comparable, its 11 classes are those of none" in text
-    assert "? FL and CEMP have the worst calibration. cannot be said" in text
+    assert "? FL and CEMP have the worst calibration. cannot be judged" in text
     assert "missing: camvid/fcn_resnet101/FL; camvid/fcn_resnet101/CEMP" in text
     assert "Without CE in the grid" in text
     (against,) = re.findall(r"camvid · fcn_resnet101, minus (\w+)", text)

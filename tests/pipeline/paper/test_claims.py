@@ -1,5 +1,5 @@
 """The paper's claims: on the paper's own table, and on grids where they hold, fail, or cannot be
-said."""
+judged."""
 
 import json
 import math
@@ -76,13 +76,13 @@ CLAIMS = list(judged(grid()))
         ("back_to_ce", "holds", "6 of 6 cases"),
         ("schedules_agree", "holds", "6 of 6 cases"),
         ("no_trend", "holds", "3 of 3 cases"),
-        ("ramps_matter_little", "cannot be said", "6 cannot be said"),
-        ("ratios_matter_little", "cannot be said", "6 cannot be said"),
-        ("dice_varies_most", "cannot be said", "6 cannot be said"),
-        ("deeplab_against_fcn", "holds", "2 of 2 cases, 1 cannot be said"),
+        ("ramps_matter_little", "cannot be judged", "6 cannot be judged"),
+        ("ratios_matter_little", "cannot be judged", "6 cannot be judged"),
+        ("dice_varies_most", "cannot be judged", "6 cannot be judged"),
+        ("deeplab_against_fcn", "holds", "2 of 2 cases, 1 cannot be judged"),
         ("deeplab_calibrates_worse", "holds", "3 of 3 cases"),
         ("no_class_left_out", "holds", "2 of 2 cases"),
-        ("pre_fine_wins", "holds in part", "21 of 24 cases, 2 cannot be said"),
+        ("pre_fine_wins", "holds in part", "21 of 24 cases, 2 cannot be judged"),
     ],
 )
 def test_the_papers_own_table_supports_its_claims(claim, verdict, extent):
@@ -151,7 +151,7 @@ def test_accuracy_must_fall_too():
 
 def test_a_loss_with_one_spread_larger_than_dice_refutes_that_dice_varies_most():
     steady = grid(without=("WDL",))
-    assert judged(steady)["dice_varies_most"].verdict == "cannot be said"
+    assert judged(steady)["dice_varies_most"].verdict == "cannot be judged"
     wild = {k: dict(v) for k, v in grid().scores.items()}
     wild["voc", FCN, "FL"] = {s: {**of, "rec": 0.6 + 0.1 * s} for s, of in enumerate(
         wild["voc", FCN, "FL"].values())}  # fmt: skip
@@ -199,6 +199,19 @@ def test_pairs_without_a_seed_in_common_are_no_evidence_against_a_trend():
         unlike[*key[:2], "DLACE"] = grid(rise).scores[*key[:2], "DLACE"]
     found = judged(replace(grid(), scores=unlike))["no_trend"]
     assert {f.dataset: f.holds for f in found.cases} == {"voc": False, "cityscapes": None}
+
+
+def test_pairs_without_a_seed_in_common_do_not_refute_that_schedules_agree():
+    changed = {k: {s + 10 * (k[2] == "DLACE"): of for s, of in v.items()}
+               for k, v in grid().scores.items()}  # fmt: skip
+    claim = judged(replace(grid(), scores=changed))["schedules_agree"]
+    assert {case.holds for case in claim.cases} == {True}
+    assert all(text.endswith("3 of 3 pairs, 1 undefined") for text in claim.cases[0].texts[:2])
+    none = {k: {s + 10 * ("A" in k[2]): of for s, of in v.items()} for k, v in changed.items()}
+    claim = judged(replace(grid(), scores=none))["schedules_agree"]
+    assert claim.verdict == "cannot be judged"
+    assert claim.cases[0].texts == tuple(f"{score} is defined for no pair"
+                                         for score in ("Rec", "Acc", "Cal"))  # fmt: skip
 
 
 def test_a_static_mixture_with_weighted_ce_must_raise_recall_as_a_schedule_does():
@@ -253,7 +266,7 @@ MISSING = {
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_without_its_cells_a_claim_cannot_be_said_and_names_what_is_missing(claim):
     found = judged(grid(without=MISSING[claim]))[claim]
-    assert found.verdict == "cannot be said"
+    assert found.verdict == "cannot be judged"
     assert all(text.startswith("missing: ") for f in found.cases for text in f.texts)
     assert found.cases[0].dataset in found.cases[0].texts[0]
 
@@ -269,7 +282,7 @@ def test_where_scheduling_changes_nothing_there_is_no_scale_to_call_a_difference
         flat[key] = {seed: {**one, "rec": 0.5, "acc": 0.5} for seed, one in of.items()}
     found = judged(replace(grid(), scores=flat))
     assert found["recall_for_accuracy"].verdict == "does not hold"
-    assert found["schedules_agree"].verdict == "cannot be said"
+    assert found["schedules_agree"].verdict == "cannot be judged"
     assert (
         "schedules towards WCE change Rec by +0.000 only"
         in found["schedules_agree"].cases[0].texts[0]
@@ -314,7 +327,7 @@ def test_machines_read_verdicts_and_the_names_of_the_cells_compared():
 
 def test_people_read_a_sentence_a_verdict_and_escaped_names():
     text = to_markdown(list(judged(grid(without=("CEMP",))).values()))
-    assert "## FL and CEMP have the worst calibration.\n\n**cannot be said**" in text
+    assert "## FL and CEMP have the worst calibration.\n\n**cannot be judged**" in text
     assert r"missing: voc/fcn\_resnet101/CEMP" in text
 
 
