@@ -175,6 +175,15 @@ def _srun_starts_mpi(environ: Mapping[str, str]) -> bool:
     return plugin != "none" or "PMIX_RANK" in environ or "PMI_RANK" in environ
 
 
+def cpus_of_rank(env: RankEnv, environ: Mapping[str, str] = os.environ) -> int:
+    """Return the number of CPUs that this rank may use: a share of those that it can run on."""
+    if environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return int(environ["SLURM_CPUS_PER_TASK"])
+    local_size = environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
+    ranks = int(local_size) if local_size.isdigit() else env.world_size
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def torch_home(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of downloaded weights, as `torch.hub.get_dir` finds it."""
     cache = environ.get("XDG_CACHE_HOME") or expanded("~/.cache")

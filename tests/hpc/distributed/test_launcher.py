@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpc.distributed.launcher import RankEnv, default_config, read_env, single_process, torch_home
+from hpc.distributed.launcher import (
+    RankEnv,
+    cpus_of_rank,
+    default_config,
+    read_env,
+    single_process,
+    torch_home,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -212,3 +220,18 @@ def test_the_environment_names_a_grid_file():
     assert default_config({}) is None
     assert default_config({"LOSSGRID_CONFIG": ""}) is None
     assert default_config({"LOSSGRID_CONFIG": "~/a.toml"}) == Path("~/a.toml").expanduser()
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks", "cpus"),
+    [
+        ({}, 1, 12),
+        ({}, 4, 3),
+        ({}, 16, 1),
+        ({"LOCAL_WORLD_SIZE": "2"}, 8, 6),  # torchrun on four nodes
+        ({"SLURM_CPUS_PER_TASK": "10"}, 8, 10),
+    ],
+)
+def test_a_rank_uses_its_share_of_the_cpus_of_its_node(monkeypatch, environ, ranks, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert cpus_of_rank(replace(single_process(), world_size=ranks), environ) == cpus

@@ -14,13 +14,16 @@ from data_prep.pack import pack
 from data_prep.settings import VOID, parse_dataset
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.reader import SplitReader
+from hpc.distributed.launcher import single_process
+from hpc.distributed.process_group import Group
 from hpc.storage.atomic import fingerprint
 from jobs.kernels.fused_counts import count_upsampled
 from jobs.metrics.counts import NAMES, Counts
 from jobs.metrics.reference import count_image
 from jobs.models.build import normalise, upsample
 from jobs.spec.protocol import Protocol
-from jobs.training.evaluate import evaluate
+from jobs.training import evaluate as evaluation
+from jobs.training.evaluate import count, evaluate
 from tests.jobs.ranks import on_ranks
 
 CELLS = 2
@@ -146,3 +149,41 @@ def merged(counts, generator):
         other = left.pop(generator.integers(len(left)))
         left.append(one + other)
     return left[0]
+
+
+def evaluated_here(packed, forward, device="cpu"):
+    """The counts of both cells on one rank in this process, in one pass over the logits."""
+    group = Group(single_process(), torch.device(device))
+    reader = SplitReader(packed, "val")
+    return evaluate(forward, CELLS, reader, len(packed.classes), FUSED, group, lambda: False)
+
+
+def test_a_gpu_has_its_next_image_before_the_last_one_is_counted(packed, monkeypatch):
+    events, images = [], packed.splits["val"].images
+
+    def noted_forward(image):
+        events.append("forward")
+        return forward(image, len(packed.classes))
+
+    def noted_count(*arguments):
+        events.append("count")
+        return count(*arguments)
+
+    monkeypatch.setattr(evaluation, "count", noted_count)
+    evaluated_here(packed, noted_forward)
+    counts = ["count"] * CELLS
+    assert events == ["forward"] + (["forward", *counts]) * (images - 1) + counts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_real_gpu_counts_what_a_cpu_counts_of_the_same_logits(packed):
+    def exact(images):  # sums of few small integers: equal on every device
+        return [cell.round() for cell in forward(images.cpu(), len(packed.classes))]
+
+    def on_gpu(images):
+        return [cell.cuda(non_blocking=True) for cell in exact(images)]
+
+    for found, expected in zip(
+        evaluated_here(packed, on_gpu, "cuda"), evaluated_here(packed, exact), strict=True
+    ):
+        assert found.equals(expected)
