@@ -24,7 +24,7 @@ from hpc.storage.atomic import file_sha256, read_json, write_json
 from jobs.metrics.counts import Counts
 from jobs.metrics.scores import scores
 from jobs.models.build import Network
-from jobs.models.memory_format import in_order
+from jobs.models.memory_format import for_file
 from jobs.spec.cell import Cell, pretraining_cell
 from jobs.spec.task import Task, read_task
 from jobs.train import evaluate_cells, make_trainers, stop_and_requeue, train
@@ -106,7 +106,7 @@ def publish_backbone(
     path = job.task.paths.backbone(consumer.backbone_key)
     assert isinstance(trainer.network, Network)
     check = job.generation.check
-    checkpoint.write_tensors(path, in_order(trainer.network.backbone.state_dict()), check)
+    checkpoint.write_tensors(path, for_file(trainer.network.backbone.state_dict()), check)
     record = {
         "sha256": file_sha256(path),
         "manifest": manifest.fingerprint,

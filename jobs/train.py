@@ -32,7 +32,7 @@ from jobs.data.loader import Transfer, load_steps
 from jobs.losses.functional import class_weights
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
-from jobs.models.memory_format import in_order
+from jobs.models.memory_format import for_file
 from jobs.spec.cell import Cell
 from jobs.spec.counts_file import cell_record, counted_cells, write_counts
 from jobs.spec.task import Task, read_task
@@ -249,7 +249,7 @@ def publish(
 def save_head(
     job: JobRun, trainer: CellTrainer, manifest: Manifest, backbone: LoadedBackbone
 ) -> None:
-    """Write the head of a cell, or its network, as a file that loads with `weights_only=True`.
+    """Write the head of a cell, or its network; `torch.load` needs no GPU and no pickled code.
 
     It includes the running statistics of a frozen backbone if training moved them.
     """
@@ -257,8 +257,8 @@ def save_head(
         "cell": trainer.cell.model_dump(mode="json"),
         "classes": list(manifest.classes),
         "backbone_sha256": backbone.sha256,
-        "weights": in_order(trainer.network.state_dict()),
-        "backbone": moving_buffers(backbone.module, trainer.cell.protocol),
+        "weights": for_file(trainer.network.state_dict()),
+        "backbone": for_file(moving_buffers(backbone.module, trainer.cell.protocol)),
     }
     path = job.task.paths.head(trainer.cell.signature)
     checkpoint.write_tensors(path, content, job.generation.check)

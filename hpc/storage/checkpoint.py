@@ -89,7 +89,8 @@ def save(
         folder: where checkpoints lie.
         step: number of steps done.
         generation: the claim of this start.
-        entries: the states to save, of tensors and plain values.
+        entries: the states to save, of tensors and plain values. Each is read once, in order, and
+            not held beyond its file: a mapping may make a state when it is read.
         record: plain values that describe all entries.
         resumed: as for `prune`.
 
@@ -125,11 +126,11 @@ def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dic
 
     checksums, synced = {}, []
     with ThreadPoolExecutor(1) as syncer, _without_crc32():
-        for name, state in entries.items():
+        for name in entries:
             path = folder / f"{name}.pt"
             with path.open("wb") as file:
                 summing = SummingFile(file)
-                _dump(state, cast(BinaryIO, summing))
+                _dump(entries[name], cast(BinaryIO, summing))
             checksums[name] = _checksum(summing.crc32)
             synced.append(syncer.submit(fsync, path))
         for one in synced:

@@ -44,7 +44,10 @@ def alike(x: Tensor, other: Tensor) -> Tensor:
     return by_pixel(x) if is_last else x
 
 
-def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as contiguous ones for a file; copies only if they are not."""
+def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous and in main memory, so that a file loads without a GPU.
+
+    A tensor that is so already is not copied. On a GPU only one tensor at a time has a copy.
+    """
     # flattened too, because an axis of length 1 keeps the stride of its former format
-    return {name: t.contiguous().flatten().view(t.shape) for name, t in tensors.items()}
+    return {name: t.contiguous().flatten().view(t.shape).cpu() for name, t in tensors.items()}

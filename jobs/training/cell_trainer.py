@@ -21,7 +21,7 @@ from jobs.data.batches import Batch
 from jobs.losses.functional import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
-from jobs.models.memory_format import alike, in_order, place
+from jobs.models.memory_format import alike, for_file, place
 from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 
@@ -125,8 +125,8 @@ class CellTrainer:
         """Return everything that a step changes, as contiguous tensors and plain values."""
         momentum = self._optimizer.state_dict()["state"]
         return {
-            "network": in_order(self.network.state_dict()),
-            "momentum": {i: in_order(one) for i, one in momentum.items()},
+            "network": for_file(self.network.state_dict()),
+            "momentum": {i: for_file(one) for i, one in momentum.items()},
             "scaler": self._scaler.state_dict(),
         }
 

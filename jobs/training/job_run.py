@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from data_prep.shards.manifest import ROOTS, Manifest
 from hpc.cli import UserError, one_line
@@ -22,6 +23,7 @@ from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged, read_json, write_json
 from hpc.storage.fencing import Generation, Superseded, claim
 from jobs.models.build import Backbone
+from jobs.models.memory_format import for_file
 from jobs.spec.cell import Cell
 from jobs.spec.task import Task
 from jobs.training.backbone import moving_buffers
@@ -211,7 +213,7 @@ class JobRun:
         self, step: int, trainers: Sequence[CellTrainer], backbone: Backbone | None
     ) -> None:
         buffers = moving_buffers(backbone, self.task.cells[0].protocol)
-        entries = {t.cell.signature: {**t.state(), "backbone": buffers} for t in trainers}
+        entries = _States({t.cell.signature: t for t in trainers}, for_file(buffers))
         record = {"inputs": dict(self.inputs), "provenance": self.provenance}
         folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started
         checkpoint.save(folder, step, self.generation, entries, record, resumed)
@@ -271,6 +273,23 @@ class JobRun:
         """Print a line to the job's log on rank 0."""
         if self.group.is_main:
             print(one_line(f"{self.label}: {text}"), file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _States(Mapping[str, dict[str, Any]]):
+    """The states of `trainers` for a checkpoint, by cell; each is made when it is read."""
+
+    trainers: Mapping[str, CellTrainer]
+    buffers: Mapping[str, Tensor]  # of the frozen backbone, if training moves them
+
+    def __getitem__(self, signature: str) -> dict[str, Any]:
+        return {**self.trainers[signature].state(), "backbone": self.buffers}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.trainers)
+
+    def __len__(self) -> int:
+        return len(self.trainers)
 
 
 def require_data(task: Task, manifest: Manifest, group: Group) -> None:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zlib
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -420,6 +422,31 @@ def test_a_large_unit_comes_back_and_its_checksum_is_that_of_its_file(run):
     assert torch.equal(states["a"]["weights"], weights)
 
 
+class Made(UserDict):
+    """States that are made when they are read, as copies from a GPU are."""
+
+    def __init__(self, names):
+        super().__init__(dict.fromkeys(names))
+        self.alive = weakref.WeakSet()
+        self.most = 0
+
+    def __getitem__(self, name):
+        weight = torch.full((1000,), float(ord(name)))
+        self.alive.add(weight)
+        self.most = max(self.most, len(self.alive))
+        return {"weight": weight}
+
+
+def test_one_state_at_a_time_is_in_memory(run):
+    states = Made("abc")
+    checkpoint.save(run.folder, 1, run.start("a", "b", "c"), states, {})
+    assert states.most == 1 and not states.alive
+    _, loaded, _, _ = checkpoint.load_latest(run.folder, "abc")
+    assert {name: state["weight"][0].item() for name, state in loaded.items()} == {
+        "a": 97, "b": 98, "c": 99,
+    }  # fmt: skip
+
+
 def test_saving_leaves_torchs_options_unchanged(run):
     before = torch.serialization.get_crc32_options()
     run.save(1, run.start("a"), "a")
@@ -449,11 +476,12 @@ from hpc.storage.fencing import claim
 root = Path(sys.argv[1])
 mine = claim(root / "generations", ["a"])
 class Slow(dict):
-    def items(self):
-        yield "a", {"weight": torch.zeros(1000)}
-        print("writing", flush=True)
-        time.sleep(60)
-checkpoint.save(root / "checkpoints", 20, mine, Slow(a={}), {})
+    def __getitem__(self, name):
+        if name == "b":
+            print("writing", flush=True)
+            time.sleep(60)
+        return {"weight": torch.zeros(1000)}
+checkpoint.save(root / "checkpoints", 20, mine, Slow(a=None, b=None), {})
 """
 
 

@@ -5,20 +5,26 @@ Here a CPU uses that memory format: the numbers are the same, and files do not c
 
 import copy
 import io
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hpc.storage import checkpoint
 from jobs import train as job
 from jobs.models import memory_format as layout
-from jobs.models.build import build_backbone
+from jobs.models.build import build_backbone, build_head
 from jobs.models.memory_format import memory_format
 from jobs.models.registry import MODELS
 from jobs.spec.run_paths import RunPaths
 from jobs.train import features
+from jobs.training.backbone import LoadedBackbone
 from jobs.training.cell_trainer import CellTrainer
+from jobs.training.job_run import JobRun
 from jobs.training.predictor import Predictor
 from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, MODEL, a_cell, a_share
 from tests.jobs.ranks import on_ranks
@@ -156,6 +162,32 @@ def test_a_file_is_the_same_byte_for_byte(alone, monkeypatch):
     usual.load(other.state())
     assert all(p.is_contiguous() for p in usual.network.parameters())
     assert_equal_states(usual.state(), other.state())
+
+
+def test_what_a_gpu_saves_loads_without_one(alone, monkeypatch):
+    """torch's fake tensors have a device and a memory format, and no data."""
+    written = []
+    monkeypatch.setattr(
+        checkpoint, "write_tensors", lambda _, content, *__: written.append(content)
+    )
+    monkeypatch.setattr(checkpoint, "save", lambda *a: written.extend(dict(a[3]).values()))
+    cell = a_cell(model=DEEPLAB, backbone_batchnorm="train")
+    trainer = trainee_of(cell, alone)
+    task = SimpleNamespace(cells=[cell], paths=RunPaths("run"))
+    run = mock.Mock(task=task, bundle_key="bundle", inputs={}, _started=(0, 0))
+    with FakeTensorMode(), torch.device("cuda"):
+        backbone = build_backbone("mobilenet_v3_large", 0, 0.1)
+        trainer.network = build_head(DEEPLAB, 3, 0, 0.1)
+        for one in trainer._optimizer.state.values():
+            one["momentum_buffer"] = torch.empty(5, 3).T
+        JobRun._write_checkpoint(run, 1, [trainer], backbone)
+        loaded = LoadedBackbone(backbone, "")
+        job.save_head(run, trainer, SimpleNamespace(classes=["a"]), loaded)
+        state, head = written
+        for part in (state["network"], state["backbone"], head["weights"], head["backbone"]):
+            assert {(t.device.type, t.is_contiguous()) for t in part.values()} == {("cpu", True)}
+        for one in state["momentum"].values():
+            assert one["momentum_buffer"].is_cpu and one["momentum_buffer"].is_contiguous()
 
 
 @pytest.mark.parametrize("model", [MODEL, DEEPLAB])
