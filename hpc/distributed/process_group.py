@@ -22,7 +22,7 @@ from torch import Tensor
 from hpc.cli import UserError, named_wait
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.timer import Stopwatch
-from hpc.storage.atomic import write_text
+from hpc.storage.atomic import remove_file, write_text
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank waits no longer for one that died
 COMMUNICATION = "communication"
@@ -77,12 +77,6 @@ class Group:
             dist.broadcast_object_list(box, src=source)
         return box[0]
 
-    def barrier(self) -> None:
-        """Block until all ranks have called this."""
-        if self.world_size > 1:
-            with self.watch.part(COMMUNICATION):
-                dist.barrier()
-
 
 @contextmanager
 def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
@@ -106,11 +100,13 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
         dist.init_process_group(
             backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
         )
+    if env.rank == 0:
+        remove_file(_address_file(env, rendezvous))  # all ranks have read it
     try:
         yield Group(env, device)
     except BaseException as error:
         # free what the frames hold, such as DDP's hooks, before the group: freed after it, at the
-        # end of the process, they sometimes wait for ever
+        # end of the process, they sometimes wait forever
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -148,7 +144,7 @@ def _store(env: RankEnv, rendezvous: Path) -> dist.Store:
         return _torchrun_store(env)
     if env.launcher == "mpi":
         return _mpi_store(env)
-    address = rendezvous / f"{env.start_id}.addr"
+    address = _address_file(env, rendezvous)
     if env.rank == 0:
         store = _listen(env)
         write_text(address, f"{_own_address(env)} {store.port}")
@@ -156,6 +152,10 @@ def _store(env: RankEnv, rendezvous: Path) -> dist.Store:
     with named_wait(f"rank 0 to leave its address in {address}"):
         host, port = _wait_for(address).split()
     return _connect(env, host, int(port))
+
+
+def _address_file(env: RankEnv, rendezvous: Path) -> Path:
+    return rendezvous / f"{env.start_id}.addr"
 
 
 def _torchrun_store(env: RankEnv) -> dist.Store:
@@ -206,8 +206,8 @@ def _interfaces() -> list[str]:
 def _own_address(env: RankEnv) -> str:
     """Return the address at which the other ranks reach this one.
 
-    This is loopback if all are on this node, else the address of the host name. If that is
-    loopback too, as on Debian, return the name, which other nodes resolve better.
+    This is loopback if all are on this node, else the address of the host name. If the name means
+    loopback here, as on Debian, or nothing, return the name: other nodes may resolve it.
     """
     if env.on_one_node:
         return _LOOPBACK
@@ -215,7 +215,7 @@ def _own_address(env: RankEnv) -> str:
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        return _LOOPBACK
+        return name
     return name if address.startswith("127.") else address
 
 
