@@ -5,15 +5,16 @@ Run it on the login node, since compute nodes have no internet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.settings import DatasetSettings, read_datasets
 from data_prep.sources import source_module
+from hpc.account import expanded
 from hpc.cli import MissingInput, UserError, argument_parser, run
 from hpc.config import did_you_mean, read_toml, shown, user_path
-from hpc.distributed.launcher import torch_home
 from hpc.storage.atomic import Damaged, file_sha256, new_file
 
 T = TypeVar("T", dict, list)
@@ -50,6 +51,12 @@ PUBLISHED = ("imagenet", "coco", PRE_FINE)
 WITHOUT_FILE = ("none", "pretrain")
 
 
+def _torch_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of downloaded weights, as `torch.hub.get_dir` finds it."""
+    cache = environ.get("XDG_CACHE_HOME") or expanded("~/.cache")
+    return expanded(environ.get("TORCH_HOME") or Path(cache) / "torch")
+
+
 def weights_path(weights: str, model: str) -> Path:
     """Return the path of the file that `weights` means for `model`. It may be missing.
 
@@ -61,7 +68,7 @@ def weights_path(weights: str, model: str) -> Path:
         UserError: no such weights are published for the model.
     """
     if (weights, model) in FILES:
-        return torch_home() / "hub" / "checkpoints" / FILES[weights, model]
+        return _torch_home() / "hub" / "checkpoints" / FILES[weights, model]
     if weights in PUBLISHED:
         models = [name for kind, name in FILES if kind == weights]
         raise UserError(

@@ -1,4 +1,4 @@
-"""Read the launcher's environment: rank, world size, job. Needs the standard library only."""
+"""Read rank, world size and job from the launcher's environment, without heavy imports."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from hpc.account import expanded
 
 Launcher = Literal["torchrun", "submitit-local", "slurm", "mpi", "single"]
 
-# Open MPI; MPICH, Intel MPI and Slurm's pmi2; MVAPICH
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-# Open MPI; MPICH and Intel MPI
+# rank, size, local rank and local size of Open MPI; MPICH, Intel MPI and Slurm's pmi2; MVAPICH2
 _MPI_NAMES = (
     (
         "OMPI_COMM_WORLD_RANK",
@@ -24,6 +19,12 @@ _MPI_NAMES = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    (
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
 )
 
 
@@ -32,7 +33,8 @@ class RankEnv:
     """The place of this process in its job.
 
     `start_id` is equal on all ranks of one start of a job and differs from every other start. With
-    it, ranks find each other, and not the ranks of an earlier start.
+    it, ranks find each other, and not the ranks of an earlier start. Under torchrun it is unique
+    only within the agent's store.
     """
 
     launcher: Launcher
@@ -41,7 +43,7 @@ class RankEnv:
     local_rank: int
     node: str  # host name
     job_id: str  # Slurm's, as `scontrol requeue` takes it; "" outside Slurm
-    start_id: str  # "" under `mpiexec`, which gives none, and for one rank
+    start_id: str  # "" under `mpiexec` and without a launcher
     master: tuple[str, int] | None = None  # address and port of rank 0, if the launcher chose them
     agent_store: bool = False  # torchrun's agent serves that port; every rank is a client
     on_one_node: bool = False  # whether the launcher says that all ranks share a node
@@ -50,9 +52,9 @@ class RankEnv:
 def read_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
     """Return the place of this process in its job.
 
-    torchrun's variables come first, since they are the most explicit. Slurm's count only inside an
-    `srun` step: a batch shell has them too, but is one process. `mpiexec` inside an allocation
-    starts its ranks in a step of its own, which has one task per node.
+    torchrun's variables come first, since they are the most explicit. Slurm's variables count only
+    inside an `srun` step, since a batch shell has them too. `mpiexec` inside an allocation starts
+    its ranks in a step of its own, which has one task per node.
     """
     if _has_torchrun(environ):
         return _torchrun_rank(environ)
@@ -128,8 +130,8 @@ def single_process() -> RankEnv:
 
 
 def _has_torchrun(environ: Mapping[str, str]) -> bool:
-    # variables left over from another launcher: some are missing, or the world is smaller than the
-    # Slurm step of this process
+    # Ignore variables left over from another launcher: some are missing, or their world is smaller
+    # than the Slurm step of this process.
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
         return False
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1") if "SLURM_STEP_ID" in environ else "1"
@@ -152,9 +154,9 @@ def _slurm_job(environ: Mapping[str, str]) -> str:
 
 def announced_mpi_size(environ: Mapping[str, str]) -> int | None:
     """Return the number of ranks that an MPI launcher announced; None without an MPI launcher."""
-    for name in _MPI_SIZES:
-        if environ.get(name, "").isdigit():
-            return int(environ[name])
+    for _, size, *_ in _MPI_NAMES:
+        if environ.get(size, "").isdigit():
+            return int(environ[size])
     return srun_tasks(environ) if _srun_starts_mpi(environ) else None
 
 
@@ -182,15 +184,3 @@ def cpus_of_rank(env: RankEnv, environ: Mapping[str, str] = os.environ) -> int:
     local_size = environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
     ranks = int(local_size) if local_size.isdigit() else env.world_size
     return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-def torch_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of downloaded weights, as `torch.hub.get_dir` finds it."""
-    cache = environ.get("XDG_CACHE_HOME") or expanded("~/.cache")
-    return expanded(environ.get("TORCH_HOME") or Path(cache) / "torch")
-
-
-def default_config(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the grid file that `$LOSSGRID_CONFIG` names; None if it is not set or empty."""
-    name = environ.get("LOSSGRID_CONFIG")
-    return expanded(name) if name else None

@@ -20,9 +20,9 @@ from pydantic import Field
 
 from data_prep.settings import DatasetSettings, parse_dataset
 from data_prep.weights import PRE_FINE
+from hpc.account import expanded
 from hpc.cli import UserError
 from hpc.config import Name, Settings, did_you_mean, parse, read_toml, shown, user_path
-from hpc.distributed.launcher import default_config
 from hpc.scheduler.cluster_profile import ClusterProfile, read_profile
 from hpc.storage.atomic import fingerprint
 from jobs.losses.grammar import LossSpec
@@ -112,17 +112,23 @@ class Grid:
         return parse(ClusterProfile, self.profile, f"{self.path}: [cluster]")
 
 
+def _default_config(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the grid file that `$LOSSGRID_CONFIG` names; None if it is not set or empty."""
+    name = environ.get("LOSSGRID_CONFIG")
+    return expanded(name) if name else None
+
+
 def find_config(given: str | Path | None) -> Path:
     """Return the path of the grid file: `given`, `$LOSSGRID_CONFIG`, or ./lossgrid.toml.
 
     Raises `UserError`, which lists the files in configs/, if it does not exist.
     """
-    path = Path(given) if given else default_config() or DEFAULT_CONFIG
+    path = Path(given) if given else _default_config() or DEFAULT_CONFIG
     if path.is_file():
         return path
     known = sorted(str(p) for p in CONFIGS.glob("*.toml"))
     hint = f"; there are {', '.join(known)}" if known else ""
-    if given or default_config():
+    if given or _default_config():
         raise UserError(f"there is no grid file {path}{hint}")
     raise UserError(
         f"no grid file: give one, set LOSSGRID_CONFIG, or change to a folder with {path}{hint}"

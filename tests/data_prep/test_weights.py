@@ -1,6 +1,7 @@
 """Published pre-trained weights are found, fetched and checked."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,11 @@ def test_the_command_refuses_a_file_that_is_no_grid(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         weights.main([str(path)])
     assert str(error.value) == f"{path}: {message}"
+
+
+def test_the_folder_of_weights_is_torchs():
+    home = Path("~").expanduser()
+    assert weights._torch_home({"TORCH_HOME": "~/weights"}) == home / "weights"
+    assert weights._torch_home({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/torch")
+    assert weights._torch_home({"TORCH_HOME": "/a", "XDG_CACHE_HOME": "/cache"}) == Path("/a")
+    assert weights._torch_home({}) == home / ".cache/torch"

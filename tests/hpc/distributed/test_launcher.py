@@ -13,10 +13,8 @@ import pytest
 from hpc.distributed.launcher import (
     RankEnv,
     cpus_of_rank,
-    default_config,
     read_env,
     single_process,
-    torch_home,
 )
 
 REPOSITORY = Path(__file__).parents[3]
@@ -48,6 +46,9 @@ OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     "PMIX_RANK": "2",
 }  # fmt: skip
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "0",
+}  # fmt: skip
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "PMI_FD": "7"}
 
 
@@ -66,8 +67,18 @@ def place(environ) -> tuple[str, int, int, int]:
         (TORCHRUN, ("torchrun", 5, 8, 1)),
         (OPENMPI, ("mpi", 2, 3, 0)),
         (MPICH, ("mpi", 1, 2, 1)),
+        (MVAPICH, ("mpi", 1, 2, 0)),
     ],
-    ids=["nothing", "srun", "batch shell", "local queue", "torchrun", "Open MPI", "MPICH"],
+    ids=[
+        "nothing",
+        "srun",
+        "batch shell",
+        "local queue",
+        "torchrun",
+        "Open MPI",
+        "MPICH",
+        "MVAPICH",
+    ],
 )
 def test_each_launcher_gives_rank_and_world_size(environ, expected):
     assert place(environ) == expected
@@ -86,6 +97,7 @@ def test_each_launcher_gives_rank_and_world_size(environ, expected):
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, True),
         ({**MPICH, "MPI_LOCALNRANKS": "2"}, True),
+        ({**MVAPICH, "MV2_COMM_WORLD_LOCAL_SIZE": "1"}, False),
     ],
 )
 def test_launchers_say_whether_all_ranks_are_on_one_node(environ, expected):
@@ -206,20 +218,6 @@ def test_the_environment_of_this_process_is_the_default(monkeypatch):
             monkeypatch.delenv(name)
     assert isinstance(read_env(), RankEnv)
     assert read_env().world_size == 1
-
-
-def test_the_folder_of_weights_is_torchs():
-    home = Path("~").expanduser()
-    assert torch_home({"TORCH_HOME": "~/weights"}) == home / "weights"
-    assert torch_home({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/torch")
-    assert torch_home({"TORCH_HOME": "/a", "XDG_CACHE_HOME": "/cache"}) == Path("/a")
-    assert torch_home({}) == home / ".cache/torch"
-
-
-def test_the_environment_names_a_grid_file():
-    assert default_config({}) is None
-    assert default_config({"LOSSGRID_CONFIG": ""}) is None
-    assert default_config({"LOSSGRID_CONFIG": "~/a.toml"}) == Path("~/a.toml").expanduser()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from hpc.cli import UserError
 from jobs.losses.grammar import Knot, Term
 from jobs.spec.cell import bundles
+from pipeline.config import grid_file as grid_files
 from pipeline.config.grid_file import read_grid
 from pipeline.planning.plan import Plan, make_plan
 from tests.pipeline.grids import grid_file, small_grid
@@ -319,3 +320,11 @@ def test_schedules_are_tried_with_each_ramp(tmp_path):
 def test_a_ramp_that_does_not_rise_is_refused(tmp_path, ramp):
     with pytest.raises(UserError, match=r"ramps: .* must be \[s, e\] with 0 < s < e"):
         small_grid(tmp_path, top=f"ramps = [{ramp}]\n")
+
+
+def test_the_environment_names_a_grid_file():
+    assert grid_files._default_config({}) is None
+    assert grid_files._default_config({"LOSSGRID_CONFIG": ""}) is None
+    assert (
+        grid_files._default_config({"LOSSGRID_CONFIG": "~/a.toml"}) == Path("~/a.toml").expanduser()
+    )
