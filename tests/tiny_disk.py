@@ -71,7 +71,7 @@ class Disk:
                     continue
 
     def open(self) -> None:
-        """Somebody has made room, or mended it."""
+        """Somebody has made room, or fixed it."""
         if self.mode == "read-only":
             self._remount("rw")
         else:

@@ -97,7 +97,7 @@ def with_progress(items: Iterator[R], total: int, title: str) -> Iterator[R]:
 
 
 def _die_with_parent() -> None:
-    # otherwise a worker whose parent was killed waits for work for ever
+    # otherwise a worker whose parent was killed waits for work forever
     parent = multiprocessing.parent_process()
     assert parent is not None
     leave = partial(_leave_after, parent.join)

@@ -29,14 +29,14 @@ def launch(profile: ClusterProfile, report: Report) -> str:
         )
     if not facts:
         raise UserError(
-            f"job {report.job} ended before it reported anything ({report.ended}); mend setup or "
+            f"job {report.job} ended before it reported anything ({report.ended}); fix setup or "
             "python in the profile"
         )
     sizes = sorted({rank["world_size"] for rank in facts})
     if sizes != [wanted]:
         raise UserError(
             f"ranks see a world size of {', '.join(map(str, sizes))}, not {wanted}: the variables "
-            "of srun did not reach Python; mend python in the profile"
+            "of srun did not reach Python; fix python in the profile"
         )
     if missing := sorted(set(range(wanted)) - {rank["rank"] for rank in facts}):
         raise UserError(
@@ -60,22 +60,23 @@ def shared_folder(report: Report) -> str:
 
 
 def clocks(report: Report, most: float) -> str:
-    """Check that no node's clock differs from this one's by `most` seconds or more."""
+    """Check that no node's clock differs from this node's by `most` seconds or more."""
     found = _of_nodes(report, "clock", "without a shared folder clocks cannot be compared")
     worst = 0.0
     for node, times in found.items():
-        # the node wrote before, and read the answer after, this node's clock was read
-        ahead = times["left"] - times["between"], times["came"] - times["between"]
-        surely = max(ahead[0], -ahead[1])
-        mend = "ask the site's administrators to set it (chrony, NTP), or exclude the node"
+        # this node read its clock after the other sent, and before the other received
+        ahead = times["sent"] - times["login_time"], times["received"] - times["login_time"]
+        min_skew = max(ahead[0], -ahead[1])
+        remedy = "ask the site's administrators to set it (chrony, NTP), or exclude the node"
         which = "ahead of" if ahead[0] > 0 else "behind"
-        if surely >= most:
+        if min_skew >= most:
             raise UserError(
-                f"the clock of {node} is {surely:.0f} s {which} this node's: from {most:.0f} s on "
-                f"running jobs look dead; {mend}"
+                f"the clock of {node} is {min_skew:.0f} s {which} this node's: at {most:.0f} s "
+                f"or more, running jobs look dead; {remedy}"
             )
-        if surely > _SKEW_SECONDS:
-            raise CheckWarning(f"the clock of {node} is {surely:.1f} s {which} this node's; {mend}")
+        if min_skew > _SKEW_SECONDS:
+            skew = f"{min_skew:.1f} s {which} this node's"
+            raise CheckWarning(f"the clock of {node} is {skew}; {remedy}")
         worst = max(worst, *map(abs, ahead))
     if worst >= most:
         raise CheckWarning(
@@ -91,7 +92,7 @@ def set_up_words(profile: ClusterProfile, report: Report) -> str:
     _reported(report)
     if bad := [line for line in report.set_up if _COMPLAINT.search(line)]:
         said = re.sub(r"^\S*/slurm_script: ", "", bad[0])
-        raise UserError(f"a line prints {said!r}; mend setup in the profile")
+        raise UserError(f"a line prints {said!r}; fix setup in the profile")
     return f"{len(profile.setup)} lines, no complaint"
 
 
@@ -160,7 +161,7 @@ def node_disk(profile: ClusterProfile, report: Report, needed: int) -> str:
 
 def graphics(profile: ClusterProfile, report: Report) -> str:
     """Check that torch loads and has kernels for the GPU of every rank."""
-    ranks = of_ranks(report, "device", "mend python or setup in the profile")
+    ranks = of_ranks(report, "device", "fix python or setup in the profile")
     if not profile.gpus_per_node:
         raise CheckSkipped("the profile asks for none (gpus_per_node)")
     if blind := [place for place, device in ranks.items() if device["name"] == "cpu"]:
@@ -175,15 +176,15 @@ def graphics(profile: ClusterProfile, report: Report) -> str:
 def network(profile: ClusterProfile, report: Report) -> str:
     """Check that all ranks joined one process group, as in training, and summed correctly."""
     over = f" over {profile.network_interface}" if profile.network_interface else ""
-    mend = (
+    remedy = (
         f"the ranks cannot communicate{over}: set network_interface in the profile to one that "
         "leads to the other nodes (`ip link`), and see that no firewall is between them"
     )
-    found = of_ranks(report, "met", mend)
+    found = of_ranks(report, "met", remedy)
     right = sum(range(1, report.probe.world_size + 1))
     for place, met in found.items():
         if met["sum"] != right:
-            raise UserError(f"{place} has a sum of {met['sum']:g} instead of {right}; {mend}")
+            raise UserError(f"{place} has a sum of {met['sum']:g} instead of {right}; {remedy}")
     slowest = max(met["seconds"] for met in found.values())
     return f"{len(found)} ranks added 4 MB up in {1000 * slowest:.0f} ms{over}"
 
@@ -204,12 +205,12 @@ def time_to_save(profile: ClusterProfile, report: Report, bytes_saved: int) -> s
 
 def mpi_world(profile: ClusterProfile, report: Report) -> str:
     """Check that MPI sees every rank that srun started."""
-    mend = "set mpi in the profile to what mpi4py's MPI speaks (`srun --mpi=list`)"
-    found = of_ranks(report, "world", mend)
+    remedy = "set mpi in the profile to what mpi4py's MPI speaks (`srun --mpi=list`)"
+    found = of_ranks(report, "world", remedy)
     for place, size in found.items():
         if size != report.probe.world_size:
             raise UserError(
-                f"MPI sees {size} ranks on {place}, but {report.probe.world_size} started; {mend}"
+                f"MPI sees {size} ranks on {place}, but {report.probe.world_size} started; {remedy}"
             )
     return f"{report.probe.world_size} ranks in one world, by {profile.mpi or 'the site default'}"
 
@@ -226,19 +227,19 @@ def _reported(report: Report) -> Sequence[dict[str, Any]]:
     return report.facts
 
 
-def _of_nodes(report: Report, name: str, mend: str) -> dict[str, Any]:
+def _of_nodes(report: Report, name: str, remedy: str) -> dict[str, Any]:
     """Return a fact by node, from the first rank of each node."""
     ranks = [rank for rank in _reported(report) if rank["local_rank"] == 0]
-    return {rank["node"]: _fact(report, rank, name, mend) for rank in ranks}
+    return {rank["node"]: _fact(report, rank, name, remedy) for rank in ranks}
 
 
-def of_ranks(report: Report, name: str, mend: str, first: int | None = None) -> dict[str, Any]:
+def of_ranks(report: Report, name: str, remedy: str, first: int | None = None) -> dict[str, Any]:
     """Return a fact by rank; `first` limits it to the first ranks.
 
     Args:
         report: The report of a probe job.
         name: Name of the fact.
-        mend: What to do if a rank could not find it out.
+        remedy: What to do if a rank could not find it out.
         first: Number of ranks; None means all.
 
     Raises:
@@ -248,15 +249,15 @@ def of_ranks(report: Report, name: str, mend: str, first: int | None = None) -> 
     ranks = _reported(report)[:first]
     for rank in ranks:  # the error of one rank explains why others ended
         if name in rank["errors"]:
-            _fact(report, rank, name, mend)
-    return {_place(rank): _fact(report, rank, name, mend) for rank in ranks}
+            _fact(report, rank, name, remedy)
+    return {_place(rank): _fact(report, rank, name, remedy) for rank in ranks}
 
 
-def _fact(report: Report, rank: dict[str, Any], name: str, mend: str) -> Any:
+def _fact(report: Report, rank: dict[str, Any], name: str, remedy: str) -> Any:
     if name in rank["errors"]:
-        raise UserError(f"{_place(rank)}: {rank['errors'][name]}; {mend}")
+        raise UserError(f"{_place(rank)}: {rank['errors'][name]}; {remedy}")
     if name not in rank:
-        raise UserError(f"{_place(rank)} ended before it reported this ({report.ended}); {mend}")
+        raise UserError(f"{_place(rank)} ended before it reported this ({report.ended}); {remedy}")
     return rank[name]
 
 

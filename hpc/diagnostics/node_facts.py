@@ -119,8 +119,8 @@ def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
     """Write a file and wait for the login node's answer to it.
 
     Returns:
-        Seconds since 1970: `left` and `came`, of the file and the answer on this node's clock, and
-        `between`, of the answer on the login node's clock.
+        Seconds since 1970: `sent` and `received`, of the file and the answer on this node's clock,
+        and `login_time`, of the answer on the login node's clock.
 
     Raises:
         UserError: No answer comes within 60 s.
@@ -128,13 +128,13 @@ def meet_login_node(folder: Path, name: str, rank: int) -> dict[str, float]:
     hello, answer = (folder / f"{name}-{rank}.{kind}" for kind in (HELLO, ANSWER))
     for old in (hello, answer):  # of an earlier start, if the job was requeued
         old.unlink(missing_ok=True)
-    left = time.time()
-    write_text(hello, f"{left!r}")
+    sent = time.time()
+    write_text(hello, f"{sent!r}")
     deadline = time.monotonic() + _ANSWER_SECONDS
     while time.monotonic() < deadline:
         try:
-            between = float(answer.read_text(encoding="utf-8"))
-            return {"left": left, "between": between, "came": time.time()}
+            login_time = float(answer.read_text(encoding="utf-8"))
+            return {"sent": sent, "login_time": login_time, "received": time.time()}
         except FileNotFoundError:
             time.sleep(_POLL_SECONDS)
             list(folder.iterdir())  # makes NFS look again

@@ -89,8 +89,8 @@ def features(profile: ClusterProfile, site: SlurmSite) -> str:
     nodes = _nodes(profile, site)
     known = {f for node in nodes for f in node.get("AvailableFeatures", "").split(",")}
     names = ", ".join(sorted(known - {"", "(null)"})) or "none"
-    mend = f"there are {names}, so set constraint"
-    return _enough(profile, nodes, has, f"the features {profile.constraint!r}", mend)
+    remedy = f"there are {names}, so set constraint"
+    return _enough(profile, nodes, has, f"the features {profile.constraint!r}", remedy)
 
 
 def cpus(profile: ClusterProfile, site: SlurmSite) -> str:
@@ -148,14 +148,18 @@ def _nodes(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 
 
 def _enough(
-    profile: ClusterProfile, nodes: Sequence[Row], fits: Callable[[Row], bool], what: str, mend: str
+    profile: ClusterProfile,
+    nodes: Sequence[Row],
+    fits: Callable[[Row], bool],
+    what: str,
+    remedy: str,
 ) -> str:
     """Check that enough of `nodes` have `what`."""
     fitting = sum(map(fits, nodes))
     if fitting < min(profile.nodes, len(nodes)):  # another check reports too few nodes
         raise UserError(
             f"nodes = {profile.nodes}, but only {fitting} of the partition's {len(nodes)} have "
-            f"{what}; {mend} in the profile"
+            f"{what}; {remedy} in the profile"
         )
     return f"{fitting} of {len(nodes)} have {what}"
 
@@ -171,5 +175,5 @@ def _enough_of(
     """Check that enough nodes have `wanted` of a unit."""
     nodes = _nodes(profile, site)
     most = max(map(amount, nodes), default=0)
-    mend = f"the most is {most}, so set {key}"
-    return _enough(profile, nodes, lambda node: amount(node) >= wanted, f"{wanted} {unit}", mend)
+    remedy = f"the most is {most}, so set {key}"
+    return _enough(profile, nodes, lambda node: amount(node) >= wanted, f"{wanted} {unit}", remedy)

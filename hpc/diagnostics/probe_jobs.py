@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 0.05
 _LATE_SECONDS = 10.0  # until a network file system shows a file of a node
 _END_SECONDS = 90.0  # for cancelled jobs to end
 # Slurm's reasons for which a job waits until the user changes something
-_FOR_EVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit",
+_FOREVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit",
             "PerJob")  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class Report:
 
 
 @contextmanager
-def passing_folder(parent: Path, group: str) -> Iterator[Path]:
+def temporary_folder(parent: Path, group: str) -> Iterator[Path]:
     """Make a private folder in `parent` for the block; then remove it and all new parents."""
     made = [place for place in (parent, *parent.parents) if not place.exists()]
     folder = parent / f"{TEMPORARY_PREFIX}doctor-{uuid.uuid4().hex[:12]}"
@@ -94,7 +94,7 @@ def run_probe_jobs(
         One report per job.
 
     Raises:
-        UserError: The queue refuses a job, or would keep it waiting for ever.
+        UserError: The queue refuses a job, or would keep it waiting forever.
     """
     jobs: list[str] = []
     try:
@@ -131,10 +131,10 @@ def _wait(queue: Queue, jobs: Sequence[str], folder: Path, log: Callable[[str], 
 
 def _refuse_stuck(jobs: Mapping[str, JobState]) -> None:
     for job, now in jobs.items():
-        if now.state == "waiting" and any(word in now.why for word in _FOR_EVER):
+        if now.state == "waiting" and any(word in now.why for word in _FOREVER):
             raise UserError(
-                f"job {job} would wait for ever ({now.why}); see `scontrol show job {job}`, and "
-                "mend the profile"
+                f"job {job} would wait forever ({now.why}); see `scontrol show job {job}`, and "
+                "fix the profile"
             )
 
 

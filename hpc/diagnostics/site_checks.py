@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[Check]:
-    """Return the checks of a site in the order in which the user mends their failures."""
+    """Return the checks of a site in the order in which the user fixes their failures."""
     checks: dict[str, Callable[[ClusterProfile, SlurmSite], str]] = {
         "partition": partition,
         "account": account,
@@ -194,7 +194,7 @@ def setup_lines(profile: ClusterProfile, _site: SlurmSite | None = None) -> str:
     read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=30)
     if read.returncode:
         said = read.stderr.strip().splitlines()[0].removeprefix("bash: ")
-        raise UserError(f"the shell cannot read them ({said}); mend setup in the profile")
+        raise UserError(f"the shell cannot read them ({said}); fix setup in the profile")
     return "a shell can read them; only a node can tell if they work"
 
 
@@ -226,7 +226,7 @@ def _trial(queue: Queue, resources: Resources, num_calls: int) -> str:
     try:
         lines = queue.trial(resources, "doctor", num_calls).splitlines()
     except QueueUnreachable as error:
-        raise UserError(f"{error}; mend what the profile asks for") from error
+        raise UserError(f"{error}; fix what the profile asks for") from error
     return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", lines[-1]) if lines else "it is taken"
 
 

@@ -78,7 +78,7 @@ class World:
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:
-        """End all ranks if the block raises: the others would wait for this one for ever.
+        """End all ranks if the block raises: the others would wait for this one forever.
 
         The error is printed here, since nothing runs after the abort: as one line for a
         `UserError`, else with its traceback. With one rank it is raised as usual.

@@ -152,6 +152,6 @@ class Queue(Protocol):
 def needed_job_failed(job_id: str, word: str) -> UserError:
     """Return the error for jobs that need `job_id`, which ended as `word`."""
     return UserError(
-        f"job {job_id}, which these jobs need, did not succeed ({word}); read its log, mend the "
+        f"job {job_id}, which these jobs need, did not succeed ({word}); read its log, fix the "
         "cause, and submit again"
     )

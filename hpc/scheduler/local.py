@@ -315,7 +315,7 @@ class Runner:
             send(SIGKILL, alive)
 
     def _lost_a_rank(self, job_id: str) -> bool:
-        """Return True if a rank has failed while others run, which may wait for it for ever."""
+        """Return True if a rank has failed while others run, which may wait for it forever."""
         tasks = self.jobs.read(job_id)["tasks"]
         if tasks == 1:
             return False

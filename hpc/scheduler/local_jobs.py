@@ -151,7 +151,7 @@ class LocalJobs:
             return read_json(self.path(job_id, "ended"))["outcome"]
         except FileNotFoundError:
             return "" if self.path(job_id, "json").exists() else "unknown"
-        except (Damaged, KeyError):  # it has ended, and jobs behind it must not wait for ever
+        except (Damaged, KeyError):  # it has ended, and jobs behind it must not wait forever
             return "unknown"
 
 

@@ -61,14 +61,14 @@ def warnings(profile: ClusterProfile) -> list[str]:
 
 
 def waiting_options(dependency: str) -> dict[str, Any]:
-    """Return the options that end a job whose needed job failed; Slurm would keep it for ever."""
+    """Return the options that end a job whose needed job failed; Slurm would keep it forever."""
     return {"kill_on_invalid_dep": "yes"} if "afterok" in dependency else {}
 
 
 def srun_options(profile: ClusterProfile, resources: Resources) -> list[str]:
     """Return the options of srun for every step."""
     return [
-        "--kill-on-bad-exit=1",  # other ranks would wait for a dead one for ever
+        "--kill-on-bad-exit=1",  # other ranks would wait for a dead one forever
         f"--cpus-per-task={resources.cpus_per_task}",  # not inherited from sbatch since 22.05
         # `export` in `extra` limits the job's variables; a step needs those of the setup lines
         "--export=ALL",

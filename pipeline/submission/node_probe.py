@@ -16,7 +16,7 @@ from hpc.cli import UserError
 from hpc.diagnostics import node_checks
 from hpc.diagnostics.check import Check, CheckResult, CheckSkipped, run_checks
 from hpc.diagnostics.node_facts import sizes, versions
-from hpc.diagnostics.probe_jobs import ProbeJob, Report, passing_folder, run_probe_jobs
+from hpc.diagnostics.probe_jobs import ProbeJob, Report, run_probe_jobs, temporary_folder
 from hpc.scheduler.auto import has_time_limit, open_queue
 from hpc.scheduler.base import Queue
 from hpc.scheduler.cluster_profile import Resources
@@ -46,7 +46,7 @@ def node_results(grid: Grid, say: Callable[[str], None]) -> Iterator[CheckResult
 def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
     group = grid.cluster.group
     restrict_umask(group)
-    with passing_folder(grid.run.root.absolute(), group) as folder:
+    with temporary_folder(grid.run.root.absolute(), group) as folder:
         plan = folder / "plan.json"
         data = [str(manifest.folder.absolute()) for manifest in _packed(grid)]
         files, node_local = list(inputs(grid)), grid.cluster.node_local

@@ -170,12 +170,12 @@ def test_a_cell_that_was_added_goes_with_those_that_have_room_for_it(
 
 def test_a_users_mistake_is_told_and_not_repeated(grid, queue, retried):
     submit(grid, queue, ["grid"])
-    end(queue, "job1", "error: data/x is damaged; mend it")
+    end(queue, "job1", "error: data/x is damaged; fix it")
     lines = retried(grid)
     assert lines[0].startswith("4 cells: error: not submitted; correct the error, then `python -m ")
     first = cells_of(queue, "job1")[0]
     assert lines[1:] == [
-        f"  4 cells: error: data/x is damaged; mend it; for example {first.name}",
+        f"  4 cells: error: data/x is damaged; fix it; for example {first.name}",
         "nothing to submit again",
     ]
     assert len(queue.jobs) == 2

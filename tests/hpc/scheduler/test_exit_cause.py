@@ -76,7 +76,7 @@ def test_the_queues_word_is_enough(ended, word, cause):
         ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate", "out of memory"),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("terminate called after throwing an instance of 'std::bad_alloc'", "out of memory"),
-        ("error: data/x is damaged; mend it", "error"),
+        ("error: data/x is damaged; fix it", "error"),
         ("task1 (generation 2): stopped by SIGUSR2 after step 3 of 9", "time limit"),
         ("task1 (generation 2): stopped by SIGTERM after step 3 of 9", "killed"),
     ],

@@ -232,7 +232,7 @@ def test_a_needed_job_must_succeed(slurm, logs):
     queue = open_slurm(logs)
     queue.submit([call("a")], Resources(), "train", ["7_1", "4"], needs=["7_0", "8", "12", "13"])
     assert slurm.options()["dependency"] == "afterok:7_0,afterany:7_1"
-    assert slurm.options()["kill-on-invalid-dep"] == "yes"  # else it waits for ever
+    assert slurm.options()["kill-on-invalid-dep"] == "yes"  # else it waits forever
     queue.submit([call("a")], Resources(), "reduce", after=["7_0"])
     assert "kill-on-invalid-dep" not in slurm.options(2)
     for job, word in (("9", "FAILED"), ("11", "CANCELLED")):

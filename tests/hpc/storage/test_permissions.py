@@ -142,8 +142,8 @@ def test_the_message_names_the_other_user_and_a_remedy(place, mode, user, group,
     told = str(refused.value)
     assert told.startswith(f"{run} {said}, who could change what your jobs run; set run_dir")
     assert ("or set group = 'users' in [cluster]" in told) == (group == SHARED_ID)
-    mend = re.search(r"`(.*)`", told, re.DOTALL)[1]
-    subprocess.run(["/bin/sh", "-c", mend], check=True, cwd=place)
+    fix = re.search(r"`(.*)`", told, re.DOTALL)[1]
+    subprocess.run(["/bin/sh", "-c", fix], check=True, cwd=place)
     require_private(run)
     assert [path.name for path in place.iterdir()] == [run.name]  # no file x
 

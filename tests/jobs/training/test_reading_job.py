@@ -1,5 +1,5 @@
 """A job that reads a damaged or changed data set ends with one line that names file and sample,
-loses nothing, and goes on where it was once the data set is mended."""
+loses nothing, and goes on where it was once the data set is fixed."""
 
 from __future__ import annotations
 

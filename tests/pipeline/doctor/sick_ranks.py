@@ -10,7 +10,7 @@ Ranks = list[dict[str, Any]]
 
 def late(seconds: float) -> Callable[[Ranks], None]:
     def change(ranks: Ranks) -> None:
-        for moment in ("left", "came"):
+        for moment in ("sent", "received"):
             ranks[2]["clock"][moment] += seconds
 
     return change

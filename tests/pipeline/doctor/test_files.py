@@ -52,7 +52,7 @@ def test_a_run_directory_that_others_may_write_to(examine, tmp_path):
     assert only_failure(examine()).startswith(
         f"run directory: {run} can be written to by everybody"
     )
-    assert run.stat().st_mode & 0o777 == 0o777, "it is not for the doctor to mend"
+    assert run.stat().st_mode & 0o777 == 0o777, "it is not for the doctor to fix"
 
 
 def test_a_run_directory_without_file_locks(examine, monkeypatch):

@@ -164,14 +164,16 @@ def test_a_requeued_job_is_answered_anew(tmp_path):
     for kind in ("hello", "answer"):
         (tmp_path / f"train-0.{kind}").write_text("1000000000.0")
     clock = told(tmp_path, [], None)["clock"]
-    assert clock["left"] <= clock["between"] <= clock["came"] < clock["left"] + 30
+    assert clock["sent"] <= clock["login_time"] <= clock["received"] < clock["sent"] + 30
 
 
 def test_the_direction_of_a_wrong_clock_is_reported(examine):
-    assert " s ahead of this node's: from 30 s on running jobs look dead; " in only_failure(
+    assert " s ahead of this node's: at 30 s or more, running jobs look dead; " in only_failure(
         examine(late(45))
     )
-    assert " s behind this node's: from 30 s on running jobs" in only_failure(examine(late(-45)))
+    assert " s behind this node's: at 30 s or more, running jobs" in only_failure(
+        examine(late(-45))
+    )
 
 
 @pytest.mark.parametrize("seconds", [5, -5])
@@ -230,7 +232,7 @@ def test_a_job_whose_python_does_not_start(examine):
 def test_set_up_lines_that_fail_on_the_nodes(examine):
     said = "line 9: module: command not found"
     line = only_failure(examine(set_up=("Loading mpi", f"/spool/n1/slurm_script: {said}")))
-    assert line == f"set-up lines on the nodes: a line prints '{said}'; mend setup in the profile"
+    assert line == f"set-up lines on the nodes: a line prints '{said}'; fix setup in the profile"
 
 
 def test_software_that_differs_from_the_login_nodes(examine, grid, tmp_path):

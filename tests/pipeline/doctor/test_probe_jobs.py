@@ -20,13 +20,11 @@ from tests.pipeline.grids import grid_file
 from tests.test_layers import REPOSITORY
 
 
-def test_a_job_that_would_wait_for_ever_is_cancelled(tmp_path):
+def test_a_job_that_would_wait_forever_is_cancelled(tmp_path):
     queue = FakeQueue(tmp_path)
     queue.why["job1"] = "PartitionTimeLimit"
     heard: list[str] = []
-    with pytest.raises(
-        UserError, match=r"job job1 would wait for ever \(PartitionTimeLimit\); see"
-    ):
+    with pytest.raises(UserError, match=r"job job1 would wait forever \(PartitionTimeLimit\); see"):
         run_probe_jobs(
             queue,
             [ProbeJob("train", ModuleCall("jobs.probe"), Resources())],

@@ -115,7 +115,7 @@ SITES = [
         "MPI type",
         "srun has no MPI ty",
     ),
-    ("refuse", REFUSED, "a training job, as sbatch sees it", f"sbatch says: {REFUSED}; mend what"),
+    ("refuse", REFUSED, "a training job, as sbatch sees it", f"sbatch says: {REFUSED}; fix what"),
 ]
 
 

@@ -162,8 +162,10 @@ workers = 0
 kind = "local"
 """
 GHOST = "the class 'ghost' of the data set 'rooms' labels no pixel of"
-MEND = "add images that show it, or take it out of the classes"
-NOT_SCORED = f"of which 0.0 % are void: scores are averaged over the classes that do occur; {MEND}"
+ADVICE = "add images that show it, or take it out of the classes"
+NOT_SCORED = (
+    f"of which 0.0 % are void: scores are averaged over the classes that do occur; {ADVICE}"
+)
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_what_training_should_know_of_is_warned_of_at_submission(lacking, tmp_pa
     assert submit.main(["grid", str(config), "--dry-run"]) == 0
     first = f"the first is {Manifest.load(tmp_path / 'shards').splits['train'].left_out[0]}"
     assert [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines()] == [
-        f"{GHOST} train, of which 0.0 % are void: no cell can learn it; {MEND}",
+        f"{GHOST} train, of which 0.0 % are void: no cell can learn it; {ADVICE}",
         f"{GHOST} val, {NOT_SCORED}",
         f"1 of train of the data set 'rooms' were left out when it was packed; {first}",
     ]
@@ -272,6 +274,6 @@ def test_status_names_the_classes_without_a_pixel(lacking, capsys):
     assert status.main([str(config)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if GHOST in line] == [
-        f"warning: {GHOST} train, of which 0.0 % are void: no cell can learn it; {MEND}",
+        f"warning: {GHOST} train, of which 0.0 % are void: no cell can learn it; {ADVICE}",
         f"warning: {GHOST} val, {NOT_SCORED}",
     ]

@@ -110,14 +110,14 @@ def test_a_running_prep_is_not_relied_on_since_it_may_have_read_images_before_th
 def test_cells_whose_prep_failed_say_so_and_are_submitted_again(grid, queue, shown):
     submit(grid, queue, ["prep", "grid"])
     assert [queue.needs[job] for job in ("job2", "job3")] == [["job1"]] * 2
-    end(queue, "job1", "error: street.png is cut short; mend it", word="FAILED")
+    end(queue, "job1", "error: street.png is cut short; fix it", word="FAILED")
     for job in ("job2", "job3"):
         end(queue, job, word="CANCELLED")  # as accounting says it, which forgets the reason
     cells = survey(grid, queue).cells
     assert {(cell.state, cell.cause, cell.why) for cell in cells} == {
-        ("failed", "error", "prep failed: error: street.png is cut short; mend it")
+        ("failed", "error", "prep failed: error: street.png is cut short; fix it")
     }
-    line = "prep failed: error: street.png is cut short; mend it, job job1; see `python -m "
+    line = "prep failed: error: street.png is cut short; fix it, job job1; see `python -m "
     assert f"{line}pipeline.logs prep {grid.path}`" in shown(grid)
     submit(grid, queue, ["grid"])  # prep was run by hand
     assert words(grid, queue) == {"waiting": 8}

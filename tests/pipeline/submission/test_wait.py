@@ -13,7 +13,7 @@ JOBS = {"prep": ["job1"], "reduce": ["job2"], "report": ["job3"]}
 
 
 @pytest.mark.parametrize(
-    "ending", ["error: street.png is cut short; mend it", "ValueError: operands do not fit"]
+    "ending", ["error: street.png is cut short; fix it", "ValueError: operands do not fit"]
 )
 def test_the_first_stage_that_failed_is_named_and_no_older_table_is_shown(tmp_path, capsys, ending):
     grid = small_grid(tmp_path)

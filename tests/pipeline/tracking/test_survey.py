@@ -173,7 +173,7 @@ def test_a_job_that_never_began_is_missing_again(grid, queue):
 @pytest.mark.parametrize(
     ("log", "why"),
     [
-        ("a warning\nerror: data/x is damaged; mend\n", "error: data/x is damaged; mend"),
+        ("a warning\nerror: data/x is damaged; fix\n", "error: data/x is damaged; fix"),
         ("Traceback (most recent call last):\nValueError: boom\n", "ValueError: boom"),
     ],
 )
