@@ -130,10 +130,10 @@ def sections(results: Results, table: Sequence[Row]) -> list[page.Section]:
         ],
         "schedules": [_svg("", figures.loss_schedules(losses))] if losses else [],
     }
+    notes = dict.fromkeys(_OF_BLOCKS, selection.left_out)
+    notes["overview"] = figures.overview_note(found)
     return [
-        page.Section(topic, drawn, selection.left_out if topic in _OF_BLOCKS else "")
-        for topic, drawn in topics.items()
-        if drawn
+        page.Section(topic, drawn, notes.get(topic, "")) for topic, drawn in topics.items() if drawn
     ]
 
 

@@ -93,12 +93,12 @@ def recall_heatmap(dataset: DatasetResults, block: Sequence[Row]) -> bytes:
 def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
     """Draw S_rec of every loss (rows) on every data set and model (columns), averaged over seeds.
 
-    At most `LARGEST_OVERVIEW` of each are drawn.
+    At most `LARGEST_OVERVIEW` of each are drawn; see `overview_note`.
     """
     means = {
         (row.loss, key): row.scores["s_rec"].mean for key, rows in found.items() for row in rows
     }
-    losses = list(dict.fromkeys(loss for loss, _ in means))[: LARGEST_OVERVIEW[0]]
+    losses = _losses(found)[: LARGEST_OVERVIEW[0]]
     columns = list(found)[: LARGEST_OVERVIEW[1]]
     table = np.array([[means.get((loss, key), np.nan) for key in columns] for loss in losses])
     figure = Figure(
@@ -107,6 +107,22 @@ def overview(found: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
     names = [" · ".join(key) for key in columns]
     _draw_heatmap(figure, figure.subplots(), table, losses, names, "S_rec")
     return png(figure)
+
+
+def overview_note(found: Mapping[tuple[str, str], Sequence[Row]]) -> str:
+    """Return the part of `found` that `overview` draws; "" if it draws all."""
+    numbers = zip(
+        LARGEST_OVERVIEW,
+        (len(_losses(found)), len(found)),
+        ("losses", "data sets and models"),
+        strict=True,
+    )
+    parts = [f"{most} of {number} {what}" for most, number, what in numbers if number > most]
+    return f"Drawn are the first {' and '.join(parts)}; table.csv has all." if parts else ""
+
+
+def _losses(found: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
+    return list(dict.fromkeys(row.loss for rows in found.values() for row in rows))
 
 
 @rc_context(STYLE)

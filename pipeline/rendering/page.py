@@ -198,7 +198,7 @@ def _block(dataset: str, model: str, block: Sequence[Row]) -> Block:
             loss=row.loss,
             seeds=len(row.seeds),
             champion=row.loss in champions["s_rec"],
-            scores=[_score_cell(row.scores[s], row.loss in champions[s]) for s in SCORES],
+            scores=[score_cell(row.scores[s], row.loss in champions[s]) for s in SCORES],
             never_right=tuple(
                 name if seeds == len(row.seeds) else f"{name} ({seeds} of {len(row.seeds)})"
                 for name, seeds in row.never_right.items()
@@ -209,10 +209,11 @@ def _block(dataset: str, model: str, block: Sequence[Row]) -> Block:
     return Block(dataset, model, lines)
 
 
-def _score_cell(summary: Summary, is_best: bool) -> ScoreCell:
+def score_cell(summary: Summary, is_best: bool) -> ScoreCell:
+    """Return a score as the main table shows it, such as `0.844` and `±.002`."""
     if np.isnan(summary.mean):
         return ScoreCell("nan", f"{summary.defined} of {summary.n}", False)
-    spread = "" if np.isnan(summary.std) else f"±{summary.std:.3f}".replace("0.", ".", 1)
+    spread = "" if np.isnan(summary.std) else "±" + f"{summary.std:.3f}".removeprefix("0")
     return ScoreCell(f"{summary.mean:.3f}", spread, is_best)
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from hpc.cli import UserError
+from jobs.metrics.scores import Summary
 from pipeline.paper.section import paper_section
 from pipeline.rendering import figures
-from pipeline.rendering.page import render
+from pipeline.rendering.page import render, score_cell
 from pipeline.rendering.terminal import printed_table
 from pipeline.report import main, write_report
 from pipeline.scores.evidence import evidence
@@ -249,6 +250,21 @@ def test_heatmaps_grow_with_the_number_of_losses(results):
         for block in (table, table * 4)
     ]
     assert heights[1] > heights[0]
+
+
+def test_the_overview_says_which_losses_and_models_it_leaves_out(results):
+    row = rows(results)[0]
+    block = [replace(row, loss=f"loss {number}") for number in range(61)]
+    found = {("streets", f"model {number}"): block for number in range(41)}
+    assert figures.overview_note(found) == (
+        "Drawn are the first 60 of 61 losses and 40 of 41 data sets and models; table.csv has all."
+    )
+    assert figures.overview_note({("streets", "model"): block[:60]}) == ""
+
+
+def test_a_spread_above_1_keeps_its_digits():
+    assert score_cell(Summary(5.0, 10.012, 4, 4), False).spread == "±10.012"
+    assert score_cell(Summary(0.5, 0.012, 4, 4), False).spread == "±.012"
 
 
 def test_only_losses_whose_weights_move_are_scheduled():
