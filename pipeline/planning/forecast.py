@@ -124,7 +124,7 @@ class Forecast:
 
 def images(settings: DatasetSettings) -> tuple[int, list[tuple[int, int]]]:
     """Return the number of training images of a data set and the (height, width) of each validation
-    image: from the packed data set, else from its files, else as published; None if nothing is
+    image: from the packed data set, else from its files, else as published. (0, []) if nothing is
     known."""
     try:
         splits = Manifest.load(settings.shards).splits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,7 +223,7 @@ def cell_state(seen: Snapshot, steps: Mapping[str, int], cell: Cell) -> CellStat
 def _not_finite(seen: Snapshot, state: CellState, task: Submitted | None) -> CellState:
     record = seen.failures[state.cell.signature]
     reason = record.get("reason", "its record is damaged")
-    again = f"python -m pipeline.retry {seen.grid.words} --cell {state.cell.name}"
+    again = f"python -m pipeline.retry {seen.grid.words} --cell {shlex.quote(state.cell.name)}"
     why = f"{reason}; change its settings, or try again with `{again}`"
     job = task.job if task else ""
     return replace(state, state="failed", why=why, job=job, cause=NOT_FINITE)

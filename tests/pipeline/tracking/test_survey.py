@@ -228,6 +228,13 @@ def test_a_cell_whose_loss_was_not_finite_has_failed_for_good(grid, queue):
     assert cells_of(queue, "job3") == cells[:1]
 
 
+def test_the_hint_for_a_cell_that_was_not_finite_quotes_its_name(tmp_path, queue):
+    grid = small_grid(tmp_path, ("[dataset.streets]", '[dataset."wet streets"]'))
+    cell = grid.cells[0]
+    write_json(grid.run.failure(cell.signature), {"cell": cell.name, "reason": "nan"})
+    assert states(grid, queue)[cell.name].why.endswith(f" --cell '{cell.name}'`")
+
+
 def damaged_index(path: Path) -> Path:
     index = path.with_suffix(".json")
     index.write_text(index.read_text().replace('"bytes": ', '"bytes": 1'))
