@@ -52,8 +52,9 @@ def main(argv: Sequence[str]) -> int:
         print(unasked_line(state.unreachable))
     for line in describe(grid, state, named):
         print(one_line(line))
+    if dry_run:
+        describe_missing(check(grid, [GRID], missing_is_fine=True))
     if dry_run or not cells:
-        describe_missing(check(grid, [GRID], missing_is_fine=dry_run))
         num_jobs = len(plan_of(grid, state, cells, source_of_code()).bundles)
         print(f"would submit {num_jobs} jobs" if cells else "nothing to submit again")
         return 0
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     jobs = submit(grid, queue, [GRID], again_named, forgiven(grid.run, named))
     if not arguments.wait:
         return 0
-    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run), "retry --wait")
     return wait_for(grid, queue, jobs, (GRID,), again)
 
 

@@ -79,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     jobs = submit(grid, queue, stages, choose, options=options)
     if not arguments.wait:
         return 0
-    again = partial(submit_deferred, grid, queue, cancellations(grid.run), options=options)
+    cancelled = cancellations(grid.run)
+    again = partial(submit_deferred, grid, queue, cancelled, "submit --wait", options=options)
     return wait_for(grid, queue, jobs, stages, again)
 
 

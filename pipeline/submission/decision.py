@@ -19,15 +19,15 @@ from pipeline.planning.plan import Plan, make_plan
 from pipeline.tracking.submissions import GRID, PREP, REDUCE, REPORT, STAGES
 from pipeline.tracking.survey import NOT_FINITE, CellState, Survey
 
-Command = Literal["grid", "grid --retrain stale", "retry", "--wait"]
+Command = Literal["grid", "grid --retrain stale", "retry", "submit --wait", "retry --wait"]
 _GRID: frozenset[Command] = frozenset(("grid", "grid --retrain stale"))
 _OUT_OF_MEMORY = "out of memory"
 
 # Why a cell is not done -> the commands that send it again. A cause is that of the end of its last
 # job. A cell that ran out of memory is sent in a job of half as many cells, as long as it fits.
 SENT_BY: Mapping[str, frozenset[Command]] = {
-    "never sent": _GRID | {"--wait"},
-    "deferred": _GRID | {"--wait"},
+    "never sent": _GRID | {"submit --wait"},
+    "deferred": _GRID | {"submit --wait", "retry --wait"},
     "no job known": _GRID,
     "node failure": _GRID | {"retry"},
     "preemption": _GRID | {"retry"},

@@ -25,7 +25,7 @@ from pipeline.planning.plan import Plan, split
 from pipeline.planning.preflight import check_inputs, check_room, check_sources
 from pipeline.submission import decision
 from pipeline.submission.code_version import source_of_code
-from pipeline.submission.decision import Decision, chosen, plan_of
+from pipeline.submission.decision import Command, Decision, chosen, plan_of
 from pipeline.tracking.display import describe_survey
 from pipeline.tracking.outcomes import granted
 from pipeline.tracking.snapshot import read_snapshot
@@ -45,7 +45,7 @@ from pipeline.tracking.survey import Survey, survey_of
 Choice = Callable[[Survey], Sequence[Cell]]
 TO_DO: Choice = partial(chosen, command="grid")
 _REMEDY = "set run_dir to a folder of yours"
-_DEFERRED = "you may have no more jobs in the queue; run it again when there is room"
+_DEFERRED = "you may have no more jobs in the queue; --wait, or `grid` again, submits deferred jobs"
 
 
 def check(
@@ -106,6 +106,7 @@ def submit_deferred(
     grid: Grid,
     queue: Queue,
     cancelled: int,
+    command: Command,
     stages: Sequence[str],
     options: Sequence[str] = (),
 ) -> dict[str, list[str]]:
@@ -115,6 +116,7 @@ def submit_deferred(
 
     Args:
         cancelled: How often the grid had been cancelled when the caller began.
+        command: Decides which cells are submitted.
 
     Raises:
         UserError: The grid was cancelled since.
@@ -124,7 +126,7 @@ def submit_deferred(
         return {}
     with one_submission(grid):
         _refuse_cancelled(grid, cancelled)
-        work = _decide(grid, queue, stages, partial(chosen, command="--wait"))
+        work = _decide(grid, queue, stages, partial(chosen, command=command))
         # other jobs may end while prep, which the cells need, still packs data sets
         packing = [PREP] if decision.packing(work.state) else []
         check(grid, [*packing, *stages], quiet=True)  # `status` warns

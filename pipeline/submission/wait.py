@@ -80,7 +80,7 @@ def retry_while_unreachable(ask: Callable[[], T]) -> T:
             return ask()
         except QueueUnreachable as error:
             if not told:
-                print(one_line(f"{error}; --wait does so by itself"), file=sys.stderr)
+                print(one_line(f"{error}; waiting for Slurm"), file=sys.stderr)
             told = True
             time.sleep(_CLUSTER_POLL_SECONDS)
 

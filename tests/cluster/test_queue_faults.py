@@ -183,9 +183,7 @@ def test_without_accounting_and_then_without_a_controller(cluster, new_bundle, e
         assert waiting.stderr
         line = waiting.stderr.readline()
         assert line.startswith("squeue failed: ")
-        assert line.endswith(
-            "; jobs go on; run it again when Slurm answers; --wait does so by itself\n"
-        )
+        assert line.endswith("; jobs go on; run it again when Slurm answers; waiting for Slurm\n")
         assert waiting.poll() is None
     finally:
         cluster.do("controller", "start")

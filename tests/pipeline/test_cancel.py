@@ -123,7 +123,7 @@ def test_what_was_held_back_is_not_sent_by_who_still_waits(grid, queue, monkeypa
     assert lines[1] == "no longer deferred: 1 jobs"
     assert not survey(grid, queue).deferred
 
-    again = partial(submit_deferred, grid, queue, seen)
+    again = partial(submit_deferred, grid, queue, seen, "submit --wait")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="the grid was cancelled meanwhile"):
         wait.wait_for(grid, queue, jobs, ("grid", "reduce"), again)
@@ -140,7 +140,7 @@ def test_a_held_cell_that_was_cancelled_is_left_out_by_who_still_waits(grid, que
     seed1 = [cell for cell in cells if cell.seed == 1]
     assert cancel(grid, queue, seed1[:1])[0] == "cancelled 0 jobs"
     queue.max_jobs = 5
-    submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
+    submit_deferred(grid, queue, cancellations(grid.run), "submit --wait", ["grid"])
     assert {cell.seed for cell in cells_of(queue, "job1")} == {0}
     assert list(queue.jobs) == ["job1"]
 

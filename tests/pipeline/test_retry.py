@@ -308,8 +308,8 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
 
 def test_waiting_sends_what_was_never_sent_if_it_fits(grid, queue):
     state, too_large = survey(grid, queue), grid.cells[3].signature
-    assert chosen(state, "--wait") == list(grid.cells)
-    assert chosen(replace(state, at_most={too_large: 0}), "--wait") == [
+    assert chosen(state, "submit --wait") == list(grid.cells)
+    assert chosen(replace(state, at_most={too_large: 0}), "submit --wait") == [
         cell for cell in grid.cells if cell.signature != too_large
     ]
 
@@ -319,13 +319,12 @@ def test_waiting_does_not_send_what_has_failed_again_and_again(grid, queue):
     submit(grid, queue, ["grid"])
     end(queue, "job1", "error: disk full")
     assert {cell.seed for task in planned(grid, queue).bundles for cell in task.cells}
-    assert {cell.seed for cell in chosen(survey(grid, queue), "--wait")} == {1}
+    assert {cell.seed for cell in chosen(survey(grid, queue), "submit --wait")} == {1}
 
 
-def test_retry_waits_where_it_is_asked_to(grid, queue, monkeypatch, capsys):
-    submit(grid, queue, ["grid"])
-    end(queue, "job1", NODE_FAILURE)
-    end(queue, "job2", NODE_FAILURE)
+@pytest.fixture
+def retried_jobs_finish(grid, queue, monkeypatch):
+    """Each look at the queue finds that the jobs from `job3` on have trained their cells."""
     finished = []
 
     def look(ids):
@@ -338,7 +337,35 @@ def test_retry_waits_where_it_is_asked_to(grid, queue, monkeypatch, capsys):
 
     monkeypatch.setattr(queue, "look", look)
     monkeypatch.setattr(queue, "ensure_runner", lambda: None)
+
+
+def waited(grid: Grid) -> int:
+    """Return the exit code of `retry --wait`."""
     with pytest.raises(SystemExit) as ended:
         run(retry.main, [str(grid.path), "--wait"])
-    assert ended.value.code == 0
+    return ended.value.code
+
+
+@pytest.mark.usefixtures("retried_jobs_finish")
+def test_retry_waits_where_it_is_asked_to(grid, queue):
+    submit(grid, queue, ["grid"])
+    end(queue, "job1", NODE_FAILURE)
+    end(queue, "job2", NODE_FAILURE)
+    assert waited(grid) == 0
     assert words(grid, queue) == {"done": 8}
+
+
+@pytest.mark.usefixtures("retried_jobs_finish")
+def test_retry_that_waits_submits_its_deferred_jobs_and_no_cell_that_was_never_submitted(
+    grid, queue
+):
+    submit(grid, queue, ["grid"], lambda _: [c for c in grid.cells if c.loss.name == "CE"])
+    end(queue, "job1", NODE_FAILURE)
+    end(queue, "job2", NODE_FAILURE)
+    queue.max_jobs = 1
+    assert waited(grid) == 1
+    assert words(grid, queue) == {"done": 4, "missing": 4}
+
+
+def test_without_cells_to_retry_missing_data_are_not_refused(tmp_path, queue, retried):
+    assert retried(small_grid(tmp_path)) == ["nothing to submit again"]

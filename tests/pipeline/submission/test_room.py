@@ -60,7 +60,9 @@ def test_what_does_not_fit_waits_and_says_why(grid, queue, capsys):
     assert words(grid, queue) == {"waiting": 20}
     assert sorted(cell.seed for cell in survey(grid, queue).deferred) == [3] * 4 + [4] * 4
     reasons = {cell.why for cell in survey(grid, queue).cells if cell.cell.seed > 2}
-    assert reasons == {"you may have no more jobs in the queue; run it again when there is room"}
+    assert reasons == {
+        "you may have no more jobs in the queue; --wait, or `grid` again, submits deferred jobs"
+    }
 
 
 def test_it_goes_with_the_next_submission_that_finds_room(grid, queue):
@@ -95,7 +97,7 @@ def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, qu
     assert survey(grid, queue).deferred_stages == ("reduce", "report")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
-    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run), "submit --wait")
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     sent = [call.module for call in queue.calls.values()][8:]
     assert sent == [*["jobs.train"] * 5, "pipeline.reduce", "pipeline.report"]
@@ -137,7 +139,9 @@ def test_a_report_that_was_deferred_needs_the_reduction_that_was_not(grid, queue
     queue.max_jobs = 7  # one prep, five bundles, reduce
     submit(grid, queue, ALL)
     queue.jobs["job1"] = "gone"  # prep
-    sent = submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    sent = submit_deferred(
+        grid, queue, cancellations(grid.run), "submit --wait", ["grid", "report"]
+    )
     assert queue.calls["job7"].module == "pipeline.reduce"
     assert sent["report"] == ["job8"]
     assert queue.needs["job8"] == ["job7"]
@@ -150,7 +154,9 @@ def test_a_report_that_was_deferred_needs_the_reduction_that_moves(grid, queue):
     submit(grid, queue, ["grid", "reduce", "report"])
     counts.unlink()
     queue.max_jobs = None
-    sent = submit_deferred(grid, queue, cancellations(grid.run), ["grid", "report"])
+    sent = submit_deferred(
+        grid, queue, cancellations(grid.run), "submit --wait", ["grid", "report"]
+    )
     assert queue.cancelled == [["job5"]]
     assert queue.after[sent["reduce"][0]] == ["job1", "job2", "job3", "job4", "job6"]
     assert queue.needs[sent["report"][0]] == sent["reduce"]
@@ -217,7 +223,7 @@ def test_a_poll_that_sends_nothing_writes_and_prints_nothing(grid, queue, monkey
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(submitter, "set_aside_altered", refuse)
-    again = partial(submit_deferred, grid, queue, cancellations(grid.run))
+    again = partial(submit_deferred, grid, queue, cancellations(grid.run), "submit --wait")
     monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     assert all(found == files[0] for found in files[:5])
@@ -245,7 +251,7 @@ def test_what_is_deferred_is_noted_once(grid, queue, capsys):
     finish(grid, cells_of(queue, "job1"), "task1")
     queue.jobs["job1"] = "gone"
     capsys.readouterr()
-    submit_deferred(grid, queue, cancellations(grid.run), ["grid"])
+    submit_deferred(grid, queue, cancellations(grid.run), "submit --wait", ["grid"])
     assert capsys.readouterr().err == ""  # the data set was warned about before
     (second,) = set(grid.run.submitted.iterdir()) - {first}
     assert len(read_json(second)["tasks"]) == 1
@@ -263,7 +269,7 @@ def test_a_job_that_ends_while_another_data_set_is_packed_makes_room(tmp_path, g
     assert submit(both, queue, ["prep", "grid"])["prep"] == ["job6"]
     queue.jobs |= {"job1": "gone", "job6": "running"}
     finish(grid, cells_of(queue, "job1"), "task1")
-    submit_deferred(both, queue, cancellations(both.run), ["grid"])
+    submit_deferred(both, queue, cancellations(both.run), "submit --wait", ["grid"])
     assert {cell.dataset for cell in cells_of(queue, "job7")} == {"more"}
     assert queue.needs["job7"] == ["job6"]
 

@@ -75,5 +75,5 @@ def test_it_waits_for_a_controller_that_is_away_and_says_so_once(
     assert wait_for(grid, queue, {"grid": ["job1"]}, ("grid",)) == 0
     assert queue.silences < 0
     assert capsys.readouterr().err == (
-        "squeue failed: Unable to contact slurm controller; --wait does so by itself\n"
+        "squeue failed: Unable to contact slurm controller; waiting for Slurm\n"
     )
