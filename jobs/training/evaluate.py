@@ -51,7 +51,7 @@ def evaluate(
         num_classes: C.
         protocol: sizes, bins and `counting`.
         group: the ranks, which must all call this together.
-        stop: called after each image is fetched; if it is true on one rank, all ranks stop.
+        stop: called by all ranks together after each fetch; returns the same on all of them.
         fetch: returns the next image, or None at the end.
     """
     if num_cells == 0:
@@ -74,7 +74,7 @@ def evaluate(
     with closing(loaded) as images:
         for _ in range(0, len(reader), group.world_size):
             pair = fetch(images)
-            if group.max(stop()):
+            if stop():
                 return None
             if pair is None:  # in the last round some ranks may have no image
                 continue
