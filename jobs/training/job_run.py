@@ -108,8 +108,10 @@ class JobRun:
         Returns the number of steps done. Raises `UserError` if the inputs changed.
         """
         step, states, records, problems = self._load(trainers, backbone)
-        for problem in problems:
-            self.log(f"warning: {problem}; passed over")
+        for problem, ranks in problems.items():
+            everywhere = len(ranks) == self.group.world_size
+            where = "" if everywhere else f" (on rank {', '.join(map(str, ranks))})"
+            self.log(f"warning: {problem}{where}; passed over")
         if step == 0:
             self.log("warning: no checkpoint is intact" if problems else "there is no checkpoint")
             self.log("starting at step 0")
@@ -127,7 +129,10 @@ class JobRun:
         return step
 
     def _load(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> tuple[Any, ...]:
-        """Return `checkpoint.load_latest` at the newest step that every rank can read."""
+        """Return `checkpoint.load_latest` at the newest step that every rank can read.
+
+        Its last item gives, for each problem, the ranks that have it.
+        """
         folder = self.task.paths.checkpoints(self.bundle_key)
         cells = {trainer.cell.signature: trainer for trainer in trainers}
         buffers = moving_buffers(backbone, self.task.cells[0].protocol)
@@ -135,14 +140,22 @@ class JobRun:
         def state_matches(entry: str, state: Any) -> bool:
             return cells[entry].state_matches(state, buffers)
 
-        newest = None
+        newest, problems = None, []
         while True:
-            found = checkpoint.load_latest(folder, cells, state_matches, newest)
-            shared = -self.group.max(-found[0])
-            if self.group.max(found[0]) == shared:
-                return found
+            step, *found, passed_over = checkpoint.load_latest(folder, cells, state_matches, newest)
+            problems += passed_over
+            shared = -self.group.max(-step)
+            if self.group.max(step) == shared:
+                return step, *found, self._by_rank(problems)
             self.log(f"warning: not every rank can read a checkpoint beyond step {shared}")
             newest = shared
+
+    def _by_rank(self, problems: Sequence[str]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for rank in range(self.group.world_size):
+            for problem in dict.fromkeys(self.group.broadcast(problems, source=rank)):
+                found.setdefault(problem, []).append(rank)
+        return found
 
     def _require_same_inputs(self, recorded: Mapping[str, str]) -> None:
         for what, sha256 in self.inputs.items():
@@ -176,8 +189,7 @@ class JobRun:
     def agree(self) -> Action:
         """Return the decision of `decide`. If any rank has an error, raise it on all ranks.
 
-        The error is `Superseded` (a newer generation has started), a damaged heartbeat, or a
-        damaged sample.
+        The error is that a newer generation has started, a damaged claim, or one of the loader.
         """
         action = self.decide()
         if action is Action.ABORT:
@@ -218,8 +230,11 @@ class JobRun:
         folder, (_, resumed) = self.task.paths.checkpoints(self.bundle_key), self._started
         checkpoint.save(folder, step, self.generation, entries, record, resumed)
 
-    def give_up(self, trainer: CellTrainer, step: int) -> None:
-        """Record, on rank 0, the reason why a cell stopped for good. The others go on."""
+    def give_up(self, trainer: CellTrainer, step: int | None) -> None:
+        """Record on rank 0 why a cell failed; the other cells continue.
+
+        `step` is None if the cell failed after its last step.
+        """
         record = {"cell": trainer.cell.name, "step": step, "reason": trainer.failure,
                   "inputs": dict(self.inputs)}  # fmt: skip
         path = self.task.paths.failure(trainer.cell.signature)
@@ -238,9 +253,9 @@ class JobRun:
         }
 
     def finish(self, stage: str, step: int, total: int) -> None:
-        """Write the last heartbeat, or raise on all ranks the error that prevented it.
+        """Write the last heartbeat. Raise on all ranks if a newer generation has started.
 
-        All ranks must call it together.
+        A full disk is only logged. All ranks must call this together.
         """
         self.heartbeat(stage, step, total, force=True)
         self.raise_trouble()
@@ -248,7 +263,7 @@ class JobRun:
     def heartbeat(self, stage: str, step: int, total: int, force: bool = False) -> None:
         """Write the job's progress on rank 0, at most every `HEARTBEAT_SECONDS` unless `force`.
 
-        A newer generation is noticed here; `agree` reports it to the other ranks.
+        It notices a newer generation; the next `decide` tells the other ranks.
         """
         now = time.monotonic()
         if not self.group.is_main or (now - self._beat_at < HEARTBEAT_SECONDS and not force):

@@ -256,6 +256,15 @@ def goes_on_from(step: int, grid: Grid, capfd, *words: str) -> bool:
     return True
 
 
+def test_the_log_says_which_rank_cannot_read_a_checkpoint(grid, streets, alone, capfd):
+    job, frozen, _ = started(grid, streets, alone)
+    alone.world_size, alone.max = 2, lambda value: value
+    alone.broadcast = lambda mine, source: [mine, ["/x cannot be read: Stale file handle"]][source]
+    job.resume([], frozen)
+    log = capfd.readouterr().err
+    assert "warning: /x cannot be read: Stale file handle (on rank 1); passed over\n" in log
+
+
 def where_rank_1_cannot_read(group, task_path: Path, newest: int) -> dict:
     """Return the step from which each rank resumes, and a weight of its network."""
     task = read_task(task_path)
