@@ -27,7 +27,14 @@ from jobs.models.build import Network
 from jobs.models.memory_format import for_file
 from jobs.spec.cell import Cell, pretraining_cell
 from jobs.spec.task import Task, read_task
-from jobs.train import evaluate_cells, make_trainers, stop_and_requeue, train
+from jobs.train import (
+    NOT_FINITE,
+    evaluate_cells,
+    failed_cells,
+    make_trainers,
+    stop_and_requeue,
+    train,
+)
 from jobs.training.backbone import load_backbone
 from jobs.training.cell_trainer import CellTrainer
 from jobs.training.job_run import JobRun, require_data
@@ -50,71 +57,86 @@ def pretrain_backbone(task: Task, group: Group, stop: StopRequest) -> bool:
     Does nothing if the backbone exists. Returns False if jobs that need the backbone must not
     start: this job was stopped, and Slurm does not start it again.
     """
-    (consumer,) = task.cells
-    backbone = task.paths.backbone(consumer.backbone_key)
+    (user_cell,) = task.cells
+    backbone = task.paths.backbone(user_cell.backbone_key)
     if group.broadcast(backbone.exists() and backbone.with_suffix(".json").exists()):
         if group.is_main:
             line = f"{task.name}: the backbone is trained already; there is nothing to do"
             print(line, file=sys.stderr, flush=True)
         return True
-    trained = task.model_copy(update={"cells": (pretraining_cell(consumer),)})
-    _refuse_failed(trained)
+    pretrain_task = task.model_copy(update={"cells": (pretraining_cell(user_cell),)})
+    if failed_cells(pretrain_task, group):
+        raise _failed_before(pretrain_task)
     with local_shards(task.data, task.node_local) as manifest:
         require_data(task, manifest, group)
-        return pretrain_on(manifest, trained, consumer, group, stop)
+        return pretrain_on(manifest, pretrain_task, user_cell, group, stop)
 
 
 def pretrain_on(
-    manifest: Manifest, trained: Task, consumer: Cell, group: Group, stop: StopRequest
+    manifest: Manifest, pretrain_task: Task, user_cell: Cell, group: Group, stop: StopRequest
 ) -> bool:
-    """Train the one cell of `trained`, whose backbone `consumer` uses; see `pretrain_backbone`."""
-    start = load_backbone(trained.cells[0], trained.paths, group)
-    job = JobRun(trained, group, stop, {"data set": manifest.fingerprint})
-    _, trainers = make_trainers(trained, manifest, start, group)
+    """Do the work of `pretrain_backbone` on the data set of `manifest`.
+
+    Args:
+        manifest: the data set.
+        pretrain_task: trains the cell whose network gives the backbone.
+        user_cell: a cell that uses the backbone.
+        group: the ranks.
+        stop: the signal to stop, if one came.
+    """
+    start = load_backbone(pretrain_task.cells[0], pretrain_task.paths, group)
+    job = JobRun(pretrain_task, group, stop, {"data set": manifest.fingerprint})
+    _, (trainer,) = make_trainers(pretrain_task, manifest, start, group)
     step, total = train(
-        job, trainers, None, SplitReader(manifest, "train"), job.resume(trainers, None)
+        job, [trainer], None, SplitReader(manifest, "train"), job.resume([trainer], None)
     )
-    if trainers[0].failure:
-        raise UserError(
-            f"pre-training stopped: {trainers[0].failure}; lower learning_rate in "
-            "[protocol.pretrain]"
-        )
-    counts = evaluate_cells(job, trainers, None, manifest, total) if step == total else None
+    if trainer.failure:
+        raise _failed(trainer)
+    evaluated = evaluate_cells(job, [trainer], None, manifest, total) if step == total else None
+    if evaluated is None:
+        return stop_and_requeue(job, step, total)
+    (counts,) = evaluated
     if counts is None:
-        return stop_and_requeue(job, step, total) or not group.is_main
-    job.on_main(lambda: publish_backbone(job, trainers[0], consumer, manifest, counts[0]))
+        trainer.failure = NOT_FINITE
+        job.on_main(lambda: job.give_up(trainer, None))
+        raise _failed(trainer)
+    job.on_main(lambda: publish_backbone(job, trainer, user_cell, manifest, counts))
     job.finish("done", total, total)
     return True
 
 
-def _refuse_failed(trained: Task) -> None:
-    failure = trained.paths.failure(trained.cells[0].signature)
-    if failure.exists():
-        raise UserError(
-            f"pre-training stopped before: {read_json(failure)['reason']}; lower learning_rate in "
-            f"[protocol.pretrain], or delete {failure} to try it again"
-        )
+def _failed(trainer: CellTrainer) -> UserError:
+    advice = "lower learning_rate in [protocol.pretrain]"
+    return UserError(f"pre-training stopped: {trainer.failure}; {advice}")
+
+
+def _failed_before(pretrain_task: Task) -> UserError:
+    failure = pretrain_task.paths.failure(pretrain_task.cells[0].signature)
+    return UserError(
+        f"pre-training stopped before: {read_json(failure)['reason']}; lower learning_rate in "
+        f"[protocol.pretrain], or delete {failure} to try it again"
+    )
 
 
 def publish_backbone(
-    job: JobRun, trainer: CellTrainer, consumer: Cell, manifest: Manifest, counts: Counts | None
+    job: JobRun, trainer: CellTrainer, user_cell: Cell, manifest: Manifest, counts: Counts
 ) -> None:
     """Write the backbone's weights under torchvision's names, and a record of their scores.
 
     Only rank 0 calls it.
     """
-    path = job.task.paths.backbone(consumer.backbone_key)
+    path = job.task.paths.backbone(user_cell.backbone_key)
     assert isinstance(trainer.network, Network)
     check = job.generation.check
     checkpoint.write_tensors(path, for_file(trainer.network.backbone.state_dict()), check)
     record = {
         "sha256": file_sha256(path),
         "manifest": manifest.fingerprint,
-        "dataset": consumer.dataset,
+        "dataset": user_cell.dataset,
         "model": trainer.cell.model,
         "protocol": trainer.cell.protocol.model_dump(mode="json"),
         "seed": trainer.cell.seed,
-        "scores": scores(counts) if counts is not None else {},
+        "scores": scores(counts),
         "provenance": job.provenance,
     }
     write_json(path.with_suffix(".json"), record, check)

@@ -43,6 +43,8 @@ from jobs.training.job_run import Action, JobRun, require_data
 from jobs.training.timings import report
 from jobs.training.torch_settings import configure_torch
 
+NOT_FINITE = "the trained network's output is not finite"
+
 
 def main(argv: Sequence[str]) -> int:
     """Train the cells of a task file."""
@@ -103,15 +105,27 @@ def make_trainers(
     whole = task.cells[0].protocol.train == "all"
     if not whole:
         freeze(backbone.module, task.cells[0])
+    failed = failed_cells(task, group)
     weights = class_weights(manifest.splits["train"].class_pixels)
     trainers = [
         CellTrainer(cell, len(manifest.classes), weights, group, backbone.module if whole else None)
         for cell in task.cells
-        if not task.paths.failure(cell.signature).exists()
+        if cell.signature not in failed
     ]
     for trainer in trainers:
         start_head(trainer.head, backbone)
     return (None if whole else backbone.module), trainers
+
+
+def failed_cells(task: Task, group: Group) -> set[str]:
+    """Return the signatures of the cells that have failed before, as rank 0 sees them.
+
+    A network file system may show the ranks different files.
+    """
+    signatures = {cell.signature for cell in task.cells}
+    failed = {s for s in signatures if group.is_main and task.paths.failure(s).exists()}
+    found: set[str] = group.broadcast(failed)
+    return found
 
 
 def train(
@@ -121,9 +135,9 @@ def train(
     reader: SplitReader,
     start: int,
 ) -> tuple[int, int]:
-    """Train from step `start` to the end or to a stop; the last state is in a checkpoint.
+    """Train from step `start` to the end or to a stop. Return (steps done, total steps).
 
-    Returns (steps done, total steps). If all cells have failed, training is at its end.
+    A checkpoint holds the last state. If all cells have failed, return (total, total).
     """
     cell, group = job.task.cells[0], job.group
     batches = TrainingBatches(reader, cell.protocol, cell.seed, group.rank, group.world_size)
@@ -220,15 +234,15 @@ def publish(
     manifest: Manifest,
     backbone: LoadedBackbone,
 ) -> None:
-    """Write heads and counts, which make the cells done, and remove their checkpoints.
+    """Write heads, then counts; the counts index makes the cells done. Only rank 0 calls it.
 
-    Only rank 0 calls it.
+    Removes the checkpoints of all cells of the task, also of failed ones.
     """
     paths, finished = job.task.paths, []
     for trainer, cell_counts in zip(still_training(trainers), counts, strict=True):
         if cell_counts is None:
-            trainer.failure = "the trained network's output is not finite"
-            job.give_up(trainer, -1)
+            trainer.failure = NOT_FINITE
+            job.give_up(trainer, None)
             continue
         finished.append((trainer, cell_counts))
     for trainer, _ in finished:
@@ -265,18 +279,25 @@ def save_head(
 
 
 def stop_and_requeue(job: JobRun, step: int, total: int) -> bool:
-    """Requeue a job that has stopped and saved. Return True on rank 0 if Slurm starts it again."""
+    """Requeue a job that has stopped and saved. Return True if Slurm starts it again.
+
+    All ranks must call this together.
+    """
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
-    job.log(f"stopped by {name} after step {step} of {total}; run grid again to resume")
-    # also after a preemption: Slurm requeues only jobs that are still there when their grace time
-    # ends; it refuses a cancelled job
-    if job.group.is_main:
-        try:
-            return requeue(job.group.env)
-        except UserError as error:  # for example in an interactive allocation
-            job.log(f"warning: not requeued: {error}")
-    return False
+    job.log(f"stopped by {name} after step {step} of {total}")  # `exit_cause` reads this line
+    requeued: bool = job.group.broadcast(job.group.is_main and _requeue(job))
+    job.log("requeued" if requeued else "not requeued; run grid again to resume")
+    return requeued
+
+
+def _requeue(job: JobRun) -> bool:
+    # after a preemption too: Slurm does so only if the job still runs when its grace time ends
+    try:
+        return requeue(job.group.env)
+    except UserError as error:  # for example in an interactive allocation
+        job.log(f"warning: {error}")
+        return False
 
 
 if __name__ == "__main__":

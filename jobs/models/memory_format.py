@@ -38,7 +38,7 @@ def by_pixel(images: Tensor) -> Tensor:
 def alike(x: Tensor, other: Tensor) -> Tensor:
     """Return `x` in the memory format of `other`.
 
-    torch cannot tell the formats of an image of one pixel apart, and goes by shape alone.
+    The strides of an image of one pixel fit both formats; it counts as contiguous.
     """
     is_last = other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
     return by_pixel(x) if is_last else x

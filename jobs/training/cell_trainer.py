@@ -52,11 +52,10 @@ class CellTrainer:
         self.failure: str | None = None  # why this cell stopped, if it did
         self._group = group
         self._class_weights = torch.from_numpy(class_weights).to(group.device)
-        # find_unused_parameters fixes the buckets: without it, and with static_graph too, torch
-        # regroups gradients after the first step of a process (Reducer::should_rebuild_buckets).
-        # A resumed run would then add them in another order. There is no other public way, so
-        # torch's warning that all parameters are used stands in the log of each job.
-        # Gradients are views of DDP's buckets: a cell has one buffer of them, for all its steps.
+        # Keep gradient buckets fixed: by default, and with static_graph, DDP rebuilds them after
+        # the first step, so a resumed run would add gradients in another order.
+        # find_unused_parameters prevents this; its warning in the log is expected.
+        # Gradients are views of these buckets: a cell has one buffer of them, for all its steps.
         self._parallel = DistributedDataParallel(
             self.network,
             broadcast_buffers=False,
@@ -79,9 +78,9 @@ class CellTrainer:
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
-        """Update the weights once and return the loss of the global batch.
+        """Update the weights once. Return the loss of the global batch, for tests and benchmarks.
 
-        A loss that is not finite stops this cell before any weight moves; see `failure`.
+        If the loss is not finite, set `failure` and leave the weights as they are.
 
         Args:
             inputs: Features or normalised images of this rank's share of the batch.
@@ -96,7 +95,7 @@ class CellTrainer:
         with watch.part("heads"), autocast(self._group.device, self._half):
             logits = self._parallel(inputs)
         if watch.running:
-            logits.register_hook(partial(_enter_network, watch))
+            logits.register_hook(partial(_time_network_backward, watch))
         with watch.part("losses"):
             logits = logits if self._half is None else logits.float()
             loss = combined_loss(  # no name keeps the upsampled logits alive
@@ -114,8 +113,8 @@ class CellTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
         with self._group.watch.part("losses"):
+            # our losses add up over ranks, while DDP takes the mean of the ranks' gradients
             self._scaler.scale(loss * self._group.world_size).backward()
         with self._group.watch.part("optimiser"):
             self._scaler.step(self._optimizer)
@@ -203,9 +202,8 @@ def autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, half or torch.float16, enabled=half is not None)
 
 
-def _enter_network(watch: Stopwatch, gradient: Tensor) -> None:
-    """Begin the part of the backward pass that follows the gradient of the logits. When the network
-    has all its gradients, begin the wait for the other ranks."""
+def _time_network_backward(watch: Stopwatch, gradient: Tensor) -> None:
+    """Time the rest of the backward pass as `heads`, then the wait for other ranks."""
     watch.begin("heads")
     # queued before DistributedDataParallel's own callback, which waits for the all-reduce
     Variable._execution_engine.queue_callback(partial(watch.begin, COMMUNICATION))

@@ -15,6 +15,7 @@ from data_prep.shards.manifest import Manifest
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.preemption import StopRequest
 from hpc.scheduler import slurm_cli
+from hpc.scheduler.base import QueueUnreachable
 from hpc.scheduler.job import ModuleCall
 from hpc.storage.atomic import file_sha256, read_json
 from hpc.storage.fencing import Superseded
@@ -140,6 +141,10 @@ def test_waking_up_while_the_successor_trains(streets, tmp_path, start, ranks):
     until(lambda: heartbeat(grid)["step"] > step, "the successor goes on")
 
 
+def refuse_to_requeue(job: str) -> bool:
+    raise QueueUnreachable(f"no answer for {job}")
+
+
 def heartbeat(grid: Grid) -> dict:
     try:
         (path,) = grid.run.progress.glob("*.json")
@@ -246,6 +251,33 @@ def test_a_stopped_start_hands_its_job_back_to_slurm(two_starts, monkeypatch, nu
     assert handed_back == ["4711"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (lambda _: True, "requeued"),
+        (lambda _: False, "not requeued; run grid again to resume"),
+        (refuse_to_requeue, "not requeued; run grid again to resume"),
+    ],
+)
+def test_a_stopped_start_says_what_becomes_of_its_job(
+    two_starts, alone, monkeypatch, capsys, answer, line
+):
+    newest = JobRun(two_starts[1], alone, StopRequest(), {})
+    newest.stop.signal = signal.SIGTERM
+    said_before = []
+
+    def requeue(job):
+        said_before.append(capsys.readouterr().err)
+        return answer(job)
+
+    monkeypatch.setattr(slurm_cli, "requeue", requeue)
+    alone.env = RankEnv("slurm", 0, 1, 0, node="here", job_id="4711", start_id="")
+    assert train.stop_and_requeue(newest, 3, 20) == (line == "requeued")
+    assert "requeued" not in said_before[0]  # but the cause of the stop, for `exit_cause`
+    assert said_before[0].endswith(": stopped by SIGTERM after step 3 of 20\n")
+    assert capsys.readouterr().err.endswith(f": {line}\n")
+
+
 def test_a_stale_start_hands_no_job_back_to_slurm(two_starts, monkeypatch):
     stale, _ = two_starts
     stale.stop.signal = signal.SIGUSR2
@@ -271,7 +303,7 @@ def test_a_stale_pre_training_publishes_no_backbone(grid, streets, alone, monkey
         successor(grid.path)
     monkeypatch.setattr(pretrain, "file_sha256", successor)
     with pytest.raises(Superseded):
-        publish_backbone(stale, trainer, consumer, streets, None)
+        publish_backbone(stale, trainer, consumer, streets, Counts.zeros(8, 7))
     left = {path.suffix for path in task.paths.root.glob("backbones/*")}
     assert left == (set() if moment == "before it writes" else {".pt"})  # the record makes it one
 
