@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
     queue = open_queue(profile, Path(name, "logs"), Path(name, "queue"))
     call = ModuleCall("timeit", ("-n1", "-r1", "pass"))
     (job,) = queue.submit([call], profile.single(), "job")
-    while queue.states([job])[job] != "gone":
+    while queue.job_states([job])[job].state != "gone":
         time.sleep(0.02)
 """
 

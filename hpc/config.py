@@ -47,14 +47,14 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def _one_line(name: str) -> str:
+def _require_one_line(name: str) -> str:
     if not name.strip() or not name.isprintable():
         raise ValueError("must be one line of text, and not blank")
     return name
 
 
 # A name that the user chooses; it appears in logs and tables.
-Name = Annotated[str, AfterValidator(_one_line)]
+Name = Annotated[str, AfterValidator(_require_one_line)]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def open_work(
     sent = [task for task in sent_tasks(grid.run, queue) if task.kind != CANCEL or not task.job]
     if signatures:
         sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
-    jobs = queue.look({task.job for task in sent if task.job})
+    jobs = queue.job_states({task.job for task in sent if task.job})
     alive = {t.job: t for t in sent if t.job and jobs[t.job].state != "gone"}
     latest = {cell: task for task in sent for cell in task.cells if task.kind != PRETRAIN}
     deferred = {task.task: task for task in latest.values() if task.deferred}

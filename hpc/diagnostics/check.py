@@ -1,6 +1,6 @@
 """Run checks and report each in one line: what holds, or what is wrong and what to do.
 
-A check that fails with an unexpected error is a line too, and the others go on.
+A check that raises an unexpected error gives a line too, and the other checks still run.
 """
 
 from __future__ import annotations
@@ -43,23 +43,26 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Check:
-    """A check by name. `look` returns the evidence, or raises `UserError` if the check fails,
-    `CheckWarning` or `CheckSkipped`."""
+    """A check by name.
+
+    `perform` returns the evidence. It raises `UserError` if the check fails, `CheckWarning`, or
+    `CheckSkipped`.
+    """
 
     name: str
-    look: Callable[[], str]
+    perform: Callable[[], str]
 
     def run(self) -> CheckResult:
         """Return the result; raise nothing."""
         try:
-            return CheckResult("pass", self.name, self.look())
+            return CheckResult("pass", self.name, self.perform())
         except UserError as error:
             return CheckResult("FAIL", self.name, str(error))
         except CheckWarning as warning:
             return CheckResult("warn", self.name, str(warning))
         except CheckSkipped as reason:
             return CheckResult("skip", self.name, str(reason))
-        except Exception as error:  # a site may have what no check expects
+        except Exception as error:  # an unforeseen answer of a site
             broken = f"the check itself failed ({type(error).__name__}: {error})"
             message = f"{broken}; please report it, and go by the others"
             return CheckResult("FAIL", self.name, message)

@@ -20,7 +20,8 @@ from hpc.scheduler.job import START_PREFIX, ModuleCall, is_launchers
 from hpc.storage.atomic import TEMPORARY_PREFIX, Damaged, read_json
 from hpc.storage.permissions import private_folder
 
-_SHORT_SECONDS, _LOOK_SECONDS = 0.3, 2.0  # the longest pause between questions to the queue
+_SHORT_SECONDS = 0.3
+_POLL_SECONDS = 2.0  # the longest pause between questions to the queue
 _ANSWER_SECONDS = 0.05
 _LATE_SECONDS = 10.0  # until a network file system shows a file of a node
 _END_SECONDS = 90.0  # for cancelled jobs to end
@@ -109,12 +110,12 @@ def run_probe_jobs(
 
 
 def _wait(queue: Queue, jobs: Sequence[str], folder: Path, log: Callable[[str], None]) -> None:
-    pause = min(_LOOK_SECONDS, queue.poll_seconds)
+    pause = min(_POLL_SECONDS, queue.poll_seconds)
     due, last_line = 0.0, ""
     while True:
         answer_hellos(folder)
         if time.monotonic() >= due:
-            alive = {job: now for job, now in queue.look(jobs).items() if now.state != "gone"}
+            alive = {job: now for job, now in queue.job_states(jobs).items() if now.state != "gone"}
             if not alive:
                 return
             _refuse_stuck(alive)
@@ -146,7 +147,7 @@ def _end(queue: Queue, jobs: Sequence[str]) -> None:
         queue.cancel(jobs)
         deadline = time.monotonic() + _END_SECONDS
         while time.monotonic() < deadline:
-            if set(queue.states(jobs).values()) == {"gone"}:
+            if all(job.state == "gone" for job in queue.job_states(jobs).values()):
                 break
             time.sleep(_SHORT_SECONDS)
     queue.wait_for_runner(_END_SECONDS)
@@ -159,7 +160,7 @@ def _report(queue: Queue, probe: ProbeJob, job: str, folder: Path) -> Report:
             break
         time.sleep(_SHORT_SECONDS)
     logs = queue.log_files(job)
-    cause, line = exit_cause(queue.look([job])[job].why, logs)
+    cause, line = exit_cause(queue.job_states([job])[job].why, logs)
     ended = f"{cause}: {line}" if line else cause
     return Report(probe, job, facts, ended, bool(logs), _set_up(logs))
 

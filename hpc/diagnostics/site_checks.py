@@ -39,7 +39,7 @@ def site_checks(profile: ClusterProfile, site: SlurmSite, queue: Queue) -> list[
     checks: dict[str, Callable[[ClusterProfile, SlurmSite], str]] = {
         "partition": partition,
         "account": account,
-        "quality of service": quality,
+        "quality of service": qos,
         "time limit": time_limit,
         "nodes of the partition": nodes_of_partition,
         "features of the nodes": features,
@@ -98,11 +98,11 @@ def account(profile: ClusterProfile, site: SlurmSite) -> str:
     return profile.account or f"the default of {site.user}, who has {', '.join(own)}"
 
 
-def quality(profile: ClusterProfile, site: SlurmSite) -> str:
+def qos(profile: ClusterProfile, site: SlurmSite) -> str:
     """Check that the profile's quality of service exists and this user may use it."""
     if not profile.qos:
         return "the profile names none, so the default"
-    known = _or_skip(lambda: site.qualities)
+    known = _or_skip(lambda: site.qos)
     if profile.qos not in known:
         raise UserError(
             f"there is no quality of service {shown(profile.qos)}; "
@@ -256,7 +256,7 @@ def _limits(profile: ClusterProfile, site: SlurmSite, silent: bool = True) -> di
         named: Iterable[str] = [
             profile.qos, *(row.get("QoS", "") for row in known_partitions(profile, site))
         ]  # fmt: skip
-        known = {name: site.qualities[name] for name in named if name in site.qualities}
+        known = {name: site.qos[name] for name in named if name in site.qos}
     except QueueUnreachable:
         if silent:
             return {}

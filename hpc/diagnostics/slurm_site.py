@@ -62,7 +62,7 @@ class SlurmSite:
         return _accounting("assoc", f"user={self.user}", _ASSOCIATION)
 
     @cached_property
-    def qualities(self) -> dict[str, Row]:
+    def qos(self) -> dict[str, Row]:
         """Return every quality of service of the site, by name."""
         return {row["Name"]: row for row in _accounting("qos", "", _QUALITY)}
 

@@ -108,7 +108,7 @@ class Queue(Protocol):
             QueueUnreachable: The queue does not answer.
         """
 
-    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
+    def job_states(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Return the state of each job.
 
         If a queue opened `read_only` does not answer, all jobs are `unknown`.
@@ -117,11 +117,8 @@ class Queue(Protocol):
             QueueUnreachable: The queue does not answer, so no job can be called `gone`.
         """
 
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
-        """Return the states alone, see `look`."""
-
     def final_states(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the final state of jobs from accounting, if `look` does not report it."""
+        """Return the final state of jobs from accounting, if `job_states` does not report it."""
 
     def free_slots(self) -> int | None:
         """Return how many more jobs the queue takes from this user now; None if there is no limit

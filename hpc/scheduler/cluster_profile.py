@@ -122,7 +122,7 @@ class ClusterProfile(Settings):
 
     @field_validator("*")
     @classmethod
-    def _one_line(cls, value: Any) -> Any:
+    def _require_one_line(cls, value: Any) -> Any:
         # a line break would end the `#SBATCH` line and start a command
         if isinstance(value, str) and not value.isprintable():
             raise ValueError("must be one line of plain text")

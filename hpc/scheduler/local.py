@@ -24,7 +24,6 @@ from hpc.scheduler.base import (
     NO_RUNNER,
     JobState,
     Outcome,
-    State,
     needed_job_failed,
 )
 from hpc.scheduler.clean_env import called_clean, visible_gpus
@@ -121,20 +120,16 @@ class LocalQueue:
         """Find jobs by the token in their files."""
         return self.jobs.find_by_token(tokens)
 
-    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
+    def job_states(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Return the state of each job, from its files."""
-        found = {job_id: self.jobs.look(job_id) for job_id in ids}
+        found = {job_id: self.jobs.job_state(job_id) for job_id in ids}
         waiting = [job_id for job_id, job in found.items() if job.state == "waiting"]
         if waiting and not self.jobs.has_runner():
             found |= dict.fromkeys(waiting, JobState("waiting", NO_RUNNER))
         return found
 
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
-        """Return the states alone, see `look`."""
-        return {job_id: job.state for job_id, job in self.look(ids).items()}
-
     def final_states(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return nothing; `look` tells all that is known."""
+        """Return nothing; `job_states` tells all that is known."""
         return {}
 
     def free_slots(self) -> None:

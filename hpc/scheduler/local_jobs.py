@@ -132,7 +132,7 @@ class LocalJobs:
         with self.path(job_id, "lock").open() as file:
             return "gone" if take_lock(file, fcntl.LOCK_SH) else "running"
 
-    def look(self, job_id: str) -> JobState:
+    def job_state(self, job_id: str) -> JobState:
         """Return the state of a job, with the outcome if it has ended."""
         state = self.state(job_id)
         if state != "gone":

@@ -26,7 +26,6 @@ from hpc.scheduler.base import (
     DEFAULT_MAX_ARRAY_SIZE,
     JobState,
     QueueUnreachable,
-    State,
     needed_job_failed,
 )
 from hpc.scheduler.clean_env import batch_lines, called_clean, ignored_options
@@ -138,7 +137,7 @@ class SlurmQueue:
                 found[token][int(first) + int(job_id.partition("_")[2] or 0)] = job_id
         return found
 
-    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
+    def job_states(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Return the state of each job, by one squeue call."""
         ids = list(ids)
         arrays = sorted({job_id.partition("_")[0] for job_id in _of_slurm(ids)})
@@ -146,10 +145,6 @@ class SlurmQueue:
         seen = self._if_reachable(lambda: slurm_cli.job_states(arrays), none) if arrays else none
         other = JobState("unknown" if self.unreachable else "gone")
         return {job_id: seen.get(job_id, other) for job_id in ids}
-
-    def states(self, ids: Iterable[str]) -> dict[str, State]:
-        """Return the states alone, see `look`."""
-        return {job_id: job.state for job_id, job in self.look(ids).items()}
 
     def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended that squeue no longer shows; {} if sacct does not answer."""
@@ -257,7 +252,7 @@ class SlurmQueue:
 
         sbatch may refuse a dependency on a job that Slurm no longer knows.
         """
-        jobs = self.look([*after, *needs])
+        jobs = self.job_states([*after, *needs])
         gone = {job_id: jobs[job_id].why for job_id in needs if jobs[job_id].state == "gone"}
         gone |= self.final_states([job_id for job_id, word in gone.items() if not word])
         for job_id, word in gone.items():

@@ -26,7 +26,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
     def script(self, num_calls: int) -> str:
         """Return the batch script for `num_calls` calls."""
-        self._count(num_calls)
+        self._set_array_size(num_calls)
         return self._make_submission_file_text(self._submitit_command_str, "")
 
     def _internal_process_submissions(
@@ -35,7 +35,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         # submitit would submit an array through its own class, which reads ids another way
         if len(delayed_submissions) == 1:
             return super()._internal_process_submissions(delayed_submissions)
-        self._count(len(delayed_submissions))
+        self._set_array_size(len(delayed_submissions))
         pickles = [self._pickled(call) for call in delayed_submissions]
         array = self._submit_command(self._submitit_command_str)
         ranks = range(array.num_tasks)
@@ -47,7 +47,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
             job.paths.move_temporary_file(pickle, "submitted_pickle")
         return jobs
 
-    def _count(self, num_calls: int) -> None:
+    def _set_array_size(self, num_calls: int) -> None:
         if num_calls > 1:
             self.parameters["map_count"] = num_calls
 
@@ -64,10 +64,10 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
     @staticmethod
     def _get_job_id_from_submission_command(string: bytes | str) -> str:
-        return job_id(string if isinstance(string, str) else string.decode(errors="replace"))
+        return parse_job_id(string if isinstance(string, str) else string.decode(errors="replace"))
 
 
-def job_id(answer: str) -> str:
+def parse_job_id(answer: str) -> str:
     """Return the last job id in the output of sbatch; a site's wrapper may print other lines.
 
     Raises:

@@ -78,7 +78,7 @@ def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
     `train` is required; without `reduce` the check of its MPI is skipped.
     """
     profile, report = grid.cluster, reports["train"]
-    looks: dict[str, Callable[[], str]] = {
+    checks: dict[str, Callable[[], str]] = {
         "a job on the nodes": partial(node_checks.launch, profile, report),
         "run directory from the nodes": partial(node_checks.shared_folder, report),
         "clocks": partial(node_checks.clocks, report, DEAD_AFTER_SECONDS),
@@ -95,7 +95,7 @@ def checks_of(grid: Grid, reports: Mapping[str, Report]) -> list[Check]:
         "time to save": partial(_time_to_save, grid, report),
         "MPI of reduce": partial(_mpi, grid, reports.get("reduce")),
     }
-    return [Check(what, look) for what, look in looks.items()]
+    return [Check(name, perform) for name, perform in checks.items()]
 
 
 def inputs(grid: Grid) -> dict[str, int]:

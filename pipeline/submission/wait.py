@@ -166,9 +166,8 @@ def _stage_error(queue: Queue, jobs: Mapping[str, Sequence[str]]) -> str | None:
 def _stopped_stage(queue: Queue, jobs: Jobs) -> str | None:
     """Return why a stage without an error in its log did not succeed: it was killed, for one."""
     stages = [(stage, job) for stage, ids in jobs.items() if stage != GRID for job in ids]
-    known = (
-        retry_while_unreachable(partial(queue.look, [job for _, job in stages])) if stages else {}
-    )
+    ids = [job for _, job in stages]
+    known = retry_while_unreachable(partial(queue.job_states, ids)) if ids else {}
     found = ((stage, not_successful(known[job], queue.log_files(job))) for stage, job in stages)
     return next((f"{stage}: {why}" for stage, why in found if why), None)
 

@@ -182,7 +182,7 @@ def read_snapshot(
     stages = {job: task for job, task in known.items() if task.kind not in (BUNDLE, PRETRAIN)}
     arrays = noted_arrays(run.submitted)
     asked = {job for task in open_tasks for job in (*_jobs_of(task, arrays), *task.needs)}
-    jobs = queue.look(asked.union(stages, also) - {""})
+    jobs = queue.job_states(asked.union(stages, also) - {""})
     open_tasks = [_with_job(task, arrays, jobs, queue) for task in open_tasks]
     heartbeats = {task.task: _heartbeat(run, task.task) for task in open_tasks}
     checkpoints, failures = _checkpoints(grid, done), _failures(grid, done)

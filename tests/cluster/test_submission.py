@@ -82,7 +82,7 @@ def test_a_job_does_not_start_if_one_that_it_needs_was_cancelled(cluster, folder
     cluster.answer("scontrol", "release", needed[0])
     queue.cancel(needed[1:])
     cluster.wait_until_gone(last)
-    assert [job.why for job in queue.look(jobs).values()] == ["COMPLETED", NEVER_SATISFIED]
+    assert [job.why for job in queue.job_states(jobs).values()] == ["COMPLETED", NEVER_SATISFIED]
     assert [len(seen_by(folder, job)) for job in (*jobs, last)] == [1, 0, 1]
 
 
@@ -114,7 +114,7 @@ def test_nothing_that_a_shell_has_left_over_changes_a_job(cluster, folder, monke
     setup = ["export FROM_SETUP=here", f"export PYTHONPATH={cluster.environ['PYTHONPATH']}"]
     queue = queue_of(folder, setup=setup, extra={"export": "NONE"})
     jobs = queue.submit([probe(folder)] * 2, queue.profile.training(), "hostile")
-    assert set(queue.states(jobs).values()) <= {"waiting", "running"}
+    assert {job.state for job in queue.job_states(jobs).values()} <= {"waiting", "running"}
     cluster.wait_until_gone(jobs[0].partition("_")[0])
     for job in jobs:
         ranks = seen_by(folder, job)

@@ -61,12 +61,9 @@ class FakeQueue:
         self.asked_for.append(sorted(tokens))
         return {token: self.tokens.get(token, {}) for token in tokens}
 
-    def look(self, ids: Iterable[str]) -> dict[str, JobState]:
+    def job_states(self, ids: Iterable[str]) -> dict[str, JobState]:
         self.questions += 1
         return {job: JobState(self.jobs.get(job, "gone"), self.why.get(job, "")) for job in ids}
-
-    def states(self, ids: Iterable[str]) -> dict[str, str]:
-        return {job: found.state for job, found in self.look(ids).items()}
 
     def free_slots(self) -> int | None:
         queued = sum(state != "gone" for state in self.jobs.values())

@@ -327,7 +327,7 @@ def retried_jobs_finish(grid, queue, monkeypatch):
     """Each look at the queue finds that the jobs from `job3` on have trained their cells."""
     finished = []
 
-    def look(ids):
+    def job_states(ids):
         for job in list(queue.jobs)[2:]:
             if job not in finished:
                 finish(grid, cells_of(queue, job), f"task{job}")
@@ -335,7 +335,7 @@ def retried_jobs_finish(grid, queue, monkeypatch):
                 end(queue, job)
         return {job: JobState(queue.jobs.get(job, "gone"), queue.why.get(job, "")) for job in ids}
 
-    monkeypatch.setattr(queue, "look", look)
+    monkeypatch.setattr(queue, "job_states", job_states)
     monkeypatch.setattr(queue, "ensure_runner", lambda: None)
 
 

@@ -5,6 +5,7 @@ import pickle
 import signal
 import stat
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -14,7 +15,7 @@ import pytest
 from hpc.cli import UserError
 from hpc.scheduler import local
 from hpc.scheduler.auto import open_queue
-from hpc.scheduler.base import NO_RUNNER
+from hpc.scheduler.base import NO_RUNNER, Queue, State
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
 from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
@@ -80,6 +81,10 @@ def environment(path, *names):
 ONE = Resources()
 
 
+def states(queue: Queue, ids: Sequence[str]) -> dict[str, State]:
+    return {job_id: job.state for job_id, job in queue.job_states(ids).items()}
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Return a folder with an awkward name, in which jobs find the program above."""
@@ -138,7 +143,7 @@ def wait_for(condition, seconds=30.0):
 
 
 def wait_until_gone(queue, ids):
-    wait_for(lambda: set(queue.states(ids).values()) <= {"gone"})
+    wait_for(lambda: set(states(queue, ids).values()) <= {"gone"})
 
 
 def lines(path) -> list[str]:
@@ -168,7 +173,7 @@ def test_as_many_at_a_time_as_the_profile_says(place):
     queue = open_local(place, local_jobs=2)
     ids = queue.submit([call("hold", place / f"job{i}") for i in range(3)], ONE, "three")
     wait_for(lambda: (place / "job0").exists() and (place / "job1").exists())
-    assert list(queue.states([*ids, "local-000099"]).values()) == [
+    assert list(states(queue, [*ids, "local-000099"]).values()) == [
         "running",
         "running",
         "waiting",
@@ -176,7 +181,7 @@ def test_as_many_at_a_time_as_the_profile_says(place):
     ]
     (place / "job1.go").touch()
     wait_for(lambda: (place / "job2").exists())
-    assert queue.states(ids) == {ids[0]: "running", ids[1]: "gone", ids[2]: "running"}
+    assert states(queue, ids) == {ids[0]: "running", ids[1]: "gone", ids[2]: "running"}
 
 
 def test_a_job_waits_for_those_before_it_even_if_they_fail(place):
@@ -185,7 +190,7 @@ def test_a_job_waits_for_those_before_it_even_if_they_fail(place):
     then = queue.submit([call("note", place / "then", "x")], ONE, "then", after=[*first, "gone-1"])
     wait_until_gone(queue, first[1:])
     time.sleep(0.5)
-    assert queue.states(then) == {then[0]: "waiting"}
+    assert states(queue, then) == {then[0]: "waiting"}
     (place / "first.go").touch()
     wait_until_gone(queue, then)
     assert lines(place / "then") == ["x"]
@@ -198,7 +203,7 @@ def test_a_job_starts_if_the_record_of_one_that_it_needs_is_damaged(place):
     assert outcome(queue, job) == "succeeded"
     wait_for(lambda: not runners(place))
     queue.jobs.path(job, "ended").write_text("")
-    assert queue.look([job])[job] == ("gone", "")
+    assert queue.job_states([job])[job] == ("gone", "")
     (then,) = queue.submit([call("note", place / "then", "x")], ONE, "then", needs=[job])
     assert outcome(queue, then) == "succeeded"
 
@@ -213,12 +218,13 @@ def test_a_job_does_not_start_if_one_that_it_needs_failed(place):
     )
     then = queue.submit([call("note", place / "then", "x")], ONE, "then", needs=bad)
     after_all = queue.submit([call("note", place / "last", "x")], ONE, "last", after=[*bad, *then])
-    assert set(queue.states([*good, *bad, *then]).values()) == {"waiting"}
+    assert set(states(queue, [*good, *bad, *then]).values()) == {"waiting"}
     (place / "good.go").touch()
     queue.cancel(needed[1:])
     wait_until_gone(queue, [*good, *after_all])
     assert lines(place / "after good") == lines(place / "last") == ["x"]
-    assert queue.look([*bad, *then]) == dict.fromkeys([*bad, *then], ("gone", "dependency failed"))
+    ended = [*bad, *then]
+    assert queue.job_states(ended) == dict.fromkeys(ended, ("gone", "dependency failed"))
     assert not (place / "after bad").exists() and not (place / "then").exists()
     with pytest.raises(UserError, match=r"job local-000002, .* did not succeed \(cancelled\)"):
         queue.submit([call("note", place / "late", "x")], ONE, "late", needs=needed)
@@ -239,12 +245,12 @@ def test_a_killed_runner_stops_no_job_and_the_next_takes_over(place):
     ids = queue.submit([call("hold", place / "a"), call("note", place / "b", "x")], ONE, "two")
     wait_for(lambda: (place / "a").exists())
     kill_runner(place)
-    assert queue.look(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", NO_RUNNER)}
+    assert queue.job_states(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", NO_RUNNER)}
     queue.ensure_runner()
     wait_for(lambda: runners(place))
-    assert queue.look(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", "")}
+    assert queue.job_states(ids) == {ids[0]: ("running", ""), ids[1]: ("waiting", "")}
     time.sleep(0.5)
-    assert queue.states(ids) == {ids[0]: "running", ids[1]: "waiting"}
+    assert states(queue, ids) == {ids[0]: "running", ids[1]: "waiting"}
     (place / "a.go").touch()
     wait_until_gone(queue, ids)
     assert (lines(place / "a"), lines(place / "b")) == (["0"], ["x"])
@@ -272,7 +278,7 @@ def test_a_rank_without_its_controller_still_counts_as_the_job(place):
     (controller,) = [pid for pid, parent in alive.items() if parent not in alive]
     os.kill(controller, signal.SIGKILL)
     time.sleep(0.5)
-    assert queue.states([job]) == {job: "running"}
+    assert states(queue, [job]) == {job: "running"}
     queue.cancel([job])
     wait_until_gone(queue, [job])
     assert outcome(queue, job) == "cancelled"
@@ -306,7 +312,7 @@ def test_a_job_that_ignores_sigterm_is_killed(place, monkeypatch):
         thread.start()
         Runner(queue.jobs, lock).run()
         thread.join()
-    assert queue.states(ids) == {ids[0]: "gone"}
+    assert states(queue, ids) == {ids[0]: "gone"}
     assert outcome(queue, ids[0]) == "cancelled"
 
 
@@ -325,8 +331,8 @@ def test_the_exit_cause_is_found_in_the_logs_of_the_ranks(place, program, cause,
     queue = open_local(place)
     path = [place / "hold"] if program == "lose_rank_1" else []
     (job,) = queue.submit([call(program, *path)], Resources(tasks_per_node=2), "two")
-    wait_for(lambda: queue.look([job])[job].why != "", seconds=120.0)
-    assert queue.look([job]) == {job: ("gone", "failed")}
+    wait_for(lambda: queue.job_states([job])[job].why != "", seconds=120.0)
+    assert queue.job_states([job]) == {job: ("gone", "failed")}
     assert exit_cause("failed", queue.log_files(job)) == (cause, line)
 
 
@@ -337,7 +343,7 @@ def test_a_cancelled_job_is_cancelled_even_if_it_ended_well(place):
     queue.jobs.path(job, "cancelled").touch()
     (place / "hold.go").touch()
     wait_until_gone(queue, [job])
-    assert queue.look([job]) == {job: ("gone", "cancelled")}
+    assert queue.job_states([job]) == {job: ("gone", "cancelled")}
 
 
 def test_many_submits_at_once_start_one_runner_and_lose_nothing(place):
@@ -454,6 +460,6 @@ def test_a_folder_that_submitit_would_rewrite_is_refused(place):
 def test_a_job_of_slurm_may_still_run_though_the_local_queue_does_not_know_it(place):
     """Otherwise a change to a local profile would train running cells a second time."""
     queue = open_local(place)
-    assert queue.look(["4711_0"])["4711_0"].state == "gone"
+    assert queue.job_states(["4711_0"])["4711_0"].state == "gone"
     assert not queue.gone_is_certain("4711_0")
     assert queue.gone_is_certain("local-000001")

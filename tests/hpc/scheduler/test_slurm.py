@@ -21,6 +21,7 @@ from hpc.scheduler.local import LocalQueue
 from hpc.scheduler.slurm import SlurmQueue
 from hpc.scheduler.slurm_cli import requeue
 from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE
+from tests.hpc.scheduler.test_local import states
 
 COMMANDS = {
     "sbatch": """
@@ -153,7 +154,7 @@ def test_no_call_asks_slurm_nothing(slurm, logs):
     queue = open_slurm(logs)
     assert queue.submit([], Resources(), "nothing") == []
     queue.cancel([])
-    assert queue.states([]) == {}
+    assert states(queue, []) == {}
     assert (slurm.folder / "asked").read_text() == "scontrol show config\n", "opening it"
 
 
@@ -242,7 +243,7 @@ def test_a_needed_job_must_succeed(slurm, logs):
 
 def test_a_job_whose_needed_job_failed_says_so(slurm, logs):
     slurm.answer("queue", "7 CANCELLED DependencyNeverSatisfied\n8 CANCELLED None\n")
-    words = open_slurm(logs).look(["7", "8"])
+    words = open_slurm(logs).job_states(["7", "8"])
     assert [exit_cause(words[job].why, []).cause for job in "78"] == [
         "dependency failed",
         "cancelled",
@@ -252,7 +253,7 @@ def test_a_job_whose_needed_job_failed_says_so(slurm, logs):
 def test_one_squeue_tells_all_states(slurm, logs):
     slurm.answer("queue", "7_0 RUNNING\n7_1 PENDING\n8 COMPLETING\n9 REQUEUED\n")
     queue = open_slurm(logs)
-    assert queue.states(["7_0", "7_1", "7_2", "8", "9"]) == {
+    assert states(queue, ["7_0", "7_1", "7_2", "8", "9"]) == {
         "7_0": "running",
         "7_1": "waiting",
         "7_2": "gone",
@@ -267,17 +268,17 @@ def test_one_squeue_tells_all_states(slurm, logs):
 def test_a_forgotten_job_is_gone_but_a_silent_controller_is_no_answer(slurm, logs):
     queue = open_slurm(logs)
     slurm.answer("error", "slurm_load_jobs error: Invalid job id specified\n")
-    assert queue.states(["7"]) == {"7": "gone"}
+    assert states(queue, ["7"]) == {"7": "gone"}
     slurm.answer("error", "slurm_load_jobs error: Unable to contact slurm controller\n")
     with pytest.raises(QueueUnreachable, match="Unable to contact"):
-        queue.states(["7"])
+        states(queue, ["7"])
 
 
 def test_jobs_of_an_earlier_local_run_are_gone_and_their_logs_are_found(slurm, logs):
     """squeue, sacct and scancel refuse a whole question for one id that is not Slurm's."""
     slurm.answer("queue", "7_0 RUNNING None\n")
     queue = open_slurm(logs)
-    assert queue.states(["local-000001", "7_0"]) == {"local-000001": "gone", "7_0": "running"}
+    assert states(queue, ["local-000001", "7_0"]) == {"local-000001": "gone", "7_0": "running"}
     queue.final_states(["local-000001", "8"])
     queue.cancel(["local-000001", "8"])
     asked = [slurm.asked(command)[0][-1] for command in ("squeue", "sacct", "scancel")]
@@ -299,7 +300,7 @@ def test_the_refusal_of_too_many_jobs_names_max_jobs(slurm, logs):
 def test_one_squeue_tells_wait_reasons_and_exit_causes_too(slurm, logs):
     slurm.answer("queue", "7_0 RUNNING None\n7_1 PENDING Priority\n8 NODE_FAIL NodeDown\n9 PENDING "
                  "Nodes required for job are DOWN, DRAINED\n")  # fmt: skip
-    assert open_slurm(logs).look(["7_0", "7_1", "8", "9", "10"]) == {
+    assert open_slurm(logs).job_states(["7_0", "7_1", "8", "9", "10"]) == {
         "7_0": ("running", ""),
         "7_1": ("waiting", "Priority"),
         "8": ("gone", "NODE_FAIL"),
@@ -595,7 +596,7 @@ def test_a_slurm_that_does_not_answer(tmp_path, monkeypatch, logs, kind, command
     queue = open_queue(profile, logs, logs, read_only=True)
     queue.check()
     assert queue.unreachable == message
-    assert queue.look(["7", "8_1"]) == dict.fromkeys(["7", "8_1"], JobState("unknown"))
+    assert queue.job_states(["7", "8_1"]) == dict.fromkeys(["7", "8_1"], JobState("unknown"))
     assert queue.find_by_token(["token"]) == {"token": {}}
     assert queue.log_files("7") == []
     with pytest.raises(QueueUnreachable):

@@ -96,7 +96,7 @@ def test_stages_that_move_and_find_no_room_are_sent_with_the_last_cells(grid, qu
     assert "reduce" not in jobs
     assert survey(grid, queue).deferred_stages == ("reduce", "report")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
+    monkeypatch.setattr(queue, "job_states", look_until_trained(grid, queue))
     again = partial(submit_deferred, grid, queue, cancellations(grid.run), "submit --wait")
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     sent = [call.module for call in queue.calls.values()][8:]
@@ -180,10 +180,10 @@ def test_waiting_sends_the_rest_as_jobs_end(grid, queue, monkeypatch, limit):
     queue.max_jobs = limit
     most = []
 
-    def look(ids):
+    def job_states(ids):
         most.append(sum(state != "gone" for state in queue.jobs.values()))
         alive = [job for job, state in queue.jobs.items() if state != "gone"]
-        if alive and len(most) % 3 == 0:  # every third look finds a job ended
+        if alive and len(most) % 3 == 0:  # every third question finds a job ended
             words = queue.calls[alive[0]].arguments[0]
             cells = [cell for cell in grid.cells if f"seed{cell.seed}-" in words]
             if cells:  # and not a stage
@@ -191,7 +191,7 @@ def test_waiting_sends_the_rest_as_jobs_end(grid, queue, monkeypatch, limit):
             queue.jobs[alive[0]] = "gone"
         return {job: JobState(queue.jobs.get(job, "gone")) for job in ids}
 
-    monkeypatch.setattr(queue, "look", look)
+    monkeypatch.setattr(queue, "job_states", job_states)
     monkeypatch.setattr(queue, "ensure_runner", lambda: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     jobs = submit(grid, queue, ALL)
@@ -224,23 +224,23 @@ def test_a_poll_that_sends_nothing_writes_and_prints_nothing(grid, queue, monkey
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(submitter, "set_aside_altered", refuse)
     again = partial(submit_deferred, grid, queue, cancellations(grid.run), "submit --wait")
-    monkeypatch.setattr(queue, "look", look_until_trained(grid, queue))
+    monkeypatch.setattr(queue, "job_states", look_until_trained(grid, queue))
     assert wait.wait_for(grid, queue, jobs, ("grid",), again) == 0
     assert all(found == files[0] for found in files[:5])
     assert printed[:5] == [""] * 5
 
 
 def look_until_trained(grid: Grid, queue: FakeQueue):
-    """The queue's `look`, after which every job of ours has ended well."""
+    """The queue's `job_states`, after which every job of ours has ended well."""
 
-    def look(ids):
+    def job_states(ids):
         for job in [job for job in ids if queue.jobs.get(job) == "waiting"]:
             if queue.calls[job].module == "jobs.train":
                 finish(grid, cells_of(queue, job), f"task{job}")
             queue.jobs[job] = "gone"
         return {job: JobState(queue.jobs.get(job, "gone")) for job in ids}
 
-    return look
+    return job_states
 
 
 def test_what_is_deferred_is_noted_once(grid, queue, capsys):

@@ -59,11 +59,11 @@ class Silent(FakeQueue):
 
     silences = 3
 
-    def look(self, ids):
+    def job_states(self, ids):
         self.silences -= 1
         if self.silences >= 0:
             raise QueueUnreachable("squeue failed: Unable to contact slurm controller")
-        return super().look(ids)
+        return super().job_states(ids)
 
 
 def test_it_waits_for_a_controller_that_is_away_and_says_so_once(

@@ -424,7 +424,7 @@ class SlowQueue(FakeQueue):
     def submit(self, calls, *arguments, **options):
         time.sleep(0.3)
         return super().submit(calls, *arguments, **options)
-    def look(self, ids):
+    def job_states(self, ids):
         return dict.fromkeys(ids, JobState("waiting"))
 queue = SlowQueue(Path("."))
 grid = read_grid(sys.argv[1])
