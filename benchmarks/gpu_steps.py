@@ -38,7 +38,7 @@ from benchmarks.measure import (
     time_in_turns,
 )
 from hpc.distributed.process_group import Group
-from jobs.models import memory_format
+from jobs.models import memory_format, resize
 from jobs.spec.protocol import Protocol
 from jobs.training.cell_trainer import CellTrainer, half_precision
 
@@ -176,6 +176,10 @@ def _steps(
     return synchronised(step, group.device)
 
 
+def _torchs_upsampling() -> AbstractContextManager[object]:
+    return mock.patch.object(resize, "by_products", lambda device: False)
+
+
 def _channels_apart() -> AbstractContextManager[object]:
     return mock.patch.object(memory_format, "memory_format", lambda device: torch.contiguous_format)
 
@@ -191,6 +195,7 @@ def _deterministic() -> Iterator[None]:
 
 SETTINGS: dict[str, Block] = {
     "channels apart (NCHW)": _channels_apart,
+    "torch's gradient of upsampling": _torchs_upsampling,
     "deterministic algorithms": _deterministic,
 }
 

@@ -1,8 +1,8 @@
-"""Bilinear resizing with a gradient that is deterministic on a GPU.
+"""Bilinear resizing whose gradient on a GPU is two matrix products.
 
-torch's gradient adds in any order there, and its deterministic version sorts an index for every
-pixel. Resizing is linear along rows and columns, so its gradient is two matrix products,
-`rows^T G columns`.
+Resizing is linear along rows and columns, so its gradient is `rows^T G columns`. torch's own
+gradient adds with atomics there, in any order. Its deterministic version sorts an index for every
+pixel.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ Size = tuple[int, int]  # height, width in pixels
 
 def resize(x: Tensor, size: Size) -> Tensor:
     """Resize float [B, C, h, w] bilinearly to [B, C, *size], without aligned corners."""
-    if x.is_cpu or not torch.are_deterministic_algorithms_enabled():
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    return Resize.apply(x, size)
+    if by_products(x.device):
+        return Resize.apply(x, size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def by_products(device: torch.device) -> bool:
+    """Return whether `resize` has its own gradient; torch's is deterministic on a CPU."""
+    return device.type != "cpu"
 
 
 class Resize(torch.autograd.Function):
-    """`resize` for deterministic algorithms on a GPU."""
+    """`resize` with a gradient of two matrix products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: Size) -> Tensor:

@@ -18,6 +18,7 @@ from jobs.losses import pooling
 from jobs.losses.functional import combined_loss
 from jobs.losses.grammar import parse_loss
 from jobs.metrics.reference import count_image
+from jobs.models import resize as resizing
 from jobs.models.build import Network, build_backbone, build_head, upsample
 from jobs.models.dropout import set_dropout_position
 from jobs.models.registry import MODELS
@@ -83,7 +84,9 @@ def test_every_network_can_be_trained(deterministic, model):
     assert names & (REFUSED | SORTED) == set()
 
 
-def test_without_it_a_gpu_resizes_as_torch_does():
+def test_a_gpu_resizes_by_products_without_it_too(monkeypatch):
+    assert "upsample_bilinear2d_backward" not in asked_by_training("unet_resnet50")
+    monkeypatch.setattr(resizing, "by_products", lambda device: False)  # as benchmarks do
     assert "upsample_bilinear2d_backward" in asked_by_training("unet_resnet50")
 
 
