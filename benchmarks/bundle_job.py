@@ -49,7 +49,8 @@ class Job:
         target = torch.randint(CLASSES, (number, *crop), generator=draw, dtype=torch.uint8)
         self.batch = Batch(images, target, range(number)).to(group.device)
         self.target = self.batch.target.long()
-        self.backbone = place(settled(model.partition("_")[2], self.batch.images), group.device)
+        backbone = settled(model.partition("_")[2], self.batch.images)
+        self.backbone = place(backbone, group.device, protocol.precision)
         freeze(self.backbone, self._cell("CE"))
 
     def cells(self, losses: Sequence[str]) -> list[CellTrainer]:

@@ -181,7 +181,7 @@ def _torchs_upsampling() -> AbstractContextManager[object]:
 
 
 def _channels_apart() -> AbstractContextManager[object]:
-    return mock.patch.object(memory_format, "memory_format", lambda device: torch.contiguous_format)
+    return mock.patch.object(memory_format, "memory_format", lambda *_: torch.contiguous_format)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.dilated import replace_dilated
 from jobs.models.dropout import replace_dropout
-from jobs.models.memory_format import laid_out
 from jobs.models.registry import FEATURES, MODELS
 from jobs.models.resize import replace_resizing, resize
 from jobs.models.sync_batchnorm import replace_batchnorm
@@ -106,12 +105,9 @@ def build_head(
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Normalise uint8 images [B, 3, H, W] by ImageNet's mean and standard deviation, to float32.
-
-    The result has the memory format that networks use on its device.
-    """
+    """Normalise uint8 images [B, 3, H, W] by ImageNet's mean and standard deviation, to float32."""
     mean, std = _statistics(images.device)
-    return laid_out((images.float() / 255 - mean) / std)
+    return (images.float() / 255 - mean) / std
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
-"""The memory format of images, features and weights.
+"""The memory format of weights and features.
 
-On a GPU it is `torch.channels_last` (NHWC), as tensor cores need it; otherwise cuDNN reorders
-tensors before and after each convolution. Files hold contiguous tensors on every device.
+A convolution gives its result the format of its weights. Tensor cores need `torch.channels_last`
+(NHWC); otherwise cuDNN reorders half precision before and after each convolution. Files hold
+contiguous tensors on every device.
 """
 
 from __future__ import annotations
@@ -15,19 +16,25 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the format of images and weights on `device`; a CPU keeps the format they have."""
-    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+# `benchmarks.gpu_steps` measures both formats in fp32. A change raises `ROUNDING` in
+# `jobs/training/job_run.py`.
+FP32_ON_GPU = torch.channels_last
 
 
-def place(module: M, device: torch.device) -> M:
-    """Move `module` to `device` in the memory format of that device; return it."""
-    return module.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]  # torch's stubs lack it
+def memory_format(device: torch.device, precision: str) -> torch.memory_format:
+    """Return the format of weights on `device`; a CPU keeps the format they have.
+
+    `precision` is the protocol's. Evaluation in fp32 keeps the format of training.
+    """
+    if device.type != "cuda":
+        return torch.preserve_format
+    return FP32_ON_GPU if precision == "fp32" else torch.channels_last
 
 
-def laid_out(images: Tensor) -> Tensor:
-    """Return images [B, C, H, W] in the memory format of their device."""
-    return images.to(memory_format=memory_format(images.device))
+def place(module: M, device: torch.device, precision: str) -> M:
+    """Move `module` to `device` in the memory format of device and precision; return it."""
+    wanted = memory_format(device, precision)
+    return module.to(device=device, memory_format=wanted)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def by_pixel(images: Tensor) -> Tensor:

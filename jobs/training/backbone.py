@@ -57,8 +57,9 @@ def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
     protocol = cell.protocol
     name = MODELS[cell.model].backbone
     backbone = build_backbone(name, cell.seed, protocol.batchnorm_momentum, group.process_group)
+    place(backbone, group.device, protocol.precision)
     if protocol.weights == "none":
-        return LoadedBackbone(place(backbone, group.device), "")
+        return LoadedBackbone(backbone, "")
     path = weights_file(cell, paths)
     state = read_weights(path, protocol.weights)
     head = None
@@ -66,7 +67,7 @@ def load_backbone(cell: Cell, paths: RunPaths, group: Group) -> LoadedBackbone:
         names = [name for name in state if name.startswith(_HEAD)]
         head = {name.removeprefix(_HEAD): state.pop(name) for name in names}
     load_exactly(backbone, state, path)
-    return LoadedBackbone(place(backbone, group.device), file_sha256(path), path, head)
+    return LoadedBackbone(backbone, file_sha256(path), path, head)
 
 
 def start_head(head: nn.Module, loaded: LoadedBackbone) -> None:

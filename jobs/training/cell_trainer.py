@@ -48,7 +48,7 @@ class CellTrainer:
         self.cell = cell
         self.head = head
         network: nn.Module = head if backbone is None else Network(backbone, head)
-        self.network = place(network, group.device)
+        self.network = place(network, group.device, protocol.precision)
         self.failure: str | None = None  # why this cell stopped, if it did
         self._group = group
         self._class_weights = torch.from_numpy(class_weights).to(group.device)

@@ -65,7 +65,7 @@ class Predictor:
             _load_buffers(moving_buffers(backbone.module, protocol), content["backbone"], head)
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{head} holds weights of another network; train it again") from error
-        self._network = place(network, group.device).eval()
+        self._network = place(network, group.device, protocol.precision).eval()
         self._device = group.device
 
     def predict(self, image: NDArray[np.uint8]) -> Prediction:

@@ -1,4 +1,4 @@
-"""On a GPU images, features and logits are channels-last.
+"""On a GPU weights, features and logits are channels-last.
 
 Here a CPU uses that memory format: the numbers are the same, and files do not change.
 """
@@ -43,7 +43,7 @@ DEEPLAB, UNET = "deeplabv3_mobilenet_v3_large", "unet_resnet50"
 
 
 def as_on_a_gpu(patch):
-    patch.setattr(layout, "memory_format", lambda device: torch.channels_last)
+    patch.setattr(layout, "memory_format", lambda *_: torch.channels_last)
 
 
 @pytest.fixture
@@ -61,22 +61,33 @@ def saved(state):
     return file.getvalue()
 
 
-def test_a_gpu_has_channels_last_and_a_processor_takes_what_there_is():
-    assert memory_format(torch.device("cuda", 1)) == torch.channels_last
-    assert memory_format(torch.device("cpu")) == torch.preserve_format
+@pytest.mark.parametrize("fp32", [torch.channels_last, torch.contiguous_format])
+def test_half_precision_on_a_gpu_has_channels_last_and_fp32_what_was_chosen(monkeypatch, fp32):
+    monkeypatch.setattr(layout, "FP32_ON_GPU", fp32)
+    on_gpu = {p: memory_format(torch.device("cuda", 1), p) for p in ("fp32", "mixed", "bf16")}
+    assert on_gpu == {"fp32": fp32, "mixed": torch.channels_last, "bf16": torch.channels_last}
+
+
+def test_a_processor_takes_what_there_is():
+    for precision in ("fp32", "mixed", "bf16"):
+        assert memory_format(torch.device("cpu"), precision) == torch.preserve_format
 
 
 # --- everywhere -------------------------------------------------------------------------------
 
 
 def strays(module):
-    """The modules inside `module` that take or give features which lie otherwise, once it ran."""
+    """The modules inside `module` that take or give features which lie otherwise, once it ran.
+
+    Images lie as they were read: the first convolution reorders them.
+    """
     found = []
 
     def look(name, tensors):
         flat = [t for one in tensors for t in (one if isinstance(one, list) else [one])]
-        images = [t for t in flat if isinstance(t, torch.Tensor) and t.dim() == 4]
-        if not all(t.is_contiguous(memory_format=torch.channels_last) for t in images):
+        maps = [t for t in flat if isinstance(t, torch.Tensor) and t.dim() == 4]
+        maps = [t for t in maps if t.shape[1:] != IMAGES]
+        if not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
             found.append(name)
 
     for name, child in module.named_modules():
