@@ -36,7 +36,7 @@ from jobs.metrics.counts import NAMES, Int64
 from jobs.spec.counts_file import CountsIndex, cell_record, write_counts
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.scores.counts_share import files_of, read_shares
-from pipeline.tracking.finished import finished_cells, many_records
+from pipeline.tracking.finished import finished_cells, garbage_collection_paused
 
 CELLS_PER_JOB = 50
 _PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
@@ -96,12 +96,12 @@ def reducing_growth() -> dict[tuple[int, int], tuple[float, ...]]:
     return found
 
 
-@many_records()  # as `pipeline.reduce`
+@garbage_collection_paused()  # as `pipeline.reduce`
 def _from_the_files(grid: Grid) -> int:
     return add_up(grid, finished_cells(grid.run)[0], World())
 
 
-@many_records()
+@garbage_collection_paused()
 def add_up(grid: Grid, chosen: dict[str, CountsIndex], ranks: World) -> int:
     """Read the counts as `pipeline.reduce` does; return the number of cells that this rank read.
 

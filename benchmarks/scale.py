@@ -32,7 +32,7 @@ from benchmarks.large_run import (
 from benchmarks.measure import users_environment
 from hpc.scheduler.auto import open_queue
 from pipeline.config.grid_file import read_grid
-from pipeline.submission.decision import chosen, plan_of
+from pipeline.submission.decision import cells_to_submit, plan_of
 from pipeline.tracking.survey import survey
 
 PER_SEED = len(CLASSES) * len(MODELS) * len(LOSSES)
@@ -102,7 +102,7 @@ def _plan(config: str) -> None:
     """Plan from the grid file to the tasks of a submission."""
     grid = read_grid(config)
     state = survey(grid, open_queue(grid.cluster, grid.run.logs, grid.run.queue))
-    assert plan_of(grid, state, chosen(state, "grid"), {}).bundles
+    assert plan_of(grid, state, cells_to_submit(state, "grid"), {}).bundles
 
 
 def _survey(config: str) -> None:

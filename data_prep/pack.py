@@ -269,12 +269,12 @@ def _is_dead(temporary: Path) -> bool:
 
 def _report(manifest: Manifest) -> str:
     lines, folder = [], one_line(str(manifest.folder))
-    for split, half in manifest.splits.items():
-        size = sum(shard.bytes for shard in half.shards)
-        shards = f"{len(half.shards)} shards, {size / 1e6:.1f} MB"
-        what = f"{half.images} images, {shards}, {half.void_share} void"
+    for split, summary in manifest.splits.items():
+        size = sum(shard.bytes for shard in summary.shards)
+        shards = f"{len(summary.shards)} shards, {size / 1e6:.1f} MB"
+        what = f"{summary.images} images, {shards}, {summary.void_share} void"
         lines.append(f"{one_line(manifest.name)} {split}: {what}, in {folder}")
-        lines += [f"  left out: {one_line(message)}" for message in half.left_out]
+        lines += [f"  left out: {one_line(message)}" for message in summary.left_out]
     if earlier := [p for file in manifest.kept if (p := manifest.folder / file).exists()]:
         size = sum(path.stat().st_size for path in earlier)
         kept = f"{size / 1e6:.1f} MB, kept {_KEPT_DAYS} days for running jobs"

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if damaged:
         more = f" (and {len(damaged) - 1} more, listed above)" if len(damaged) > 1 else ""
         raise UserError(f"{damaged[0]}{more}")
-    images = ", ".join(f"{half.images} {split}" for split, half in manifest.splits.items())
+    images = ", ".join(f"{summary.images} {split}" for split, summary in manifest.splits.items())
     print(f"{manifest.folder}: {images} images, all as they were packed")
     return 0
 
@@ -49,8 +49,8 @@ def verify(manifest: Manifest, processes: int | None = None) -> list[str]:
     """
     checks = [
         _Check(manifest.folder, shard, len(manifest.classes))
-        for half in manifest.splits.values()
-        for shard in half.shards
+        for summary in manifest.splits.values()
+        for shard in summary.shards
     ]
     found = in_processes(_problems, checks, processes or _default_processes(checks))
     by_file = dict(with_progress(found, len(checks), f"{manifest.name}: shards verified"))

@@ -77,11 +77,11 @@ def _damaged(data: str, env: RankEnv) -> list[str]:
     from data_prep.verify import verify  # loads HDF5, so it comes after the light facts
 
     manifest = Manifest.load(data)
-    shards = [shard for half in manifest.splits.values() for shard in half.shards]
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
     mine = shards[env.rank :: env.world_size]
     splits = {
-        name: replace(half, shards=tuple(shard for shard in half.shards if shard in mine))
-        for name, half in manifest.splits.items()
+        name: replace(split, shards=tuple(shard for shard in split.shards if shard in mine))
+        for name, split in manifest.splits.items()
     }
     return verify(replace(manifest, splits=splits), processes=1) if mine else []
 

@@ -1,4 +1,4 @@
-"""End the jobs of a grid, or those that train some cells.
+"""End the jobs of a grid, or the jobs of some cells.
 
     python -m pipeline.cancel [CONFIG] [--cell NAME]...
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m pipeline.cancel", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--cell", action="append", default=[], metavar="NAME",
-                        help="only the jobs that train it; may be given again")  # fmt: skip
+                        help="only the jobs that train it; may be repeated")  # fmt: skip
     parser.add_argument("--cluster", metavar="PROFILE", help="the profile it was submitted with")
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config), arguments.cluster)
@@ -65,7 +65,10 @@ def cancel(grid: Grid, queue: Queue, cells: Sequence[Cell] = ()) -> list[str]:
     others = {cell for task in (*alive, *deferred) for cell in task.cells} - signatures
     if cells and others:
         lines.append(f"with them end {len(others)} other cells, which are in the same jobs")
-    lines.append(f"running ones save first; `python -m pipeline.submit grid {grid.words}` goes on")
+    lines.append(
+        f"running jobs save first; `python -m pipeline.submit grid {grid.command_arguments}` "
+        "resumes them"
+    )
     return lines
 
 

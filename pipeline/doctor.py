@@ -29,7 +29,7 @@ from hpc.storage.permissions import require_private
 from jobs.probe import PACKAGES, SOURCES
 from jobs.spec.counts_file import counted_cells
 from pipeline.config.grid_file import Grid, find_config, read_grid
-from pipeline.planning.preflight import check_files, check_room, existing_folder, packed_as_asked
+from pipeline.planning.preflight import check_files, check_room, existing_folder, require_packed
 from pipeline.submission.node_probe import node_results
 
 _QUICK_BYTES = 1 << 30  # of shards that the login node reads, in about 2 s
@@ -131,8 +131,8 @@ def _data_set(grid: Grid, name: str) -> str:
     if not (Path(settings.shards) / MANIFEST).exists():
         ImageIds.of_source(settings)  # raises the errors of packing
         raise CheckSkipped("not packed yet; `python -m pipeline.submit prep`, or `all`, does it")
-    manifest = packed_as_asked(name, settings)
-    shards = [shard for half in manifest.splits.values() for shard in half.shards]
+    manifest = require_packed(name, settings)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
     read = 0
     for shard in shards:
         path = manifest.folder / shard.file

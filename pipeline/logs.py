@@ -2,8 +2,8 @@
 
     python -m pipeline.logs CELL [CONFIG]
 
-CELL is a name as status prints it, or any part that no other has; or prep, reduce, report, or
-pretrain, whose last job it is.
+CELL is a name as `status` prints it, or a part of it that no other cell's name has. `prep`,
+`pretrain`, `reduce` and `report` show the last job of that stage.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ def find_head(cell: str, config: str | None) -> tuple[Path, RunPaths]:
     head = grid.run.head(signature)
     if not head.is_file():
         raise UserError(
-            f"{cell} has no trained head {head}; see `python -m pipeline.status {grid.words}`"
+            f"{cell} has no trained head {head}; see "
+            f"`python -m pipeline.status {grid.command_arguments}`"
         )
     return head, grid.run
 

@@ -26,8 +26,8 @@ from jobs.spec.protocol import WEIGHTS
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.scores.counts_share import files_of, read_shares
 from pipeline.scores.results_file import DatasetResults, ResultsFile, num_cells, refuse_fewer
-from pipeline.tracking.finished import finished_cells, many_records
-from pipeline.tracking.stale import other_data
+from pipeline.tracking.finished import finished_cells, garbage_collection_paused
+from pipeline.tracking.stale import other_data, stale_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m pipeline.reduce", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--allow-fewer", action="store_true",
-                        help="replace results that have more finished cells")  # fmt: skip
+                        help="let a result with fewer cells replace one with more")  # fmt: skip
     arguments = parser.parse_args(argv)
     ranks = world()
     with ranks.abort_on_error():
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-@many_records()
+@garbage_collection_paused()
 def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
     """Let every rank read its share of the counts files, and rank 0 write results.h5.
 
@@ -54,7 +54,7 @@ def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
     found = ranks.bcast(_find(grid) if ranks.rank == 0 else None)
     assert found is not None
     chosen, problems, stale = found
-    why = _stale_warning(grid, stale)
+    why = stale_line(grid, len(stale)) if stale else ""
     if why and ranks.rank == 0:
         problems.append(why)
     indices = files_of(chosen)
@@ -81,7 +81,7 @@ def reduce_grid(grid: Grid, ranks: World, allow_fewer: bool = False) -> None:
 def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
     """Return the counts file of each finished cell by signature, the problems, and stale cells.
 
-    Stale cells were made from other data and are left out. Raises `UserError` if cells that should
+    Stale cells are left out. Raises `UserError` if cells that should
     share a backbone were counted with different ones.
     """
     done, problems = finished_cells(grid.run)
@@ -93,16 +93,6 @@ def _find(grid: Grid) -> tuple[dict[str, CountsIndex], list[str], list[Cell]]:
         del chosen[cell.signature]
     _refuse_other_backbones(grid, chosen)
     return chosen, problems, stale
-
-
-def _stale_warning(grid: Grid, stale: Sequence[Cell]) -> str:
-    if not stale:
-        return ""
-    return (
-        f"{len(stale)} cells are left out, {stale[0].name} first: they were made from other data "
-        f"than their data sets hold now; `python -m pipeline.submit grid {grid.words} --retrain "
-        "stale` trains them anew"
-    )
 
 
 def _refuse_other_backbones(grid: Grid, chosen: Mapping[str, CountsIndex]) -> None:
@@ -207,7 +197,7 @@ def _write(
         print(f"warning: {one_line(problem)}")
     print(f"{one_line(str(grid.run.results))}: {len(have)} of {len(grid.cells)} cells")
     if not have:
-        command = f"`python -m pipeline.status {grid.words}`"
+        command = f"`python -m pipeline.status {grid.command_arguments}`"
         print(one_line(f"warning: no cell is finished, so the results are empty; see {command}"))
     for name in missing:
         print(f"missing: {one_line(name)}")

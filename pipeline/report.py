@@ -42,9 +42,9 @@ class ReportPaths:
 def main(argv: Sequence[str]) -> None:
     """Write the report of a grid's results and print its table."""
     parser = cli.argument_parser("python -m pipeline.report", __doc__)
-    parser.add_argument("config", nargs="?", help="the grid file; default: the only one near")
+    parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--allow-fewer", action="store_true",
-                        help="replace a report that has more finished cells")  # fmt: skip
+                        help="let a report with fewer cells replace one with more")  # fmt: skip
     arguments = parser.parse_args(argv)
     grid = read_grid(find_config(arguments.config))
     results = read_results(grid.run.results)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if newer := _newer_counts(grid):
         print(cli.one_line(
             f"warning: {grid.run.results} is older than {newer} counts files, so the report lacks "
-            f"them; run `python -m pipeline.reduce {grid.words}`, then report again"
+            f"them; run `python -m pipeline.reduce {grid.command_arguments}`, then report again"
         ))  # fmt: skip
 
 

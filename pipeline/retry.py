@@ -22,7 +22,7 @@ from jobs.spec.run_paths import RunPaths
 from pipeline.config.cell_names import cells_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.submission.code_version import source_of_code
-from pipeline.submission.decision import chosen, plan_of, sends
+from pipeline.submission.decision import cells_to_submit, plan_of, submits
 from pipeline.submission.submitter import check, submit, submit_deferred
 from pipeline.submission.wait import wait_for
 from pipeline.tracking.display import TOO_LARGE, describe_missing, reason_lines, unasked_line
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argument_parser("python -m pipeline.retry", __doc__)
     parser.add_argument("config", nargs="?", help="the grid file")
     parser.add_argument("--cell", action="append", default=[], metavar="NAME",
-                        help="this cell, whatever its cause; may be given again")  # fmt: skip
+                        help="this cell, whatever its cause; may be repeated")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     parser.add_argument("--wait", action="store_true", help="stay until the jobs have ended")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"would submit {num_jobs} jobs" if cells else "nothing to submit again")
         return 0
     again_named = partial(choose, named=named)
-    jobs = submit(grid, queue, [GRID], again_named, forgiven(grid.run, named))
+    jobs = submit(grid, queue, [GRID], again_named, failure_records_set_aside(grid.run, named))
     if not arguments.wait:
         return 0
     again = partial(submit_deferred, grid, queue, cancellations(grid.run), "retry --wait")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:
-    """Return the cells to submit again: those `named`, or all that `retry` sends by itself.
+    """Return the cells to submit again: those `named`, or all that `retry` chooses by itself.
 
     Raises:
         UserError: A named cell is done or on its way.
@@ -77,11 +77,11 @@ def choose(state: Survey, named: Sequence[Cell] = ()) -> list[Cell]:
         for cell in named:
             _require_stopped(states[cell.signature], state)
         return list(named)
-    return chosen(state, "retry")
+    return cells_to_submit(state, "retry")
 
 
 @contextmanager
-def forgiven(run: RunPaths, named: Sequence[Cell]) -> Iterator[None]:
+def failure_records_set_aside(run: RunPaths, named: Sequence[Cell]) -> Iterator[None]:
     """Rename the failure records that keep the named cells from training; undo it if the submission
     is refused."""
     renamed: dict[Path, Path] = {}
@@ -116,7 +116,7 @@ def _require_stopped(cell: CellState, state: Survey) -> None:
     if cell.job in state.active_jobs or cell.state in ("running", "unknown"):
         what = "is running" if cell.state == "running" else "is waiting"
         if cell.state == "unknown":
-            what = "was sent, and the queue cannot be asked from here"
+            what = "was submitted, and the queue cannot be asked from here"
         if cell.cause == NOT_FINITE:
             what = "has failed, but the other cells of its job still train"
         raise UserError(f"{name} {what}, job {cell.job}; wait for its end, or cancel it first")
@@ -134,31 +134,34 @@ def describe(grid: Grid, state: Survey, named: Sequence[Cell] = ()) -> Iterator[
         elif again:
             sizes = sorted({state.at_most[c.cell.signature] for c in cells
                             if c.cell.signature in state.at_most})  # fmt: skip
-            how = f"at most {' or '.join(map(str, sizes))} in a job" if sizes else "with more of it"
+            how = (
+                f"at most {' or '.join(map(str, sizes))} in a job" if sizes else "with more memory"
+            )
             yield f"{number}: {cause}: again, {how}"
         else:
             yield f"{number}: {cause}: not submitted; {_remedy(grid, cause)}"
             yield from (f"  {line}" for line in reason_lines(cells, with_state=False))
     if not named and (unknown := state.count("unknown")):
-        yield f"{unknown} cells: unknown; ask again where the queue answers"
+        yield f"{unknown} cells: unknown; run retry where the queue answers"
 
 
 def _by_cause(cells: Sequence[CellState], state: Survey) -> dict[tuple[str, bool], list[CellState]]:
     grouped: dict[tuple[str, bool], list[CellState]] = {}
     for cell in cells:
-        grouped.setdefault((cell.cause, sends(state, "retry", cell)), []).append(cell)
+        grouped.setdefault((cell.cause, submits(state, "retry", cell)), []).append(cell)
     return grouped
 
 
 def _remedy(grid: Grid, cause: str) -> str:
-    by_name = f"`python -m pipeline.retry {grid.words} --cell NAME`"
+    by_name = f"`python -m pipeline.retry {grid.command_arguments} --cell NAME`"
     return {
-        "cancelled": f"`python -m pipeline.submit grid {grid.words}` submits them",
+        "cancelled": f"`python -m pipeline.submit grid {grid.command_arguments}` submits them",
         _MEMORY: f"they {TOO_LARGE}; then, or with {by_name}, they are tried again",
         NOT_FINITE: f"change their settings, or try the same again with {by_name}",
     }.get(
         cause,
-        f"correct the error, then `python -m pipeline.submit grid {grid.words}`, or {by_name}",
+        "correct the error, then "
+        f"`python -m pipeline.submit grid {grid.command_arguments}`, or {by_name}",
     )
 
 

@@ -1,5 +1,6 @@
-"""Show the cells of a grid with their state, step, rate and time left; of more than 1000 cells how
-many are in which state.
+"""Show state, step, rate and time left of each cell of a grid.
+
+Of more than 1000 cells, show the number in each state by data set and model.
 
 python -m pipeline.status [CONFIG]
 """

@@ -3,8 +3,8 @@
     python -m pipeline.submit {prep,grid,reduce,report,all} [CONFIG]
     python -m pipeline.submit {...} [CONFIG] --script DIR    batch scripts for sbatch instead
 
-Running `grid` again submits what is missing and resumes what was interrupted. Without CONFIG it is
-$LOSSGRID_CONFIG, or ./lossgrid.toml.
+Running `grid` again submits missing cells and resumes interrupted ones. CONFIG is $LOSSGRID_CONFIG,
+or ./lossgrid.toml, if it is not given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hpc.scheduler.base import Queue
 from pipeline.config.grid_file import Grid, find_config, profiled, read_grid
 from pipeline.planning.forecast import Forecast
 from pipeline.submission.code_version import source_of_code
-from pipeline.submission.decision import Command, chosen, decide, plan_of
+from pipeline.submission.decision import Command, cells_to_submit, decide, plan_of
 from pipeline.submission.script_folder import check_folder, write_scripts
 from pipeline.submission.submitter import Choice, check, submit, submit_deferred
 from pipeline.submission.wait import wait_for
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--script", metavar="DIR", help="write scripts to submit by hand instead")
     parser.add_argument("--cluster", metavar="PROFILE", help="a cluster profile's name or path")
     parser.add_argument(
-        "--allow-fewer", action="store_true", help="let reduce and report replace more cells"
+        "--allow-fewer",
+        action="store_true",
+        help="let a result with fewer cells replace one with more",
     )
     parser.add_argument("--profile", action="store_true", help="measure the parts of the jobs")
-    parser.add_argument(
-        "--retrain", choices=["stale"], help="grid: train cells anew that were made from other data"
-    )
+    parser.add_argument("--retrain", choices=["stale"], help="grid: train stale cells again")
     parser.add_argument(
         "--step-seconds", type=float, metavar="S", help="for estimates: a step of the largest job"
     )
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.profile:
         grid = profiled(grid)
     command: Command = "grid --retrain stale" if arguments.retrain else "grid"
-    choose = partial(chosen, command=command)
+    choose = partial(cells_to_submit, command=command)
     reads = arguments.dry_run or scripts is not None
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue, read_only=reads)
     stages = stages_of(arguments.stage, grid)

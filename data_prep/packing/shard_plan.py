@@ -20,7 +20,7 @@ from hpc.cli import UserError
 from hpc.storage.atomic import fingerprint
 
 MEGABYTE = 1_000_000
-_READING = 2  # raise it when a change of the program gives other pixels, labels or records
+_PACKING_VERSION = 2  # raise it when a change of the program gives other pixels, labels or records
 _HEADER_THREADS = 8  # reading headers is mostly waiting for a parallel file system
 
 
@@ -178,7 +178,7 @@ def _arena_bytes(entry: Entry) -> int:
 
 def _stamp(settings: DatasetSettings, content: list[Any]) -> str:
     return fingerprint(
-        [FORMAT, _READING, settings.identity(), settings.codec, settings.shard_mb, content]
+        [FORMAT, _PACKING_VERSION, settings.identity(), settings.codec, settings.shard_mb, content]
     )
 
 

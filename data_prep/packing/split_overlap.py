@@ -84,8 +84,8 @@ def _within(datasets: Datasets, image_ids: ImageIdsByName) -> Iterator[str]:
         if shared := sorted({*of.leaked, *by_id}, key=str.encode):
             yield (
                 f"{len(shared)} of {len(of.val)} validation images of the data set {name!r} "
-                f"are training images too, {shared[0]!r} first: its scores are not of unseen "
-                "images; choose lists that share none"
+                f"are training images too, {shared[0]!r} first; its scores are not of unseen "
+                "images, so choose lists without common images"
             )
 
 
@@ -118,8 +118,8 @@ def _with_voc(datasets: Datasets, image_ids: ImageIdsByName) -> Iterator[str]:
 def _seen(trained: str, shared: Sequence[str], validated: int, where: str) -> str:
     return (
         f"{len(shared)} of {validated} validation images of {where} are training images of the "
-        f"data set {trained!r}, {shared[0]!r} first: what trains on it has seen them, so do not "
-        "score it there (SBD's list train_noval shares none with VOC's validation)"
+        f"data set {trained!r}, {shared[0]!r} first; do not score models there that were trained "
+        "on it (SBD's list train_noval shares none with VOC's validation)"
     )
 
 

@@ -26,7 +26,7 @@ def local_shards(folder: str | Path, node_local: str) -> Iterator[Manifest]:
     if not node_local:
         yield manifest
         return
-    shards = [shard for half in manifest.splits.values() for shard in half.shards]
+    shards = [shard for summary in manifest.splits.values() for shard in summary.shards]
     files = [SharedFile(shard.file, shard.bytes, shard.sha256) for shard in shards]
     with cached_copy(manifest.folder, files, manifest.fingerprint, node_local) as place:
         yield replace(manifest, folder=place)

@@ -100,7 +100,9 @@ class Manifest:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        shards = {split: list(map(asdict, half.shards)) for split, half in self.splits.items()}
+        shards = {
+            split: list(map(asdict, summary.shards)) for split, summary in self.splits.items()
+        }
         content = {"format": FORMAT, "classes": list(self.classes), "splits": shards}
         object.__setattr__(self, "fingerprint", fingerprint(content))
 
@@ -116,7 +118,7 @@ class Manifest:
 
     def save(self) -> None:
         """Write the manifest into its folder in one step."""
-        splits = {split: asdict(half) for split, half in self.splits.items()}
+        splits = {split: asdict(summary) for split, summary in self.splits.items()}
         record = {
             "format": FORMAT,
             "name": self.name,
@@ -133,7 +135,7 @@ class Manifest:
     @property
     def files(self) -> set[str]:
         """Return the file names of all shards."""
-        return {shard.file for half in self.splits.values() for shard in half.shards}
+        return {shard.file for summary in self.splits.values() for shard in summary.shards}
 
     def differences(self, origin: Mapping[str, Any]) -> dict[str, str]:
         """Compare the settings that the data set was packed with to `origin`.
@@ -178,8 +180,8 @@ class Manifest:
         Raises:
             UserError: a split has fewer than two such classes.
         """
-        for split, half in self.splits.items():
-            found = [index for index, pixels in enumerate(half.class_pixels) if pixels]
+        for split, summary in self.splits.items():
+            found = [index for index, pixels in enumerate(summary.class_pixels) if pixels]
             if len(found) >= 2:
                 continue
             where = f"{split} of the data set {self.name!r}"
@@ -187,7 +189,7 @@ class Manifest:
             if found:
                 name = f"{self.classes[found[0]]!r}{_values(settings, found[0])}"
                 what = f"{name} is the only class with pixels in {where}"
-            void = f"{half.void_share} of the pixels are void{_values(settings, VOID)}"
+            void = f"{summary.void_share} of the pixels are void{_values(settings, VOID)}"
             raise UserError(
                 f"{what}; {void}; at least two are needed: {settings.few_classes_remedy}"
             )
@@ -199,11 +201,11 @@ class Manifest:
             "val": "scores are averaged over the classes that do occur",
         }
         absent = {
-            split: [c for c, n in zip(self.classes, half.class_pixels, strict=True) if not n]
-            for split, half in self.splits.items()
+            split: [c for c, n in zip(self.classes, summary.class_pixels, strict=True) if not n]
+            for split, summary in self.splits.items()
         }
         return [
-            f"{_listed(names)} of the data set {self.name!r} labels no pixel of {split}, of which "
+            f"{_listed(names)} of the data set {self.name!r} has no pixel in {split}, of which "
             f"{self.splits[split].void_share} are void: {effects[split]}; add images that show it, "
             "or take it out of the classes"
             for split, names in absent.items()
@@ -216,8 +218,8 @@ class Manifest:
         Raises:
             Damaged: a shard is missing or has another length; the first one.
         """
-        for half in self.splits.values():
-            for shard in half.shards:
+        for summary in self.splits.values():
+            for shard in summary.shards:
                 check_length(self.folder / shard.file, shard.bytes)
 
 
@@ -298,10 +300,10 @@ def _read(folder: Path) -> dict[str, Any]:
 def _from_record(folder: Path, record: dict[str, Any]) -> Manifest:
     splits = {
         split: SplitSummary(
-            shards=tuple(ShardSummary.from_record(s) for s in half["shards"]),
-            left_out=tuple(half["left_out"]),
+            shards=tuple(ShardSummary.from_record(s) for s in summary["shards"]),
+            left_out=tuple(summary["left_out"]),
         )
-        for split, half in record["splits"].items()
+        for split, summary in record["splits"].items()
     }
     return Manifest(
         folder,

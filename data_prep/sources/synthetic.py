@@ -17,7 +17,7 @@ from hpc.cli import UserError
 from hpc.storage.atomic import Damaged, read_json, write_json
 
 JPEG_QUALITY = 92
-_DRAWING = 1  # raise it when a change of the program draws other scenes
+_DRAWING_VERSION = 1  # raise it when a change of the program draws other scenes
 _DONE = "scenes.json"
 
 
@@ -84,5 +84,5 @@ def _is_done(settings: SyntheticSettings) -> bool:
 
 
 def _wanted(settings: SyntheticSettings) -> dict[str, object]:
-    drawing = {"seed": settings.seed, "size": list(settings.size), "drawing": _DRAWING}
+    drawing = {"seed": settings.seed, "size": list(settings.size), "drawing": _DRAWING_VERSION}
     return {**drawing, "train": settings.train, "val": settings.val}

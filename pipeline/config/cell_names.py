@@ -48,4 +48,4 @@ def nearest(grid: Grid, name: str, known: Sequence[str] | dict[str, Cell]) -> st
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"see `python -m pipeline.status {grid.words}`"
+    return f"see `python -m pipeline.status {grid.command_arguments}`"

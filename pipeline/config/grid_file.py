@@ -91,7 +91,7 @@ class Grid:
     asked_profile: str = ""  # the argument of --cluster, which replaces that of the file
 
     @property
-    def words(self) -> str:
+    def command_arguments(self) -> str:
         """Return the command-line arguments that name this grid and its cluster, quoted."""
         profile = ["--cluster", self.asked_profile] if self.asked_profile else []
         return shlex.join([str(self.path), *profile])

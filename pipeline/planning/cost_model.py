@@ -27,8 +27,8 @@ ASSUMPTIONS = (
     f"a V100 does {FLOPS['gpu fp32'] / 1e12:.0f} TFLOP/s in fp32 and "
     f"{FLOPS['gpu mixed'] / 1e12:.0f} in mixed precision, a CPU thread "
     f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s (a third to a half of their peaks); a backward pass costs "
-    "two forward passes; loading, losses and communication hide behind the rest; ranks share a "
-    "batch evenly; images not seen yet are 4 to 3; a process takes 3 GB of node memory, a loader "
+    "two forward passes; loading, losses and communication overlap with computing; ranks share a "
+    "batch evenly; unknown images have 4:3 format; a process takes 3 GB of node memory, a loader "
     "0.5 GB, CUDA 1.5 GB of a GPU, and a fifth of the rest is lost to fragmentation"
 )
 _BYTES = 4  # a float32

@@ -39,17 +39,24 @@ def _collected(missing: list[MissingInput]) -> Iterator[None]:
 
 
 def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingInput]:
-    """Return a `MissingInput` for each data set and weights file that the grid needs and that is
-    not there. Raises `UserError` if a batch does not fit a training set, or a data set is not as it
-    should be. `packed` False: packing comes first, so look at the source. Where
-    nothing is refused or missing, standard error gets the warnings about what is packed, but not if
-    `quiet`."""
+    """Check the data sets and weights of a grid; print warnings if nothing is refused or missing.
+
+    Args:
+        packed: Check the packed data sets. False: packing comes first, so check the sources.
+        quiet: Print no warnings.
+
+    Returns:
+        A `MissingInput` for each data set and weights file that is not there.
+
+    Raises:
+        UserError: A batch is larger than a training set, or a data set is wrong.
+    """
     missing: list[MissingInput] = []
     warnings: list[str] = []
     image_ids = {}
     for name, settings in grid.datasets.items():
         if packed:
-            manifest = packed_as_asked(name, settings)
+            manifest = require_packed(name, settings)
             image_ids[name] = ImageIds.packed(manifest)
             warnings += [*manifest.warnings(), *_left_out(manifest)]
         else:
@@ -79,14 +86,14 @@ def check_inputs(grid: Grid, packed: bool, quiet: bool = False) -> list[MissingI
 
 def _left_out(manifest: Manifest) -> list[str]:
     return [
-        f"{len(half.left_out)} of {split} of the data set {manifest.name!r} were left out when it "
-        f"was packed; the first is {half.left_out[0]}"
-        for split, half in manifest.splits.items()
-        if half.left_out
+        f"{len(summary.left_out)} of {split} of the data set {manifest.name!r} were left out when "
+        f"it was packed; the first is {summary.left_out[0]}"
+        for split, summary in manifest.splits.items()
+        if summary.left_out
     ]
 
 
-def packed_as_asked(name: str, settings: DatasetSettings) -> Manifest:
+def require_packed(name: str, settings: DatasetSettings) -> Manifest:
     """Return the manifest of the packed data set of [dataset.`name`]. Raises `UserError` if it is
     not there, a shard is missing or of another length, or it was packed with other settings."""
     manifest = Manifest.load(settings.shards)

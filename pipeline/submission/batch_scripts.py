@@ -1,7 +1,7 @@
 """Turn a plan into batch scripts, for sites where the user runs `sbatch`. Pure functions.
 
 The script of an array lists its tasks, and no file beside it does. Slurm keeps a copy of the
-script, so waiting elements keep their meaning when scripts are written anew.
+script, so waiting elements keep their meaning when scripts are written again.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def script(site: ScriptSite, part: Part) -> str:
     log = "%A_%a_{}_log" if array else "%j_{}_log"
     lines = [
         "#!/bin/bash",
-        f"{MARK}. Run it with `sbatch {part.name}.sbatch`, as often as you like: work goes",
-        "# on where it was, and what is done is left alone.",
+        f"{MARK}. Run it with `sbatch {part.name}.sbatch`. Running it again resumes",
+        "# interrupted work and skips finished work.",
         f"# grid: {one_line(site.grid)}, {what}",
         *sbatch_options.directives(_options(site, part, log.format(0))),
         "",
@@ -215,8 +215,8 @@ def _submit_script(site: ScriptSite, scripts: Sequence[Part]) -> str:
     variables = {part.name: part.name.replace("-", "_") for part in scripts}
     lines = [
         "#!/bin/bash",
-        f"{MARK}. It sends the scripts of this folder to Slurm. Training starts when what",
-        "# it needs has succeeded, reduce when all before it have ended, however they ended.",
+        f"{MARK}. It submits the scripts of this folder. Training starts after the jobs",
+        "# that it needs have succeeded; reduce starts after all earlier jobs have ended.",
         f"# grid: {one_line(site.grid)}",
         "set -euo pipefail",
         'cd -- "$(dirname -- "${BASH_SOURCE[0]}")"',

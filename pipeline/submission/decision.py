@@ -1,4 +1,4 @@
-"""Decide what a submission sends: cells, jobs and stages. Nothing here writes or asks the queue.
+"""Decide which cells, jobs and stages a submission submits, without writing or asking the queue.
 
 All but `plan_of` are pure functions of a survey. `plan_of` reads the sizes of the data sets if the
 profile has `cells_per_job = "fit"`.
@@ -23,10 +23,10 @@ Command = Literal["grid", "grid --retrain stale", "retry", "submit --wait", "ret
 _GRID: frozenset[Command] = frozenset(("grid", "grid --retrain stale"))
 _OUT_OF_MEMORY = "out of memory"
 
-# Why a cell is not done -> the commands that send it again. A cause is that of the end of its last
-# job. A cell that ran out of memory is sent in a job of half as many cells, as long as it fits.
-SENT_BY: Mapping[str, frozenset[Command]] = {
-    "never sent": _GRID | {"submit --wait"},
+# Why a cell is not done -> the commands that submit it. A cause is the exit cause of its last job.
+# A cell that ran out of memory goes into a job of half as many cells, as long as it fits.
+SUBMITTED_BY: Mapping[str, frozenset[Command]] = {
+    "never submitted": _GRID | {"submit --wait"},
     "deferred": _GRID | {"submit --wait", "retry --wait"},
     "no job known": _GRID,
     "node failure": _GRID | {"retry"},
@@ -44,22 +44,22 @@ SENT_BY: Mapping[str, frozenset[Command]] = {
 }
 
 
-def chosen(state: Survey, command: Command) -> list[Cell]:
-    """Return the cells that `command` sends: deferred ones first, stale ones last, and otherwise in
+def cells_to_submit(state: Survey, command: Command) -> list[Cell]:
+    """Return the cells that `command` submits: deferred ones first, stale ones last, the others in
     the order of the grid."""
-    sent = [cell for cell in state.cells if sends(state, command, cell)]
+    sent = [cell for cell in state.cells if submits(state, command, cell)]
     rank = {"deferred": 0, "stale": 2}
     return [c.cell for c in sorted(sent, key=lambda cell: rank.get(cause(state, cell), 1))]
 
 
-def sends(state: Survey, command: Command, cell: CellState) -> bool:
-    """Return whether `command` sends a cell."""
+def submits(state: Survey, command: Command, cell: CellState) -> bool:
+    """Return whether `command` submits a cell."""
     why = cause(state, cell)
-    return command in SENT_BY[why] and (why == "deferred" or state.fits_memory(cell.cell))
+    return command in SUBMITTED_BY[why] and (why == "deferred" or state.fits_memory(cell.cell))
 
 
 def cause(state: Survey, cell: CellState) -> str:
-    """Return why a cell is not done, as `SENT_BY` has it."""
+    """Return why a cell is not done, as `SUBMITTED_BY` has it."""
     if cell.state == "waiting" and not cell.job:
         return "deferred"
     if cell.state == "stale":
@@ -68,7 +68,7 @@ def cause(state: Survey, cell: CellState) -> str:
         return "done or on its way"
     if cell.cause:
         return cell.cause
-    return "never sent" if cell.state == "missing" and not cell.job else "no job known"
+    return "never submitted" if cell.state == "missing" and not cell.job else "no job known"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Decision:
     Attributes:
         state: The survey that it follows from.
         plan: The jobs of the stage `grid`.
-        stages: The stages that it sends, in order.
+        stages: The stages that it submits, in order.
         superseded: The waiting jobs of reduce and report that it cancels first, with their stages.
     """
 
@@ -90,8 +90,9 @@ class Decision:
 
 def decide(state: Survey, stages: Sequence[str], plan: Plan) -> Decision:
     """Return what a submission of `stages` does, given the plan of the stage `grid`."""
-    gone = superseded(state, stages, bool(plan.bundles))
-    return Decision(state, plan, stages_to_send(state, stages, gone.values()), gone)
+    superseded_jobs = superseded(state, stages, bool(plan.bundles))
+    wanted = stages_to_submit(state, stages, superseded_jobs.values())
+    return Decision(state, plan, wanted, superseded_jobs)
 
 
 def plan_of(
@@ -129,8 +130,8 @@ def results_to_come(state: Survey, superseded: Container[str]) -> list[str]:
 def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[str, str]:
     """Return the waiting jobs of reduce and report that must not run, with their stages.
 
-    They are superseded if this submission trains cells that they would miss (`new_cells`), or sends
-    the same stage itself.
+    They are superseded if this submission trains cells that they would miss (`new_cells`), or
+    submits the same stage itself.
     """
     if GRID not in stages:
         return {}
@@ -143,7 +144,9 @@ def superseded(state: Survey, stages: Sequence[str], new_cells: bool) -> dict[st
     }
 
 
-def stages_to_send(state: Survey, stages: Sequence[str], moved: Collection[str]) -> tuple[str, ...]:
+def stages_to_submit(
+    state: Survey, stages: Sequence[str], moved: Collection[str]
+) -> tuple[str, ...]:
     """Return `stages` in order, with those that follow the cells of a grid: the stages of
     superseded jobs (`moved`), and those that an earlier submission deferred. A report of new cells
     needs their results too."""

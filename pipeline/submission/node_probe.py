@@ -112,8 +112,8 @@ def _packed(grid: Grid) -> list[Manifest]:
 
 
 def _files(manifest: Manifest) -> list[Path]:
-    halves = manifest.splits.values()
-    return [manifest.folder / shard.file for half in halves for shard in half.shards]
+    splits = manifest.splits.values()
+    return [manifest.folder / shard.file for split in splits for shard in split.shards]
 
 
 def content(report: Report, packed: Sequence[Manifest]) -> str:

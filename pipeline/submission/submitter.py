@@ -1,7 +1,7 @@
-"""Act: send what `pipeline.submission.decision` decides, and record it.
+"""Submit the jobs that `pipeline.submission.decision` decides on, and record them.
 
 A submission checks its inputs, takes the lock of the run directory, surveys the run, decides, and
-sends. `submit_deferred` does the same again for jobs that the queue had no room for.
+submits. `submit_deferred` does the same again for jobs that the queue had no room for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.planning.plan import Plan, split
 from pipeline.planning.preflight import check_inputs, check_room, check_sources
 from pipeline.submission import decision
 from pipeline.submission.code_version import source_of_code
-from pipeline.submission.decision import Command, Decision, chosen, plan_of
+from pipeline.submission.decision import Command, Decision, cells_to_submit, plan_of
 from pipeline.tracking.display import describe_survey
 from pipeline.tracking.outcomes import granted
 from pipeline.tracking.snapshot import read_snapshot
@@ -43,7 +43,7 @@ from pipeline.tracking.submissions import (
 from pipeline.tracking.survey import Survey, survey_of
 
 Choice = Callable[[Survey], Sequence[Cell]]
-TO_DO: Choice = partial(chosen, command="grid")
+TO_DO: Choice = partial(cells_to_submit, command="grid")
 _REMEDY = "set run_dir to a folder of yours"
 _DEFERRED = "you may have no more jobs in the queue; --wait, or `grid` again, submits deferred jobs"
 
@@ -51,7 +51,7 @@ _DEFERRED = "you may have no more jobs in the queue; --wait, or `grid` again, su
 def check(
     grid: Grid, stages: Sequence[str], missing_is_fine: bool = False, quiet: bool = False
 ) -> list[MissingInput]:
-    """Refuse what cannot work before anything is queued.
+    """Refuse wrong and missing inputs before anything is queued.
 
     Args:
         missing_is_fine: Return missing files instead of refusing them.
@@ -126,7 +126,7 @@ def submit_deferred(
         return {}
     with one_submission(grid):
         _refuse_cancelled(grid, cancelled)
-        work = _decide(grid, queue, stages, partial(chosen, command=command))
+        work = _decide(grid, queue, stages, partial(cells_to_submit, command=command))
         # other jobs may end while prep, which the cells need, still packs data sets
         packing = [PREP] if decision.packing(work.state) else []
         check(grid, [*packing, *stages], quiet=True)  # `status` warns
@@ -135,7 +135,7 @@ def submit_deferred(
 
 def _refuse_cancelled(grid: Grid, before: int) -> None:
     if cancellations(grid.run) != before:
-        raise UserError("the grid was cancelled meanwhile; deferred jobs are not sent")
+        raise UserError("the grid was cancelled meanwhile; deferred jobs are not submitted")
 
 
 def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> Decision:
@@ -150,7 +150,7 @@ def _decide(grid: Grid, queue: Queue, stages: Sequence[str], choose: Choice) -> 
 def _act(
     grid: Grid, queue: Queue, work: Decision, options: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Send what was decided; return the job ids by stage."""
+    """Submit the decided jobs; return the job ids by stage."""
     state = work.state
     config = keep_config(grid)
     settle(grid.run, state.recalled)
@@ -164,7 +164,7 @@ def _act(
     for stage in work.stages:
         if stage == PREP and (reused := decision.prep_to_reuse(state)):
             jobs[stage] = reused
-            print(f"prep waits already, as job {reused[0]}; it packs for this submission too")
+            print(f"prep: job {reused[0]}, which waits already, packs for this submission too")
         elif stage == GRID:
             jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
             if not all_sent:
@@ -187,14 +187,14 @@ def _act(
 
 
 def _cancel_superseded(queue: Queue, work: Decision, record: Submission) -> None:
-    """Cancel waiting jobs that this submission sends again; do it first, since a free runner would
-    start them."""
+    """Cancel waiting jobs that this submission submits again; do it first, so that no runner starts
+    them."""
     if not work.superseded:
         return
     record.defer(work.superseded.values(), _DEFERRED)
     queue.cancel(work.superseded)
     names = ", ".join(dict.fromkeys(work.superseded.values()))
-    print(f"moved behind the cells of this submission: {names}")
+    print(f"cancelled, to run after the cells of this submission: {names}")
 
 
 def _send_stage(
@@ -276,8 +276,8 @@ def set_altered_counts_aside(grid: Grid) -> None:
 
 
 def set_stale_aside(grid: Grid, state: Survey, plan: Plan) -> None:
-    """Move away what the cells of a plan, and their backbones, left that was made from other data;
-    only a choice with stale cells has any."""
+    """Move the stale files of a plan's cells and backbones to RUN/stale. Only `--retrain stale`
+    chooses such cells."""
     files: list[Path] = []
     for task in plan.bundles:
         found = [path for c in task.cells for path in state.stale.files.get(c.signature, ())]
@@ -285,7 +285,7 @@ def set_stale_aside(grid: Grid, state: Survey, plan: Plan) -> None:
         files += [*found, grid.run.progress_of(task.name)] if found else []
     set_aside(grid.run, files)
     if files:
-        print(f"what was made from other data lies in {one_line(str(grid.run.stale))} now")
+        print(f"moved the files of stale cells to {one_line(str(grid.run.stale))}")
 
 
 @contextmanager

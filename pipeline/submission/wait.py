@@ -50,7 +50,7 @@ def wait_for(
             deferred = [stage for stage in stages if stage == GRID or stage not in jobs]
             jobs = {**jobs, **retry_while_unreachable(partial(submit, deferred))}
     except KeyboardInterrupt:
-        words = one_line(grid.words)
+        words = one_line(grid.command_arguments)
         print(f"the jobs go on; see `python -m pipeline.status {words}`", file=sys.stderr)
         raise
     if error := _stage_error(queue, jobs):

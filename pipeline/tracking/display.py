@@ -15,6 +15,7 @@ from rich.text import Text
 from hpc.cli import MissingInput, one_line
 from pipeline.config.grid_file import Grid
 from pipeline.tracking.snapshot import UNKNOWN, modified
+from pipeline.tracking.stale import stale_line
 from pipeline.tracking.submissions import GRID, REDUCE, REPORT
 from pipeline.tracking.survey import STATES, CellState, Progress, Survey
 
@@ -26,7 +27,6 @@ TOO_LARGE = (
     "do not fit into memory, even one in a job: give jobs more of it, or more nodes, in [cluster], "
     "or lower batch_size or crop"
 )
-_OTHER = "other data than their data sets hold now, and are left out"
 MOST_ROWS = 1000  # of a table in the terminal
 # numbers, and the hashes in the names of files and tasks
 _NUMBER = re.compile(r"\b(?=[0-9a-f]*[0-9])[0-9a-f]{8,}\b|[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
@@ -49,11 +49,10 @@ def describe_survey(grid: Grid, state: Survey) -> None:
         print(f"note: {one_line(note)}")
     print(f"{one_line(grid.name)}: {len(grid.cells)} cells: {counts_line(state)}")
     if state.not_started:
-        command = one_line(f"python -m pipeline.submit grid {grid.words}")
+        command = one_line(f"python -m pipeline.submit grid {grid.command_arguments}")
         print(f"{state.not_started} jobs wait, but no process starts them; `{command}` does")
     if stale := state.count("stale"):
-        again = f"`python -m pipeline.submit grid {grid.words} --retrain stale`"
-        print(one_line(f"{stale} cells were made from {_OTHER}; {again} trains them anew"))
+        print(one_line(stale_line(grid, stale)))
     if tight := sum(c.state == "failed" and not state.fits_memory(c.cell) for c in state.cells):
         print(f"{tight} cells {TOO_LARGE}")
 
@@ -84,23 +83,24 @@ def stage_lines(state: Survey) -> Iterator[str]:
 def failure_lines(grid: Grid, state: Survey) -> Iterator[str]:
     """Yield a line for each stage, and each pre-training, that failed."""
     for failure in state.failed:
-        command = f"python -m pipeline.logs {failure.kind} {grid.words}"
+        command = f"python -m pipeline.logs {failure.kind} {grid.command_arguments}"
         yield f"{failure}, job {failure.job}; see `{command}`"
 
 
 def outdated_lines(grid: Grid, state: Survey) -> Iterator[str]:
     """Yield a line if results.h5 lacks the counts of cells that finished later, and one if the page
-    shows older results. There is none while a job that makes them anew waits or runs."""
+    shows older results. There is none while a job that makes them again waits or runs."""
     results, page = modified(grid.run.results), modified(grid.run.page)
     command, coming = "python -m pipeline.submit", set(state.stages.values())
     newer = sum(modified(path) > results for path in state.counts.values()) if results else 0
     if newer and REDUCE not in coming:
         yield (
-            f"results.h5 is older than the counts of {newer} cells; `{command} reduce {grid.words}`"
-            " brings it up to date"
+            f"results.h5 is older than the counts of {newer} cells; "
+            f"`{command} reduce {grid.command_arguments}` updates it"
         )
     if page and page < results and REPORT not in coming:
-        yield f"the page is older than results.h5; `{command} report {grid.words}` draws it anew"
+        again = f"`{command} report {grid.command_arguments}`"
+        yield f"the page is older than results.h5; {again} updates it"
 
 
 def _progress(far: Progress) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pipeline.tracking.submissions import json_files
 
 
 @contextmanager
-def many_records() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """Switch garbage collection off. A survey keeps thousands of records, and the search for
     garbage among them takes half of its time."""
     enabled = gc.isenabled()
@@ -25,7 +25,7 @@ def many_records() -> Iterator[None]:
             gc.enable()
 
 
-@many_records()
+@garbage_collection_paused()
 def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, CountsIndex], list[str]]:
     """Return the index of the counts of each finished cell, by signature, and a line for each
     damaged file. Sizes are compared; with `verify`, checksums too."""
@@ -45,14 +45,14 @@ def finished_cells(run: RunPaths, verify: bool = False) -> tuple[dict[str, Count
             continue
         if verify and index.is_altered():
             problems.append(
-                f"{index.path} is damaged (its checksum differs); run grid again to train its "
-                "cells anew"
+                f"{index.path} is damaged (its checksum differs); run grid again to retrain "
+                "its cells"
             )
             continue
         done |= dict.fromkeys(index.signatures, index)
     problems += [
-        f"{index.path} is missing or cut short; run grid again to train its cells anew"
+        f"{index.path} is missing or cut short; run grid again to retrain its cells"
         for index in broken
-        if not done.keys() >= set(index.signatures)  # else counted anew
+        if not done.keys() >= set(index.signatures)  # else counted again
     ]
     return done, problems

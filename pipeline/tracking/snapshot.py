@@ -1,7 +1,7 @@
 """Read a run directory, and ask the queue once, into one frozen snapshot.
 
-The files are all there is: counts, failures, checkpoints, heartbeats and submission records. It
-decides nothing; `pipeline.tracking.survey` turns a snapshot into the state of every cell.
+The files are counts, failures, checkpoints, heartbeats and submission records.
+`pipeline.tracking.survey` turns a snapshot into the state of every cell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jobs.spec.cell import Cell
 from jobs.spec.counts_file import CountsIndex
 from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
-from pipeline.tracking.finished import finished_cells, many_records
+from pipeline.tracking.finished import finished_cells, garbage_collection_paused
 from pipeline.tracking.stale import Stale, failure_record, find_stale
 from pipeline.tracking.submissions import (
     BUNDLE,
@@ -47,7 +47,7 @@ DEAD_AFTER_SECONDS = 30.0
 GONE, UNKNOWN = JobState("gone"), JobState("unknown")
 FAILURES = ("error", "out of memory")  # causes after which Slurm does not start a job again
 
-Beat = Mapping[str, Any]  # the record of a heartbeat; empty if there is none
+Heartbeat = Mapping[str, Any]  # the record of a heartbeat; empty if there is none
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Snapshot:
         trained: The keys of the backbones that are pre-trained.
         checkpoints: The newest checkpoint of each cell that is not done, by signature.
         failures: The record of each cell whose loss was not finite, by signature.
-        stale: What was made from other data than the data sets hold now.
+        stale: The files of stale cells.
         sent: The tasks of all submission records, oldest first.
         recalled: Those of `sent` whose record lacks the job, with the job that the queue knows.
         open_tasks: The tasks whose work is not done, with their jobs.
@@ -85,7 +85,7 @@ class Snapshot:
     recalled: tuple[Submitted, ...]
     open_tasks: tuple[Submitted, ...]
     stages: Mapping[str, Submitted]
-    heartbeats: Mapping[str, Beat]
+    heartbeats: Mapping[str, Heartbeat]
     jobs: Mapping[str, JobState]
     ended: Mapping[str, ExitCause]
     redone: frozenset[str]
@@ -130,7 +130,7 @@ class Snapshot:
         tasks = {task.backbone: task for task in self.open_tasks if task.backbone and task.job}
         return {key: task for key, task in tasks.items() if key not in self.trained}
 
-    def answerable(self, cell: Cell) -> Submitted | None:
+    def explaining_task(self, cell: Cell) -> Submitted | None:
         """Return the task whose end explains why a cell is not done: its own, or the pre-training
         of its backbone."""
         task = self.latest.get(cell.signature)
@@ -149,12 +149,16 @@ class Snapshot:
     @cached_property
     def to_explain(self) -> frozenset[str]:
         """The jobs whose exit causes the states depend on, if they are gone."""
-        tasks = [*self.latest.values(), *map(self.answerable, self.grid.cells), *self.last_of_each]
+        tasks = [
+            *self.latest.values(),
+            *map(self.explaining_task, self.grid.cells),
+            *self.last_of_each,
+        ]
         ended = {task.job for task in tasks if task and task not in self.active}
         return frozenset(ended.union(*(task.needs for task in self.open_tasks)))
 
 
-@many_records()
+@garbage_collection_paused()
 def read_snapshot(
     grid: Grid,
     queue: Queue,
@@ -228,7 +232,7 @@ def _exit_causes(
 def _failed_by_log(
     tasks: Iterable[Submitted],
     jobs: Mapping[str, JobState],
-    heartbeats: Mapping[str, Beat],
+    heartbeats: Mapping[str, Heartbeat],
     queue: Queue,
     now: float,
 ) -> dict[str, JobState]:
@@ -244,13 +248,13 @@ def _failed_by_log(
     return {job: GONE for job in silent if causes[job].cause in FAILURES}
 
 
-def _heart_stopped(beat: Beat, now: float) -> bool:
+def _heart_stopped(beat: Heartbeat, now: float) -> bool:
     if beat.get("stage") in ("done", "stopped", None):
         return True
     return bool(now - beat.get("time", 0.0) > DEAD_AFTER_SECONDS)
 
 
-def _heartbeat(run: RunPaths, task: str) -> Beat:
+def _heartbeat(run: RunPaths, task: str) -> Heartbeat:
     try:
         return read_json(run.progress_of(task))
     except (FileNotFoundError, Damaged):

@@ -1,9 +1,9 @@
 """Find what was made from other data than the data sets hold now: counts, checkpoints, failures and
 backbones. Each records the fingerprint of its packed data set.
 
-A cell with such files is stale. It is neither reduced nor resumed nor trained anew without the
-user's word, which is `grid --retrain stale`. That command moves the files to RUN/stale; the cell is
-then missing like any other.
+A cell with such files is stale. It is neither reduced nor resumed. Only `grid --retrain stale`
+trains it again: that command moves the files to RUN/stale, and the cell is then missing like any
+other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jobs.spec.counts_file import CountsIndex
 from jobs.spec.run_paths import RunPaths
 from pipeline.config.grid_file import Grid
 
-WHY = "other data"
+WHY = "its data set has changed"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Stale:
     """The files that were made from other data.
 
     Attributes:
-        files: The files to set aside before a stale cell is trained anew, by signature.
+        files: The files to set aside before a stale cell is trained again, by signature.
         backbones: The keys of the backbones among them.
     """
 
@@ -94,6 +94,15 @@ def failure_record(path: Path) -> dict[str, Any]:
         return read_json(path)
     except (Damaged, FileNotFoundError):
         return {}
+
+
+def stale_line(grid: Grid, number: int) -> str:
+    """Return a line about `number` stale cells and the command that trains them again."""
+    command = f"python -m pipeline.submit grid {grid.command_arguments} --retrain stale"
+    return (
+        f"{number} cells are stale (their data set has changed) and are left out; `{command}` "
+        "trains them again"
+    )
 
 
 def set_aside(run: RunPaths, files: Iterable[Path]) -> None:

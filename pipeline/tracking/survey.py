@@ -13,9 +13,9 @@ from hpc.scheduler.base import NO_RUNNER, JobState, Queue
 from hpc.scheduler.exit_cause import ExitCause
 from jobs.spec.cell import Cell
 from pipeline.config.grid_file import Grid
-from pipeline.tracking.finished import many_records
+from pipeline.tracking.finished import garbage_collection_paused
 from pipeline.tracking.outcomes import Failure, blocker, cells_at_most, failures, granted
-from pipeline.tracking.snapshot import FAILURES, Beat, Snapshot, read_snapshot
+from pipeline.tracking.snapshot import FAILURES, Heartbeat, Snapshot, read_snapshot
 from pipeline.tracking.stale import WHY, Stale
 from pipeline.tracking.submissions import CANCEL, PRETRAIN, Submitted, deferred_stages
 
@@ -92,7 +92,7 @@ class Survey:
         at_most: The maximum number of cells per job, by signature, see
             `pipeline.tracking.outcomes`.
         recalled: The tasks whose job the queue knows and their record lacks.
-        stale: What is set aside before cells are trained anew.
+        stale: What is set aside before cells are trained again.
         problems: A line for each damaged file.
         unreachable: Why the queue could not be asked; "" if it answered.
     """
@@ -135,7 +135,7 @@ class Survey:
         return sum(1 for cell in self.cells if cell.state == state)
 
 
-@many_records()
+@garbage_collection_paused()
 def survey(
     grid: Grid,
     queue: Queue,
@@ -223,13 +223,14 @@ def cell_state(seen: Snapshot, steps: Mapping[str, int], cell: Cell) -> CellStat
 def _not_finite(seen: Snapshot, state: CellState, task: Submitted | None) -> CellState:
     record = seen.failures[state.cell.signature]
     reason = record.get("reason", "its record is damaged")
-    again = f"python -m pipeline.retry {seen.grid.words} --cell {shlex.quote(state.cell.name)}"
+    name = shlex.quote(state.cell.name)
+    again = f"python -m pipeline.retry {seen.grid.command_arguments} --cell {name}"
     why = f"{reason}; change its settings, or try again with `{again}`"
     job = task.job if task else ""
     return replace(state, state="failed", why=why, job=job, cause=NOT_FINITE)
 
 
-def _active(seen: Snapshot, state: CellState, task: Submitted, beat: Beat) -> CellState:
+def _active(seen: Snapshot, state: CellState, task: Submitted, beat: Heartbeat) -> CellState:
     """Return the state of a cell whose task may work."""
     job = seen.job_state(task)
     if job.why == NO_RUNNER:
@@ -244,7 +245,7 @@ def _active(seen: Snapshot, state: CellState, task: Submitted, beat: Beat) -> Ce
 
 def _end_of(seen: Snapshot, cell: Cell, task: Submitted) -> tuple[ExitCause, Failure | None]:
     """Return how the job of a cell ended, and the failure that kept it from starting."""
-    asked = seen.answerable(cell)
+    asked = seen.explaining_task(cell)
     told = next((t for t in (asked, task) if t and t.job in seen.ended), None)
     if told is None:
         return ExitCause("unknown"), None
@@ -255,7 +256,7 @@ def _end_of(seen: Snapshot, cell: Cell, task: Submitted) -> tuple[ExitCause, Fai
     return end, blocking
 
 
-def _ended(state: CellState, task: Submitted, beat: Beat, end: ExitCause) -> CellState:
+def _ended(state: CellState, task: Submitted, beat: Heartbeat, end: ExitCause) -> CellState:
     """Return the state of a cell whose job ended without finishing it."""
     if end.cause == "dependency failed":
         return replace(state, state="failed", why="a job that it needs failed")

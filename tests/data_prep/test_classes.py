@@ -21,11 +21,11 @@ def relabel(rooms, split, values):
 
 
 NOT_LEARNT = (
-    "the class 'door' of the data set 'rooms' labels no pixel of train, of which {share:.1f} % are "
+    "the class 'door' of the data set 'rooms' has no pixel in train, of which {share:.1f} % are "
     "void: no cell can learn it; add images that show it, or take it out of the classes"
 )
 NOT_SCORED = (
-    "the class 'wall' of the data set 'rooms' labels no pixel of val, of which {share:.1f} % are "
+    "the class 'wall' of the data set 'rooms' has no pixel in val, of which {share:.1f} % are "
     "void: scores are averaged over the classes that do occur; add images that show it, or take it "
     "out of the classes"
 )

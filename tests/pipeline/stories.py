@@ -15,7 +15,7 @@ from jobs.spec.task import read_task
 from pipeline.config.grid_file import Grid
 from pipeline.planning.plan import Plan
 from pipeline.submission.code_version import source_of_code
-from pipeline.submission.decision import chosen, plan_of
+from pipeline.submission.decision import cells_to_submit, plan_of
 from pipeline.tracking.survey import STATES, survey
 from tests.pipeline.fake_queue import FakeQueue
 
@@ -65,4 +65,4 @@ def diverge(grid: Grid, cell: Cell) -> None:
 def planned(grid: Grid, queue: FakeQueue) -> Plan:
     """Return the jobs that `grid` would submit now."""
     state = survey(grid, queue)
-    return plan_of(grid, state, chosen(state, "grid"), source_of_code())
+    return plan_of(grid, state, cells_to_submit(state, "grid"), source_of_code())

@@ -43,7 +43,7 @@ def test_all_jobs_end_by_one_call(grid, queue, capsys):
     assert queue.cancelled == [["job1", "job2", "job3", "job4", "job5"]]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == "cancelled 5 jobs, prep, reduce, report among them"
-    assert lines[-1].startswith("running ones save first; `python -m pipeline.submit grid ")
+    assert lines[-1].startswith("running jobs save first; `python -m pipeline.submit grid ")
     assert words(grid, queue) == {"missing": 8}
     assert {cell.why for cell in survey(grid, queue).cells} == {"cancelled"}
 
@@ -52,7 +52,7 @@ def test_the_command_that_goes_on_names_the_profile_that_was_asked_for(grid, que
     submit(grid, queue, ["grid"])
     assert command.main([str(grid.path), "--cluster", "local"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert f"`python -m pipeline.submit grid {grid.path} --cluster local` goes on" in line
+    assert f"`python -m pipeline.submit grid {grid.path} --cluster local` " in line
 
 
 def test_pre_trainings_end_too(tmp_path, streets, queue):

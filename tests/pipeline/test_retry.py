@@ -12,7 +12,7 @@ from hpc.scheduler.base import JobState
 from pipeline import retry
 from pipeline.cancel import cancel
 from pipeline.config.grid_file import Grid
-from pipeline.submission.decision import chosen
+from pipeline.submission.decision import cells_to_submit
 from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
@@ -152,7 +152,7 @@ def test_with_more_memory_the_size_is_as_it_was(tmp_path, streets, queue, retrie
     cells = cells_of(queue, "job1")
     end(queue, "job1", OUT_OF_MEMORY)
     more = small_grid(tmp_path, folder, ('kind = "local"', 'kind = "local"\nmemory_gb = 64'))
-    assert retried(more)[0] == "4 cells: out of memory: again, with more of it"
+    assert retried(more)[0] == "4 cells: out of memory: again, with more memory"
     assert cells_of(queue, "job3") == cells
 
 
@@ -308,8 +308,8 @@ def test_a_backbone_that_was_interrupted_takes_its_cells_along(tmp_path, streets
 
 def test_waiting_sends_what_was_never_sent_if_it_fits(grid, queue):
     state, too_large = survey(grid, queue), grid.cells[3].signature
-    assert chosen(state, "submit --wait") == list(grid.cells)
-    assert chosen(replace(state, at_most={too_large: 0}), "submit --wait") == [
+    assert cells_to_submit(state, "submit --wait") == list(grid.cells)
+    assert cells_to_submit(replace(state, at_most={too_large: 0}), "submit --wait") == [
         cell for cell in grid.cells if cell.signature != too_large
     ]
 
@@ -319,7 +319,7 @@ def test_waiting_does_not_send_what_has_failed_again_and_again(grid, queue):
     submit(grid, queue, ["grid"])
     end(queue, "job1", "error: disk full")
     assert {cell.seed for task in planned(grid, queue).bundles for cell in task.cells}
-    assert {cell.seed for cell in chosen(survey(grid, queue), "submit --wait")} == {1}
+    assert {cell.seed for cell in cells_to_submit(survey(grid, queue), "submit --wait")} == {1}
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_a_train_and_a_val_list_that_share_images_are_counted(tree, capsys):
     [line] = warned(capsys)
     assert line.startswith(
         "warning: 3 of 3 validation images of the data set 'voc' are training images too, "
-        "'2008_000003' first: "
+        "'2008_000003' first; "
     )
 
 
@@ -120,7 +120,7 @@ def test_a_leak_is_an_equal_picture_and_not_an_equal_name(rooms, packed):
     [warning] = overlap_warnings({"rooms": rooms.settings}, {"rooms": pictures})
     assert warning.startswith(
         f"{1 + packed} of {3 + packed} validation images of the data set 'rooms' are training "
-        "images too, 'b' first: "
+        "images too, 'b' first; "
     )
 
 

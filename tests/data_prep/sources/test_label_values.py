@@ -10,7 +10,7 @@ from data_prep.pack import pack
 from data_prep.settings import VOID, parse_dataset
 from data_prep.shards.reader import SplitReader
 from hpc.cli import UserError
-from pipeline.planning.preflight import packed_as_asked
+from pipeline.planning.preflight import require_packed
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_packed_data_with_one_class_are_refused_for_training(masks):
     manifest.save()
     expected = "'road' (label value 1) is the only class with pixels in train of the data set"
     with pytest.raises(UserError, match=expected.replace("(", r"\(").replace(")", r"\)")):
-        packed_as_asked("roads", settings)
+        require_packed("roads", settings)
     assert expected in refusal(settings)  # what is packed already is looked at too
 
 

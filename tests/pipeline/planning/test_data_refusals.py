@@ -161,7 +161,7 @@ workers = 0
 [cluster]
 kind = "local"
 """
-GHOST = "the class 'ghost' of the data set 'rooms' labels no pixel of"
+GHOST = "the class 'ghost' of the data set 'rooms' has no pixel in"
 ADVICE = "add images that show it, or take it out of the classes"
 NOT_SCORED = (
     f"of which 0.0 % are void: scores are averaged over the classes that do occur; {ADVICE}"

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from hpc.scheduler.exit_cause import Cause
-from pipeline.submission.decision import SENT_BY, chosen
+from pipeline.submission.decision import SUBMITTED_BY, cells_to_submit
 from pipeline.tracking.survey import NOT_FINITE, survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import small_grid
@@ -25,14 +25,14 @@ def test_the_docs_show_the_table_of_resubmission():
         reason: {command for command, word in zip(COMMANDS, words, strict=True) if word == "yes"}
         for reason, *words in rows
     }
-    assert shown == {reason: set(commands) for reason, commands in SENT_BY.items()}
+    assert shown == {reason: set(commands) for reason, commands in SUBMITTED_BY.items()}
 
 
 def test_the_table_has_every_cause_with_which_a_job_may_end():
-    assert SENT_BY.keys() >= {*get_args(Cause), NOT_FINITE}
+    assert SUBMITTED_BY.keys() >= {*get_args(Cause), NOT_FINITE}
 
 
 @pytest.mark.parametrize(("command", "number"), [*zip(COMMANDS, (8, 0, 8, 0, 8), strict=True)])
 def test_cells_that_were_never_sent(tmp_path, shards, command, number):
     grid = small_grid(tmp_path)
-    assert len(chosen(survey(grid, FakeQueue(tmp_path)), command)) == number
+    assert len(cells_to_submit(survey(grid, FakeQueue(tmp_path)), command)) == number

@@ -93,7 +93,7 @@ def test_a_running_reduce_ends_before_the_next_one_starts(grid, queue):
 def test_a_waiting_prep_serves_the_next_submission_too(grid, queue, capsys):
     submit(grid, queue, ALL)
     assert submit(grid, queue, ["prep"]) == {"prep": ["job1"]}
-    assert "prep waits already, as job job1" in capsys.readouterr().out
+    assert "prep: job job1, which waits already" in capsys.readouterr().out
 
 
 def test_a_running_prep_is_not_relied_on_since_it_may_have_read_images_before_their_correction(
@@ -196,6 +196,6 @@ def test_results_and_page_that_are_older_than_counts_are_named(grid, queue, show
     finish(grid, grid.cells[2:3], "task1")
     command = f"`python -m pipeline.submit reduce {grid.path}`"
     assert shown(grid)[-3:-1] == [
-        f"results.h5 is older than the counts of 1 cells; {command} brings it up to date",
-        f"the page is older than results.h5; {command.replace('reduce', 'report')} draws it anew",
+        f"results.h5 is older than the counts of 1 cells; {command} updates it",
+        f"the page is older than results.h5; {command.replace('reduce', 'report')} updates it",
     ]

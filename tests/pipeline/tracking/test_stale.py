@@ -22,14 +22,14 @@ from jobs.spec.counts_file import counted_cells
 from pipeline import reduce, retry, status, submit
 from pipeline.config.grid_file import Grid
 from pipeline.scores.results_file import read_results
-from pipeline.submission.decision import chosen
+from pipeline.submission.decision import cells_to_submit
 from pipeline.submission.submitter import submit as send
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import cells_of, words
 
-WITH_STALE = partial(chosen, command="grid --retrain stale")
+WITH_STALE = partial(cells_to_submit, command="grid --retrain stale")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 
 
@@ -89,19 +89,21 @@ def stale(grid) -> Grid:
 
 def test_they_are_counted_and_a_submission_leaves_them(stale, queue, capsys):
     assert words(stale, queue) == {"stale": 8}
-    assert {cell.why for cell in survey(stale, queue).cells} == {"other data"}
+    assert {cell.why for cell in survey(stale, queue).cells} == {"its data set has changed"}
     capsys.readouterr()
     assert send(stale, queue, ["grid"]) == {"grid": []}
     said = capsys.readouterr().out.splitlines()
     line = (
-        "8 cells were made from other data than their data sets hold now, and are left out; "
-        f"`python -m pipeline.submit grid {stale.path} --retrain stale` trains them anew"
+        "8 cells are stale (their data set has changed) and are left out; "
+        f"`python -m pipeline.submit grid {stale.path} --retrain stale` trains them again"
     )
     assert said == ["small: 8 cells: 8 stale", line]
     assert status.main([str(stale.path)]) == 0
     assert capsys.readouterr().out.splitlines().count(line) == 1
     assert retry.choose(survey(stale, queue)) == []
-    with pytest.raises(UserError, match=r"is stale \(other data\); submit grid with --retrain"):
+    with pytest.raises(
+        UserError, match=r"is stale \(its data set has changed\); submit grid with --retrain"
+    ):
         retry.choose(survey(stale, queue), stale.cells[:1])
 
 
@@ -146,9 +148,8 @@ def test_a_reduction_leaves_them_out_with_one_line(grid, capsys):
     capsys.readouterr()
     assert reduce.main([str(grid.path)]) == 0
     line = (
-        f"3 cells are left out, {grid.cells[0].name} first: they were made from other data than "
-        f"their data sets hold now; `python -m pipeline.submit grid {grid.path} --retrain stale` "
-        "trains them anew"
+        "3 cells are stale (their data set has changed) and are left out; "
+        f"`python -m pipeline.submit grid {grid.path} --retrain stale` trains them again"
     )
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {line}"
     results = read_results(grid.run.results)
@@ -172,7 +173,7 @@ def test_a_backbone_of_other_data_is_not_used(tmp_path, shards, queue, trained):
         interrupted(grid, [pretraining_cell(cell)])
     assert words(grid, queue) == {"missing": 8}
     corrected(grid)
-    assert words(grid, queue) == {"stale": 8} and chosen(survey(grid, queue), "grid") == []
+    assert words(grid, queue) == {"stale": 8} and cells_to_submit(survey(grid, queue), "grid") == []
     send(grid, queue, ["grid"], WITH_STALE)
     assert [call.module for call in queue.calls.values()].count("jobs.pretrain") == 1
     moved = grid.run.stale / path.relative_to(grid.run.root)

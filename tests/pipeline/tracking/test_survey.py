@@ -218,7 +218,7 @@ def test_a_cell_whose_loss_was_not_finite_has_failed_for_good(grid, queue):
     queue.jobs["job1"] = "gone"
     assert words(grid, queue) == {"done": 3, "waiting": 4, "failed": 1}
     why = states(grid, queue)[cells[0].name].why
-    again = f"python -m pipeline.retry {grid.words} --cell {cells[0].name}"
+    again = f"python -m pipeline.retry {grid.command_arguments} --cell {cells[0].name}"
     assert why == (
         f"the loss was nan at step 2 of 6; change its settings, or try again with `{again}`"
     )

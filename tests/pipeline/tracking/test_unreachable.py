@@ -55,7 +55,7 @@ def test_what_reads_says_so_in_one_line(path, tmp_path, capsys):
     arguments = {
         (submit.main, "grid", path, "--dry-run"): "would submit 2 jobs for 7 cells",
         (submit.main, "reduce", path, "--dry-run"): "stages: reduce",
-        (retry.main, path, "--dry-run"): "4 cells: unknown; ask again where the queue answers",
+        (retry.main, path, "--dry-run"): "4 cells: unknown; run retry where the queue answers",
         (logs.main, "fcn_mobilenet_v3_large/DLNWCE/1", path): "error: a shard is damaged",
         (submit.main, "grid", path, "--script", f"{tmp_path}/scripts"): "wrote 1 scripts, with 2 ",
     }
@@ -86,6 +86,8 @@ def test_what_acts_is_refused(path, tmp_path):
         with pytest.raises(UserError) as refused:
             main(words)
         assert str(refused.value) == WHY
-    with pytest.raises(UserError, match="was sent, and the queue cannot be asked from here, job"):
+    with pytest.raises(
+        UserError, match="was submitted, and the queue cannot be asked from here, job"
+    ):
         retry.main([path, "--cell", cell, "--dry-run"])
     assert sorted(tmp_path.rglob("*")) == before

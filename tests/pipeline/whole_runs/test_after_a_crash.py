@@ -78,7 +78,8 @@ def test_reduce_and_report_of_before_the_crash_run_behind_the_cells_that_are_lef
     (dataset,) = read_results(grid.run.results).datasets
     assert len(dataset.cells) == 2
     assert 'name="lossgrid-cells" content="2"' in grid.run.page.read_text(encoding="utf-8")
-    assert "moved behind the cells of this submission: reduce, report\n" in capsys.readouterr().out
+    said = "cancelled, to run after the cells of this submission: reduce, report\n"
+    assert said in capsys.readouterr().out
     outcomes = queue.job_states([*jobs["reduce"], *jobs["report"]])
     assert [job.why for job in outcomes.values()] == ["cancelled", "cancelled"]
     assert status.main([str(grid.path)]) == 0
