@@ -55,6 +55,9 @@ HEAD_MACS: dict[Head, dict[Channels, float]] = {
     "deeplabv3": {2048: 243.8e3, 960: 30.5e3},
     "unet": {FEATURES["resnet50_pyramid"]: 73.9e3},
 }
+# Operations of a head's step on frozen features, in forward passes. The gradient of the features is
+# not computed.
+HEAD_PASSES: dict[Head, float] = {"fcn": 2.0, "deeplabv3": 2.1, "unet": 2.6}
 HEAD_ACTIVATIONS: dict[Head, dict[Channels, float]] = {
     "fcn": {2048: 64, 960: 7.6},
     "deeplabv3": {2048: 108, 960: 22.9},

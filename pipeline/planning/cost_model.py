@@ -17,6 +17,7 @@ from jobs.models.registry import (
     HEAD_ACTIVATIONS,
     HEAD_MACS,
     HEAD_PARAMETERS,
+    HEAD_PASSES,
     MODELS,
 )
 from jobs.spec.cell import Cell
@@ -27,9 +28,10 @@ ASSUMPTIONS = (
     f"a V100 does {FLOPS['gpu fp32'] / 1e12:.0f} TFLOP/s in fp32 and "
     f"{FLOPS['gpu mixed'] / 1e12:.0f} in mixed precision, a CPU thread "
     f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s (a third to a half of their peaks); a backward pass costs "
-    "two forward passes; loading, losses and communication overlap with computing; ranks share a "
-    "batch evenly; unknown images have 4:3 format; a process takes 3 GB of node memory, a loader "
-    "0.5 GB, CUDA 1.5 GB of a GPU, and a fifth of the rest is lost to fragmentation"
+    "two forward passes, and one where the backbone is frozen; loading, losses and communication "
+    "overlap with computing; ranks share a batch evenly; unknown images have 4:3 format; a process "
+    "takes 3 GB of node memory, a loader 0.5 GB, CUDA 1.5 GB of a GPU, and a fifth of the rest is "
+    "lost to fragmentation"
 )
 _BYTES = 4  # a float32
 _PROCESS, _LOADER, _CUDA, _LOST = 3e9, 0.5e9, 1.5e9, 1.2
@@ -103,9 +105,12 @@ def step_flops(job: Job) -> float:
     cells, and forward and backward of each head."""
     protocol = job.protocol
     pixels = protocol.batch_size * protocol.crop[0] * protocol.crop[1]
-    passes = 3 if protocol.train == "all" else 1
-    heads = sum(3 * _head_macs(cell) for cell in job.cells)
-    return 2 * pixels * (passes * _backbone_macs(job) + heads)
+    whole = protocol.train == "all"
+    heads = sum(
+        (3 if whole else HEAD_PASSES[MODELS[cell.model].head]) * _head_macs(cell)
+        for cell in job.cells
+    )
+    return 2 * pixels * ((3 if whole else 1) * _backbone_macs(job) + heads)
 
 
 def evaluation_flops(job: Job) -> float:
@@ -127,9 +132,9 @@ def gpu_bytes(job: Job, ranks: int) -> float:
     images = -(-protocol.batch_size // ranks)
     pixels = images * protocol.crop[0] * protocol.crop[1]
     whole = protocol.train == "all"
-    # weights, gradients, momentum, and the buckets in which gradients travel
-    weights = sum(4 * _head_parameters(cell) for cell in job.cells)
-    weights += BACKBONE_PARAMETERS[backbone] * (4 if whole else 1)
+    # weights, momentum, and gradients, which are views of the buckets in which they travel
+    weights = sum(3 * _head_parameters(cell) for cell in job.cells)
+    weights += BACKBONE_PARAMETERS[backbone] * (3 if whole else 1)
     of_head = max(HEAD_ACTIVATIONS[MODELS[c.model].head][FEATURES[backbone]] for c in job.cells)
     numbers = pixels * of_head
     numbers += pixels * (BACKBONE_ACTIVATIONS[backbone] if whole else _BACKBONE_BUFFERS)

@@ -650,7 +650,7 @@ def test_the_shipped_profiles_are_valid(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[3])
     assert read_profile("local").kind == "local"
     v100 = read_profile("v100").training()
-    assert (v100.nodes, v100.tasks_per_node, v100.gpus_per_node) == (2, 4, 4)
+    assert (v100.nodes, v100.tasks_per_node, v100.gpus_per_node) == (1, 4, 4)
 
 
 def test_planning_needs_no_heavy_library():
