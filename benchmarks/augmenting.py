@@ -151,8 +151,8 @@ def _window(size: tuple[int, int], resized: tuple[int, int], side: int) -> list[
         return np.asarray(whole.resize(width_first, resample).crop(box)).transpose(2, 0, 1)
 
     assert np.array_equal(ours(), pillows())
-    what = f"one picture, window only: {_shown(size)} to {_shown(resized)}, crop {side}"
-    return [*compare(what, ours, {"Pillow, the whole, then cropped": (pillows, 0.0)})]
+    what = f"one image, crop only: {_shown(size)} to {_shown(resized)}, crop {side}"
+    return [*compare(what, ours, {"Pillow: resize the image, then crop": (pillows, 0.0)})]
 
 
 def _shown(size: tuple[int, int]) -> str:

@@ -74,7 +74,10 @@ def _of_model(model: str) -> list[Comparison]:
         peer = published(job)
         peer()
         rounds = [_round(job, many[i::ROUNDS], many, peer) for i in range(ROUNDS)]
-    peers = ("published", "the published way, a run a cell"), ("alone", "frozen, one cell a run")
+    peers = (
+        ("published", "the published way, one run per cell"),
+        ("alone", "frozen, one run per cell"),
+    )
     return [
         Comparison(
             f"a step of a cell in a bundle of 16, {model}", against,

@@ -53,7 +53,7 @@ def measure() -> list[Result]:
         found = compare(
             "reducing 100,000 cells, per cell",
             lambda: _from_the_files(grid),
-            {f"a file a cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
+            {f"one file per cell ({_PEERS} of them)": (lambda: _add_up_singles(singles), 40.0)},
             rounds=5,
             limit=f"{size / 1e9:.2f} GB read once: {size / (copy_bandwidth() / 2):.2f} s in all",
             more={

@@ -33,15 +33,19 @@ class DatasetSettings(Settings):
     shards: str = ""
     """Folder of the packed data set. Empty: `data/NAME-HASH`, a hash of the other settings."""
     codec: Literal["auto", "raw", "encoded"] = "auto"
-    """Images in shards: decoded (`raw`) or as their files are (`encoded`). `auto` keeps JPEG
-    encoded and decodes all others."""
+    """Images in shards: decoded (`raw`) or as their files are (`encoded`). `auto` keeps RGB
+    and grey JPEG files and decodes all others."""
     shard_mb: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Size at which a new shard begins. Unit: MB."""
     skip_bad: bool = False
     """Leave damaged files out and list them; otherwise the first one ends packing."""
 
     def identity(self) -> str:
-        """Return a hash of the settings that change the packed samples; paths do not count."""
+        """Return a hash of the settings that change the packed samples.
+
+        `root`, `voc_root` and `shards` do not count, so a copy elsewhere is the same data set. List
+        files and the folders below `root` count by their names, since they select the images.
+        """
         # skip_bad does not count: it only decides whether bad files are refused
         others = {"root", "voc_root", "shards", "shard_mb", "codec", "skip_bad"}
         return fingerprint(self.model_dump(mode="json", exclude=others))[:16]

@@ -38,8 +38,9 @@ def pages() -> dict[str, str]:
 
 
 RUNTIME = (
-    "The defaults are those of the paper. These keys change no result and are not part of the "
-    f"identity of a cell: {', '.join(f'`{name}`' for name in sorted(RUNTIME_FIELDS))}."
+    "The defaults are those of the paper. These keys are not part of the identity of a cell: "
+    f"{', '.join(f'`{name}`' for name in sorted(RUNTIME_FIELDS))}. Of these, `threads` and "
+    "`deterministic` can change rounding."
 )
 
 
@@ -58,7 +59,7 @@ def grid_file_page() -> str:
         ("`[protocol.pretrain]`", pretrain, fields(Pretrain)),
         ("`[protocol.per_dataset.NAME]`", per_dataset, ""),
         ("`[[loss]]`", "One table for each loss of your own.", fields(LossTable)),
-        ("Entries of `schedule`", "In the order of `at`.", fields(KnotTable)),
+        ("Entries of `schedule`", "Sorted by `at`.", fields(KnotTable)),
         _loss_names(),
         _models(),
         ("`[cluster]`", cluster, ""),
@@ -69,8 +70,8 @@ def grid_file_page() -> str:
 def cluster_profile_page() -> str:
     """Return the page of the cluster profile."""
     intro = (
-        "A profile is `configs/clusters/NAME.toml`, any other path, or the table `[cluster]` of a "
-        "grid file. Keys that are not given, and empty texts, are not passed to Slurm."
+        "A profile is the file `configs/clusters/NAME.toml`, a file at another path, or the table "
+        "`[cluster]` of a grid file. Slurm gets no option for a key that is not given or empty."
     )
     audience = "For users who describe a site: all keys with type, range, default and meaning."
     return _page("The cluster profile", audience, [("Keys", intro, fields(ClusterProfile))])
@@ -190,10 +191,11 @@ def _source_section(name: str, model: type[BaseModel]) -> tuple[str, str, str]:
 
 def _loss_names() -> tuple[str, str, str]:
     intro = (
-        "`W` in front weights the classes by their inverse frequency. Numbers in brackets replace "
-        "the defaults, as in `FL[2]`. Two names side by side are half of each (`DLCE`). `N` or "
-        "`A` between them is a naive or an alternating schedule that ends with the second "
-        "(`DLNWCE`). `DLNWCE@0.2-0.8` names the start and end of the schedule. `pre-fine` is CE "
+        "`W` in front of a loss weights the classes by their inverse frequency. Numbers in "
+        "brackets replace the defaults, as in `FL[2]`. Two names side by side are their mean "
+        "(`DLCE`). `N` or `A` between them is a naive or an alternating "
+        "schedule that ends with the second "
+        "(`DLNWCE`). `@` gives the ramp, as in `DLNWCE@0.2-0.8`. `pre-fine` is CE "
         'from the weights `"pre-fine"`.'
     )
     rows = [

@@ -50,7 +50,7 @@ def in_small(monkeypatch, tmp_path):
         ("counting", {"plain PyTorch", "our reference", "plain PyTorch on all"}),
         ("pooling", {"the published loop over pixels", "the same loop on Python's numbers"}),
         ("reading", {"torchvision, PNG folder"}),
-        ("augmenting", {augmenting.PNG, augmenting.JPEG, "Pillow, the whole, then cropped"}),
+        ("augmenting", {augmenting.PNG, augmenting.JPEG, "Pillow: resize the image, then crop"}),
     ],
 )
 def test_ours_runs_beside_its_peers(name, peers, tmp_path, capsys):

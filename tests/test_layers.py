@@ -19,8 +19,10 @@ Table = dict[str, set[str]]
 
 
 def layer_table(design: str) -> Table:
-    """Return the imports that the table under `## Layers and rooms` allows each layer."""
-    section = design.split("## Layers and rooms", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
+    """Return the imports that the table under `## Layers and subpackages` allows each layer."""
+    section = (
+        design.split("## Layers and subpackages", 1)[1].split("\n## ", 1)[0].split("|---|", 1)[1]
+    )
     return {
         m[1]: {word for word in re.split(r"[, ]+", m[2]) if word} for m in ROW.finditer(section)
     }
@@ -66,7 +68,7 @@ def may_import(layer: str, module: str, table: Table) -> bool:
 
 
 def cycles(table: Table) -> list[str]:
-    """The rooms that may import themselves by way of others."""
+    """The packages that may import themselves by way of others."""
 
     def reached(room: str, seen: set[str]) -> set[str]:
         for other in table.get(room, set()) - seen:

@@ -69,7 +69,8 @@ class ClusterProfile(Settings):
     exclude: str = ""
     """Option `--exclude` of sbatch: nodes to avoid."""
     gres: str = ""
-    """GPUs as the site names them (`gpu:v100:4`), in place of `--gpus-per-node`."""
+    """GPUs as the site names them (`gpu:v100:4`), in place of `--gpus-per-node`; also set
+    `gpus_per_node`, their number."""
     mail_user: str = ""
     """Option `--mail-user` of sbatch."""
     mail_type: str = ""
@@ -102,9 +103,9 @@ class ClusterProfile(Settings):
     time limit allow."""
 
     reduce_nodes: int = Field(1, ge=1, le=_MOST)
-    """Nodes of an MPI job. Unit: nodes."""
+    """Nodes of a `reduce` job; more than one needs `mpi`. Unit: nodes."""
     reduce_tasks_per_node: int = Field(1, ge=1, le=1024)
-    """Ranks per node of an MPI job. Unit: ranks."""
+    """Ranks per node of a `reduce` job; more than one needs `mpi`. Unit: ranks."""
 
     setup: tuple[str, ...] = ()
     """Shell lines before a job (`module load`, `conda activate`, `export`). A line that fails ends

@@ -30,11 +30,11 @@ class KnotTable(Settings):
     """One entry of a [[loss]]'s schedule, see `Knot`."""
 
     at: Annotated[float, Field(ge=0.0, le=1.0)]
-    """Place in training. Unit: fraction of all steps."""
+    """Position in training. Unit: fraction of all steps."""
     weights: Annotated[tuple[Weight, ...], Field(min_length=1)]
-    """Weight of each term at that place."""
+    """Weight of each term at that position."""
     ramp: Ramp = "linear"
-    """Way from the weights of the entry before; `constant` jumps at `at`."""
+    """Interpolation from the previous entry's weights; `constant` keeps them until `at`."""
 
 
 class LossTable(Settings):
