@@ -26,8 +26,8 @@ _ANSWER_SECONDS = 0.05
 _LATE_SECONDS = 10.0  # until a network file system shows a file of a node
 _END_SECONDS = 90.0  # for cancelled jobs to end
 # Slurm's reasons for which a job waits until the user changes something
-_FOREVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "NodeLimit", "TimeLimit",
-            "PerJob")  # fmt: skip
+_FOREVER = ("BadConstraints", "Held", "held", "Invalid", "NotAllowed", "PartitionNodeLimit",
+            "TimeLimit", "PerJob")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -163,14 +163,14 @@ def queue_limits(profile: ClusterProfile, site: SlurmSite) -> str:
               for of, row in _limits(profile, site).items()}  # fmt: skip
     numbers = {of: int(limit) for of, limit in limits.items() if limit.isdigit()}
     if not numbers:
-        return f"arrays of up to {array - 1}, no limit of your own known"
+        return f"arrays of up to {array} jobs; no limit of your own is known"
     least = min(numbers, key=lambda of: numbers[of])
     if profile.max_jobs > numbers[least]:
         raise UserError(
             f"max_jobs = {profile.max_jobs}, but {least} lets you have {numbers[least]} jobs in "
             f"the queue; set max_jobs = {numbers[least]} in the profile or leave it out"
         )
-    return f"arrays of up to {array - 1}, {numbers[least]} jobs of yours ({least})"
+    return f"arrays of up to {array} jobs; you may have {numbers[least]} in the queue ({least})"
 
 
 def mpi_type(profile: ClusterProfile, site: SlurmSite) -> str:

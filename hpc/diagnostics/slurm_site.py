@@ -96,7 +96,7 @@ def amounts(tres: str) -> dict[str, int]:
 
 def num_gpus(gres: str, kind: str = "") -> int:
     """Return the number of GPUs in a node's `Gres=gpu:v100:4(S:0-1)`, of one kind if given."""
-    found = re.findall(r"(?:^|,)gpu(?::([A-Za-z][\w.-]*))?(?::(\d+))?(?=[(,]|$)", gres)
+    found = re.findall(r"(?:^|,)gpu(?::(\d*[A-Za-z_][\w.+-]*))?(?::(\d+))?(?=[(,]|$)", gres)
     return sum(int(number or 1) for name, number in found if not kind or name == kind)
 
 

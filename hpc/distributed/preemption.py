@@ -40,12 +40,12 @@ def keep_early_notice() -> None:
 def stop_request() -> Iterator[StopRequest]:
     """Yield a request that USR2 (time limit ahead), TERM (preemption, cancel) or INT sets.
 
-    A signal that `keep_early_notice` recorded counts too. submitit's handlers are replaced inside
-    the block, since they act on rank 0 alone.
+    A signal that `keep_early_notice` recorded counts too.
     """
     request = StopRequest()
-    request.signal = _early.signal
     before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
+    if _early:  # read after the handlers are set, so that no signal falls between
+        request.signal = _early.signal
     try:
         yield request
     finally:

@@ -108,8 +108,8 @@ def new_folder(path: str | Path, check: Check | None = None) -> Iterator[Path]:
 def new_files(folder: str | Path, last: str) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved into `folder` after the block.
 
-    They replace files of the same names; the file called `last` is moved after all others. If the
-    block raises, `folder` is unchanged.
+    They are on disk before they replace files of the same names. The file called `last` is moved
+    after all others. If the block raises, `folder` is unchanged.
 
     Raises:
         UserError: a file cannot be written or moved.
@@ -122,6 +122,7 @@ def new_files(folder: str | Path, last: str) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in sorted(temporary.iterdir(), key=lambda file: (file.name == last, file.name)):
+            fsync(file)
             file.replace(folder / file.name)
         fsync(folder)
     except OSError as error:
@@ -140,7 +141,7 @@ def remove_folder(path: str | Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise _explained(error, path) from error
+        raise _explained(error, path, "remove") from error
 
 
 def remove_file(path: str | Path) -> None:
@@ -148,7 +149,7 @@ def remove_file(path: str | Path) -> None:
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
-        raise _explained(error, Path(path)) from error
+        raise _explained(error, Path(path), "remove") from error
 
 
 def rename_file(path: str | Path, new: str | Path) -> None:
@@ -157,7 +158,7 @@ def rename_file(path: str | Path, new: str | Path) -> None:
     try:
         Path(path).rename(new)
     except OSError as error:
-        raise _explained(error, Path(path)) from error
+        raise _explained(error, Path(path), "rename") from error
 
 
 def remove_dead_folders(parent: str | Path) -> None:
@@ -269,6 +270,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, path: Path) -> UserError:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return UserError(f"cannot write {path}: {reason}; free space or fix permissions, run again")
+def unreadable(error: OSError, folder: Path) -> UserError:
+    """Return the error for a folder that exists and whose names cannot be read."""
+    return UserError(f"cannot read {folder}: {_reason(error)}; check its file system and run again")
+
+
+def _explained(error: OSError, path: Path, verb: str = "write") -> UserError:
+    advice = "free space or fix permissions, run again"
+    return UserError(f"cannot {verb} {path}: {_reason(error)}; {advice}")
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

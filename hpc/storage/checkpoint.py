@@ -2,9 +2,10 @@
 
     FOLDER/step-000000120-g3/ENTRY.pt, index.json
 
-A folder appears by one rename. A unit of work that comes or goes does not change the checkpoints of
-the others. An entry holds tensors and plain values only. The index is read without torch, by
-planning too. It names its own place, so that a copied or renamed index is refused.
+A folder appears by one rename. Entries are independent: adding or removing one leaves the files of
+the others as they are. An entry holds tensors and plain values only. The index is read without
+torch, since planning reads it too. It names its own folder, step and generation, so that a copied
+or renamed index is refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hpc.storage.atomic import (
     remove_dead_folders,
     remove_file,
     remove_folder,
+    unreadable,
     write_json,
 )
 from hpc.storage.checksum import SummingFile, file_crc32
@@ -69,9 +71,11 @@ class Checkpoint:
             raise Damaged(f"{path} cannot be read: {error.strerror}") from error
         except Exception as error:  # torch raises many types for a file of another program
             kind = type(error).__name__
-            raise Damaged(f"{path} is foreign (as a state it gives {kind})") from error
+            raise Damaged(
+                f"{path} was not written by lossgrid (as a state it gives {kind})"
+            ) from error
         if not state_matches(entry, state):
-            raise Damaged(f"{path} is foreign (its state has other names, shapes or types)")
+            raise Damaged(f"{path} does not match (its state has other names, shapes or types)")
         return state
 
 
@@ -120,7 +124,7 @@ def write_tensors(path: Path, state: Mapping[str, Any], check: Check | None = No
 def _dump_entries(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, str]:
     """Write a file for each entry and return their checksums.
 
-    While one is written, a thread flushes the file before to disk.
+    While one file is written, a thread flushes the previous one to disk.
     """
     from concurrent.futures import ThreadPoolExecutor  # slow to import, and planning imports us
 
@@ -167,9 +171,13 @@ def _dump(state: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Return all checkpoints of a folder, newest first, and a line for each unreadable one."""
+    """Return all checkpoints of a folder, newest first, and a line for each unreadable one.
+
+    Raises:
+        UserError: the folder exists and cannot be read.
+    """
     found, problems = [], []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in _paths(folder):
         if _NAME.fullmatch(path.name) is None:
             continue
         try:
@@ -180,6 +188,15 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     return found, problems
 
 
+def _paths(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+
 def _read(path: Path) -> Checkpoint:
     try:
         index = read_json(path / _INDEX)
@@ -188,7 +205,7 @@ def _read(path: Path) -> Checkpoint:
     place = _place(path)
     checksums = index.pop("entries", None)
     if {key: index.pop(key, None) for key in place} != place or not _are_texts(checksums):
-        raise Damaged(f"{path / _INDEX} is foreign (it is not the index of this checkpoint)")
+        raise Damaged(f"{path / _INDEX} does not match (it is not the index of this checkpoint)")
     return Checkpoint(path, place["step"], place["generation"], checksums, index)
 
 
@@ -215,7 +232,7 @@ def load_latest(
     folder: Path,
     entries: Iterable[str],
     state_matches: StateMatches = lambda _entry, state: isinstance(state, dict),
-    newest: int | None = None,
+    max_step: int | None = None,
 ) -> tuple[int, dict[str, dict[str, Any]], list[Mapping[str, Any]], list[str]]:
     """Load the newest step at which all `entries` have an intact checkpoint.
 
@@ -225,7 +242,7 @@ def load_latest(
         folder: where checkpoints lie.
         entries: the names of the wanted states.
         state_matches: says whether a state is the entry's own; others are passed over.
-        newest: the largest step to consider; None for no limit.
+        max_step: the largest step to consider; None for no limit.
 
     Returns:
         (step, states by entry, records of their folders, a line for each file passed over).
@@ -233,7 +250,7 @@ def load_latest(
     """
     wanted = list(entries)
     checkpoints, problems = find(folder) if wanted else ([], [])
-    steps = {c.step for c in checkpoints if newest is None or c.step <= newest}
+    steps = {c.step for c in checkpoints if max_step is None or c.step <= max_step}
     for step in sorted(steps, reverse=True):
         states: dict[str, dict[str, Any]] = {}
         records: list[Mapping[str, Any]] = []

@@ -1,8 +1,8 @@
 """Fencing tokens: keep a process that was superseded from writing.
 
 Every start of a job claims the next generation number for the entries that it will write. Before
-it publishes or deletes, it looks for a higher claim on any of them. A process that was cut off and
-outlives the start of its successor can do no harm.
+it publishes or deletes, it looks for a higher claim on any of them. A superseded process stops at
+its next check. A rename directly after a check can still happen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.cli import UserError
-from hpc.storage.atomic import Damaged
+from hpc.storage.atomic import Damaged, unreadable
 
 
 class Superseded(UserError):
@@ -32,11 +32,17 @@ class Generation:
     entries: frozenset[str]
 
     def is_superseded(self) -> bool:
-        """Return whether a later claim shares an entry, or the folder of claims was deleted."""
+        """Return whether a later claim shares an entry, or the folder of claims was deleted.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
         try:
             later = [n for n in _numbers(self.folder) if n > self.number]
         except FileNotFoundError:
             return True
+        except OSError as error:
+            raise unreadable(error, self.folder) from error
         return any(not self.entries.isdisjoint(_entries(self.folder / str(n))) for n in later)
 
     def check(self) -> None:

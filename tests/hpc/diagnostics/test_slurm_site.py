@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from hpc.diagnostics.site_checks import queue_limits
 from hpc.diagnostics.slurm_site import SlurmSite, amounts, minutes_of, num_gpus
 from hpc.scheduler import slurm_cli
+from hpc.scheduler.cluster_profile import ClusterProfile
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,8 @@ def test_a_time_limit(limit, minutes):
         ("gpu:a100:2(S:0),gpu:v100:3(S:1)", "", 5),
         ("gpu:a100:2(S:0),gpu:v100:3(S:1)", "v100", 3),
         ("craynetwork:4,gpu:nvidia_a100_80gb_pcie:2", "nvidia_a100_80gb_pcie", 2),
+        ("gpu:1g.10gb:7", "", 7),  # MIG
+        ("gpu:3g.40gb+me:1,gpu:1g.10gb:4(S:0)", "1g.10gb", 4),
         ("shard:8", "", 0),
         ("(null)", "", 0),
     ],
@@ -68,3 +73,10 @@ def test_amounts_of_a_limit():
 def test_the_types_of_mpi(monkeypatch, said, types):
     monkeypatch.setattr(slurm_cli, "ask", lambda *_words: said)
     assert SlurmSite().mpi_types == types
+
+
+def test_an_array_may_have_as_many_jobs_as_max_array_size_says():
+    partitions = {"p": {"PartitionName": "p", "Default": "YES"}}
+    config = {"MaxArraySize": "1001"}  # indices 0 to 1000
+    site = SimpleNamespace(partitions=partitions, config=config, associations=[], qos={})
+    assert queue_limits(ClusterProfile(), site).startswith("arrays of up to 1001 jobs; ")

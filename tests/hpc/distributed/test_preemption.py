@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.distributed import preemption
 from hpc.distributed.preemption import STOP_SIGNALS, stop_request
 
 REPOSITORY = Path(__file__).parents[3]
@@ -153,3 +154,17 @@ def test_a_signal_to_all_processes_of_a_job_leaves_its_loaders_alive(with_worker
     assert with_worker.ask() == f"{number.name} True"
     os.kill(int(with_worker.first), number)  # nor is it hit alone
     assert with_worker.ask() == f"{number.name} True"
+
+
+def test_a_signal_that_arrives_while_handlers_are_set_counts(monkeypatch):
+    early = preemption.StopRequest()
+    set_handler = signal.signal
+
+    def interrupted(*arguments):
+        early._note(signal.SIGUSR2, None)  # the handler of `keep_early_notice` runs a last time
+        return set_handler(*arguments)
+
+    monkeypatch.setattr(preemption, "_early", early)
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with stop_request() as stop:
+        assert stop.signal == signal.SIGUSR2

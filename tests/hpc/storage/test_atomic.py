@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,16 +15,20 @@ from pathlib import Path
 import pytest
 
 from hpc.cli import UserError
+from hpc.storage import atomic
 from hpc.storage.atomic import (
     TEMPORARY_PREFIX,
     Damaged,
     file_sha256,
     fingerprint,
     new_file,
+    new_files,
     new_folder,
     read_json,
     remove_dead_folders,
+    remove_file,
     remove_folder,
+    rename_file,
     write_bytes,
     write_json,
     write_text,
@@ -65,6 +70,32 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (content, folder) = seen
     assert content[0].startswith(TEMPORARY_PREFIX) and not content[1]
     assert folder == (tmp_path.name, True)
+
+
+def test_each_of_several_files_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        atomic, "fsync", lambda path: seen.append((path.name, (tmp_path / path.name).exists()))
+    )
+    with new_files(tmp_path, "b.txt") as folder:
+        for name in ("b.txt", "a.txt"):
+            (folder / name).write_text("x")
+    assert seen[:2] == [("a.txt", False), ("b.txt", False)]
+
+
+@pytest.mark.parametrize(("change", "verb"), [
+    (remove_file, "remove"), (remove_folder, "remove"),
+    (lambda path: rename_file(path, "x"), "rename"),
+])  # fmt: skip
+def test_an_error_says_what_was_tried(tmp_path, monkeypatch, change, verb):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("unlink", "rename"):
+        monkeypatch.setattr(Path, name, fail)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"cannot {verb} {tmp_path}/a: "):
+        change(tmp_path / "a")
 
 
 KILLED = """

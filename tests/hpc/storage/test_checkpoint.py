@@ -109,7 +109,7 @@ def test_a_job_goes_on_from_the_newest_step(run):
 def test_ranks_can_agree_on_an_older_step(run):
     for step in (10, 20):
         run.save(step, run.start("a"), "a")
-    found = {newest: checkpoint.load_latest(run.folder, ["a"], newest=newest)[0]
+    found = {newest: checkpoint.load_latest(run.folder, ["a"], max_step=newest)[0]
              for newest in (20, 19, 10, 9)}  # fmt: skip
     assert found == {20: 20, 19: 10, 10: 10, 9: 0}
 
@@ -402,7 +402,10 @@ def test_an_entry_is_tensors_and_plain_values_only(run, tmp_path):
     index["entries"]["a"] = f"crc32:{zlib.crc32(path.read_bytes()):08x}"
     write_json(run.file(10, 1, "index.json"), index)
     step, (line,) = run.resume("a")
-    assert step == 0 and line == f"{path} is foreign (as a state it gives UnpicklingError)"
+    assert (
+        step == 0
+        and line == f"{path} was not written by lossgrid (as a state it gives UnpicklingError)"
+    )
 
 
 def test_the_same_state_is_the_same_bytes(run, tmp_path):

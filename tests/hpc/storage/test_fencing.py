@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpc.cli import UserError
+from hpc.storage import checkpoint
 from hpc.storage.atomic import Damaged
 from hpc.storage.fencing import Superseded, claim
 from tests.tiny_disk import NO_ROOM, on_tiny_disk
@@ -124,6 +127,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     start = re.escape(f"cannot write into {tmp_path / 'generations'}: ")
     assert re.fullmatch(f"{start}{NO_ROOM}; free space or fix permissions, run again", line)
     assert left == "[]"
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    generation = claim(tmp_path, ["a"])
+
+    def lose(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "iterdir", lose)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Stale file handle; check"):
+        generation.check()
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Stale file handle; check"):
+        checkpoint.find(tmp_path)
 
 
 def test_an_impossible_folder_is_one_line(tmp_path):

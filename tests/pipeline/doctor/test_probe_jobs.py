@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpc.cli import UserError
-from hpc.diagnostics.probe_jobs import ProbeJob, run_probe_jobs
+from hpc.diagnostics.probe_jobs import ProbeJob, _refuse_stuck, run_probe_jobs
+from hpc.scheduler.base import JobState
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
 from pipeline import doctor
@@ -32,6 +33,12 @@ def test_a_job_that_would_wait_forever_is_cancelled(tmp_path):
             heard.append,
         )
     assert queue.cancelled == [["job1"]]
+
+
+def test_a_job_that_waits_for_jobs_of_others_waits_on():
+    _refuse_stuck({"job1": JobState("waiting", "QOSGrpNodeLimit")})  # raises nothing
+    with pytest.raises(UserError):
+        _refuse_stuck({"job1": JobState("waiting", "PartitionNodeLimit")})
 
 
 @pytest.fixture
