@@ -3,9 +3,9 @@
     @fuzzed(0.15, damage=st.binary())
     def test_a_damaged_thing_is_named(damage, fixture): ...
 
-tries 15 % of all cases: of 2,000, always the same ones, in every run of the tests; of any other
-number, new ones each time, by `pytest tests/fuzz --fuzz-cases 20000`. The shares of all tests add
-up to one or more. A case is over in seconds, or it hangs, and that fails the test; one that hangs
+tries 15 % of all cases. Up to 2,000 cases are the same ones in every run of the tests; more are
+new ones each time, as in `pytest tests/fuzz --fuzz-cases 20000`. The shares of all tests add up to
+one or more. A case is over in seconds, or it hangs, and that fails the test; one that hangs
 in a library, where Python gets no word in, ends the whole run with a traceback.
 """
 
@@ -44,7 +44,7 @@ def fuzzed(share: float, **strategies: SearchStrategy[Any]) -> Callable[[Any], A
 
         @settings(
             max_examples=number,
-            derandomize=_planned == DEFAULT,
+            derandomize=_planned <= DEFAULT,
             database=None,
             deadline=None,  # a busy machine is slow; the alarm tells what hangs
             print_blob=True,
