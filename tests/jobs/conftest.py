@@ -9,6 +9,8 @@ from data_prep.pack import pack
 from data_prep.settings import parse_dataset
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.process_group import process_group
+from jobs import train
+from tests.jobs.small_runs import grid_of, results, task_of
 
 
 @pytest.fixture
@@ -34,3 +36,11 @@ def streets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streets")
     table = {"source": "synthetic", "shards": str(folder), "train": 11, "val": 3, "size": [40, 56]}
     return pack("streets", parse_dataset("streets", table, "grid.toml"), processes=1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(streets, tmp_path_factory):
+    """The results of a job that trains CE and DLNWCE on the streets and that nothing interrupts."""
+    grid = grid_of(tmp_path_factory.mktemp("undisturbed"), streets.folder, "CE", "DLNWCE")
+    assert train.main([str(task_of(grid))]) == 0
+    return results(grid.run)

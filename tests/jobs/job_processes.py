@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from hpc.scheduler.job import ModuleCall
-from tests.jobs import ranks  # shares its fork server, and must not ask for other modules later
+from tests.jobs import ranks
 
-ranks._PROCESSES.set_forkserver_preload(["jobs.pretrain", "jobs.train", ranks.__name__, __name__])
 _PATIENCE = 60.0  # seconds
-_POLL = 0.001
+_POLL = 0.005
 
 
 class Job:

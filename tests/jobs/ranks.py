@@ -15,7 +15,7 @@ from hpc.distributed.process_group import Group
 
 # one process imports torch and the modules under test, and every rank is a fork of it
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["jobs.training.cell_trainer", __name__])
+_PROCESSES.set_forkserver_preload(["jobs.pretrain", "jobs.train", __name__])
 _PATIENCE = 400.0  # seconds
 
 

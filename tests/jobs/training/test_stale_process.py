@@ -53,19 +53,6 @@ def grid(streets, tmp_path) -> Grid:
     return grid_of(tmp_path / "stale", streets.folder, "CE", "DLNWCE", workers=2)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(streets, tmp_path_factory) -> dict[int, dict]:
-    """The results of an undisturbed run, by the number of ranks."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    found = {}
-    with jobs(folder / "logs") as start:
-        for ranks in (1, 2):
-            grid = grid_of(folder / str(ranks), streets.folder, "CE", "DLNWCE")
-            assert start(task_of(grid), ranks).end() == [0] * ranks
-            found[ranks] = results(grid.run)
-    return found
-
-
 def stopped(
     start: Callable[..., Job], grid: Grid, when: Callable[[Grid], object], ranks: int = 1,
     task: Callable[[Grid], Path | ModuleCall] = task_of,
@@ -110,19 +97,32 @@ def in_publishing(grid: Grid) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("when", "ranks"),
-    [(in_the_middle, 1), (in_a_save, 1), (in_publishing, 1), (in_the_middle, 2), (in_a_save, 2)],
-)
-def test_waking_up_after_the_successors_end(grid, start, undisturbed, when, ranks):
-    stale = stopped(start, grid, when, ranks)
-    successor = start(task_of(grid), ranks)
-    assert successor.end() == [0] * ranks, successor.logs
+    "when",
+    [in_the_middle, *(pytest.param(when, marks=pytest.mark.slow)
+                      for when in (in_a_save, in_publishing))],
+)  # fmt: skip
+def test_waking_up_after_the_successors_end(grid, start, undisturbed, when):
+    stale = stopped(start, grid, when)
+    successor = start(task_of(grid))
+    assert successor.end() == [0], successor.log
     assert "resuming at step" in successor.log
-    wake_up(stale, grid, ranks)
-    assert_all_same(results(grid.run), undisturbed[ranks])
+    wake_up(stale, grid)
+    assert_all_same(results(grid.run), undisturbed)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
+def test_two_ranks_that_wake_up_after_their_successors_end(grid, start, streets, tmp_path):
+    stale = stopped(start, grid, in_the_middle, 2)
+    successor = start(task_of(grid), 2)
+    assert successor.end() == [0, 0], successor.logs
+    assert "resuming at step" in successor.log
+    wake_up(stale, grid, 2)
+    through = grid_of(tmp_path / "through", streets.folder, "CE", "DLNWCE")
+    assert start(task_of(through), 2).end() == [0, 0]
+    assert_all_same(results(grid.run), results(through.run))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_waking_up_while_the_successor_trains(streets, tmp_path, start, ranks):
     """Long before its next checkpoint would be due."""
     grid = grid_of(tmp_path / "long", streets.folder, "CE", epochs=2000, checkpoint_minutes=60.0)
@@ -153,6 +153,7 @@ def heartbeat(grid: Grid) -> dict:
         return {}
 
 
+@pytest.mark.slow
 def test_pre_training_that_wakes_up_after_its_successors_end(grid, start):
     def task(grid: Grid) -> ModuleCall:
         return ModuleCall("jobs.pretrain", (str(task_of(grid, grid.cells[:1], "pretrain")),))
