@@ -32,13 +32,12 @@ FUSED = PROTOCOL.model_copy(update={"counting": "fused"})
 WORLD_SIZES = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=[5, 7])
-def packed(request, tmp_path_factory) -> Manifest:
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Manifest:
     """A data set whose images to validate on neither two nor three ranks share evenly."""
     folder = tmp_path_factory.mktemp("packed")
-    table = {"source": "synthetic", "shards": str(folder), "train": 2, "size": [40, 56]}
-    settings = parse_dataset("streets", {**table, "val": request.param}, "grid.toml")
-    return pack("streets", settings, processes=1)
+    table = {"source": "synthetic", "shards": str(folder), "train": 2, "val": 5, "size": [40, 56]}
+    return pack("streets", parse_dataset("streets", table, "grid.toml"), processes=1)
 
 
 def forward(images, num_classes):
@@ -48,9 +47,12 @@ def forward(images, num_classes):
     return [torch.nn.functional.conv2d(images, kernel, stride=8) for kernel in kernels]
 
 
-def on_rank(group, folder, protocol=PROTOCOL):
-    """The counts of both cells, and the images that this rank has seen."""
-    torch.set_num_threads(1)
+def on_rank(group, folder):
+    """By protocol the counts of both cells, and the images that this rank has seen."""
+    return {p.counting: evaluated_by(group, folder, p) for p in (PROTOCOL, FUSED)}
+
+
+def evaluated_by(group, folder, protocol):
     manifest, seen = Manifest.load(folder), []
     num_classes = len(manifest.classes)
 
@@ -69,10 +71,14 @@ def on_rank(group, folder, protocol=PROTOCOL):
 
 @pytest.fixture(scope="module")
 def evaluated(packed, tmp_path_factory):
-    """The results of each rank, by the number of ranks."""
-    return {
+    """The results of each rank, by the number of ranks and the way of counting."""
+    found = {
         size: on_ranks(size, tmp_path_factory.mktemp("ranks"), on_rank, packed.folder)
         for size in WORLD_SIZES
+    }
+    return {
+        size: {counting: [rank[counting] for rank in ranks] for counting in ranks[0]}
+        for size, ranks in found.items()
     }
 
 
@@ -100,14 +106,14 @@ def test_counts_are_those_of_the_images_one_by_one(evaluated, by_hand, size):
     for cell, images in enumerate(by_hand[0]):
         whole = sum(images[1:], images[0]).as_arrays()
         assert np.count_nonzero(whole["class_bins"][..., 0]) > 20  # not a trivial evaluation
-        for found, _ in evaluated[size]:  # every rank has the sums
+        for found, _ in evaluated[size]["reference"]:  # every rank has the sums
             for name in NAMES:
                 assert found[cell][name].dtype == torch.int64
                 np.testing.assert_array_equal(found[cell][name], whole[name], err_msg=name)
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
-def test_so_they_are_where_the_protocol_has_them_counted_in_one_pass(packed, tmp_path, size):
+def test_so_they_are_where_the_protocol_has_them_counted_in_one_pass(packed, evaluated, size):
     reader = SplitReader(packed, "val")
     whole = [Counts.zeros(len(packed.classes), FUSED.bins) for _ in range(CELLS)]
     for index in range(len(reader)):
@@ -115,7 +121,7 @@ def test_so_they_are_where_the_protocol_has_them_counted_in_one_pass(packed, tmp
         label = torch.from_numpy(np.array(reader.label(index)))
         for cell, logits in enumerate(forward(image, len(packed.classes))):
             whole[cell] += count_upsampled(logits[0], label, FUSED.bins)
-    for found, _ in on_ranks(size, tmp_path, on_rank, packed.folder, FUSED):
+    for found, _ in evaluated[size]["fused"]:
         for cell, counts in zip(found, whole, strict=True):
             arrays = {name: tensor.numpy() for name, tensor in cell.items()}
             assert Counts.from_arrays(arrays).equals(counts)
@@ -123,10 +129,10 @@ def test_so_they_are_where_the_protocol_has_them_counted_in_one_pass(packed, tmp
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
 def test_no_image_is_padded_left_out_or_repeated(evaluated, by_hand, packed, size):
-    seen = [images for _, images in evaluated[size]]
+    seen = [images for _, images in evaluated[size]["reference"]]
     assert Counter(chain(*seen)) == Counter(by_hand[1])
     assert seen == [by_hand[1][rank::size] for rank in range(size)]
-    for found, _ in evaluated[size]:
+    for found, _ in evaluated[size]["reference"]:
         for cell in found:
             assert cell["images"] == packed.splits["val"].images
             assert cell["pixels"] + cell["void"] == len(by_hand[1]) * 40 * 56
