@@ -22,6 +22,7 @@ def may_be_nobody() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_be_nobody(), reason="no user namespaces with an id of choice here")
 def test_training_can_be_imported():
     code = "import os, jobs.train; print(os.getuid(), os.environ['USER'], os.environ['HOME'])"

@@ -77,10 +77,9 @@ def test_one_rank_has_all_rows_already():
 
 
 @needs_mpiexec
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_broadcast_and_gather(count):
+def test_ranks_broadcast_and_gather():
     done = _ranks(
-        count,
+        3,
         "import numpy as np; from hpc.distributed.mpi import world\n"
         "w = world()\n"
         "word = w.bcast('from 0' if w.rank == 0 else None)\n"
@@ -89,17 +88,15 @@ def test_ranks_broadcast_and_gather(count):
         "if w.rank == 0: print(w.size, ranks)\n",
     )
     assert done.returncode == 0, done.stderr
-    ranks = [(rank, "from 0") for rank in range(count)]
-    assert done.stdout.strip() == f"{count} {ranks}"
+    assert done.stdout.strip() == "3 [(0, 'from 0'), (1, 'from 0'), (2, 'from 0')]"
 
 
 @needs_mpiexec
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("width", [5, 60_000, 300_000])  # all in a message, two rows, and one
-def test_rows_of_all_ranks_come_to_their_places(count, width):
+def test_rows_of_all_ranks_come_to_their_places(width):
     """Two ranks have every other row, a third has none."""
     done = _ranks(
-        count,
+        3,
         "import numpy as np; from hpc.distributed.mpi import world\n"
         f"w = world(); width = {width}\n"
         "whole = np.arange(7 * 2 * width).reshape(7, 2, width) + 2**40\n"
@@ -114,7 +111,7 @@ def test_rows_of_all_ranks_come_to_their_places(count, width):
         "if w.rank == 0: print(said)\n",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str([True] * count)
+    assert done.stdout.strip() == "[True, True, True]"
 
 
 @needs_mpiexec

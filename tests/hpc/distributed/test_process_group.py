@@ -128,6 +128,7 @@ with process_group(env, Path(sys.argv[1]) / "rendezvous") as group:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "command"),
     [

@@ -23,6 +23,7 @@ from jobs.data.batches import EvaluationImages, TrainingBatches
 from jobs.data.loader import load_images, load_steps
 from jobs.spec.protocol import Protocol
 from tests.jobs.job_processes import lives
+from tests.jobs.ranks import _PROCESSES
 
 REPOSITORY = Path(__file__).parents[3]
 EVALUATES = """
@@ -50,7 +51,7 @@ def test_an_error_in_the_middle_of_an_evaluation_ends_the_rank(streets):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=120,
     )
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: Connection closed by peer\n")
@@ -224,28 +225,20 @@ def children() -> set[Path]:
     return {Path(f"/proc/{child}") for child in listed.split()}
 
 
-FAILS_WITH_A_FULL_LOG = """
-import sys
-from hpc.cli import UserError
-from jobs.data import loader
-from tests.jobs.data.test_loader import Item2, fail
-sys.stderr = open("/dev/full", "w", buffering=1)
-try:
-    list(loader._loaded(Item2(fail), range(10), 1))
-except UserError as error:
-    print(error, flush=True)
-"""
+def fail_with_a_full_log(errors):
+    with Path("/dev/full").open("w", buffering=1) as sys.stderr, errors.open("a") as file:
+        try:
+            list(loader._loaded(Item2(fail), range(10), 1))
+        except UserError as error:
+            print(error, file=file, flush=True)
 
 
-def test_a_process_that_cannot_write_its_log_ends_and_does_not_go_on_as_a_rank():
-    done = subprocess.run(
-        [sys.executable, "-c", FAILS_WITH_A_FULL_LOG],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=40,
-    )
-    (line,) = done.stdout.splitlines()
+def test_a_process_that_cannot_write_its_log_ends_and_does_not_go_on_as_a_rank(tmp_path):
+    rank = _PROCESSES.Process(target=fail_with_a_full_log, args=(tmp_path / "errors",))
+    rank.start()
+    rank.join(40)
+    assert rank.exitcode == 0
+    (line,) = (tmp_path / "errors").read_text().splitlines()
     assert "failed at item 2 (ZeroDivisionError: by zero)" in line
 
 

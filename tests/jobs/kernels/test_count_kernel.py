@@ -97,6 +97,7 @@ np.savez(sys.argv[2], **counts.as_arrays())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
 @pytest.mark.parametrize("cpu", ["haswell", "generic"])
 def test_a_cpu_without_wide_registers_or_fused_arithmetic_counts_the_same(cpu, tmp_path):

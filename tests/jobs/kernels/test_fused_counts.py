@@ -46,7 +46,7 @@ SHAPES = [
     (3, (2, 2), (1, 1), 3.0, 10),
     (255, (2, 3), (16, 24), 3.0, 10),
 ]
-CASES = [(*shape, seed) for shape in SHAPES for seed in range(4)]
+CASES = [(*shape, seed) for shape in SHAPES for seed in range(2)]
 
 
 def an_image(classes, size, pixels, scale, seed=0, void=0.1):
