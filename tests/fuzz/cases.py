@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
@@ -66,7 +67,7 @@ def fuzzed(share: float, **strategies: SearchStrategy[Any]) -> Callable[[Any], A
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, before)
 
-        return counted
+        return pytest.mark.fuzz(counted)
 
     return decorate
 
