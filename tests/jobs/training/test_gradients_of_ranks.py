@@ -44,7 +44,7 @@ def run_through_and_resumed(group, model):
     return through.state()
 
 
-@pytest.mark.parametrize("model", [MODEL, DEEPLAB])
+@pytest.mark.parametrize("model", [MODEL, pytest.param(DEEPLAB, marks=pytest.mark.slow)])
 def test_a_resumed_cell_adds_gradients_in_the_same_order(tmp_path, model):
     """The order of three addends depends on their place in a bucket; two have only one order."""
     first, *others = on_ranks(3, tmp_path, run_through_and_resumed, model)

@@ -4,8 +4,6 @@ loses nothing, and goes on where it was once the data set is fixed."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from jobs.spec.task import Task, write_task
 from tests.jobs.cells import a_cell
 from tests.jobs.job_processes import jobs
 
-REPOSITORY = Path(__file__).parents[3]
 IMAGES, BATCH = 6, 2
 
 
@@ -186,21 +183,10 @@ def test_a_data_set_whose_images_only_moved_is_trained_on(tmp_path, undisturbed)
     assert_bit_equal(job.head, undisturbed)
 
 
-def test_the_same_on_the_command_line(tmp_path):
-    job = Job(tmp_path, workers=1)
-    job.pack()
-    path = flip_in_sample(job, 1, "train", job.last_of_the_first_epoch())
-    line = [sys.executable, "-m", "jobs.train", str(job.file)]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    *_, error = done.stderr.splitlines()
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") == 1 and error.startswith(f"error: {path}: label map ")
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_rank_that_reads_it_ends_all_with_its_line(tmp_path, split, undisturbed):
     """Each of two ranks has one of two images of a batch, and every other validation image."""
-    job = Job(tmp_path)
+    job = Job(tmp_path, workers=1)
     manifest = job.pack()
     order = Draw(job.cell.seed, 0, _ORDER).permutation(IMAGES)
     of_rank_1 = int(order[-1]) if split == "train" else 3
