@@ -29,6 +29,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_bundles_are_measured_beside_the_published_way_and_cells_alone(monkeypatch):
     monkeypatch.setattr(gpu_steps, "ROUNDS", 2)
     found = gpu_steps.of_bundles(MODEL, SMALL, (1, 3))
@@ -72,6 +73,7 @@ def test_a_cell_that_stops_is_no_step(monkeypatch):
             job.step(job.cells(["CE"]))
 
 
+@pytest.mark.slow
 def test_a_peer_without_room_and_a_process_that_fails_are_said_so(monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
@@ -94,6 +96,7 @@ def test_a_setting_is_measured_beside_what_it_is(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_whole_jobs_are_profiled_and_a_cell_has_the_same_bits_in_each(capfd):
     options = "--crop 32 --picture 40 48 --cells 1 2 --steps 1 --workers 0 --threads 1"
     settings = ["--set", "resize=[32, 40]", "--set", "eval_size=40", "--set", "precision=bf16"]

@@ -44,7 +44,7 @@ ATTEMPTS = 20  # to hit a random moment in the phase that is meant
 
 
 class Seconds(NamedTuple):
-    """How long a job takes to its first checkpoint, and from there to its end."""
+    """The time from the start of a job to its first checkpoint, and from there to its end."""
 
     before: float
     after: float
