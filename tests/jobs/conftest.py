@@ -13,7 +13,7 @@ from jobs import train
 from tests.jobs.small_runs import grid_of, results, task_of
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
     """Tensors of a few numbers gain nothing from threads, and wait for them on a busy machine."""
     before = torch.get_num_threads()

@@ -21,14 +21,6 @@ SMALL = Protocol(weights="none", batch_size=2, crop=(48, 48), precision="bf16", 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Training sets torch's threads for the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_bundles_are_measured_beside_the_published_way_and_cells_alone(monkeypatch):
     monkeypatch.setattr(gpu_steps, "ROUNDS", 2)

@@ -21,8 +21,6 @@ from pipeline import submit
 from tests.jobs.models.published import publish
 from tests.pipeline.grids import grid_file, pairs, small_grid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FCN, DEEPLAB, MOBILE = "fcn_resnet101", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"
 VOC = """
 [dataset.voc]

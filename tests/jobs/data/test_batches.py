@@ -19,8 +19,6 @@ from jobs.data.batches import (
 from jobs.data.loader import Transfer, load_images, load_steps
 from jobs.spec.protocol import Protocol
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 7  # three epochs and a half of two batches of four, of eleven pictures
 # pictures of 40 x 56 as they are, so that they can be told apart
 AS_THEY_ARE = {"resize": (40, 40), "crop": (40, 56), "flip": 0.0}

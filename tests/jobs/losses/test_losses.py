@@ -15,8 +15,6 @@ from tests.jobs import oracles
 from tests.jobs.meeting_point import MeetingPoint
 from tests.jobs.oracles import VOID, a_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SINGLE = ["CE", "WCE", "DL", "WDL", "FL", "WFL", "TL", "WTL", "CEMP", "WCEMP", "FLMP", "WFLMP",
           "FL[0]", "WFL[0.5]", "WCEMP[2,0.5]", "FLMP[1,1.5,0.2]"]  # fmt: skip
 PAIRS = ["DLCE", "WDLWCE", "DLNWCE", "WDLNCE", "FLACE", "WDLAWCE", "WFLCE", "WTLNCEMP", "CEMPCE"]

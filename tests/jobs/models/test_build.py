@@ -26,8 +26,6 @@ from jobs.models.registry import (
 )
 from jobs.models.sync_batchnorm import BatchNorm2d
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES = 5
 PUBLISHED = ["fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large"]
 

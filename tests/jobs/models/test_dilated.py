@@ -22,8 +22,6 @@ from tests.jobs.ranks import on_ranks
 from tests.jobs.small_runs import grid_of, task_of
 from tests.jobs.training.test_cell_trainer import TOTAL, assert_equal_states, trainee_of, weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DEEPLAB = "deeplabv3_mobilenet_v3_large"
 RATES = (12, 24, 36)
 

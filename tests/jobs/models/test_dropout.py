@@ -14,8 +14,6 @@ from jobs.models.dropout import (
     set_dropout_position,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZE = (16, 9, 11)  # channels, height, width of an image's features
 
 

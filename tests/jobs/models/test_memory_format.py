@@ -37,8 +37,6 @@ from tests.jobs.training.test_cell_trainer import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DEEPLAB, UNET = "deeplabv3_mobilenet_v3_large", "unet_resnet50"
 
 

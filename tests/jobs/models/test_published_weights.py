@@ -12,8 +12,6 @@ from jobs.training.backbone import load_backbone, start_head
 from tests.jobs.cells import a_cell
 from tests.jobs.models.published import publish, state_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MOBILENET, COCO_MOBILE = "fcn_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"
 # One of the models that share an ImageNet file is enough, and COCO's files are those of pre-fine.
 PUBLISHED = [

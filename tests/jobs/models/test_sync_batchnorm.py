@@ -9,8 +9,6 @@ from torch import nn
 from jobs.models.sync_batchnorm import BatchNorm2d, replace_batchnorm
 from tests.jobs.ranks import on_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHANNELS = 5
 
 

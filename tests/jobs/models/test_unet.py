@@ -27,8 +27,6 @@ from tests.jobs.cells import CLASS_WEIGHTS, IMAGES, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 from tests.pipeline.grids import small_grid
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNET, PYRAMID = "unet_resnet50", "resnet50_pyramid"
 SIZES = [(64, 96), (45, 67), (33, 31), (1, 1)]
 

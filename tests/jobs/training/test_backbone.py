@@ -19,8 +19,6 @@ from jobs.training.backbone import freeze, load_backbone, moving_buffers
 from tests.jobs.cells import a_cell
 from tests.jobs.models.published import state_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MOBILENET, RESNET = "fcn_mobilenet_v3_large", "fcn_resnet50"
 
 

@@ -17,8 +17,6 @@ from jobs.training.cell_trainer import CellTrainer, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOTAL = 10  # steps
 
 

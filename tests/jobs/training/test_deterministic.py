@@ -25,8 +25,6 @@ from jobs.models.registry import MODELS
 from jobs.models.resize import Resize, replace_resizing, resize
 from tests.jobs.oracles import a_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # What `torch.use_deterministic_algorithms` says raises on a GPU, by the names it has inside torch.
 REFUSED = {
     "adaptive_max_pool2d_backward", "_adaptive_avg_pool2d_backward", "avg_pool3d_backward",

@@ -22,8 +22,6 @@ from tests.jobs.cells import CLASS_WEIGHTS, a_cell, a_share
 from tests.jobs.losses.test_losses import PAIRS, SINGLE
 from tests.jobs.oracles import VOID, a_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES = 48  # so many that a map of pixels is small beside the scores of all classes
 
 

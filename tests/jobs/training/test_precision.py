@@ -26,8 +26,6 @@ from tests.jobs.training.test_cell_trainer import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CUDA = SimpleNamespace(device=torch.device("cuda"))
 
 

@@ -22,7 +22,6 @@ from jobs.training.predictor import Predictor
 from tests.jobs.cells import MODEL, a_cell
 from tests.jobs.small_runs import results
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
 
 

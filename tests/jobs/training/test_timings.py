@@ -15,8 +15,6 @@ from tests.jobs.job_processes import jobs
 from tests.jobs.small_runs import STEPS, assert_all_same, grid_of, results, task_of
 from tests.pipeline.fake_queue import FakeQueue
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PARTS = {"data", "backbone", "heads", "losses", "optimiser", "communication", "checkpoints",
          "other"}  # fmt: skip
 LOSSES = ("CE", "WDLNWCE")
