@@ -24,26 +24,26 @@ def _flip(path, position: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
-def test_a_good_data_set(rooms, command):
+def test_a_good_data_set(rooms, command_line):
     pack("rooms", rooms.settings)
-    done = command("data_prep.verify", rooms.shards)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("3 train, 1 val images, all as they were packed\n")
+    code, printed, errors = command_line("data_prep.verify", rooms.shards)
+    assert code == 0, errors
+    assert printed.endswith("3 train, 1 val images, all as they were packed\n")
 
 
-def test_all_damage_is_listed_and_the_first_is_the_error(rooms, command):
+def test_all_damage_is_listed_and_the_first_is_the_error(rooms, command_line):
     pack("rooms", rooms.settings)
     path = rooms.shard("train-00000")
     with h5py.File(path) as file:
         begin, index = file["labels"].id.get_offset(), file["index"][:]
     for row in index[[0, 2]]:
         _flip(path, begin + int(row["labels_offset"]))
-    done = command("data_prep.verify", rooms.shards)
-    assert done.returncode == 2
-    listed = done.stdout.splitlines()
+    code, printed, errors = command_line("data_prep.verify", rooms.shards)
+    assert code == 2
+    listed = printed.splitlines()
     assert len(listed) == 2
     assert "label map 'a'" in listed[0] and "label map 'Ä'" in listed[1]
-    assert "label map 'a' is damaged" in done.stderr and "(and 1 more" in done.stderr
+    assert "label map 'a' is damaged" in errors and "(and 1 more" in errors
 
 
 def test_a_flipped_byte_anywhere_in_a_shard_is_found(rooms):
@@ -99,9 +99,9 @@ def test_a_label_value_that_is_no_class(rooms):
     assert "label map 'v' holds 3, which is neither one of 3 classes nor void" in problem
 
 
-def test_a_folder_that_was_never_packed(tmp_path, command):
-    done = command("data_prep.verify", tmp_path)
-    assert done.returncode == 2 and "no manifest.json" in done.stderr
+def test_a_folder_that_was_never_packed(tmp_path, command_line):
+    code, _, errors = command_line("data_prep.verify", tmp_path)
+    assert code == 2 and "no manifest.json" in errors
 
 
 def test_the_manifest_survives_being_saved_and_loaded(rooms):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -47,6 +48,9 @@ on_ranks = pytest.mark.parametrize("packing", ["alone", "ranks"], indirect=True)
 @on_ranks
 def test_killed_while_it_writes_a_shard(many_rooms, packing):
     launcher = packing()
+    while not recorded(many_rooms.shards):
+        assert launcher.poll() is None, "it ended without a record"
+        time.sleep(0.002)
     kill(caught_writing(many_rooms.shards, launcher), launcher)
     assert any(unfinished(path) for path in many_rooms.shards.iterdir())
     finished_by_the_next_run(many_rooms)
@@ -63,9 +67,10 @@ def test_killed_at_random_moments(many_rooms, packing):
 
 
 def finished_by_the_next_run(rooms) -> None:
-    left = hashes(rooms.shards)
+    left, times = hashes(rooms.shards), recorded(rooms.shards)
     manifest = pack("rooms", rooms.settings, processes=1)
     assert verify(manifest, processes=1) == []
+    assert times.items() <= recorded(rooms.shards).items()  # these were not written again
     resumed = hashes(rooms.shards)
     shutil.rmtree(rooms.shards)
     undisturbed = pack("rooms", rooms.settings, processes=1)
@@ -76,6 +81,13 @@ def finished_by_the_next_run(rooms) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.h5")}
+
+
+def recorded(folder: Path) -> dict[str, int]:
+    """Return the times of the shards that have a record."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
+    files = [record["summary"]["file"] for record in records]
+    return {file: (folder / file).stat().st_mtime_ns for file in files}
 
 
 def caught_writing(shards: Path, launcher: subprocess.Popen) -> int:
