@@ -47,7 +47,11 @@ def in_small(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "peers"),
     [
-        ("counting", {"plain PyTorch", "our reference", "plain PyTorch on all"}),
+        pytest.param(
+            "counting",
+            {"plain PyTorch", "our reference", "plain PyTorch on all"},
+            marks=pytest.mark.slow,
+        ),
         ("pooling", {"the published loop over pixels", "the same loop on Python's numbers"}),
         ("reading", {"torchvision, PNG folder"}),
         ("augmenting", {augmenting.PNG, augmenting.JPEG, "Pillow: resize the image, then crop"}),

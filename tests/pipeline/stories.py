@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 
@@ -26,6 +27,14 @@ NODE_FAILURE = "srun: error: Node failure on n2"
 def cells_of(queue: FakeQueue, job: str) -> tuple[Cell, ...]:
     """Return the cells that a job trains."""
     return read_task(queue.calls[job].arguments[0]).cells
+
+
+def work(queue: FakeQueue) -> None:
+    """Run the waiting jobs in this process, in order."""
+    for job, call in queue.calls.items():
+        if queue.jobs[job] == "waiting":
+            queue.jobs[job] = "gone"
+            assert not import_module(call.module).main(list(call.arguments))
 
 
 def words(grid: Grid, queue: FakeQueue) -> dict[str, int]:

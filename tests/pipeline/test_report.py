@@ -1,12 +1,15 @@
 """The report: tables, and one self-contained page."""
 
+import base64
 import csv
 import io
 import json
 import os
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,7 +23,8 @@ from pipeline.paper.section import paper_section
 from pipeline.rendering import figures
 from pipeline.rendering.page import render, score_cell
 from pipeline.rendering.terminal import printed_table
-from pipeline.report import main, write_report
+from pipeline.report import main, sections, write_report
+from pipeline.scores import score_table
 from pipeline.scores.evidence import evidence
 from pipeline.scores.paired_comparison import comparisons, to_csv
 from pipeline.scores.score_table import rows
@@ -234,6 +238,37 @@ def test_the_terminal_shows_names_with_brackets_as_they_are(results):
     console.print(printed_table("[b]streets[/b]", table))
     assert "[red]x[/]" in console.file.getvalue()
     assert "[b]streets[/b]" in console.file.getvalue()
+
+
+def svg_comments(image: bytes) -> str:
+    parser = ET.XMLParser(target=ET.TreeBuilder(insert_comments=True))
+    tree = ET.fromstring(image, parser)
+    assert not [e for e in tree.iter() if str(e.tag).endswith("}script")]
+    return "\n".join(unescape(e.text or "") for e in tree.iter() if e.tag is ET.Comment)
+
+
+def test_control_characters_reach_neither_terminal_nor_figure_and_keep_the_tables_whole():
+    """Line ends, and what makes a terminal change its colour."""
+    name = "a\rb\x1b[31m\u2028"
+    results = simulated.made_up_results(grid=name, classes=[name, *simulated.CLASSES[1:]])
+    for cell in results.datasets[0].cells:
+        cell["loss"] = name
+    table = rows(results)
+    assert next(csv.DictReader(io.StringIO(score_table.to_csv(table), newline="")))["loss"] == name
+    assert len(score_table.to_markdown(table).splitlines()) == len(table) + 2
+    assert len([line for line in score_table.to_latex(table).splitlines() if "a b" in line]) == len(
+        table
+    )
+    console = Console(file=io.StringIO(), width=200)
+    console.print(printed_table(name, table))
+    assert not set(console.file.getvalue()) & {"\r", "\x1b", "\u2028"}
+    assert console.file.getvalue().count(r"a\rb\x1b[31m\u2028") == len(table) + 1
+    drawn = ""
+    for section in sections(results, table):
+        for figure in section.figures:
+            if "svg" in figure.source[:20]:
+                drawn += svg_comments(base64.b64decode(figure.source.split(",", 1)[1]))
+    assert r"a\rb\x1b[31m\u2028" in drawn
 
 
 def test_a_rare_class_without_training_pixels_does_not_break_the_log_axis(results):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pack import pack
 from hpc.cli import UserError
 from hpc.distributed.mpi import World
 from hpc.storage.atomic import file_sha256, read_json, write_json
@@ -22,11 +21,10 @@ def grid_with(folder: Path, weights: Path) -> Grid:
 
 
 @pytest.fixture
-def trained(tmp_path) -> Grid:
+def trained(tmp_path, shards) -> Grid:
     """A grid whose cells were all trained with `w.pt`."""
     (tmp_path / "w.pt").write_bytes(b"the weights")
     grid = grid_with(tmp_path, tmp_path / "w.pt")
-    pack("streets", grid.datasets["streets"], processes=1)
     index = finish(grid, grid.cells, "all").with_suffix(".json")
     record = read_json(index)
     record["cells"]["backbone"] = [file_sha256(tmp_path / "w.pt")] * len(grid.cells)

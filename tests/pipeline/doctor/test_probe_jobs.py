@@ -41,17 +41,12 @@ def test_a_job_that_waits_for_jobs_of_others_waits_on():
         _refuse_stuck({"job1": JobState("waiting", "PartitionNodeLimit")})
 
 
-@pytest.fixture
-def local(tmp_path, streets) -> Path:
-    """Return a grid file for the local queue and two ranks."""
-    return grid_file(
-        tmp_path,
-        (f"{tmp_path}/streets", str(streets)),
-        ('kind = "local"', 'kind = "local"\ntasks_per_node = 2'),
-    )
+TWO_RANKS = ('kind = "local"', 'kind = "local"\ntasks_per_node = 2')
 
 
-def test_on_the_local_queue_a_probe_job_runs_too_and_leaves_nothing(local, tmp_path, capsys):
+@pytest.mark.slow
+def test_on_the_local_queue_a_probe_job_runs_too_and_leaves_nothing(tmp_path, shards, capsys):
+    local = grid_file(tmp_path, TWO_RANKS)
     before = tree(tmp_path)
     assert doctor.main([str(local), "--on-nodes"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -63,7 +58,9 @@ def test_on_the_local_queue_a_probe_job_runs_too_and_leaves_nothing(local, tmp_p
     assert tree(tmp_path) == before
 
 
-def test_ctrl_c_ends_the_job_and_leaves_nothing(local, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_ends_the_job_and_leaves_nothing(tmp_path, shards):
+    local = grid_file(tmp_path)
     before = tree(tmp_path)
     command = [sys.executable, "-m", "pipeline.doctor", str(local), "--on-nodes"]
     with (tmp_path.parent / f"{tmp_path.name}.err").open("w+") as said:

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bundle_job
 from benchmarks.bundle_job import ready
-from data_prep.pack import pack
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.storage.atomic import write_json
 from jobs.models.build import Backbone, Network, build_backbone, build_head
@@ -218,9 +217,8 @@ def test_the_published_code_s_experiment_has_as_many_cells(paper):
     assert "would submit 28 jobs for 400 cells" in out
 
 
-def test_a_run_that_has_shown_its_steps_is_estimated_from_them(tmp_path):
+def test_a_run_that_has_shown_its_steps_is_estimated_from_them(tmp_path, shards):
     grid = small_grid(tmp_path)
-    pack("streets", grid.datasets["streets"], processes=1)
     plan = make_plan(grid, grid.cells, {}, (), {})
     before = " ".join(Forecast(grid).lines(plan.bundles))
     assert "not measured" in before

@@ -43,11 +43,10 @@ def test_a_notebooks_backend(tmp_path, expected):
     [b"lines.linewidth: 9\n", b"font.size: \xff\n", None],
     ids=["of another style", "that is no text", "that cannot be read"],
 )
-def test_a_matplotlibrc(tmp_path, expected, content):
+def test_a_matplotlibrc_in_the_folder_and_in_the_environment(tmp_path, expected, content):
     path = tmp_path / "matplotlibrc"
     if content is None:
         path.symlink_to("/proc/self/mem")  # also for root
     else:
         path.write_bytes(content)
-    assert drawn(tmp_path) == expected
-    assert drawn(tmp_path.parent, MATPLOTLIBRC=str(path)) == expected
+    assert drawn(tmp_path, MATPLOTLIBRC=str(path)) == expected

@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 
-from data_prep.pack import pack
 from hpc.scheduler.auto import open_queue
 from pipeline import cancel, status
 from pipeline.config.grid_file import Grid
@@ -33,11 +32,9 @@ def slurm(tmp_path, monkeypatch) -> FakeSlurm:
 
 
 @pytest.fixture
-def grid(tmp_path, slurm) -> Grid:
+def grid(tmp_path, slurm, shards) -> Grid:
     """Twelve bundles of four cells."""
-    grid = small_grid(tmp_path, SEEDS, SITE)
-    pack("streets", grid.datasets["streets"], processes=1)
-    return grid
+    return small_grid(tmp_path, SEEDS, SITE)
 
 
 def asked(slurm: FakeSlurm) -> Counter[str]:

@@ -15,8 +15,11 @@ import pytest
 
 from hpc.storage import checkpoint
 from pipeline.config.grid_file import Grid, read_grid
+from pipeline.submission.submitter import submit
 from tests.hpc.scheduler.hostile import HOSTILE
 from tests.jobs.small_runs import assert_all_same, results
+from tests.pipeline.fake_queue import FakeQueue
+from tests.pipeline.stories import work
 from tests.pipeline.submission.slurm_scripts import Site, options
 
 REPOSITORY = Path(__file__).parents[3]
@@ -48,7 +51,7 @@ batch_size = 2
 kind = "{kind}"
 """
 NAME = "$(touch x) `touch x`; touch x ' \""
-FOLDERS = {"slurm": "a b'c\"$(touch x)", "local": "plain"}
+FOLDER = "a b'c\"$(touch x)"
 PREP, PRETRAIN, TRAIN, REDUCE, REPORT = range(41, 46)
 
 
@@ -70,20 +73,22 @@ def command(site: Site, folder: Path, module: str, *words: object) -> subprocess
     )  # fmt: skip
 
 
-def grid_in(place: Path, kind: str) -> Path:
-    folder = place / FOLDERS[kind]
+def grid_in(folder: Path, kind: str) -> Path:
     folder.mkdir()
     (folder / "grid.toml").write_text(GRID.format(name=json.dumps(NAME), kind=kind))
     return folder
 
 
 @pytest.fixture(scope="module")
-def by_queue(place, site) -> dict:
-    """The results of the local queue."""
-    folder = grid_in(place, "local")
-    done = command(site, folder, "pipeline.submit", "grid", "grid.toml", "--wait")
-    assert done.returncode == 0, done.stderr
-    return results(open_grid(folder).run)
+def by_queue(place) -> dict:
+    """The results of the same jobs from a queue, without scripts."""
+    folder = grid_in(place / "plain", "local")
+    grid, queue = open_grid(folder), FakeQueue(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        submit(grid, queue, ["prep", "grid"])
+        work(queue)
+    return results(grid.run)
 
 
 def open_grid(folder: Path) -> Grid:
@@ -110,10 +115,9 @@ def kill_after_its_first_checkpoint(site: Site, grid: Grid) -> None:
 
 
 @pytest.fixture(scope="module")
-def by_scripts(place, site) -> Path:
-    """The folder of a run that scripts have brought to its end; its first job was killed half-way,
-    and its script sent again."""
-    folder = grid_in(place, "slurm")
+def sent(place, site) -> Path:
+    """The folder of a run whose scripts `submit.sh` has sent."""
+    folder = grid_in(place / FOLDER, "slurm")
     written = command(site, folder, "pipeline.submit", "all", "grid.toml", "--script", "the\nDIR")
     assert written.returncode == 0, written.stderr
     sent = subprocess.run(
@@ -122,20 +126,27 @@ def by_scripts(place, site) -> Path:
     )  # fmt: skip
     assert sent.returncode == 0, sent.stderr
     assert "warning: SBATCH_PARTITION of this shell is not used; jobs get" in sent.stderr
-    grid = open_grid(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_scripts(sent, site) -> Path:
+    """The folder of a run that scripts have brought to its end; its first job was killed half-way,
+    and its script sent again."""
+    grid = open_grid(sent)
     assert site.run(PREP) == 0
     assert site.run(PRETRAIN, 0) == 0
     kill_after_its_first_checkpoint(site, grid)
-    shown = command(site, folder, "pipeline.status", "grid.toml").stdout
+    shown = command(site, sent, "pipeline.status", "grid.toml").stdout
     assert "4 cells: 2 running, 2 missing" in shown  # its heart beat a moment ago
     for element in (0, 1):
         assert site.run(TRAIN, element) == 0
     for job in (REDUCE, REPORT):
         assert site.run(job) == 0
-    return folder
+    return sent
 
 
-def test_submit_sends_each_script_after_those_before_it(by_scripts, site):
+def test_submit_sends_each_script_after_those_before_it(sent, site):
     assert site.asked() == [
         "--parsable --kill-on-invalid-dep=yes prep.sbatch",
         "--parsable --kill-on-invalid-dep=yes --dependency=afterok:41 pretrain.sbatch",
@@ -145,56 +156,12 @@ def test_submit_sends_each_script_after_those_before_it(by_scripts, site):
     ]
 
 
-def test_sbatch_sees_nothing_that_the_shell_had_left_over(by_scripts, site):
+def test_sbatch_sees_nothing_that_the_shell_had_left_over(sent, site):
     assert site.variables() & HOSTILE.keys() == set()
     assert {"SLURM_CONF", "PATH"} <= site.variables()
 
 
-def test_the_results_are_those_of_the_queue_bit_by_bit(by_scripts, by_queue):
-    run = open_grid(by_scripts).run
-    assert_all_same(results(run), by_queue)
-    assert (run.report / "index.html").exists()
-
-
-def test_the_killed_job_went_on_from_its_checkpoint(by_scripts):
-    log = (open_grid(by_scripts).run.logs / f"{TRAIN}_0_0_log.err").read_text()
-    assert "starting at step 0\n" in log
-    assert "resuming at step " in log and "resuming at step 0\n" not in log
-
-
-def test_a_finished_script_that_is_sent_again_does_nothing(by_scripts, site):
-    run = open_grid(by_scripts).run
-    before = {path: path.stat().st_mtime_ns for path in run.counts.iterdir()}
-    assert site.run(PRETRAIN, 0) == site.run(TRAIN, 1) == 0
-    assert {path: path.stat().st_mtime_ns for path in run.counts.iterdir()} == before
-    log = (run.logs / f"{TRAIN}_1_0_log.err").read_text()
-    assert log.endswith("2 cells are done already; there is nothing to do\n")
-
-
-def test_what_is_done_gets_no_script(by_scripts, site):
-    done = command(site, by_scripts, "pipeline.submit", "grid", "grid.toml", "--script", "more")
-    assert done.stdout.endswith("nothing is left to submit, so no script was written\n")
-    assert not (by_scripts / "more").exists()
-
-
-def test_nothing_in_a_name_was_run_and_nobody_else_may_write(by_scripts, site, place):
-    assert not [path for path in place.rglob("*") if path.name == "x"]
-    for path in (by_scripts / "the\nDIR").iterdir():
-        assert subprocess.run(["bash", "-n", path]).returncode == 0
-    written = [*(by_scripts / "run").rglob("*"), *(by_scripts / "the\nDIR").rglob("*")]
-    assert not [path for path in written if path.lstat().st_mode & 0o022]
-
-
-def test_a_task_that_is_refused_says_so_in_one_line_and_fails(by_scripts, site):
-    run = open_grid(by_scripts).run
-    script = site.script(99)
-    script.write_text(site.script(TRAIN).read_text().replace("streets-seed1", "streets-seed9"))
-    assert site.run(99, 1) == 2
-    log = (run.logs / "99_1_0_log.err").read_text()
-    assert log.startswith("error: cannot read the task ") and log.count("\n") == 1
-
-
-def test_a_script_that_is_not_an_element_of_its_array_says_what_to_do(by_scripts, site):
+def test_a_script_that_is_not_an_element_of_its_array_says_what_to_do(sent, site):
     with site.start(TRAIN) as job:
         _, said = job.communicate(timeout=60)
         assert job.returncode and b"run this script with sbatch" in said
@@ -203,6 +170,56 @@ def test_a_script_that_is_not_an_element_of_its_array_says_what_to_do(by_scripts
         assert job.returncode and b"the script has no such task" in said
 
 
-def test_only_jobs_that_listen_are_told_of_the_time_limit(by_scripts, site):
+def test_only_jobs_that_listen_are_told_of_the_time_limit(sent, site):
     said = [options(site.script(job)).get("signal") for job in range(PREP, REPORT + 1)]
     assert said == [None, "USR2@120", "USR2@120", None, None]
+
+
+@pytest.mark.slow
+def test_the_results_are_those_of_the_queue_bit_by_bit(by_scripts, by_queue):
+    run = open_grid(by_scripts).run
+    assert_all_same(results(run), by_queue)
+    assert (run.report / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_the_killed_job_went_on_from_its_checkpoint(by_scripts):
+    log = (open_grid(by_scripts).run.logs / f"{TRAIN}_0_0_log.err").read_text()
+    assert "starting at step 0\n" in log
+    assert "resuming at step " in log and "resuming at step 0\n" not in log
+
+
+@pytest.mark.slow
+def test_a_finished_script_that_is_sent_again_does_nothing(by_scripts, site):
+    run = open_grid(by_scripts).run
+    before = {path: path.stat().st_mtime_ns for path in run.counts.iterdir()}
+    assert site.run(TRAIN, 1) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.counts.iterdir()} == before
+    log = (run.logs / f"{TRAIN}_1_0_log.err").read_text()
+    assert log.endswith("2 cells are done already; there is nothing to do\n")
+
+
+@pytest.mark.slow
+def test_what_is_done_gets_no_script(by_scripts, site):
+    done = command(site, by_scripts, "pipeline.submit", "grid", "grid.toml", "--script", "more")
+    assert done.stdout.endswith("nothing is left to submit, so no script was written\n")
+    assert not (by_scripts / "more").exists()
+
+
+@pytest.mark.slow
+def test_nothing_in_a_name_was_run_and_nobody_else_may_write(by_scripts, site, place):
+    assert not [path for path in place.rglob("*") if path.name == "x"]
+    for path in (by_scripts / "the\nDIR").iterdir():
+        assert subprocess.run(["bash", "-n", path]).returncode == 0
+    written = [*(by_scripts / "run").rglob("*"), *(by_scripts / "the\nDIR").rglob("*")]
+    assert not [path for path in written if path.lstat().st_mode & 0o022]
+
+
+@pytest.mark.slow
+def test_a_task_that_is_refused_says_so_in_one_line_and_fails(by_scripts, site):
+    run = open_grid(by_scripts).run
+    script = site.script(99)
+    script.write_text(site.script(TRAIN).read_text().replace("streets-seed1", "streets-seed9"))
+    assert site.run(99, 1) == 2
+    log = (run.logs / "99_1_0_log.err").read_text()
+    assert log.startswith("error: cannot read the task ") and log.count("\n") == 1

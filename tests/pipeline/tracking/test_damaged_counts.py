@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pack import pack
 from data_prep.shards.manifest import Manifest
 from hpc.cli import UserError
 from hpc.storage.atomic import read_json, write_json
@@ -28,16 +27,8 @@ from tests.pipeline.stories import cells_of, planned, words
 from tests.pipeline.tracking.damages import DAMAGES, flip
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    for name, settings in read_grid(grid_file(folder)).datasets.items():
-        pack(name, settings, processes=1)
-    return folder
-
-
-def a_grid(folder: Path, packed: Path, *changes: tuple[str, str]) -> Grid:
-    shards = (f'shards = "{folder}/streets"', f'shards = "{packed}/streets"')
+def a_grid(folder: Path, streets: Path, *changes: tuple[str, str]) -> Grid:
+    shards = (f'shards = "{folder}/streets"', f'shards = "{streets}"')
     return read_grid(grid_file(folder, shards, *changes))
 
 
@@ -46,9 +37,9 @@ def seed(grid: Grid, number: int) -> list:
 
 
 @pytest.fixture
-def grid(tmp_path, packed) -> Grid:
+def grid(tmp_path, streets) -> Grid:
     """A run of two jobs, one a seed, both finished."""
-    grid = a_grid(tmp_path, packed)
+    grid = a_grid(tmp_path, streets)
     for number in (0, 1):
         finish(grid, seed(grid, number), f"seed{number}")
     return grid
@@ -144,11 +135,11 @@ def test_counts_that_cannot_be_read_now_are_left_alone(grid, tmp_path, monkeypat
     assert warnings(capsys) == []
 
 
-def test_the_counts_of_another_grid_change_nothing(grid, tmp_path, packed, capsys):
+def test_the_counts_of_another_grid_change_nothing(grid, tmp_path, streets, capsys):
     assert_reduced(grid, grid.cells)
     expected = grid.run.results.read_bytes()
     (tmp_path / "other").mkdir()
-    other = a_grid(tmp_path / "other", packed, ("seeds = [0, 1]", "seeds = [7]"),
+    other = a_grid(tmp_path / "other", streets, ("seeds = [0, 1]", "seeds = [7]"),
                    ("batch_size = 2", "batch_size = 2\nbins = 3"))  # fmt: skip
     path = finish(other, other.cells, "of-another")
     for file in (path, path.with_suffix(".json")):
@@ -203,8 +194,8 @@ def test_what_cannot_be_listed_is_not_taken_for_nothing(grid, name):
         survey(grid, FakeQueue(grid.run.logs))
 
 
-def test_the_record_of_a_failure_that_cannot_be_read_is_said_so(tmp_path, packed):
-    grid = a_grid(tmp_path, packed)
+def test_the_record_of_a_failure_that_cannot_be_read_is_said_so(tmp_path, streets):
+    grid = a_grid(tmp_path, streets)
     cell = grid.cells[0]
     grid.run.failure(cell.signature).mkdir(parents=True)
     (state,) = (s for s in survey(grid, FakeQueue(grid.run.logs)).cells if s.cell == cell)
@@ -223,8 +214,8 @@ def with_backbone(grid: Grid, cells, task: str, sha256: str) -> Path:
     return path
 
 
-def test_cells_that_were_counted_with_different_backbones_are_not_compared(tmp_path, packed):
-    grid = a_grid(tmp_path, packed)
+def test_cells_that_were_counted_with_different_backbones_are_not_compared(tmp_path, streets):
+    grid = a_grid(tmp_path, streets)
     cells = seed(grid, 0)
     one = with_backbone(grid, cells[:2], "before", "aa" * 32)
     other = with_backbone(grid, cells[2:], "after", "bb" * 32)
@@ -240,8 +231,8 @@ def test_cells_that_were_counted_with_different_backbones_are_not_compared(tmp_p
     assert planned_names(grid) == sorted(cell.name for cell in [*cells[:2], *seed(grid, 1)])
 
 
-def test_cells_of_a_backbone_that_was_trained_anew_are_refused(tmp_path, packed):
-    grid = a_grid(tmp_path, packed, ('weights = "none"', 'weights = "pretrain"'))
+def test_cells_of_a_backbone_that_was_trained_anew_are_refused(tmp_path, streets):
+    grid = a_grid(tmp_path, streets, ('weights = "none"', 'weights = "pretrain"'))
     path = with_backbone(grid, grid.cells, "before", "aa" * 32)
     record = {
         "sha256": "aa" * 32,
@@ -262,8 +253,8 @@ def test_cells_of_a_backbone_that_was_trained_anew_are_refused(tmp_path, packed)
     )
 
 
-def test_the_record_of_a_backbone_that_is_damaged_is_a_note(tmp_path, packed):
-    grid = a_grid(tmp_path, packed, ('weights = "none"', 'weights = "pretrain"'))
+def test_the_record_of_a_backbone_that_is_damaged_is_a_note(tmp_path, streets):
+    grid = a_grid(tmp_path, streets, ('weights = "none"', 'weights = "pretrain"'))
     finish(grid, grid.cells, "all")
     record = grid.run.backbone(grid.cells[0].backbone_key).with_suffix(".json")
     record.parent.mkdir()

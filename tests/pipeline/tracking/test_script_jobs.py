@@ -21,7 +21,7 @@ from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
 from tests.pipeline.stories import planned
 from tests.pipeline.submission.slurm_scripts import Site
-from tests.pipeline.tracking.test_survey import PRETRAIN, grid, packed, save, states, words  # noqa: F401
+from tests.pipeline.tracking.test_survey import PRETRAIN, grid, save, states, words  # noqa: F401
 
 # ruff: noqa: F811 (fixtures of another file)
 
@@ -135,8 +135,8 @@ def test_a_script_older_than_the_last_is_seen_to_run(grid, cluster):
     assert words(grid, cluster) == {"running": 8}
 
 
-def test_pre_training_by_a_script_is_waited_for(tmp_path, packed, cluster, capsys):
-    grid = small_grid(tmp_path, (f"{tmp_path}/streets", str(packed)), PRETRAIN)
+def test_pre_training_by_a_script_is_waited_for(tmp_path, streets, cluster, capsys):
+    grid = small_grid(tmp_path, (f"{tmp_path}/streets", str(streets)), PRETRAIN)
     folder = write(grid, cluster)
     assert (folder / "pretrain.sbatch").exists()
     note(grid, 7, "pretrain")
@@ -150,9 +150,9 @@ def test_pre_training_by_a_script_is_waited_for(tmp_path, packed, cluster, capsy
 
 
 def test_pre_training_by_a_script_that_failed_is_why_its_cells_are_not_done(
-    tmp_path, packed, cluster
+    tmp_path, streets, cluster
 ):
-    grid = small_grid(tmp_path, (f"{tmp_path}/streets", str(packed)), PRETRAIN)
+    grid = small_grid(tmp_path, (f"{tmp_path}/streets", str(streets)), PRETRAIN)
     write(grid, cluster)
     note(grid, 7, "pretrain")
     note(grid, 8)

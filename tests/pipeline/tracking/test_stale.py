@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from pipeline.submission.submitter import submit as send
 from pipeline.tracking.survey import survey
 from tests.pipeline.fake_queue import FakeQueue
 from tests.pipeline.grids import finish, small_grid
-from tests.pipeline.stories import cells_of, words
+from tests.pipeline.stories import cells_of, words, work
 
 WITH_STALE = partial(cells_to_submit, command="grid --retrain stale")
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
@@ -203,14 +202,6 @@ def test_what_is_set_aside_twice_is_kept_twice(grid, queue):
         send(grid, queue, ["grid"], WITH_STALE)
     names = {path.name for path in (grid.run.stale / "counts").iterdir()}
     assert names == {f"all-g1.{end}" for end in ("h5", "json", "h5.2", "json.2")}
-
-
-def work(queue: FakeQueue) -> None:
-    """Do what the jobs in the queue are to do, in order."""
-    for job, call in queue.calls.items():
-        if queue.jobs[job] == "waiting":
-            queue.jobs[job] = "gone"
-            assert not import_module(call.module).main(list(call.arguments))
 
 
 @pytest.mark.slow

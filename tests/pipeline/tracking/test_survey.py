@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.pack import pack
 from data_prep.shards.manifest import read_fingerprint
 from hpc.cli import UserError
 from hpc.storage import checkpoint
@@ -34,18 +33,10 @@ REPOSITORY = Path(__file__).parents[3]
 PRETRAIN = ('weights = "none"', 'weights = "pretrain"\npretrain = {batch_size = 2}')
 
 
-@pytest.fixture(scope="session")
-def packed(tmp_path_factory) -> Path:
-    """A folder with the data set of the small grid."""
-    folder = tmp_path_factory.mktemp("small")
-    pack("streets", small_grid(folder).datasets["streets"], processes=1)
-    return folder / "streets"
-
-
 @pytest.fixture
-def grid(tmp_path, packed) -> Grid:
+def grid(tmp_path, streets) -> Grid:
     """The small grid, whose data set is packed, in a run directory of its own."""
-    return small_grid(tmp_path, (f"{tmp_path}/streets", str(packed)))
+    return small_grid(tmp_path, (f"{tmp_path}/streets", str(streets)))
 
 
 @pytest.fixture
@@ -336,8 +327,8 @@ def test_if_the_queue_refuses_nothing_is_taken_for_submitted(grid, queue, monkey
 
 
 @pytest.fixture
-def pretrained(tmp_path, packed) -> Grid:
-    return small_grid(tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(packed)))
+def pretrained(tmp_path, streets) -> Grid:
+    return small_grid(tmp_path, PRETRAIN, (f"{tmp_path}/streets", str(streets)))
 
 
 def test_cells_wait_for_the_backbone_they_share(pretrained, queue):
@@ -461,9 +452,9 @@ def test_a_mistake_while_submitting_is_told_as_what_it_is(tmp_path):
         raise PermissionError("sbatch")
 
 
-def test_only_the_cells_of_the_grid_as_it_is_now_are_looked_at(grid, queue, tmp_path, packed):
+def test_only_the_cells_of_the_grid_as_it_is_now_are_looked_at(grid, queue, tmp_path, streets):
     finish(grid, grid.cells, "task0")
-    changes = (('"DLNWCE"', '"FL"'), (f"{tmp_path}/streets", str(packed)))
+    changes = (('"DLNWCE"', '"FL"'), (f"{tmp_path}/streets", str(streets)))
     other = small_grid(tmp_path, *changes)
     done = [s.cell.loss.name for s in survey(other, queue).cells if s.state == "done"]
     assert done == ["CE"] * 4

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from data_prep.pack import pack
 from hpc.cli import UserError
 from hpc.scheduler.auto import open_queue
 from hpc.storage.atomic import read_json, write_json
@@ -23,11 +22,10 @@ SITE = ('kind = "local"', 'kind = "slurm"\nmax_jobs = 3')
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch) -> str:
+def path(tmp_path, shards, monkeypatch) -> str:
     """Four bundles of four cells of a grid file: of seed 0 the job runs, of seed 1 it failed, of
     seed 2 it left nothing, and seed 3 was deferred. One cell of seed 1 is done."""
     grid = small_grid(tmp_path, SEEDS, SITE)
-    pack("streets", grid.datasets["streets"], processes=1)
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with monkeypatch.context() as on_the_cluster:

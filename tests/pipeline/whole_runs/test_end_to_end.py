@@ -1,24 +1,31 @@
-"""A grid as a user runs it: packed, pre-trained, trained, killed, resumed, reduced, reported."""
+"""Run a grid as a user does: pack, pre-train, train, reduce, report; and go on after a kill."""
+
+from __future__ import annotations
 
 import csv
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from hpc.scheduler.auto import open_queue
+from hpc.scheduler.local_jobs import LocalJobs, processes, take_lock
 from hpc.storage import checkpoint
-from pipeline.config.grid_file import read_grid
-from pipeline.scores.results_file import read_results
+from pipeline import predict, status
+from pipeline import submit as command
+from pipeline.config.grid_file import Grid, read_grid
+from pipeline.scores.results_file import DatasetResults, read_results
+from pipeline.submission.submitter import submit
 from tests.hpc.scheduler.hostile import HOSTILE
+from tests.jobs.small_runs import assert_all_same, results, steps_saved
+from tests.pipeline.whole_runs.test_killed import wait_until
 
 GRID = """
 name = "tiny"
@@ -35,7 +42,7 @@ val = 5
 size = [48, 64]
 
 [protocol]
-epochs = 4
+epochs = 2
 batch_size = 2
 learning_rate = 0.05
 resize = [40, 64]
@@ -43,70 +50,48 @@ crop = [48, 48]
 eval_size = 0
 weights = "pretrain"
 threads = 1
-checkpoint_minutes = 0.005
+checkpoint_minutes = {minutes}
 
 [protocol.pretrain]
-epochs = 3
+epochs = 1
 batch_size = 2
 learning_rate = 0.02
 
 [cluster]
 kind = "local"
 """
-TOTAL_STEPS = 4 * 12 // 2
 
 
-def command(module, *arguments, cwd, **options):
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300, **options,
-    )  # fmt: skip
-
-
-def write_grid(folder, run):
-    path = folder / f"{run}.toml"
-    path.write_text(GRID.format(run=folder / run, shards=folder / "data"))
+def write_grid(folder: Path, shards: Path | str, minutes: float = 30.0) -> Path:
+    """Write a grid file whose jobs save a checkpoint every few `minutes`."""
+    path = folder / "run.toml"
+    path.write_text(GRID.format(run=folder / "run", shards=shards, minutes=minutes))
     return path
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An undisturbed run of the tiny grid by `all --wait`."""
+def finished(tmp_path_factory) -> tuple[Grid, str]:
+    """An undisturbed run of the tiny grid by `all --wait`, and what it printed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_grid(folder, "run")
-    done = command("pipeline.submit", "all", config, "--wait", cwd=folder)
+    config = write_grid(folder, folder / "data")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.submit", "all", config, "--wait"],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     return read_grid(config), done.stdout
 
 
-def heads(grid):
-    return {
-        cell.name: torch.load(grid.run.head(cell.signature), weights_only=True)["weights"]
-        for cell in grid.cells
-    }
-
-
-def counts(grid):
-    results = read_results(grid.run.results)
-    (dataset,) = results.datasets
-    return [cell["name"] for cell in dataset.cells], dataset.counts
-
-
-def assert_bit_equal(one, other):
-    for name, weights in heads(one).items():
-        for key, tensor in heads(other)[name].items():
-            assert torch.equal(tensor, weights[key]), f"{name}: {key}"
-    names, arrays = counts(one)
-    other_names, other_arrays = counts(other)
-    assert names == other_names
-    for key, array in arrays.items():
-        assert np.array_equal(array, other_arrays[key]), key
+def reduced(grid: Grid) -> DatasetResults:
+    """Return the results of the one data set."""
+    (dataset,) = read_results(grid.run.results).datasets
+    return dataset
 
 
 def test_all_ends_with_a_table_a_page_and_counts_of_every_cell(finished):
     grid, printed = finished
-    names, arrays = counts(grid)
-    assert names == [cell.name for cell in grid.cells]
+    arrays = reduced(grid).counts
+    assert [cell["name"] for cell in reduced(grid).cells] == [cell.name for cell in grid.cells]
     [path] = Path(grid.datasets["streets"].shards).glob("val-*.h5")
     with h5py.File(path) as shard:
         labels = shard["labels"][...]
@@ -127,7 +112,7 @@ def test_all_ends_with_a_table_a_page_and_counts_of_every_cell(finished):
 
 def test_losses_seeds_and_models_give_different_networks(finished):
     grid, _ = finished
-    scores = counts(grid)[1]["class_bins"]  # predictions alone may agree after so few steps
+    scores = reduced(grid).counts["class_bins"]  # predictions alone may agree after so few steps
     assert len({bins.tobytes() for bins in scores}) == len(grid.cells)
 
 
@@ -137,26 +122,23 @@ def test_after_the_end_of_a_cell_its_checkpoint_is_gone(finished):
         assert checkpoint.find(grid.run.checkpoints(cell.bundle_key)) == ([], [])
 
 
-def test_grid_again_submits_nothing(finished):
+def test_grid_again_submits_nothing(finished, capsys):
     grid, _ = finished
     before = sorted(grid.run.submitted.iterdir())
-    done = command("pipeline.submit", "grid", grid.path, cwd=grid.path.parent)
-    assert done.returncode == 0, done.stderr
-    assert "8 done" in done.stdout
+    assert command.main(["grid", str(grid.path)]) == 0
+    assert "8 done" in capsys.readouterr().out
     assert sorted(grid.run.submitted.iterdir()) == before
-    status = command("pipeline.status", grid.path, cwd=grid.path.parent)
-    assert status.stdout.count("done") >= len(grid.cells)
+    assert status.main([str(grid.path)]) == 0
+    assert capsys.readouterr().out.count("done") >= len(grid.cells)
 
 
-def test_a_trained_cell_labels_photographs(finished, tmp_path):
+def test_a_trained_cell_labels_photographs(finished, tmp_path, monkeypatch):
     grid, _ = finished
+    for name, value in {**HOSTILE, "WORLD_SIZE": "2"}.items():  # no rank to wait for
+        monkeypatch.setenv(name, value)
     images = sorted((Path(grid.datasets["streets"].shards) / "source" / "val").glob("*.jpg"))[:2]
-    cell = grid.cells[-1]
-    done = command(
-        "pipeline.predict", cell.name, *images, "--out", tmp_path, "--config", grid.path,
-        cwd=tmp_path, env={**os.environ, **HOSTILE, "WORLD_SIZE": "2"},  # no rank to wait for
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = [grid.cells[-1].name, *images, "--out", tmp_path, "--config", grid.path]
+    assert not predict.main([str(word) for word in words])
     for image in images:
         labels = np.asarray(Image.open(tmp_path / f"{image.stem}.png"))
         confidence = np.asarray(Image.open(tmp_path / f"{image.stem}-confidence.png"))
@@ -165,81 +147,60 @@ def test_a_trained_cell_labels_photographs(finished, tmp_path):
         assert confidence.min() >= 255 // 8  # the highest of 8 scores is at least 1 / 8
 
 
-def training_processes(folder):
-    """Ranks that train a bundle of the run in `folder`, and its queue's runner."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_bytes().decode()
-            environment = (process / "environ").read_bytes()
-        except OSError:
-            continue
-        ours = str(folder) in arguments
-        if ours and (b"LOSSGRID_JOB_ID" in environment or "hpc.scheduler.local" in arguments):
-            found.append(int(process.name))
-    return found
+def kill_all(jobs: LocalJobs) -> None:
+    """Kill the runner first, so that it notes nothing, then the jobs."""
+    runner = next(
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and str(jobs.folder).encode() in command_line(entry)
+    )
+    os.kill(runner, signal.SIGKILL)
+    with (jobs.folder / "lock").open() as lock:
+        wait_until(lambda: take_lock(lock))
+    for lock in jobs.folder.glob("local-*.lock"):
+        for pid in processes(lock):
+            os.kill(pid, signal.SIGKILL)
+        # a dying process keeps its lock longer than other users than root see what it has open
+        with lock.open() as file:
+            wait_until(lambda file=file: take_lock(file))
 
 
-def steps_saved(grid):
-    return [
-        saved.step
-        for cell in grid.cells
-        for saved in checkpoint.find(grid.run.checkpoints(cell.bundle_key))[0]
-    ]
+def command_line(process: Path) -> bytes:
+    try:
+        words = (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+    return words if b"hpc.scheduler.local" in words else b""
 
 
-def test_killed_in_the_middle_and_run_again_gives_the_same_bits(finished, tmp_path):
+@pytest.mark.slow
+def test_after_a_power_failure_the_next_grid_ends_with_the_same_bits(finished, tmp_path, capsys):
+    """Reduce and report of before run behind the cells that are left."""
     undisturbed, _ = finished
-    config = write_grid(tmp_path, "run")
-    grid = read_grid(config)
-    assert command("data_prep.pack", config, cwd=tmp_path).returncode == 0
-    assert command("pipeline.submit", "grid", config, cwd=tmp_path).returncode == 0
-
-    deadline = time.monotonic() + 200
-    while max(steps_saved(grid), default=0) < TOTAL_STEPS // 3:
-        assert time.monotonic() < deadline, "training saved no checkpoint"
-        time.sleep(0.01)
-    for process in training_processes(grid.run.root):
-        os.kill(process, signal.SIGKILL)
+    grid = read_grid(write_grid(tmp_path, undisturbed.datasets["streets"].shards, 0.005))
+    backbones = undisturbed.run.backbone("").parent
+    shutil.copytree(backbones, tmp_path / "run" / backbones.name)
+    queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
+    jobs = submit(grid, queue, ["grid", "reduce", "report"])
+    wait_until(lambda: steps_saved(grid))
+    kill_all(LocalJobs(grid.run.queue))
     saved = max(steps_saved(grid))
-    assert 0 < saved < TOTAL_STEPS
     assert not list(grid.run.counts.glob("*.h5")), "the kill came after the end"
 
-    again = command("pipeline.submit", "all", config, "--wait", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr + again.stdout
+    capsys.readouterr()
+    assert status.main([str(grid.path)]) == 0
+    said = capsys.readouterr().out
+    assert "tiny: 8 cells: 4 interrupted, 4 missing\n" in said, said
+    assert "3 jobs wait, but no process starts them; `python -m pipeline.submit grid " in said
+
+    assert command.main(["grid", str(grid.path), "--wait"]) == 0
+    assert "moved behind the cells of this submission: reduce, report\n" in capsys.readouterr().out
+    outcomes = queue.look([*jobs["reduce"], *jobs["report"]])
+    assert [job.why for job in outcomes.values()] == ["cancelled", "cancelled"]
     logs = "".join(log.read_text() for log in grid.run.logs.rglob("*_log.err"))
-    assert f"resuming at step {saved}" in logs
-    assert_bit_equal(grid, undisturbed)
-
-
-def test_stopped_by_a_signal_it_saves_the_step_it_reached(finished, tmp_path):
-    undisturbed, _ = finished
-    text = GRID.format(run=tmp_path / "run", shards=tmp_path / "data")
-    config = tmp_path / "run.toml"
-    config.write_text(text.replace("checkpoint_minutes = 0.005", "checkpoint_minutes = 60.0"))
-    grid = read_grid(config)
-    assert command("data_prep.pack", config, cwd=tmp_path).returncode == 0
-    assert command("pipeline.submit", "grid", config, cwd=tmp_path).returncode == 0
-
-    deadline = time.monotonic() + 200
-    while not (progress := training_progress(grid)):
-        assert time.monotonic() < deadline, "no bundle started to train"
-        time.sleep(0.01)
-    assert progress[0]["step"] < TOTAL_STEPS
-    for process in training_processes(grid.run.root):
-        os.kill(process, signal.SIGTERM)
-    while training_processes(grid.run.root):
-        assert time.monotonic() < deadline, "the job did not stop"
-        time.sleep(0.01)
-    assert any(record["stage"] == "stopped" for record in training_progress(grid))
-    assert max(steps_saved(grid)) > 0  # no interval had passed: the signal alone made it save
-
-    again = command("pipeline.submit", "all", config, "--wait", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr + again.stdout
-    assert_bit_equal(grid, undisturbed)
-
-
-def training_progress(grid):
-    """Heartbeats of bundles that have made a step."""
-    records = [json.loads(p.read_text()) for p in grid.run.progress.glob("streets-*.json")]
-    return [record for record in records if record["step"] > 0]
+    assert f"resuming at step {saved}\n" in logs
+    assert_all_same(results(grid.run), results(undisturbed.run))
+    np.testing.assert_equal(reduced(grid).counts, reduced(undisturbed).counts)
+    assert 'name="lossgrid-cells" content="8"' in grid.run.page.read_text(encoding="utf-8")
+    assert status.main([str(grid.path)]) == 0
+    assert "older" not in capsys.readouterr().out

@@ -7,19 +7,19 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from data_prep.pack import pack
 from hpc.scheduler.auto import open_queue
 from hpc.scheduler.job import START_PREFIX
 from hpc.scheduler.local_jobs import LocalJobs, processes
-from hpc.storage import checkpoint
 from pipeline import cancel, logs, retry
 from pipeline.config.grid_file import Grid
 from pipeline.submission.submitter import submit
 from pipeline.tracking.survey import CellState, survey
+from tests.jobs.small_runs import steps_saved
 from tests.pipeline.grids import small_grid
 
 SECONDS = 500  # on a machine with other work, torch alone takes minutes to import
@@ -27,17 +27,16 @@ CHANGES = [
     ("seeds = [0, 1]", "seeds = [0]"),
     (', "deeplabv3_mobilenet_v3_large"]', "]"),
     ('losses = ["CE", "DLNWCE"]', 'losses = ["CE"]'),
-    ("epochs = 2", "epochs = 20\ncheckpoint_minutes = 0.001"),
-    ('kind = "local"', 'kind = "local"\ntasks_per_node = 2'),
+    ("epochs = 2", "epochs = 20"),
 ]
+OFTEN = ("threads = 1", "threads = 1\ncheckpoint_minutes = 0.001")
+TWO_RANKS = ('kind = "local"', 'kind = "local"\ntasks_per_node = 2')
 
 
 @pytest.fixture
-def grid(tmp_path) -> Grid:
-    """One cell, trained by two ranks in 60 steps."""
-    grid = small_grid(tmp_path, *CHANGES)
-    pack("streets", grid.datasets["streets"], processes=1)
-    return grid
+def new_grid(tmp_path, shards):
+    """A function that makes a grid of one cell, trained in 60 steps."""
+    return partial(small_grid, tmp_path, *CHANGES)
 
 
 def wait_until(happened) -> None:
@@ -45,11 +44,6 @@ def wait_until(happened) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def steps_saved(grid: Grid) -> list[int]:
-    folder = grid.run.checkpoints(grid.cells[0].bundle_key)
-    return [saved.step for saved in checkpoint.find(folder)[0]]
 
 
 def ranks(grid: Grid, job: str) -> dict[int, int]:
@@ -68,15 +62,17 @@ def cell_of(grid: Grid) -> CellState:
 
 
 def start(grid: Grid) -> str:
-    """Submit, and wait for a checkpoint; the job."""
+    """Submit one job and return it."""
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     (job,) = submit(grid, queue, ["grid"])["grid"]
-    wait_until(lambda: steps_saved(grid))
     return job
 
 
-def test_a_killed_rank_is_told_and_the_cell_goes_on(grid, capsys):
+@pytest.mark.slow
+def test_a_killed_rank_is_told_and_the_cell_goes_on(new_grid, capsys):
+    grid = new_grid(OFTEN, TWO_RANKS)
     job = start(grid)
+    wait_until(lambda: steps_saved(grid))
     os.kill(ranks(grid, job)[1], signal.SIGKILL)
     wait_until(lambda: cell_of(grid).cause not in ("", "unknown"))
     state = cell_of(grid)
@@ -93,20 +89,25 @@ def test_a_killed_rank_is_told_and_the_cell_goes_on(grid, capsys):
     said = capsys.readouterr().out
     assert said.splitlines()[0] == "1 cell: killed: again"
     assert cell_of(grid).state == "done"
-    assert f"resuming at step {saved}" in "".join(p.read_text() for p in all_logs(grid))
+    assert f"resuming at step {saved}" in all_logs(grid)
 
 
-def test_a_cancelled_job_saves_and_is_told_as_cancelled(grid, capsys):
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_is_told_as_cancelled(new_grid, capsys):
+    grid = new_grid(("epochs = 20", "epochs = 2000"))
     job = start(grid)
+    wait_until(lambda: "starting at step 0" in all_logs(grid))
     assert cancel.main([str(grid.path)]) == 0
     assert "cancelled 1 jobs" in capsys.readouterr().out
     wait_until(lambda: cell_of(grid).state != "running")
     state = cell_of(grid)
+    (saved,) = steps_saved(grid)
+    assert 0 < saved < 6000  # no interval had passed: the signal alone made it save
     assert (state.state, state.cause, state.job) == ("interrupted", "cancelled", job)
-    assert "stopped by SIGTERM after step" in "".join(p.read_text() for p in all_logs(grid))
+    assert "stopped by SIGTERM after step" in all_logs(grid)
     assert retry.main([str(grid.path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "nothing to submit again"
 
 
-def all_logs(grid: Grid) -> list[Path]:
-    return sorted(grid.run.logs.rglob("*_log.err"))
+def all_logs(grid: Grid) -> str:
+    return "".join(path.read_text() for path in sorted(grid.run.logs.rglob("*_log.err")))
