@@ -177,7 +177,7 @@ def command_line(process: Path) -> bytes:
 def test_after_a_power_failure_the_next_grid_ends_with_the_same_bits(finished, tmp_path, capsys):
     """Reduce and report of before run behind the cells that are left."""
     undisturbed, _ = finished
-    grid = read_grid(write_grid(tmp_path, undisturbed.datasets["streets"].shards, 0.005))
+    grid = read_grid(write_grid(tmp_path, undisturbed.datasets["streets"].shards, 0.002))
     backbones = undisturbed.run.backbone("").parent
     shutil.copytree(backbones, tmp_path / "run" / backbones.name)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)

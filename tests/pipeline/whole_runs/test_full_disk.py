@@ -14,7 +14,10 @@ from data_prep.settings import parse_dataset
 from tests.pipeline.whole_runs.writers import SCENARIOS
 from tests.tiny_disk import may_mount, on_tiny_disk
 
-pytestmark = pytest.mark.skipif(not may_mount(), reason="may not mount a disk of its own")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not may_mount(), reason="may not mount a disk of its own"),
+]
 
 REASON = {"full": "No space left on device", "read-only": "Read-only file system"}
 REMEDY = "; free space or fix permissions, run again"

@@ -12,23 +12,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
-from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from pipeline import predict, status
-from pipeline.rendering.terminal import printed_table
-from pipeline.report import sections
-from pipeline.scores.score_table import rows, to_csv, to_latex, to_markdown
 from tests.other_user import as_user
-from tests.pipeline.scores.simulated import made_up_results
 from tests.pipeline.scores.test_score_table import compile_latex
-from tests.pipeline.test_report import Page
+from tests.pipeline.test_report import Page, svg_comments
+
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = "<script>alert(1)</script>"
@@ -225,36 +220,6 @@ def test_every_figure_is_drawn_and_says_the_names(report):
     assert kinds.count("data:image/svg+xml;base64") == 4
     for name in (SIGNS, SCRIPT, LOSS):  # matplotlib notes the text beside its outlines
         assert name in drawn
-
-
-def svg_comments(image: bytes) -> str:
-    parser = ET.XMLParser(target=ET.TreeBuilder(insert_comments=True))
-    tree = ET.fromstring(image, parser)
-    assert not [e for e in tree.iter() if str(e.tag).endswith("}script")]
-    return "\n".join(unescape(e.text or "") for e in tree.iter() if e.tag is ET.Comment)
-
-
-def test_control_characters_reach_neither_terminal_nor_figure_and_keep_the_tables_whole():
-    """Line ends, and what makes a terminal change its colour."""
-    name = "a\rb\x1b[31m\u2028"
-    results = made_up_results(grid=name, classes=[name, *CLASSES, "d", "e", "f", "g"])
-    for cell in results.datasets[0].cells:
-        cell["loss"] = name
-    table = rows(results)
-    written = to_csv(table)
-    assert next(csv.DictReader(io.StringIO(written, newline="")))["loss"] == name
-    assert len(to_markdown(table).splitlines()) == len(table) + 2
-    assert len([line for line in to_latex(table).splitlines() if "a b" in line]) == len(table)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(printed_table(name, table))
-    assert not set(console.file.getvalue()) & {"\r", "\x1b", "\u2028"}
-    assert console.file.getvalue().count(r"a\rb\x1b[31m\u2028") == len(table) + 1
-    drawn = ""
-    for section in sections(results, table):
-        for figure in section.figures:
-            if "svg" in figure.source[:20]:
-                drawn += svg_comments(base64.b64decode(figure.source.split(",", 1)[1]))
-    assert r"a\rb\x1b[31m\u2028" in drawn
 
 
 def test_no_other_user_gets_at_any_file_of_the_run(report, place):
