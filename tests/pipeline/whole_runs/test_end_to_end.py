@@ -194,8 +194,9 @@ def test_after_a_power_failure_the_next_grid_ends_with_the_same_bits(finished, t
     assert "3 jobs wait, but no process starts them; `python -m pipeline.submit grid " in said
 
     assert command.main(["grid", str(grid.path), "--wait"]) == 0
-    assert "moved behind the cells of this submission: reduce, report\n" in capsys.readouterr().out
-    outcomes = queue.look([*jobs["reduce"], *jobs["report"]])
+    said = "cancelled, to run after the cells of this submission: reduce, report\n"
+    assert said in capsys.readouterr().out
+    outcomes = queue.job_states([*jobs["reduce"], *jobs["report"]])
     assert [job.why for job in outcomes.values()] == ["cancelled", "cancelled"]
     logs = "".join(log.read_text() for log in grid.run.logs.rglob("*_log.err"))
     assert f"resuming at step {saved}\n" in logs
