@@ -50,7 +50,6 @@ crop = [48, 48]
 eval_size = 0
 weights = "pretrain"
 threads = 1
-checkpoint_minutes = {minutes}
 
 [protocol.pretrain]
 epochs = 1
@@ -62,10 +61,11 @@ kind = "local"
 """
 
 
-def write_grid(folder: Path, shards: Path | str, minutes: float = 30.0) -> Path:
-    """Write a grid file whose jobs save a checkpoint every few `minutes`."""
+def write_grid(folder: Path, shards: Path | str, more: str = "") -> Path:
+    """Write a grid file with `more` lines in [protocol]."""
     path = folder / "run.toml"
-    path.write_text(GRID.format(run=folder / "run", shards=shards, minutes=minutes))
+    text = GRID.format(run=folder / "run", shards=shards)
+    path.write_text(text.replace("threads = 1\n", f"threads = 1\n{more}\n"))
     return path
 
 
@@ -177,7 +177,8 @@ def command_line(process: Path) -> bytes:
 def test_after_a_power_failure_the_next_grid_ends_with_the_same_bits(finished, tmp_path, capsys):
     """Reduce and report of before run behind the cells that are left."""
     undisturbed, _ = finished
-    grid = read_grid(write_grid(tmp_path, undisturbed.datasets["streets"].shards, 0.002))
+    often = "checkpoint_minutes = 0.002"
+    grid = read_grid(write_grid(tmp_path, undisturbed.datasets["streets"].shards, often))
     backbones = undisturbed.run.backbone("").parent
     shutil.copytree(backbones, tmp_path / "run" / backbones.name)
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
