@@ -93,7 +93,8 @@ def find_source(settings: DatasetSettings) -> SourceFiles:
         UserError: files are missing, do not pair or cannot be read.
     """
     module = source_module(settings.source)
-    module.prepare(settings)
+    if hasattr(module, "prepare"):
+        module.prepare(settings)
     samples = {split: module.samples(settings, split) for split in SPLITS}
     stamps = {split: [_sample_stamp(s) for s in samples[split]] for split in SPLITS}
     return SourceFiles(settings, module.classes(settings), samples, stamps)

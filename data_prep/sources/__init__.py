@@ -1,9 +1,9 @@
 """The data sets that can be packed, one module per source. Each module defines
 
 classes(settings) -> tuple[str, ...]           the class names, in the order of their indices
-prepare(settings) -> None                      check that all files exist, or make them
-samples(settings, split) -> list[Sample]       sorted by id (as UTF-8 bytes)
+samples(settings, split) -> list[Sample]       sorted by id (as UTF-8 bytes); all files exist
 read_label(settings, sample) -> uint8 [H, W]   class index or VOID; raises `BadFile`
+prepare(settings) -> None                      only if the source makes its files: make them
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-SOURCES = ("voc", "sbd", "cityscapes", "coco", "folder", "synthetic")
+from data_prep.settings import SOURCES
 
 
 def source_module(source: str) -> ModuleType:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from data_prep.images import map_labels, read_index_map
 from data_prep.settings import VOID, CityscapesSettings
-from data_prep.shards.manifest import SPLITS
 from data_prep.sources.files import TREE_HINT, Sample, names_in, refuse_missing
 from hpc.cli import UserError
 
@@ -42,21 +41,11 @@ def classes(settings: CityscapesSettings) -> tuple[str, ...]:
     return tuple(RAW_IDS[raw] for raw in CLASS_IDS[settings.num_classes])
 
 
-def prepare(settings: CityscapesSettings) -> None:
-    """Check that all images and label maps exist and pair.
-
-    Raises:
-        UserError: they do not.
-    """
-    for split in SPLITS:
-        samples(settings, split)
-
-
 def samples(settings: CityscapesSettings, split: str) -> list[Sample]:
     """Return the images of all cities, with ids CITY/STEM, sorted by id.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: an image or label map is missing or does not pair.
     """
     images, labels = (Path(settings.root) / kind / split for kind in ("leftImg8bit", "gtFine"))
     cities = _folders(images)

@@ -57,23 +57,14 @@ def classes(settings: CocoSettings) -> tuple[str, ...]:
     return voc.CLASSES
 
 
-def prepare(settings: CocoSettings) -> None:
-    """Check that pycocotools, annotations and images exist.
-
-    Raises:
-        UserError: they do not.
-    """
-    for split in SPLITS:
-        samples(settings, split)
-
-
 def samples(settings: CocoSettings, split: str) -> list[Sample]:
     """Return the annotated images of `split`, sorted by id.
 
     The annotations are cached as long as their file does not change: parsing them is slow.
 
     Raises:
-        UserError: as `prepare`, or the annotations are inconsistent.
+        UserError: pycocotools, annotations or images are missing, or annotations are
+            inconsistent.
     """
     _pycocotools()
     path = Path(settings.root) / "annotations" / f"instances_{split}2017.json"

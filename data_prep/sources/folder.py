@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from data_prep.images import SUFFIXES, map_labels, read_index_map
 from data_prep.settings import FolderSettings
-from data_prep.shards.manifest import SPLITS
 from data_prep.sources.files import Sample
 from hpc.cli import UserError, unreadable
 
@@ -23,21 +22,11 @@ def classes(settings: FolderSettings) -> tuple[str, ...]:
     return settings.classes
 
 
-def prepare(settings: FolderSettings) -> None:
-    """Check that no folder is missing or empty and that the files pair.
-
-    Raises:
-        UserError: they do not.
-    """
-    for split in SPLITS:
-        samples(settings, split)
-
-
 def samples(settings: FolderSettings, split: str) -> list[Sample]:
     """Return the pairs of `split`, sorted by id.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: a folder is missing or empty, or files do not pair.
     """
     names = {
         "train": (settings.train_images, settings.train_labels),

@@ -33,21 +33,11 @@ def classes(settings: SbdSettings) -> tuple[str, ...]:
     return voc.CLASSES
 
 
-def prepare(settings: SbdSettings) -> None:
-    """Check that the lists and the files that they name exist.
-
-    Raises:
-        UserError: they do not.
-    """
-    for split in SPLITS:
-        samples(settings, split)
-
-
 def samples(settings: SbdSettings, split: str) -> list[Sample]:
     """Return the samples that the list of `split` names, sorted by id.
 
     Raises:
-        UserError: as `prepare`, or `voc_root` is wrong.
+        UserError: a list, or a file that it names, is missing, or `voc_root` is wrong.
     """
     voc_val_ids(settings)  # refuse a wrong voc_root now, not when overlaps are counted
     chosen = {"train": settings.train, "val": settings.val}[split]

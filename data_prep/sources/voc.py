@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from data_prep.images import BadFile, class_indices, map_labels, read_palette_map
 from data_prep.settings import VOID, VocSettings
-from data_prep.shards.manifest import SPLITS
 from data_prep.sources.files import TREE_HINT, Sample, listed_samples, names_in, read_list
 from hpc.account import expanded
 from hpc.cli import UserError
@@ -34,21 +33,11 @@ def classes(settings: VocSettings) -> tuple[str, ...]:
     return CLASSES
 
 
-def prepare(settings: VocSettings) -> None:
-    """Check that the lists and the files that they name exist.
-
-    Raises:
-        UserError: they do not.
-    """
-    for split in SPLITS:
-        samples(settings, split)
-
-
 def samples(settings: VocSettings, split: str) -> list[Sample]:
     """Return the samples that the list of `split` names, sorted by id.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: a list, or a file that it names, is missing.
     """
     chosen = {"train": settings.train, "val": settings.val}[split]
     if chosen.endswith(".txt"):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from data_prep.weights import PUBLISHED, WITHOUT_FILE
 from hpc.cli import UserError
 from hpc.config import Settings
 from hpc.storage.atomic import canonical
@@ -19,7 +20,7 @@ Side = Annotated[int, Field(ge=1, le=32_768)]  # pixels
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 
-WEIGHTS = ("imagenet", "coco", "pre-fine", "none", "pretrain")
+WEIGHTS = (*PUBLISHED, *WITHOUT_FILE)
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
 # Settings that change the speed or safety of training, not its result: no part of the identity.
