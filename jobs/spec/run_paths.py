@@ -22,6 +22,8 @@ class RunPaths:
         self.report = self.root / "report"
         self.page = self.report / "index.html"
         self.stale = self.root / "stale"
+        self.lock = self.root / "submit.lock"
+        self.config = self.root / "grid.toml"
         self.rendezvous = self.root / "rendezvous"
 
     def task(self, name: str) -> Path:

@@ -19,6 +19,7 @@ from hpc.storage.locks import take_lock
 from hpc.storage.permissions import private_folder, require_private, restrict_umask
 from jobs.spec.cell import Cell
 from jobs.spec.counts_file import set_aside_altered
+from jobs.spec.run_paths import RunPaths
 from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid
 from pipeline.planning.plan import Plan, split
@@ -302,7 +303,7 @@ def one_at_a_time(root: Path, group: str = "") -> Iterator[None]:
     directory is private to the user, or to `group`."""
     private_folder(root, group, keep_readable=True, remedy=_REMEDY)
     try:
-        lock = (root / "submit.lock").open("w")
+        lock = RunPaths(root).lock.open("w")
     except OSError as error:
         raise UserError(f"cannot write into {root}: {error.strerror}; {_REMEDY}") from error
     with lock:
@@ -312,6 +313,6 @@ def one_at_a_time(root: Path, group: str = "") -> Iterator[None]:
 
 def keep_config(grid: Grid) -> Path:
     """Copy the grid file into the run directory, for jobs that start later; return the copy."""
-    path = grid.run.root / "grid.toml"
+    path = grid.run.config
     write_bytes(path, grid.path.read_bytes())
     return path.absolute()

@@ -61,11 +61,10 @@ def wait_for(
         print(one_line(line), file=sys.stderr)
     if stopped := _stopped_stage(queue, jobs):
         print(one_line(stopped), file=sys.stderr)
-    page = grid.run.report / "index.html"
-    if REPORT in stages and page.exists() and not stopped:
+    if REPORT in stages and grid.run.page.exists() and not stopped:
         from pipeline.rendering.terminal import print_report  # reads HDF5, so not for planning
 
-        print_report(grid.run.results, page)
+        print_report(grid.run.results, grid.run.page)
     if unfinished:
         return 1
     return USER_ERROR_EXIT_CODE if stopped else 0
