@@ -10,9 +10,10 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,16 +169,6 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
     }
     _refuse_too_many(path, [datasets, file.models, names + file.loss, file.seeds])
     absent = absences(path, file.losses, file.models, datasets, protocols)
-    cells = tuple(
-        # skip validation: the values were checked above, and there are thousands of cells
-        Cell.model_construct(dataset=name, data=identity, model=model, loss=loss, seed=seed,
-                             protocol=protocol)
-        for name, identity in {n: d.identity() for n, d in datasets.items()}.items()
-        for model in file.models
-        for loss, protocol in [(loss, protocol_of(loss, protocols[name])) for loss in losses[name]]
-        for seed in file.seeds
-        if loss.name != PRE_FINE or (name, model) not in absent
-    )  # fmt: skip
     return Grid(
         name=file.name,
         path=path,
@@ -186,12 +177,33 @@ def read_grid(path: str | Path, cluster: str | None = None) -> Grid:
         losses_of=losses,
         seeds=file.seeds,
         protocols=protocols,
-        cells=cells,
+        cells=tuple(_cells(file, datasets, losses, protocols, absent)),
         notes=tuple(f"{'/'.join(where)} has no pre-fine: {why}" for where, why in absent.items()),
         profile=cluster or file.cluster,
         run=run,
         asked_profile=cluster or "",
     )
+
+
+def _cells(
+    file: GridFile,
+    datasets: Mapping[str, DatasetSettings],
+    losses_of: Mapping[str, Sequence[LossSpec]],
+    protocols: Mapping[str, Protocol],
+    absent: Container[tuple[str, str]],
+) -> Iterator[Cell]:
+    """Yield the cells in the order data set, model, loss, seed.
+
+    `absent`: data sets and models without pre-fine.
+    """
+    for name, settings in datasets.items():
+        data = settings.identity()
+        runs = [(loss, protocol_of(loss, protocols[name])) for loss in losses_of[name]]
+        for model, (loss, protocol), seed in product(file.models, runs, file.seeds):
+            if loss.name != PRE_FINE or (name, model) not in absent:
+                # skip validation: the values were checked before, and there are thousands of cells
+                yield Cell.model_construct(dataset=name, data=data, model=model, loss=loss,
+                                           seed=seed, protocol=protocol)  # fmt: skip
 
 
 def profiled(grid: Grid) -> Grid:

@@ -4,6 +4,7 @@ arithmetic on `ASSUMPTIONS`; a measured step time takes the place of its rates."
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -169,14 +170,13 @@ def _trained(cell: Cell) -> float:
 def cells_that_fit(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> int:
     """Return how many of the cells of a job, at least one, fit into the memory of a GPU and the
     time limit."""
-    for number in range(len(job.cells), 1, -1):
-        part = replace(job, cells=job.cells[:number])
-        estimate = cost(part, cluster, measured)
-        if estimate.seconds <= 60 * cluster.minutes and (
-            not cluster.gpus_per_node or estimate.gpu_bytes <= cluster.gpu_memory_gb * 1e9
-        ):
-            return number
-    return 1
+
+    def is_too_large(number: int) -> bool:
+        estimate = cost(replace(job, cells=job.cells[:number]), cluster, measured)
+        gpu_is_full = cluster.gpus_per_node and estimate.gpu_bytes > cluster.gpu_memory_gb * 1e9
+        return bool(gpu_is_full) or estimate.seconds > 60 * cluster.minutes
+
+    return 1 + bisect_left(range(2, len(job.cells) + 1), True, key=is_too_large)
 
 
 def wall_seconds(costs: Sequence[Cost], at_once: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from jobs.spec.cell import Cell, bundles
 from jobs.spec.task import Task, bundle_task_name
@@ -100,7 +100,13 @@ def _split(
         yield _task(grid, "bundle", cells[first : first + size], step, source)
 
 
-def _task(grid: Grid, kind: Any, cells: list[Cell], step: int, source: Mapping[str, str]) -> Task:
+def _task(
+    grid: Grid,
+    kind: Literal["bundle", "pretrain"],
+    cells: list[Cell],
+    step: int,
+    source: Mapping[str, str],
+) -> Task:
     # one backbone, one pre-training, whichever cell asked for it first
     pretrain = f"pretrain-{cells[0].backbone_key}"
     name = bundle_task_name(cells, step) if kind == "bundle" else pretrain
