@@ -4,7 +4,7 @@ Items lie in slots: shared memory that the rank maps once, before it forks the p
 it. A process reports a filled slot through an unnamed socket. So loading needs neither space in
 /dev/shm nor a socket in TMPDIR, and the kernel maps no new pages for each item.
 
-If a process fails, dies, or delivers no item within `_PATIENCE`, the rank raises `UserError`.
+If a process fails, dies, or delivers no item within `_ITEM_TIMEOUT`, the rank raises `UserError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PREFETCH = 4  # items that one process prepares ahead
 _IN_USE = 2  # items that the caller may still read: the last two
 _PINNED_AHEAD = 2  # items
 # shorter than the time-out of the other ranks, so that this rank can still tell them
-_PATIENCE = 0.9 * TIMEOUT.total_seconds()
+_ITEM_TIMEOUT = 0.9 * TIMEOUT.total_seconds()
 _POLL = 5.0  # seconds
 _KILL_TIMEOUT = 5.0  # seconds that a killed process may take to exit
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 has the name
@@ -156,7 +156,7 @@ class _Filler(Generic[T]):
 
     def __init__(self, source: Source[T], indices: range, workers: int, slots: _Slots[T]) -> None:
         self._source, self._indices, self.workers, self._slots = source, indices, workers, slots
-        self._rank = os.getpid()
+        self._rank_pid = os.getpid()
 
     def run(self, worker: int, connection: Connection) -> None:
         """Fill the slots of every `workers`-th item, starting at item `worker`."""
@@ -166,7 +166,8 @@ class _Filler(Generic[T]):
             if count >= _PREFETCH:
                 self._wait_for_the_rank(connection)
             connection.send(self._answer(position))
-        self._wait_for_the_rank(connection)  # the rank may kill this process id until then
+        # exit only when the rank allows it: until then the rank may kill this process id
+        self._wait_for_the_rank(connection)
 
     def _answer(self, position: int) -> UserError | None:
         """Fill the slot of an item. Return None, or the error that prevented it."""
@@ -186,8 +187,9 @@ class _Filler(Generic[T]):
             )
 
     def _wait_for_the_rank(self, connection: Connection) -> None:
-        while not connection.poll(_POLL):  # another loader process may keep the rank's end open
-            if os.getppid() != self._rank:
+        # a loader process that was forked later may keep the rank's end open when the rank is dead
+        while not connection.poll(_POLL):
+            if os.getppid() != self._rank_pid:
                 raise EOFError
         connection.recv_bytes()
 
@@ -205,14 +207,15 @@ class _Process:
     def wait_for(self, index: int) -> None:
         """Block until the process has filled the slot of item `index`. Raises `UserError`."""
         # short waits, so that the time of a suspended job counts only once
-        for _ in range(max(1, round(_PATIENCE / _POLL))):
-            if self._connection.poll(min(_POLL, _PATIENCE)):
+        for _ in range(max(1, round(_ITEM_TIMEOUT / _POLL))):
+            if self._connection.poll(min(_POLL, _ITEM_TIMEOUT)):
                 if error := self._receive():
                     raise error
                 return
         raise UserError(
             f"timed out waiting for loader process {self._pid}: no item {index} within "
-            f"{_PATIENCE:.0f} s; check the file system that holds the shards, then run grid again"
+            f"{_ITEM_TIMEOUT:.0f} s; check the file system that holds the shards, then run grid "
+            "again"
         )
 
     def _receive(self) -> UserError | None:
@@ -225,7 +228,8 @@ class _Process:
     def _cause_of_death(self) -> str:
         code = self._wait()
         if code is None or code >= 0:
-            return f"loader process {self._pid} ended with exit code {code}; see this rank's log"
+            known = "(exit code unknown)" if code is None else f"with exit code {code}"
+            return f"loader process {self._pid} ended {known}; see this rank's log"
         return (
             f"loader process {self._pid} was killed by signal {-code} ({signal.strsignal(-code)}), "
             "perhaps out of memory; give jobs more memory in [cluster], or choose fewer "
@@ -273,7 +277,7 @@ def _start(filler: _Filler[T]) -> list[_Process]:
             ends.append(ours)
             pid = os.fork()
             if pid == 0:
-                # called at once, in this turn of the loop
+                # B023: the child never returns from this call, so `worker` and `theirs` stay
                 _in_the_child(ends, lambda: filler.run(worker, theirs))  # noqa: B023
             theirs.close()  # so that its exit closes the connection
             started.append(_Process(pid, ours))
@@ -298,7 +302,7 @@ def _in_the_child(ends: Sequence[Connection], work: Callable[[], None]) -> None:
     finally:
         try:
             sys.stderr.flush()
-        finally:  # even if the log's disk is full; the code of the rank must not go on here
+        finally:  # the child must never run the rank's code, even if the log's disk is full
             os._exit(code)
 
 
@@ -312,7 +316,8 @@ def _pinned(items: Iterator[T], number: int) -> Generator[T]:
         return cast(T, item.pin_memory())
 
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, "pin", _start_pinning, (torch.cuda.current_device(),)) as thread:
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(1, "pin", torch.cuda.set_device, (device,)) as thread:
         try:
             for left in range(number, 0, -1):
                 while len(waiting) < min(left, _PINNED_AHEAD):
@@ -320,8 +325,3 @@ def _pinned(items: Iterator[T], number: int) -> Generator[T]:
                 yield waiting.popleft().result()
         finally:
             thread.shutdown(cancel_futures=True)
-
-
-def _start_pinning(device: int) -> None:
-    torch.cuda.set_device(device)
-    torch.set_num_threads(1)

@@ -5,7 +5,8 @@ Every loss function takes the same arguments, and then its own parameters:
     target: int64 [B, H, W], classes 0 to C - 1 where `labelled` is true, any number elsewhere.
     labelled: bool [B, H, W], false for void pixels, which no loss counts.
     class_weights: [C], or None for equal weights.
-    global_sum: adds a tensor over all ranks; the identity if there is only one.
+    global_sum: sum of a tensor over all ranks. The result carries no gradient, so use it only for
+        normalisers and thresholds.
 
 It returns this rank's part of the loss, a scalar. Sums and normalisers are those of the global
 batch. So the parts of all ranks, and their gradients, add up to the values of one rank that has the
@@ -36,8 +37,8 @@ GlobalSum = Callable[[Tensor], Tensor]
 
 
 def alone(value: Tensor) -> Tensor:
-    """Return `value`: the `global_sum` of a single rank."""
-    return value
+    """Return `value` without its gradient: the `global_sum` of a single rank."""
+    return value.detach()
 
 
 def class_weights(class_pixels: Sequence[int]) -> np.ndarray:
@@ -268,8 +269,8 @@ def _pooled_mean(
 def sum_of_powers(log_probs: Tensor, where: Tensor, power: int) -> Tensor:
     """Return the sum of p^power over the pixels at `where`, for each image and class, [B, C].
 
-    It keeps only `log_probs` for the backward pass, which log-softmax keeps anyway: no tensor of a
-    batch is larger. Values elsewhere, infinite ones too, reach neither the value nor the gradient.
+    For the backward pass it keeps `where`, a mask, and `log_probs`, which log-softmax keeps anyway.
+    Values elsewhere, infinite ones too, reach neither the value nor the gradient.
 
     Args:
         log_probs: float [B, C, H, W].

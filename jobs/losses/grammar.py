@@ -7,9 +7,9 @@ Free of torch, because planning imports it.
                     | "CEMP" ["[" p "," share "]"] | "FLMP" ["[" gamma "," p "," share "]"])
 
 `W` means class-weighted and `MP` max-pooled. Two terms side by side count half each. `N` (naive)
-and `A` (alternating) are schedules from the first term to the second. They lie between the
-fractions s and e of all iterations. `PARAMETERS` has the defaults and ranges of the numbers in
-brackets.
+moves from the first term to the second between s and e. `A` (alternating) moves from the second to
+the first until s, and back until e. Here s and e are fractions of all steps. `PARAMETERS` has the
+defaults and ranges of the numbers in brackets.
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ def parse_loss(
 
     Args:
         name: a name of the grammar, such as `DLNWCE@0.2-0.8`.
-        naive: (s, e) of the naive schedule as fractions of all iterations, unless the name has
-            its own.
+        naive: (s, e) of the naive schedule as fractions of all steps, unless the name has its own.
         alternating: the same of the alternating schedule.
 
     Raises:
@@ -150,7 +149,7 @@ def parse_loss(
 def naive_schedule(start: float, end: float) -> tuple[Knot, ...]:
     """Return the paper's naive ramp from s = `start` to e = `end`.
 
-    w_2 = clip((i - s) / (e - s), 0, 1) and w_1 = 1 - w_2.
+    w_2 = clip((x - s) / (e - s), 0, 1) and w_1 = 1 - w_2, where x is the fraction of steps done.
     """
     return (Knot(0.0, (1.0, 0.0)), Knot(start, (1.0, 0.0)), Knot(end, (0.0, 1.0)))
 
@@ -158,7 +157,8 @@ def naive_schedule(start: float, end: float) -> tuple[Knot, ...]:
 def alternating_schedule(start: float, end: float) -> tuple[Knot, ...]:
     """Return the paper's alternating ramp from s = `start` to e = `end`.
 
-    w_2 = clip(1 - i/s, 0, 1) + 1 - cos(pi/2 clip((i - s) / (e - s), 0, 1)) and w_1 = 1 - w_2.
+    w_2 = clip(1 - x/s, 0, 1) + 1 - cos(pi/2 clip((x - s) / (e - s), 0, 1)) and w_1 = 1 - w_2, where
+    x is the fraction of steps done.
     """
     return (Knot(0.0, (0.0, 1.0)), Knot(start, (1.0, 0.0)), Knot(end, (0.0, 1.0), "cosine"))
 
@@ -193,7 +193,10 @@ def with_ramp(name: str, start: float, end: float) -> str:
 
 
 def example_names() -> list[str]:
-    """Return names to suggest: all single terms, and all pairs of another loss with a CE."""
+    """Return names to suggest: all single terms, and pairs of the other losses with CE or WCE.
+
+    Pairs of WCEMP and WFLMP are left out.
+    """
     singles = [w + kind for kind in KINDS for w in ("", "W")]
     pairs = [
         first + how + second
@@ -230,8 +233,10 @@ def _schedule(
     naive: tuple[float, float],
     alternating: tuple[float, float],
 ) -> tuple[Knot, ...]:
-    if own is not None and not (how and 0 < own[0] < own[1] <= 1):
-        raise UnknownLoss(name)
+    if own is not None and not how:
+        raise UnknownLoss(name, "only losses with N or A have a ramp (@s-e)")
+    if own is not None and not 0 < own[0] < own[1] <= 1:
+        raise UnknownLoss(name, "@s-e needs 0 < s < e <= 1")
     if how == "N":
         return naive_schedule(*(own or naive))
     if how == "A":

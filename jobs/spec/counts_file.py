@@ -1,7 +1,7 @@
 """Write and read a counts file: the evaluation counts of all cells of one job.
 
 It is an HDF5 file that is never modified, with an index in JSON. A cell is done when an index names
-it and the file of that index verifies.
+it and the file of that index is intact. A job compares its length; a submission also its SHA-256.
 """
 
 from __future__ import annotations
@@ -80,8 +80,12 @@ class CountsIndex:
             buffer: memory with space for the file. New memory for every file takes longer than
                 reading it.
         """
+        if not self.is_whole():
+            raise Damaged(
+                f"{self.path} is missing or cut short; run grid again to train its cells anew"
+            )
         try:
-            data = memoryview(self._bytes(buffer) if self.is_whole() else b"")
+            data = memoryview(self._bytes(buffer))
         except OSError as error:
             raise Damaged(f"{self.path} cannot be read: {error.strerror}") from error
         if crc32(data) != self.crc32:

@@ -141,6 +141,9 @@ def test_a_loss_whose_usual_parameters_are_written_out_is_the_same_loss(short, w
         ("CEMP[1,0.1]", "p of CEMP must be from 1.05 to 100"),
         ("DLNFL[1000]", "gamma of FL must be from 0 to 100"),
         ("TL[0,0]", "alpha and beta of TL cannot both be 0"),
+        ("DLNWCE@0.9-0.3", "@s-e needs 0 < s < e <= 1"),
+        ("DLNWCE@0.2-1.1", "@s-e needs 0 < s < e <= 1"),
+        ("DLCE@0.2-0.8", "only losses with N or A have a ramp (@s-e)"),
     ],
 )
 def test_wrong_parameters_are_refused_with_the_reason(name, reason):

@@ -199,6 +199,20 @@ def test_gradients_pass_gradcheck(name):
     )
 
 
+def test_a_loss_with_a_gradient_through_a_global_sum_fails_gradcheck(monkeypatch):
+    """On several ranks a global sum carries no gradient, so on one rank it must not either."""
+
+    def wrong(log_probs, target, labelled, class_weights, global_sum):
+        value = log_probs[:, 0].exp().sum()
+        return value / global_sum(value + 1)
+
+    monkeypatch.setitem(LOSSES, "CE", wrong)
+    logits, target = a_batch(6, images=3, size=(2, 3))
+    assert not torch.autograd.gradcheck(
+        lambda x: loss_of("CE", x, target), logits.requires_grad_(), raise_exception=False
+    )
+
+
 @pytest.mark.parametrize("name", ["WDLNWCE", "WDLAWCE"])
 def test_a_term_that_counts_nothing_is_not_computed(name, monkeypatch):
     logits, target = a_batch(7)
