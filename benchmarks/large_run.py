@@ -92,7 +92,7 @@ def write_submission(grid: Grid) -> tuple[Task, ...]:
     record.plan(tasks)
     for task in tasks:
         write_task(task)
-    record.sent([task.name for task in tasks], [f"job{n}" for n in range(len(tasks))])
+    record.submitted([task.name for task in tasks], [f"job{n}" for n in range(len(tasks))])
     return tasks
 
 

@@ -2,8 +2,9 @@
 
     python -m pipeline.cancel [CONFIG] [--cell NAME]...
 
-Running jobs save before they end, and waiting ones never start. Deferred jobs are not sent, not
-even by a `--wait` that goes on. `python -m pipeline.submit grid` continues where the jobs stopped.
+Running jobs save before they end, and waiting ones never start. Deferred jobs are not submitted,
+not even by a `--wait` that goes on. `python -m pipeline.submit grid` continues where the jobs
+stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pipeline.tracking.submissions import (
     PRETRAIN,
     Submission,
     Submitted,
-    sent_tasks,
+    submitted_tasks,
 )
 
 
@@ -79,12 +80,13 @@ def open_work(
 
     With `signatures`, return only those that train one of these cells.
     """
-    sent = [task for task in sent_tasks(grid.run, queue) if task.kind != CANCEL or not task.job]
+    found = submitted_tasks(grid.run, queue)
+    tasks = [task for task in found if task.kind != CANCEL or not task.job]
     if signatures:
-        sent = [t for t in sent if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
-    jobs = queue.job_states({task.job for task in sent if task.job})
-    alive = {t.job: t for t in sent if t.job and jobs[t.job].state != "gone"}
-    latest = {cell: task for task in sent for cell in task.cells if task.kind != PRETRAIN}
+        tasks = [t for t in tasks if t.kind != PRETRAIN and not signatures.isdisjoint(t.cells)]
+    jobs = queue.job_states({task.job for task in tasks if task.job})
+    alive = {t.job: t for t in tasks if t.job and jobs[t.job].state != "gone"}
+    latest = {cell: task for task in tasks for cell in task.cells if task.kind != PRETRAIN}
     deferred = {task.task: task for task in latest.values() if task.deferred}
     return list(alive.values()), list(deferred.values())
 

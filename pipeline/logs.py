@@ -19,7 +19,7 @@ from hpc.scheduler.job import is_launchers, last_start
 from pipeline.config.cell_names import one_named
 from pipeline.config.grid_file import Grid, find_config, read_grid
 from pipeline.tracking.display import unasked_line
-from pipeline.tracking.submissions import CANCEL, PREP, PRETRAIN, REDUCE, REPORT, sent_tasks
+from pipeline.tracking.submissions import CANCEL, PREP, PRETRAIN, REDUCE, REPORT, submitted_tasks
 
 _KINDS = (PREP, PRETRAIN, REDUCE, REPORT)
 _LINES = 20
@@ -48,18 +48,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def jobs_of(grid: Grid, queue: Queue, name: str) -> tuple[str, list[str]]:
-    """Return the meaning of `name`, and the jobs that were sent for it, the last first.
+    """Return the meaning of `name`, and the jobs that were submitted for it, the last first.
 
     Raises:
-        UserError: `name` means nothing, or no job was sent for it.
+        UserError: `name` means nothing, or no job was submitted for it.
     """
     meant = one_named(grid, name, _KINDS)
-    sent = [task for task in sent_tasks(grid.run, queue) if task.job and task.kind != CANCEL]
+    found = submitted_tasks(grid.run, queue)
+    tasks = [task for task in found if task.job and task.kind != CANCEL]
     if isinstance(meant, str):
-        known, title = [task for task in sent if task.kind == meant], meant
+        known, title = [task for task in tasks if task.kind == meant], meant
     else:
         title = meant.name
-        known = [t for t in sent if meant.signature in t.cells and t.kind != PRETRAIN]
+        known = [t for t in tasks if meant.signature in t.cells and t.kind != PRETRAIN]
     if not known:
         raise UserError(f"{title} has no logs: no job was submitted for it")
     return title, list(dict.fromkeys(task.job for task in reversed(known)))

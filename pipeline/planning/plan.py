@@ -70,8 +70,8 @@ def split(plan: Plan, room: int | None) -> tuple[Plan, Plan]:
     pretrain, later = plan.pretrain[:room], plan.pretrain[room:]
     ready = without_waiting(plan, {task.cells[0].backbone_key for task in later}).bundles
     now = ready[: room - len(pretrain)]
-    sent = {task.name for task in now}
-    rest = tuple(task for task in plan.bundles if task.name not in sent)
+    names = {task.name for task in now}
+    rest = tuple(task for task in plan.bundles if task.name not in names)
     return Plan(pretrain, now), Plan(later, rest)
 
 

@@ -47,9 +47,9 @@ SUBMITTED_BY: Mapping[str, frozenset[Command]] = {
 def cells_to_submit(state: Survey, command: Command) -> list[Cell]:
     """Return the cells that `command` submits: deferred ones first, stale ones last, the others in
     the order of the grid."""
-    sent = [cell for cell in state.cells if submits(state, command, cell)]
+    cells = [cell for cell in state.cells if submits(state, command, cell)]
     rank = {"deferred": 0, "stale": 2}
-    return [c.cell for c in sorted(sent, key=lambda cell: rank.get(cause(state, cell), 1))]
+    return [c.cell for c in sorted(cells, key=lambda cell: rank.get(cause(state, cell), 1))]
 
 
 def submits(state: Survey, command: Command, cell: CellState) -> bool:

@@ -52,8 +52,8 @@ def _ask(grid: Grid, say: Callable[[str], None]) -> dict[str, Report]:
         files, node_local = list(inputs(grid)), grid.cluster.node_local
         write_json(plan, {"files": files, "data": data, "node_local": node_local})
         queue = open_queue(grid.cluster, folder / "logs", folder / "queue")
-        sent = _probe_jobs(grid, queue, plan)
-        return {report.probe.name: report for report in run_probe_jobs(queue, sent, folder, say)}
+        probes = _probe_jobs(grid, queue, plan)
+        return {report.probe.name: report for report in run_probe_jobs(queue, probes, folder, say)}
 
 
 def _probe_jobs(grid: Grid, queue: Queue, plan: Path) -> list[ProbeJob]:

@@ -53,7 +53,7 @@ def write_scripts(
     choose: Choice = TO_DO,
     options: Sequence[str] = (),
 ) -> None:
-    """Do as `submit`, but write batch scripts into `folder`, which the user sends."""
+    """Do as `submit`, but write batch scripts into `folder`, which the user submits."""
     check(grid, stages)
     for line in sbatch_options.warnings(grid.cluster):
         warn(line)
@@ -74,7 +74,9 @@ def write_scripts(
         site = ScriptSite(grid.cluster, Path.cwd(), run, grid.name, token, options)
         write_folder(folder, render(site, wanted))
     send = one_line(shlex.quote(str(folder / SUBMIT)))
-    return print(f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} sends all")
+    return print(
+        f"wrote {len(wanted)} scripts, with {len(tasks)} jobs in arrays; {send} submits all"
+    )
 
 
 def _plan(grid: Grid, queue: Queue, choose: Choice) -> Plan:

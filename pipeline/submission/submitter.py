@@ -82,7 +82,7 @@ def submit(
 
     Args:
         choose: Returns the cells to train.
-        around: Is entered around the sending, after all checks have passed.
+        around: Is entered around the submission, after all checks have passed.
         options: Arguments of reduce and report beside the grid file.
 
     Returns:
@@ -167,8 +167,8 @@ def _act(
             jobs[stage] = reused
             print(f"prep: job {reused[0]}, which waits already, packs for this submission too")
         elif stage == GRID:
-            jobs[stage], all_sent = _send_grid(grid, queue, work, record, packing)
-            if not all_sent:
+            jobs[stage], all_submitted = _submit_grid(grid, queue, work, record, packing)
+            if not all_submitted:
                 break
         elif queue.free_slots() == 0:
             break
@@ -176,7 +176,7 @@ def _act(
             first = {PREP: packing, REDUCE: before, REPORT: []}[stage]
             needs = jobs.get(REDUCE, coming) if stage == REPORT else []
             given = [str(config), *(options if stage != PREP else ())]
-            jobs[stage] = _send_stage(grid, queue, stage, given, record, first, needs)
+            jobs[stage] = _submit_stage(grid, queue, stage, given, record, first, needs)
         packing = packing if stage != PREP else list(dict.fromkeys([*packing, *jobs[stage]]))
         before = [*jobs[stage], *before]
     noted = {PREP, GRID, *state.deferred_stages, *work.superseded.values()}
@@ -198,7 +198,7 @@ def _cancel_superseded(queue: Queue, work: Decision, record: Submission) -> None
     print(f"cancelled, to run after the cells of this submission: {names}")
 
 
-def _send_stage(
+def _submit_stage(
     grid: Grid,
     queue: Queue,
     stage: str,
@@ -210,17 +210,17 @@ def _send_stage(
     by_mpi = stage == REDUCE and queue.starts_mpi
     wanted = grid.cluster.reducing() if by_mpi else grid.cluster.single()
     call = ModuleCall(PROGRAMS[stage], tuple(arguments))
-    token = record.sending([stage], needs)
+    token = record.submitting([stage], needs)
     jobs = queue.submit([call], wanted, stage, after, token, needs)
-    record.sent([stage], jobs)
+    record.submitted([stage], jobs)
     return jobs
 
 
-def _send_grid(
+def _submit_grid(
     grid: Grid, queue: Queue, work: Decision, record: Submission, packing: Sequence[str]
 ) -> tuple[list[str], bool]:
     """Submit as many missing tasks as the queue has room for; they need the jobs `packing`. Return
-    the ids of all jobs that work on the grid now, and whether all tasks were sent."""
+    the ids of all jobs that work on the grid now, and whether all tasks were submitted."""
     state, plan = work.state, work.plan
     if not plan.bundles:
         return sorted(state.active_jobs), True
@@ -232,11 +232,11 @@ def _send_grid(
         deferred = [*later.pretrain, *new] if new else []
         record.plan([*now.pretrain, *now.bundles], deferred, _DEFERRED)
     backbones = dict(state.pretraining)
-    jobs = _send_tasks(grid, queue, now.pretrain, packing, record)
+    jobs = _submit_tasks(grid, queue, now.pretrain, packing, record)
     for task, job in zip(now.pretrain, jobs, strict=True):
         backbones[task.cells[0].backbone_key] = job
     for backbone, tasks in _by_backbone(now, backbones).items():
-        jobs += _send_tasks(grid, queue, tasks, [*packing, *backbone], record)
+        jobs += _submit_tasks(grid, queue, tasks, [*packing, *backbone], record)
     num_cells = sum(len(task.cells) for task in now.bundles)
     more = f", and {len(now.pretrain)} to pre-train their backbones" if now.pretrain else ""
     print(f"submitted {len(now.bundles)} jobs for {num_cells} cells{more}")
@@ -245,16 +245,16 @@ def _send_grid(
     return [*sorted(state.active_jobs), *jobs], not later.bundles
 
 
-def _send_tasks(
+def _submit_tasks(
     grid: Grid, queue: Queue, tasks: Sequence[Task], needs: Sequence[str], record: Submission
 ) -> list[str]:
     if not tasks:
         return []
     calls = [ModuleCall(PROGRAMS[task.kind], (str(write_task(task)),)) for task in tasks]
     names, title = [task.name for task in tasks], f"{grid.name}-{tasks[0].kind}"
-    token = record.sending(names, needs)
+    token = record.submitting(names, needs)
     jobs = queue.submit(calls, grid.cluster.training(), title, (), token, needs)
-    record.sent(names, jobs)
+    record.submitted(names, jobs)
     return jobs
 
 

@@ -42,7 +42,7 @@ def granted(site: ClusterProfile) -> str:
 
 
 def cells_at_most(
-    sent: Iterable[Submitted], ended: Mapping[str, ExitCause], grant: str
+    submitted: Iterable[Submitted], ended: Mapping[str, ExitCause], grant: str
 ) -> dict[str, int]:
     """Return the maximum number of cells per job, by signature, after jobs ran out of memory.
 
@@ -51,7 +51,7 @@ def cells_at_most(
     numbers in its record, since logs are deleted and queues forget.
     """
     found: dict[str, int] = {}
-    for task in sent:
+    for task in submitted:
         if task.kind not in (BUNDLE, PRETRAIN) or task.granted != grant:
             continue
         limits = [task.at_most] if task.at_most is not None else []

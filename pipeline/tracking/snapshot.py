@@ -61,8 +61,8 @@ class Snapshot:
         checkpoints: The newest checkpoint of each cell that is not done, by signature.
         failures: The record of each cell whose loss was not finite, by signature.
         stale: The files of stale cells.
-        sent: The tasks of all submission records, oldest first.
-        recalled: Those of `sent` whose record lacks the job, with the job that the queue knows.
+        submitted: The tasks of all submission records, oldest first.
+        recalled: Tasks of `submitted` whose record lacks the job; the queue knows it.
         open_tasks: The tasks whose work is not done, with their jobs.
         stages: The jobs of prep, reduce and report.
         heartbeats: The last heartbeat of each open task, by its name.
@@ -81,7 +81,7 @@ class Snapshot:
     checkpoints: Mapping[str, Checkpoint]
     failures: Mapping[str, Mapping[str, Any]]
     stale: Stale
-    sent: tuple[Submitted, ...]
+    submitted: tuple[Submitted, ...]
     recalled: tuple[Submitted, ...]
     open_tasks: tuple[Submitted, ...]
     stages: Mapping[str, Submitted]
@@ -96,7 +96,7 @@ class Snapshot:
     @cached_property
     def by_job(self) -> Mapping[str, Submitted]:
         """The task or stage of each recorded job that was not cancelled."""
-        return {task.job: task for task in self.sent if task.job and task.kind != CANCEL}
+        return {task.job: task for task in self.submitted if task.job and task.kind != CANCEL}
 
     def job_state(self, task: Submitted) -> JobState:
         """Return the state of the job of a task."""
@@ -179,10 +179,10 @@ def read_snapshot(
     run = grid.run
     done, problems = finished_cells(run, verify)
     recorded = list(submissions(run))
-    sent = recall(recorded, queue)
-    trained = _trained(run, grid, sent)
-    open_tasks = [task for task in sent if _is_open(task, done, trained)]
-    known = {task.job: task for task in sent if task.job and task.kind != CANCEL}
+    submitted = recall(recorded, queue)
+    trained = _trained(run, grid, submitted)
+    open_tasks = [task for task in submitted if _is_open(task, done, trained)]
+    known = {task.job: task for task in submitted if task.job and task.kind != CANCEL}
     stages = {job: task for job, task in known.items() if task.kind not in (BUNDLE, PRETRAIN)}
     arrays = noted_arrays(run.submitted)
     asked = {job for task in open_tasks for job in (*_jobs_of(task, arrays), *task.needs)}
@@ -199,8 +199,8 @@ def read_snapshot(
         checkpoints=checkpoints,
         failures=failures,
         stale=find_stale(grid, done, checkpoints, failures),
-        sent=tuple(sent),
-        recalled=tuple(new for old, new in zip(recorded, sent, strict=True) if is_lost(old)),
+        submitted=tuple(submitted),
+        recalled=tuple(new for old, new in zip(recorded, submitted, strict=True) if is_lost(old)),
         open_tasks=tuple(open_tasks),
         stages=stages,
         heartbeats=heartbeats,
@@ -261,9 +261,9 @@ def _heartbeat(run: RunPaths, task: str) -> Heartbeat:
         return {}
 
 
-def _trained(run: RunPaths, grid: Grid, sent: Iterable[Submitted]) -> frozenset[str]:
+def _trained(run: RunPaths, grid: Grid, submitted: Iterable[Submitted]) -> frozenset[str]:
     keys = {cell.backbone_key for cell in grid.cells if cell.protocol.weights == "pretrain"}
-    keys |= {task.backbone for task in sent if task.backbone}
+    keys |= {task.backbone for task in submitted if task.backbone}
     return frozenset(key for key in keys if run.backbone(key).with_suffix(".json").exists())
 
 

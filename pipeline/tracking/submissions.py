@@ -1,9 +1,9 @@
-"""Submission records: the tasks that were to be sent, and the jobs they became.
+"""Submission records: the tasks that were to be submitted, and the jobs they became.
 
 Each submission writes one JSON file before it asks the queue, so that a crash in between leaves a
-trace, and writes it again with the ids of the jobs. The user sends batch scripts by hand, so nobody
-knows their jobs: `submit.sh`, and every element of an array as it starts, leave a note with the
-array's id, an empty file `submitted/TOKEN-NAME.ID`.
+trace, and writes it again with the ids of the jobs. The user submits batch scripts by hand, so
+their jobs are not known: `submit.sh`, and every element of an array as it starts, leave a note with
+the array's id, an empty file `submitted/RECORD-NAME.ID`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Submitted:
 
     @classmethod
     def of(cls, task: Task, **more: Any) -> Submitted:
-        """Return the record of a task before it is sent."""
+        """Return the record of a task before it is submitted."""
         backbone = task.cells[0].backbone_key if task.kind == PRETRAIN else ""
         cells = tuple(cell.signature for cell in task.cells)
         return cls(task.name, task.kind, cells, backbone, **more)
@@ -97,7 +97,7 @@ class Submission:
         self._granted, self._at_most = granted, at_most
 
     def plan(self, tasks: Sequence[Task], deferred: Sequence[Task] = (), why: str = "") -> None:
-        """Note tasks that are about to be sent, and `deferred` ones with the reason `why`."""
+        """Note tasks that are about to be submitted, and `deferred` ones with the reason `why`."""
         self._tasks |= {task.name: self._planned(task) for task in tasks}
         self._tasks |= {task.name: replace(self._planned(task), deferred=why) for task in deferred}
         self.write()
@@ -113,7 +113,7 @@ class Submission:
 
     def cancelled(self, tasks: Iterable[Submitted], whole: bool) -> None:
         """Note that tasks are cancelled: their jobs are about to be ended, and those without a job
-        are no longer sent. `whole`: the whole grid is cancelled."""
+        are no longer submitted. `whole`: the whole grid is cancelled."""
         for task in tasks:
             self._tasks[f"{task.task} {task.job}"] = replace(task, kind=CANCEL, deferred="")
         if whole:
@@ -125,8 +125,8 @@ class Submission:
         self._tasks |= {stage: Submitted(stage, stage, deferred=why) for stage in stages}
         self.write()
 
-    def sending(self, names: Sequence[str], needs: Sequence[str] = ()) -> str:
-        """Note that tasks or stages are about to be sent together; return their submission token.
+    def submitting(self, names: Sequence[str], needs: Sequence[str] = ()) -> str:
+        """Note that tasks or stages are about to be submitted; return their submission token.
 
         Args:
             names: Names of planned tasks; any other name is a stage's.
@@ -141,7 +141,7 @@ class Submission:
         self.write()
         return token
 
-    def sent(self, names: Sequence[str], jobs: Sequence[str]) -> None:
+    def submitted(self, names: Sequence[str], jobs: Sequence[str]) -> None:
         """Note the job of each task."""
         for name, job in zip(names, jobs, strict=True):
             self._tasks[name] = replace(self._known(name), job=job)
@@ -191,11 +191,11 @@ def _tasks_of(path: Path) -> list[Submitted]:
         return []
 
 
-def deferred_stages(sent: Iterable[Submitted]) -> tuple[str, ...]:
+def deferred_stages(submitted: Iterable[Submitted]) -> tuple[str, ...]:
     """Return the stages that their last submission deferred, unless the whole grid was cancelled
-    since. sent: the tasks of all records, oldest first."""
+    since. submitted: the tasks of all records, oldest first."""
     deferred: dict[str, bool] = {}
-    for task in sent:
+    for task in submitted:
         if task.task == CANCEL:
             deferred.clear()
         elif task.kind not in (BUNDLE, PRETRAIN, CANCEL):
@@ -247,7 +247,7 @@ def noted_arrays(folder: Path) -> dict[str, list[str]]:
     return {script: sorted(arrays, key=int, reverse=True) for script, arrays in found.items()}
 
 
-def sent_tasks(run: RunPaths, queue: Queue) -> Iterator[Submitted]:
+def submitted_tasks(run: RunPaths, queue: Queue) -> Iterator[Submitted]:
     """Yield the tasks of all records, oldest first, with the jobs that only `queue` remembers. A
     task of a script comes once for each job that it may have become."""
     arrays = noted_arrays(run.submitted)
@@ -265,7 +265,7 @@ def job_of(
     jobs: Sequence[str], alive: Callable[[str], bool], logs: Callable[[str], Sequence[Any]]
 ) -> str:
     """Return the newest candidate that is alive, or else has logs, or else the newest; "" if there
-    is none. The user may have sent an array with some of its elements only."""
+    is none. The user may have submitted an array with some of its elements only."""
     return next(filter(alive, jobs), "") or next(filter(logs, jobs), "") or next(iter(jobs), "")
 
 

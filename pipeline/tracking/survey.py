@@ -84,7 +84,7 @@ class Survey:
         jobs: The state of each job that the queue was asked about.
         active_jobs: The jobs of tasks that wait or run.
         stages: The stage of each job of prep, reduce and report that waits or runs.
-        deferred_stages: The stages that the next submission of cells sends.
+        deferred_stages: The stages that the next submission of cells submits.
         pretraining: The job that trains a backbone now, by the backbone's key.
         training_backbones: The progress of these jobs.
         trained_backbones: The keys of the backbones that are trained, from the present data.
@@ -116,7 +116,7 @@ class Survey:
 
     @property
     def deferred(self) -> list[Cell]:
-        """The cells that the queue had no room for; the next submission sends them."""
+        """The cells that the queue had no room for; the next submission submits them."""
         return [c.cell for c in self.cells if c.state == "waiting" and not c.job]
 
     def fits_memory(self, cell: Cell) -> bool:
@@ -166,7 +166,7 @@ def survey_of(seen: Snapshot) -> Survey:
             for job, task in seen.stages.items()
             if seen.job_state(task).state in ("waiting", "running")
         },
-        deferred_stages=deferred_stages(seen.sent),
+        deferred_stages=deferred_stages(seen.submitted),
         # one that the queue has lost is not waited for, even if its heart still beats
         pretraining={
             task.backbone: task.job for task in pretraining if seen.job_state(task).state != "gone"
@@ -180,7 +180,7 @@ def survey_of(seen: Snapshot) -> Survey:
         },
         trained_backbones=seen.trained - seen.stale.backbones,
         failed=failures(seen),
-        at_most=cells_at_most(seen.sent, seen.ended, granted(seen.grid.cluster)),
+        at_most=cells_at_most(seen.submitted, seen.ended, granted(seen.grid.cluster)),
         recalled=seen.recalled,
         stale=seen.stale,
         problems=seen.problems,

@@ -126,7 +126,7 @@ def test_a_part_of_its_name_is_enough_where_no_other_has_it(queue, write, shown,
 def test_a_stage_has_logs_too(queue, write, shown, grid):
     with pytest.raises(UserError, match="reduce has no logs: no job was submitted for it"):
         logs.main(["reduce", str(grid.path)])
-    Submission(grid.run).sent(["reduce"], ["job7"])
+    Submission(grid.run).submitted(["reduce"], ["job7"])
     assert shown("reduce") == ["reduce: job job7 has written nothing yet"]
     write("job7", 0, "error: no counts")
     assert shown("reduce")[3] == "error: no counts"
