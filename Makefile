@@ -1,6 +1,7 @@
 # make demo    run the whole pipeline on the built-in data set (a few minutes on 2 cores)
 # make test    lint, type check, and the tests of a few minutes
 # make test-all    make test, then the tests that it leaves out (under half an hour together)
+# make gpu     check and measure the GPU path on this machine's GPU, in 10 minutes
 # make docs    write docs/reference/grid-file.md and cluster-profile.md from the models
 # make cluster start a Slurm cluster of 4 nodes on this machine, as root
 # make mutants MODULE=jobs/losses/functional.py    what do the tests overlook? (CONTRIBUTING.md)
@@ -10,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint docs mutants venv cluster clean
+.PHONY: demo test test-all gpu lint docs mutants venv cluster clean
 
 demo: $(READY)
 	$(BIN)/python -m pipeline.submit all configs/demo.toml --wait --cluster local
@@ -20,6 +21,9 @@ test: lint
 
 test-all: test
 	$(BIN)/python -m pytest -n 3 -m "slow or fuzz"
+
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(READY)
 	$(BIN)/ruff check .

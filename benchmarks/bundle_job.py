@@ -61,7 +61,8 @@ class Job:
 
     def pass_backbone(self) -> Features:
         """Return the features of the batch, which all cells share."""
-        return features(self.backbone, self.batch.images, self._cell("CE"), self.group)
+        with self.group.watch.part("backbone"):
+            return features(self.backbone, self.batch.images, self._cell("CE"), self.group)
 
     def step(self, trainers: Sequence[CellTrainer]) -> None:
         """Train all `trainers` for one more step, in the middle of their schedules.

@@ -25,7 +25,6 @@ BENCHMARKS = (
     "bundles",
     "reducing",
     "saving",
-    "gpu_steps",
 )
 
 

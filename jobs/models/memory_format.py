@@ -16,7 +16,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-# `benchmarks.gpu_steps` measures both formats in fp32. A change raises `ROUNDING` in
+# `make gpu` measures both formats in fp32. A change raises `ROUNDING` in
 # `jobs/training/job_run.py`.
 FP32_ON_GPU = torch.channels_last
 

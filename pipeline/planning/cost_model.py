@@ -90,7 +90,9 @@ def cost(job: Job, cluster: ClusterProfile, measured: float = 1.0) -> Cost:
     """Return the cost of `job` on `cluster`. `measured`: measured step time divided by the modelled
     one."""
     ranks = cluster.nodes * cluster.tasks_per_node
-    seconds = (job.steps * step_flops(job) + evaluation_flops(job)) / rate(job.protocol, cluster)
+    in_fp32 = job.protocol.model_copy(update={"precision": "fp32"})
+    seconds = job.steps * step_flops(job) / rate(job.protocol, cluster)
+    seconds += evaluation_flops(job) / rate(in_fp32, cluster)  # whatever trained the cells
     loaders = job.protocol.workers * _LOADER
     return Cost(
         seconds=measured * seconds / ranks,

@@ -5,13 +5,10 @@ A mistake in a benchmark must not waste the hour in which a GPU is available.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
-from benchmarks import bundle_job, full_size, gpu_steps
-from benchmarks.measure import NotMeasured
+from benchmarks import bundle_job, full_size
 from jobs.models.build import build_backbone
 from jobs.spec.protocol import Protocol
 from jobs.training import cell_trainer
@@ -19,27 +16,6 @@ from jobs.training import cell_trainer
 MODEL = "deeplabv3_mobilenet_v3_large"
 SMALL = Protocol(weights="none", batch_size=2, crop=(48, 48), precision="bf16", threads=1)
 CPU = torch.device("cpu")
-
-
-@pytest.mark.slow
-def test_bundles_are_measured_beside_the_published_way_and_cells_alone(monkeypatch):
-    monkeypatch.setattr(gpu_steps, "ROUNDS", 2)
-    found = gpu_steps.of_bundles(MODEL, SMALL, (1, 3))
-    published = ["the published way, float32", "the published way, bf16"]
-    assert [(one.what, one.against) for one in found] == [
-        *((f"a step of a cell in a bundle of 1, {MODEL}, bf16", peer) for peer in published),
-        *(
-            (f"a step of a cell in a bundle of 3, {MODEL}, bf16", peer)
-            for peer in (*published, "frozen, one cell a run")
-        ),
-    ]
-    alone, bundle = found[0].ours, found[-1].ours
-    assert found[-1].peers == alone and len(bundle) == 2
-    for one in found:
-        size = 1 if "bundle of 1," in one.what else 3
-        assert one.more["steps a second"] == pytest.approx(2 / sum(one.ours) / size, rel=0.5)
-        assert re.fullmatch(r"\d+ GFLOP at \d+ [GT]FLOP/s: [\d.]+ (s|ms|µs)", one.limit)
-        assert "peak GB" not in one.more  # a CPU reports the memory of the process
 
 
 def test_what_a_backbone_gives_fits_into_half_precision(monkeypatch):
@@ -63,29 +39,6 @@ def test_a_cell_that_stops_is_no_step(monkeypatch):
         job = bundle_job.Job(MODEL, group, SMALL)
         with pytest.raises(RuntimeError, match=r"/CE/0 stopped: the loss was nan at step 1 of 2"):
             job.step(job.cells(["CE"]))
-
-
-@pytest.mark.slow
-def test_a_peer_without_room_and_a_process_that_fails_are_said_so(monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
-
-    monkeypatch.setattr(gpu_steps, "published", no_room)
-    monkeypatch.setattr(gpu_steps, "ROUNDS", 1)
-    found = gpu_steps.of_bundles(MODEL, SMALL, (1, 2))
-    absent = [one.why for one in found if isinstance(one, NotMeasured)]
-    assert absent == ["OutOfMemoryError: CUDA out of memory. Tried"] * 4
-    assert [one.against for one in found if not isinstance(one, NotMeasured)] == [gpu_steps.ALONE]
-    (failed,) = gpu_steps._or_why(gpu_steps.of_bundles, "fcn_resnet7", SMALL, (1,))
-    assert "fcn_resnet7, bf16" in failed.what and failed.why.startswith(("KeyError", "Attribute"))
-
-
-def test_a_setting_is_measured_beside_what_it_is(monkeypatch):
-    monkeypatch.setattr(gpu_steps, "ROUNDS", 1)
-    names = list(gpu_steps.SETTINGS)
-    found = gpu_steps.of_settings(MODEL, SMALL, 2, names)
-    assert [one.against for one in found] == names
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.slow
@@ -128,9 +81,3 @@ def test_what_cannot_be_measured_is_refused(capsys, options, refusal):
     with pytest.raises(SystemExit):
         full_size.main(options)
     assert refusal in capsys.readouterr().err
-
-
-def test_without_a_gpu_it_is_said(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (nothing,) = gpu_steps.measure()
-    assert isinstance(nothing, NotMeasured) and nothing.why == "there is no GPU here"

@@ -117,8 +117,10 @@ def test_time_is_steps_and_one_evaluation_at_the_rate_of_all_ranks():
     assert cost(job, V100).seconds == pytest.approx(seconds)
     four = V100.model_copy(update={"tasks_per_node": 4})
     assert cost(job, four).seconds == pytest.approx(seconds / 4)
-    mixed = cost(a_job(*PAPER, precision="mixed"), V100).seconds
-    assert mixed == pytest.approx(seconds * FLOPS["gpu fp32"] / FLOPS["gpu mixed"])
+    mixed = a_job(*PAPER, precision="mixed")  # which evaluation is not
+    steps, images = job.steps * step_flops(job), evaluation_flops(job)
+    seconds = steps / FLOPS["gpu mixed"] + images / FLOPS["gpu fp32"]
+    assert cost(mixed, V100).seconds == pytest.approx(seconds)
 
 
 def test_a_measured_step_takes_the_place_of_the_rates():
@@ -232,3 +234,22 @@ def test_a_run_that_has_shown_its_steps_is_estimated_from_them(tmp_path, shards)
     asked = list(Forecast(grid, step_seconds=1e5).lines(plan.bundles))
     assert "from a step of 100000 s" in asked[-1]
     assert "days for the longest job" in asked[0]
+
+
+CHIPS = {"V100, fp32": 9e12, "V100, mixed": 36e12, "A100, mixed": 90e12, "H100, mixed": 150e12}
+BUNDLES = {"1 FCN": PAPER[:1], "8 FCN": PAPER[:1] * 8, "16 FCN and 16 DeepLabV3": PAPER * 16}
+
+
+def test_the_page_on_cost_has_the_numbers_of_the_model():
+    page = (REPOSITORY / "docs/explanation/cost.md").read_text()
+    for chip, rate in CHIPS.items():
+        steps = [f"{step_flops(a_job(*models)) / rate:.2g} s" for models in BUNDLES.values()]
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {chip} |"))
+        assert row.endswith(f" | {rate / 1e12:.0f} | {' | '.join(steps)} |")
+    for bundle, models in BUNDLES.items():
+        sizes = [f"{gpu_bytes(a_job(*models), ranks) / 1e9:.1f} GB" for ranks in (1, 4)]
+        assert f"| {bundle} | {' | '.join(sizes)} |" in page
+    for chip, rate in {"V100": 9e12, "A100": 11e12, "H100": 38e12}.items():
+        passes = evaluation_flops(a_job(*PAPER * 16)) / rate / 60
+        counting = [f"{0.0148 * 1449 * 32 / threads / 60:.2g} min" for threads in (1, 10)]
+        assert f"| {chip} | {rate / 1e12:.0f} | {passes:.2g} min | {' | '.join(counting)} |" in page
