@@ -2,8 +2,9 @@
 
     pytest -n 2
 
-runs two tests at a time: those on the cluster, which wait often, on one worker, one file after the
-other on the other. More would not help: many tests start processes of their own.
+runs two tests at a time. A file's tests run on one worker, and so do the files of a group of tests
+on a Slurm cluster, which share a cluster. More workers would not help: many tests start processes
+of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,18 @@ import pytest
 from tests.fuzz import cases
 
 _CLUSTER = "tests/cluster/"
+# Each group has a cluster of its own, so that one waits while another works. They take about the
+# same time; only the first has tests that are not slow.
+_GROUPS = (
+    ("submission", "interruptions", "nodes", "reduce"),
+    ("faults", "chaos", "held", "reduce_faults"),
+    ("queue_faults", "all", "doctor"),
+)
+_PLACES = {
+    f"{_CLUSTER}test_{name}.py": (number, position)
+    for number, names in enumerate(_GROUPS)
+    for position, name in enumerate(names)
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,21 +58,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests on the cluster first, since they take longest."""
-    items.sort(key=lambda item: _CLUSTER not in item.nodeid)
+    """Run the tests on a cluster first, since they take longest, group by group."""
+    items.sort(key=lambda item: _PLACES.get(_file(item.nodeid), (len(_GROUPS), 0)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests share what they set up, and those on the cluster the cluster."""
+    """A file's tests share what they set up, and a group's the cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _CLUSTER if _CLUSTER in nodeid else nodeid.partition("::")[0]
+            path = _file(nodeid)
+            return f"{_CLUSTER}{_PLACES[path][0]}" if path in _PLACES else path
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,4 +1,4 @@
-"""One bundle of two cells on two nodes with two ranks each, trained slowly on the cluster; and the
+"""One bundle of two cells on two nodes with a rank each, trained slowly on the cluster; and the
 undisturbed run that it must equal."""
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from pathlib import Path
 
 from data_prep.pack import pack
 from data_prep.settings import parse_dataset
+from jobs.spec.cell import bundles
 from jobs.spec.run_paths import RunPaths
+from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid, read_grid
 from pipeline.tracking.snapshot import DEAD_AFTER_SECONDS
 from pipeline.tracking.submissions import submissions
 from tests.cluster.slow_training import PAUSE, steps_begun
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
-from tests.jobs.small_runs import is_done, results, steps_saved, task_of
+from tests.jobs.job_processes import jobs
+from tests.jobs.small_runs import is_done, results, steps_saved
 from tests.pipeline.grids import grid_file
 
-WORLD_SIZE = 4
+WORLD_SIZE = 2
 BATCH_SIZE = 4
 IMAGES = 11
 EPOCHS = 20
 TOTAL = EPOCHS * (IMAGES // BATCH_SIZE)
 CHECKPOINT_SECONDS = 2.0
-LIMITS_REACHED = 5  # by the bundle with a time limit, at least
+LIMITS_REACHED = 2  # by the bundle with a time limit, at least
+PATIENCE = 600.0  # seconds for an undisturbed run
 
 
 def pack_streets(folder: Path) -> str:
@@ -67,23 +71,25 @@ def bundle_grid(
 
 
 def write_profile(folder: Path, **changes: object) -> Path:
-    """The file of the cluster's profile with keys that are not as usual."""
-    table = {**tomllib.loads(PROFILE.read_text()), **changes}
+    """The file of the cluster's profile, with a rank a node and keys that are not as usual."""
+    table = {**tomllib.loads(PROFILE.read_text()), "tasks_per_node": 1, **changes}
     path = folder / "profile.toml"
     path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
     return path
 
 
-def torchrun(cluster: Cluster, task: Path, program: str = "jobs.train") -> str:
-    """Train a task on this machine, without Slurm, with the ranks of the cluster's jobs."""
-    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone"]
-    return cluster.answer(*launcher, f"--nproc-per-node={WORLD_SIZE}", "-m", program, task)
-
-
-def undisturbed(cluster: Cluster, folder: Path, data: str) -> dict:
-    """The results of the bundle, trained from beginning to end by `torchrun`."""
-    grid = bundle_grid(folder, data)
-    torchrun(cluster, task_of(grid))
+def undisturbed(grid: Grid) -> dict:
+    """Train each bundle of a grid without Slurm and without faults, by processes of this machine.
+    Return the results."""
+    with jobs(grid.path.parent / "logs") as start:
+        for key, cells in bundles(grid.cells).items():
+            (settings,) = grid.datasets.values()
+            task = Task(
+                kind="bundle", name=key, run=str(grid.run.root), data=settings.shards,
+                origin=settings.origin(), cells=cells,
+            )  # fmt: skip
+            codes = start(write_task(task), WORLD_SIZE).end(seconds=PATIENCE)
+            assert codes == [0] * WORLD_SIZE, f"the undisturbed training of {key} failed"
     return results(grid.run)
 
 

@@ -28,21 +28,21 @@ from pathlib import Path
 from hpc.storage.atomic import Damaged, read_json
 from jobs.spec.cell import Cell, bundles
 from jobs.spec.counts_file import counted_cells
-from jobs.spec.task import Task, write_task
 from pipeline.config.grid_file import Grid
 from pipeline.tracking import snapshot
 from pipeline.tracking.submissions import Submitted, submissions
 from tests.cluster.bundle_runs import (
     CHECKPOINT_SECONDS,
+    WORLD_SIZE,
     bundle_grid,
     pack_streets,
+    undisturbed,
     write_profile,
 )
 from tests.cluster.chaos_record import Outcome, Strike, failures, judge_all, table
 from tests.cluster.faults import KINDS, Victim, give_disk
 from tests.cluster.slow_training import PAUSE, all_begun
 from tests.cluster.slurm_cluster import PYTHON, Cluster, NoCluster
-from tests.jobs.job_processes import jobs
 from tests.jobs.small_runs import assert_same, results
 
 NUM_BUNDLES = 4
@@ -50,9 +50,8 @@ NUM_NODES = 2 * NUM_BUNDLES + 2  # all bundles train at once, and a lost node ha
 LOSSES = ("CE", "DLNWCE", "WCE")
 EPOCHS = 30  # of two steps
 STEP_SECONDS = 0.4  # at least, so that faults find a running job
-WORLD_SIZE = 2
-# each job has two whole nodes with one rank on each, so that a fault affects one job only
-PROFILE = {"nodes": 2, "tasks_per_node": 1, "cpus_per_task": 8, "array_parallelism": NUM_BUNDLES}
+# each job has two whole nodes, so that a fault affects one job only
+PROFILE = {"cpus_per_task": 8, "array_parallelism": NUM_BUNDLES}
 LAST_STEPS = 8  # of a bundle, in which it is not struck
 DELAY = 2.0  # seconds, the longest wait before a strike
 TWO_CHECKPOINTS = "killed, newest checkpoint cut short"
@@ -103,7 +102,7 @@ def run_chaos(cluster: Cluster, folder: Path, options: ChaosOptions) -> int:
     different: set[str] = set()
     with ThreadPoolExecutor(1) as pool:
         # concurrently with the first round, which mostly waits
-        alone = pool.submit(undisturbed, folder / "undisturbed", data, options.num_bundles)
+        alone = pool.submit(undisturbed, grid_of(folder / "undisturbed", data, options.num_bundles))
         while number == 0 or (deck and not missing):
             number += 1
             current = Round(cluster, folder / f"round{number}", data, options)
@@ -154,24 +153,6 @@ def draw(rng: random.Random, kinds: Sequence[str], number: int) -> list[str]:
 def grid_of(folder: Path, data: str, num_bundles: int) -> Grid:
     """Return the grid whose run is in `folder`."""
     return bundle_grid(folder, data, seeds=range(num_bundles), losses=LOSSES, epochs=EPOCHS)
-
-
-def undisturbed(folder: Path, data: str, num_bundles: int) -> dict:
-    """Train the same grid without Slurm and without faults, and return its results.
-
-    Each bundle is trained by `WORLD_SIZE` processes of this machine.
-    """
-    grid = grid_of(folder, data, num_bundles)
-    with jobs(folder / "logs") as start:
-        for key, cells in bundles(grid.cells).items():
-            (settings,) = grid.datasets.values()
-            task = Task(
-                kind="bundle", name=key, run=str(grid.run.root), data=data,
-                origin=settings.origin(), cells=cells,
-            )  # fmt: skip
-            codes = start(write_task(task), WORLD_SIZE).end(seconds=PATIENCE)
-            assert codes == [0] * WORLD_SIZE, f"the undisturbed training of {key} failed"
-    return results(grid.run)
 
 
 def differing(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""One cluster for the whole test run, and the undisturbed run that others are compared with."""
+"""One cluster for each process that runs tests, and the undisturbed run that others must equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.bundle_runs import LIMITS_REACHED, BundleRun, pack_streets, undisturbed
+from tests.cluster.bundle_runs import BundleRun, bundle_grid, pack_streets, undisturbed
 from tests.cluster.slurm_cluster import Cluster, NoCluster
 
 NUM_NODES = 4
@@ -38,7 +38,7 @@ def streets_on_cluster(cluster) -> str:
 @pytest.fixture(scope="session")
 def expected(cluster, streets_on_cluster) -> dict:
     """The results of the bundle, undisturbed, from as many ranks on this machine alone."""
-    return undisturbed(cluster, cluster.runs / "undisturbed", streets_on_cluster)
+    return undisturbed(bundle_grid(cluster.runs / "undisturbed", streets_on_cluster))
 
 
 @pytest.fixture(scope="session")
@@ -59,21 +59,3 @@ def new_bundle(cluster, streets_on_cluster) -> Iterator[Callable[..., BundleRun]
 def bundle(new_bundle) -> BundleRun:
     """On half of the cluster, so that whoever wants its nodes disturbs nobody else's."""
     return new_bundle(exclude="n[3-4]")
-
-
-@pytest.fixture(scope="session")
-def time_limited(new_bundle) -> tuple[BundleRun, str]:
-    """The bundle with a time limit that it cannot keep in its first starts, submitted, and its job.
-    Slurm looks at limits twice a minute, so that the notice comes after 18 to 48 seconds; the long
-    lead is for busy machines, on which ranks take their time to start."""
-    run = new_bundle(
-        pause=4.0, slow_starts=LIMITS_REACHED, exclude="n[1-2]", minutes=2, lead_seconds=72
-    )
-    return run, run.submit()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _what_takes_longest_goes_first(request: pytest.FixtureRequest) -> None:
-    """It waits most of the time, and the other tests run meanwhile."""
-    if any("time_limited" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        request.getfixturevalue("time_limited")

@@ -13,7 +13,7 @@ from typing import Any
 from tests.cluster import slow_training
 
 LOSS = "CE"
-RANK = 2
+RANK = 1
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ PROFILE = REPOSITORY / "configs/clusters/test-cluster.toml"
 PYTHON = sys.executable
 _PROGRAM = Path(__file__).with_name("cluster")
 _NO_CLUSTER = 3  # the exit code of _PROGRAM that says so
+_POLL = 0.1  # seconds
 _PATIENCE = 300.0  # seconds; a busy machine takes its time to start four ranks
 
 
@@ -213,7 +215,8 @@ def until(
     condition: Callable[[], object], what: str | Callable[[], str], seconds: float = _PATIENCE
 ) -> None:
     """Wait until `condition()` is true, with the patience that a cluster needs."""
-    job_processes.until(condition, what, seconds)
+    # a pause between two questions, or squeue takes the processor that it waits for
+    job_processes.until(lambda: condition() or time.sleep(_POLL), what, seconds)
 
 
 def _claim_number() -> tuple[socket.socket, int]:

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.pack import pack
+from hpc.scheduler.job import ModuleCall
 from jobs.spec.counts_file import read_index
 from pipeline.config.grid_file import Grid, read_grid
-from tests.cluster.bundle_runs import WORLD_SIZE, torchrun
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster
+from tests.jobs.job_processes import jobs
 from tests.jobs.small_runs import assert_all_same, results, task_of
 from tests.pipeline.grids import small_grid
+
+WORLD_SIZE = 4  # two ranks on each of two nodes
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", WORLD_SIZE]
+
+pytestmark = pytest.mark.slow
 
 
 def grid_in(folder: Path) -> Grid:
@@ -30,11 +37,13 @@ def grid_in(folder: Path) -> Grid:
 
 @pytest.fixture(scope="module")
 def on_one_machine(cluster: Cluster) -> dict:
-    """The results of as many ranks that `torchrun` started on this machine, without Slurm."""
+    """The results of as many ranks on this machine, without Slurm; `torchrun` trains the bundle."""
     grid = grid_in(cluster.runs / "one-machine")
-    cluster.answer(PYTHON, "-m", "data_prep.pack", grid.path)
-    torchrun(cluster, task_of(grid, grid.cells[:1], "pretrain"), "jobs.pretrain")
-    torchrun(cluster, task_of(grid))
+    pack("streets", grid.datasets["streets"], processes=1)
+    pretrain = ModuleCall("jobs.pretrain", (str(task_of(grid, grid.cells[:1], "pretrain")),))
+    with jobs(cluster.runs / "one-machine-logs") as start:
+        assert start(pretrain, WORLD_SIZE).end(seconds=600) == [0] * WORLD_SIZE
+    cluster.answer(*TORCHRUN, "-m", "jobs.train", task_of(grid))
     return results(grid.run)
 
 

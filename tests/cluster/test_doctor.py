@@ -16,6 +16,8 @@ from tests.cluster.bundle_runs import bundle_grid
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, until
 from tests.jobs.job_processes import tree
 
+pytestmark = pytest.mark.slow
+
 # so long that a busy machine's disk does not decide
 USUAL = {"lead_seconds": 900, "reduce_nodes": 2, "reduce_tasks_per_node": 2}
 Lines = tuple[int, list[str]]

@@ -14,7 +14,9 @@ from tests.cluster.slurm_cluster import until
 from tests.jobs.small_runs import assert_all_same
 
 WRITER = 0  # the rank that writes checkpoints
-OTHER = 3  # one on the other node
+OTHER = 1  # one on the other node
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,6 @@ def struck_down(new_bundle) -> dict[Callable, BundleRun]:
     All are struck before one goes on, since `grid` takes a job for dead only half a minute after
     its last heartbeat."""
     kinds = (
-        (faults.rank_killed, OTHER),
         (faults.link_cut, WRITER),
         (faults.disk_full, WRITER),
         (faults.newest_checkpoint_cut_short, OTHER),
@@ -53,14 +54,6 @@ def running(bundle: BundleRun) -> Victim:
     return victim
 
 
-def test_a_rank_that_is_killed(struck_down, expected):
-    bundle = struck_down[faults.rank_killed]
-    assert "task 3: Killed" in bundle.log()
-    found = bundle.finish(bundle.submit_again())
-    bundle.assert_resumed_once(most_redone=bundle.most_redone())
-    assert_all_same(found, expected)
-
-
 def test_a_link_between_nodes_that_is_cut(struck_down, expected):
     bundle = struck_down[faults.link_cut]
     found = bundle.finish(bundle.submit_again())
@@ -79,8 +72,9 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(struck_down, expected
     assert_all_same(found, expected)
 
 
-def test_a_newest_checkpoint_that_is_cut_short(struck_down, expected):
+def test_a_rank_that_is_killed_and_a_newest_checkpoint_that_is_cut_short(struck_down, expected):
     bundle = struck_down[faults.newest_checkpoint_cut_short]
+    assert "task 1: Killed" in bundle.log()
     newest = bundle.steps_saved[-1]
     found = bundle.finish(bundle.submit_again())
     assert "is damaged (its checksum differs); passed over" in bundle.log()
@@ -94,7 +88,7 @@ def test_a_node_that_is_cut_off_and_comes_back_while_its_ranks_still_run(new_bun
     bundle = new_bundle()
     victim = running(bundle)
     with faults.node_isolated(victim, WRITER) as stale:
-        assert [process.rank for process in stale] == [0, 1]
+        assert [process.rank for process in stale] == [WRITER]
     found = bundle.finish(victim.job)
     (first, *later), resumed = bundle.starts, bundle.resumed_at
     assert resumed[0] == 0 < min(resumed[1:])

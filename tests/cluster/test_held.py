@@ -18,6 +18,8 @@ from tests.cluster.bundle_runs import IMAGES
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, Cluster, until
 from tests.pipeline.grids import small_grid
 
+pytestmark = pytest.mark.slow
+
 BUNDLES = 2500
 _COMMANDS = ("sbatch", "squeue", "scancel", "sacct")
 _COUNTING = """#!/bin/sh

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import signal
 
-from tests.cluster.bundle_runs import LIMITS_REACHED, TOTAL
+import pytest
+
+from tests.cluster.bundle_runs import LIMITS_REACHED, TOTAL, WORLD_SIZE, BundleRun
 from tests.cluster.slurm_cluster import until
 from tests.jobs.small_runs import assert_all_same
+
+
+@pytest.fixture(scope="module")
+def time_limited(new_bundle) -> tuple[BundleRun, str]:
+    """The bundle with a time limit that it cannot keep in its first starts, submitted, and its job.
+    Slurm looks at limits twice a minute, so that the notice comes after 18 to 48 seconds; the long
+    lead is for busy machines, on which ranks take their time to start."""
+    run = new_bundle(
+        pause=4.0, slow_starts=LIMITS_REACHED, exclude="n[1-2]", minutes=2, lead_seconds=72
+    )
+    return run, run.submit()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_time_limit_passes_meanwhile(request: pytest.FixtureRequest) -> None:
+    """Submit its bundle before the first test, if its test is to run."""
+    if any("time_limited" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("time_limited")
 
 
 def assert_no_step_was_redone(bundle):
@@ -33,6 +53,7 @@ def test_preempted_by_an_urgent_job(cluster, bundle, expected):
     assert_all_same(found, expected)
 
 
+@pytest.mark.slow
 def test_cancelled_and_submitted_again(cluster, bundle, expected):
     job = bundle.submit()
     bundle.wait_for_checkpoint()
@@ -48,17 +69,18 @@ def test_cancelled_and_submitted_again(cluster, bundle, expected):
     assert_all_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, new_bundle, expected):
     bundle = new_bundle(workers=1, exclude="n[3-4]")
     job = bundle.submit()
-    strikes = [(signal.SIGUSR2, 3), (signal.SIGTERM, 0), (signal.SIGINT, 2)]
+    strikes = [(signal.SIGUSR2, 1), (signal.SIGINT, 0)]
     for times, (number, rank) in enumerate(strikes):
         bundle.wait_for_checkpoint(beyond=max(bundle.steps_saved, default=0))
         processes = [p for node in cluster.nodes_of(job) for p in cluster.processes(job, node)]
         ranks = {p.rank: p for p in processes if p.rank is not None}
-        assert sorted(ranks) == [0, 1, 2, 3]
+        assert sorted(ranks) == [0, 1]
         loaders = [p for p in processes if p.is_loader]
-        assert len(loaders) == 4
+        assert len(loaders) == WORLD_SIZE
         ranks[rank].send(number)
         # what is asked here and below is asked before the loop goes on
         until(lambda: len(bundle.stopped_after) == times + 1, bundle.log)  # noqa: B023
@@ -73,6 +95,7 @@ def test_a_signal_to_one_rank_ends_all_in_one_step(cluster, new_bundle, expected
     assert_all_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_costs_one_checkpoint_interval_at_most(cluster, new_bundle, expected):
     bundle = new_bundle()
     job = bundle.submit()
@@ -88,6 +111,7 @@ def test_a_node_that_fails_costs_one_checkpoint_interval_at_most(cluster, new_bu
     assert_all_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_time_limit_shorter_than_the_run(cluster, time_limited, expected):
     bundle, job = time_limited
     until(lambda: bundle.times_started > LIMITS_REACHED, bundle.log, seconds=600)

@@ -7,9 +7,12 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 from tests.cluster.slurm_cluster import PYTHON, REPOSITORY
 
 
+@pytest.mark.slow
 def test_nodes_see_a_checkout_and_its_python_below_tmp(cluster):
     with TemporaryDirectory(dir="/tmp", prefix="lossgrid a clone-") as folder:
         clone, environment = Path(folder, "clone"), Path(folder, "environment")

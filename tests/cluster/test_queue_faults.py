@@ -9,6 +9,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pipeline.tracking.submissions import submissions
 from tests.cluster.bundle_runs import TOTAL, BundleRun
 from tests.cluster.diverging_training import LOSS
@@ -20,6 +22,8 @@ from tests.pipeline.tracking.damages import flip
 SLOW = "tests.cluster.slow_training"
 HOLDS = 'exec {sbatch} --hold "$@"'
 HOLDS_AND_KILLS = '{sbatch} --hold "$@" && kill -KILL $PPID'
+
+pytestmark = pytest.mark.slow
 
 
 def sbatch_that(folder: Path, line: str) -> dict[str, str]:
@@ -126,7 +130,7 @@ def test_counts_that_a_disk_has_damaged(cluster, new_bundle, expected):
     assert reduced == f"{bundle.run.results}: 2 of 2 cells\n"
 
 
-def test_a_loss_that_is_not_finite_on_one_of_four_ranks(cluster, new_bundle, expected):
+def test_a_loss_that_is_not_finite_on_one_of_two_ranks(cluster, new_bundle, expected):
     bundle = new_bundle(exclude="n[3-4]")
     job = bundle.submit("tests.cluster.diverging_training")
     bundle.wait_for_checkpoint()

@@ -13,6 +13,8 @@ from tests.cluster.slurm_cluster import PYTHON
 from tests.hpc.distributed.test_mpi import OPEN_MPI_LIBRARY, needs_open_mpi
 from tests.pipeline.grids import finish, small_grid
 
+pytestmark = pytest.mark.slow
+
 SRUN = ("srun", "--nodes=2", "--ntasks=4")
 
 

@@ -16,6 +16,8 @@ from tests.cluster.slow_reduction import HALT, READING, WRITING, halted
 from tests.cluster.slurm_cluster import PROFILE, PYTHON, until
 from tests.pipeline.grids import finish, small_grid
 
+pytestmark = pytest.mark.slow
+
 BOUND = 120.0  # seconds; Slurm ends a step that has lost a rank in some, a busy machine takes more
 
 
