@@ -21,10 +21,10 @@ from tests.fuzz import cases
 
 _CLUSTER = "tests/cluster/"
 # Each group has a cluster of its own, so that one waits while another works. They take about the
-# same time; only the first has tests that are not slow.
+# same time; only in the first are tests on a cluster that are not slow.
 _GROUPS = (
-    ("submission", "interruptions", "nodes", "reduce"),
-    ("faults", "chaos", "held", "reduce_faults"),
+    ("submission", "interruptions", "nodes", "reduce", "reduce_faults"),
+    ("faults", "chaos", "held"),
     ("queue_faults", "all", "doctor"),
 )
 _PLACES = {

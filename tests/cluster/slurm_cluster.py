@@ -73,7 +73,7 @@ class Cluster:
         try:
             self.do("up", str(nodes))
             self._require_python(nodes)
-        except NoCluster:
+        except BaseException:
             self.end()
             raise
 

@@ -96,6 +96,7 @@ def test_the_ranks_of_two_nodes_get_their_cpus(cluster, folder):
     assert len({rank["SLURMD_NODENAME"] for rank in ranks}) == 2
 
 
+@pytest.mark.slow
 def test_two_jobs_that_start_together_on_one_node_do_not_meet_each_other(cluster, folder):
     calls = [probe(folder, "this", "that"), probe(folder, "that", "this")]
     jobs = queue_of(folder, extra={"nodelist": "n1"}).submit(
