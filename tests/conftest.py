@@ -1,10 +1,9 @@
 """The whole test run: its options, and which tests may run beside which.
 
-    pytest -n 2
+    pytest -n 3
 
-runs two tests at a time. A file's tests run on one worker, and so do the files of a group of tests
-on a Slurm cluster, which share a cluster. More workers would not help: many tests start processes
-of their own.
+runs three tests at a time: two of them fill two cores, and those on a Slurm cluster mostly wait. A
+file's tests run on one worker, and so do the files of a group of tests on a cluster.
 """
 
 from __future__ import annotations
