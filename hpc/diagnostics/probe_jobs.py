@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc.cli import UserError
 from hpc.diagnostics.node_facts import FACTS, answer_hellos
-from hpc.scheduler.base import JobState, Queue, QueueUnreachable
+from hpc.scheduler.base import JobState, Queue
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import START_PREFIX, ModuleCall, is_launchers
@@ -143,7 +143,7 @@ def _end(queue: Queue, jobs: Sequence[str]) -> None:
     """Cancel the jobs and wait until they are gone, since their files are removed next."""
     if not jobs:
         return
-    with suppress(QueueUnreachable):
+    with suppress(UserError):
         queue.cancel(jobs)
         deadline = time.monotonic() + _END_SECONDS
         while time.monotonic() < deadline:

@@ -30,6 +30,7 @@ from hpc.scheduler import sbatch_options
 from hpc.scheduler.base import Queue, QueueUnreachable
 from hpc.scheduler.clean_env import ignored_options
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
+from hpc.scheduler.slurm_cli import SlurmRefused
 
 T = TypeVar("T")
 
@@ -225,7 +226,7 @@ def trial(queue: Queue, profile: ClusterProfile, site: SlurmSite) -> str:
 def _trial(queue: Queue, resources: Resources, num_calls: int) -> str:
     try:
         lines = queue.trial(resources, "doctor", num_calls).splitlines()
-    except QueueUnreachable as error:
+    except SlurmRefused as error:
         raise UserError(f"{error}; fix what the profile asks for") from error
     return re.sub(r"^sbatch: Job \d+ to start at \S+ ", "", lines[-1]) if lines else "it is taken"
 
@@ -233,7 +234,7 @@ def _trial(queue: Queue, resources: Resources, num_calls: int) -> str:
 def _or_skip(question: Callable[[], T]) -> T:
     try:
         return question()
-    except QueueUnreachable as error:
+    except (QueueUnreachable, SlurmRefused) as error:
         raise CheckSkipped(f"accounting does not answer ({error})") from error
 
 
@@ -249,15 +250,17 @@ def _associations(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
 
 
 def _limits(profile: ClusterProfile, site: SlurmSite, silent: bool = True) -> dict[str, Row]:
-    """Return what limits jobs of this profile: its associations, its quality of service and those
-    of its partitions. Without accounting nothing does; `silent=False` raises instead."""
+    """Return the limits of jobs, from associations, the profile's qos and its partitions' qos.
+
+    Without accounting return {}, or raise the error if `silent` is False.
+    """
     try:
         found = {f"the account {row['Account']}": row for row in _associations(profile, site)}
         named: Iterable[str] = [
             profile.qos, *(row.get("QoS", "") for row in known_partitions(profile, site))
         ]  # fmt: skip
         known = {name: site.qos[name] for name in named if name in site.qos}
-    except QueueUnreachable:
+    except (QueueUnreachable, SlurmRefused):
         if silent:
             return {}
         raise

@@ -22,7 +22,8 @@ _QUALITY = ("Name", "MaxSubmitPU", "MaxWall", "MaxTRES")
 class SlurmSite:
     """The answers of scontrol, sacctmgr and srun.
 
-    Attributes raise `QueueUnreachable` if the command does not answer.
+    Attributes raise `QueueUnreachable` if the command does not answer, and `SlurmRefused` if it
+    fails.
     """
 
     @cached_property

@@ -47,14 +47,14 @@ def has_time_limit(profile: ClusterProfile) -> bool:
 
 
 def requeue(env: RankEnv) -> bool:
-    """Put the job of this process back into its queue; for its rank 0 after a signal to stop.
+    """Put this job back into its queue. Only rank 0 calls it, after a signal to stop.
 
     Returns:
-        True if the queue starts the job again. False, with nothing done, if the launcher has no
-        such queue, or the queue is ending the job already.
+        True if the queue will start the job again. False if nothing was done: the job has no such
+        queue, or the queue is ending it already.
 
     Raises:
-        QueueUnreachable: The queue does not answer, or refuses.
+        UserError: The queue does not answer, or refuses.
     """
     return bool(env.job_id) and slurm_cli.requeue(env.job_id)
 

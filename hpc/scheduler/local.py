@@ -12,7 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGKILL, SIGTERM, signal
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from hpc.scheduler.base import (
     DEPENDENCY_FAILED,
     NO_RUNNER,
     JobState,
-    Outcome,
     needed_job_failed,
 )
 from hpc.scheduler.clean_env import called_clean, visible_gpus
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.2
 _KILL_WAIT_SECONDS = 60.0  # time of a cancelled job to save
-_SHORT_SECONDS = 3.0  # for which a job may have fewer ranks than it should
+_SHORT_SECONDS = 3.0  # a job with too few live ranks for this long is stopped
 _UNSUCCESSFUL = ("failed", "cancelled", DEPENDENCY_FAILED)
 _NO_LIMIT_MINUTES = 60 * 24 * 365 * 10
 
@@ -55,8 +55,9 @@ _NO_LIMIT_MINUTES = 60 * 24 * 365 * 10
 class LocalQueue:
     """A `hpc.scheduler.base.Queue` on one machine.
 
-    Jobs start in order, `profile.local_jobs` at a time, without a time limit. They run in the
-    working directory of `submit` and the environment of the process that started the runner.
+    Jobs start in order of submission, except those that wait for others. `profile.local_jobs` run
+    at a time, without a time limit. They run in the directory where `submit` was called, and in the
+    environment of the process that started the runner.
     """
 
     has_site = False
@@ -99,8 +100,10 @@ class LocalQueue:
         return ids
 
     def gone_is_certain(self, job_id: str) -> bool:
-        """Return True for jobs of this queue: the kernel holds a job's lock as long as one of its
-        processes lives. "", no job at all, is gone too."""
+        """Return True for a job of this queue, and for "", which is no job.
+
+        The kernel holds a job's lock as long as one of its processes lives.
+        """
         return not job_id or is_local(job_id)
 
     def check(self) -> None:
@@ -258,7 +261,7 @@ class Runner:
             if any(outcome not in ("succeeded", "unknown") for outcome in needed):
                 return False
             self._start(job_id, job, self._free_gpus(job, running))
-        except (OSError, UserError) as error:
+        except (OSError, UserError, KeyError) as error:
             self._refuse(job_id, error)
             return False
         return True
@@ -288,42 +291,51 @@ class Runner:
                 self._processes[job_id] = executor.submit(call)
 
     def _refuse(self, job_id: str, error: Exception) -> None:
-        text = f"error: {one_line(str(error))}\n"
-        write_text(self.jobs.path(job_id, "refused"), text)
+        damage = f"the job file of {job_id} has no key {error}"
+        said = damage if isinstance(error, KeyError) else one_line(str(error))
+        write_text(self.jobs.path(job_id, "refused"), f"error: {said}\n")
         self.jobs.end(job_id, "failed")
 
     def _record_end(self, job_id: str) -> None:
         self._processes.pop(job_id, None)
-        cancelled = self.jobs.path(job_id, "cancelled").exists()
-        results = self._results(job_id)
-        succeeded = len(results) == self.jobs.read(job_id)["tasks"] and set(results) == {"success"}
-        outcome: Outcome = "succeeded" if succeeded else "cancelled" if cancelled else "failed"
-        self.jobs.end(job_id, outcome)
+        if self.jobs.path(job_id, "cancelled").exists():  # even if it ended well
+            return self.jobs.end(job_id, "cancelled")
+        try:
+            tasks, results = self.jobs.read(job_id)["tasks"], self._results(job_id)
+        except (OSError, UserError, KeyError) as error:
+            return self._refuse(job_id, error)
+        succeeded = len(results) == tasks and set(results) == {"success"}
+        return self.jobs.end(job_id, "succeeded" if succeeded else "failed")
 
     def _stop(self, job_id: str) -> None:
         """Send SIGTERM to the controller, which passes it to the ranks; later SIGKILL to all."""
         alive = processes(self.jobs.path(job_id, "lock"))
         if job_id not in self._stopped:
             self._stopped[job_id] = time.monotonic()
-            send(SIGTERM, [pid for pid, parent in alive.items() if parent not in alive])
+            send(SIGTERM, _controllers(alive))
         elif time.monotonic() - self._stopped[job_id] > _KILL_WAIT_SECONDS:
             send(SIGKILL, alive)
 
     def _lost_a_rank(self, job_id: str) -> bool:
         """Return True if a rank has failed while others run, which may wait for it forever."""
-        tasks = self.jobs.read(job_id)["tasks"]
-        if tasks == 1:
-            return False
-        if not 0 < self._num_ranks(job_id) < tasks - self._results(job_id).count("success"):
+        if not self._is_short(job_id):
             self._short_since.pop(job_id, None)
             return False
         # a job whose ranks are being started looks the same for some milliseconds
         since = self._short_since.setdefault(job_id, time.monotonic())
         return time.monotonic() - since > _SHORT_SECONDS
 
+    def _is_short(self, job_id: str) -> bool:
+        """Return True if fewer ranks live than should; False if the job file is damaged."""
+        with suppress(OSError, UserError, KeyError):  # `_record_end` reports the damage
+            tasks = self.jobs.read(job_id)["tasks"]
+            missing = tasks - self._results(job_id).count("success")
+            return tasks > 1 and 0 < self._num_ranks(job_id) < missing
+        return False
+
     def _num_ranks(self, job_id: str) -> int:
         alive = processes(self.jobs.path(job_id, "lock"))
-        controllers = [pid for pid, parent in alive.items() if parent not in alive]
+        controllers = _controllers(alive)
         return sum(parent in controllers for parent in alive.values())
 
     def _results(self, job_id: str) -> list[str]:
@@ -334,9 +346,14 @@ class Runner:
         return Path(self.jobs.read(job_id)["folder"]) / job_id
 
 
+def _controllers(alive: Mapping[int, int]) -> list[int]:
+    """Return the processes of a job whose parent is outside of it: submitit's controller."""
+    return [pid for pid, parent in alive.items() if parent not in alive]
+
+
 def _python_command(job_id: str, job: dict[str, Any], gpus: Sequence[str]) -> str:
-    # submitit numbers GPUs from 0, and runs `setup` in a shell that may keep signals from the job.
-    # So both come before the interpreter, and each step replaces itself by the next.
+    # submitit numbers GPUs from 0, and its shell for `setup` may keep signals from the job. So both
+    # are set here, before the interpreter, by commands that `exec` the next one.
     words = ["env", f"LOSSGRID_JOB_ID={job_id}", f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"]
     if job["setup"]:
         words += ["bash", "-c", "\n".join([*job["setup"], 'exec "$0" "$@"'])]

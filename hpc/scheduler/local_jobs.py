@@ -2,8 +2,8 @@
 
 `ID.json` is a local job: it says what to run. `ID.started` and `ID.ended` are written once each, so
 a job starts at most once, whichever process dies in between. All processes of a job inherit the
-open and locked `ID.lock` as standard input, and the kernel frees the lock with the last of them.
-The lock thus tells if a job lives, even if its runner was killed, process ids were reused, or
+open and locked `ID.lock` as standard input. The kernel releases the lock when the last of them
+ends. The lock thus tells if a job lives, even if its runner was killed, process ids were reused, or
 another host asks.
 """
 
@@ -204,6 +204,15 @@ def result_of(file: Path) -> str:
 
 
 def choose_gpus(wanted: int, visible: Sequence[str], taken: Iterable[str]) -> list[str]:
-    """Return `wanted` of the `visible` GPUs, first those that no other job has."""
+    """Return `wanted` of the `visible` GPUs, first those that no other job has.
+
+    Raises:
+        UserError: So many are not visible.
+    """
+    if wanted > len(visible):
+        raise UserError(
+            f"the job needs {wanted} GPUs, and CUDA_VISIBLE_DEVICES shows {len(visible)}; set "
+            "gpus_per_node in the cluster profile"
+        )
     taken = set(taken)
     return sorted(visible, key=lambda gpu: gpu in taken)[:wanted]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from functools import cached_property
@@ -31,6 +32,7 @@ from hpc.scheduler.base import (
 from hpc.scheduler.clean_env import batch_lines, called_clean, ignored_options
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources
 from hpc.scheduler.job import ModuleCall, rank_logs
+from hpc.scheduler.slurm_cli import SlurmRefused
 from hpc.storage.atomic import new_file
 from hpc.storage.permissions import private_folder
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 _SUCCEEDED = "COMPLETED"
 _ELSE_LOCAL = "; if this machine is in no cluster, add --cluster local"
+_LONG_ARRAY = 100  # elements
 _ELEMENT = "${SLURM_ARRAY_TASK_ID:-0}"
 # submitit's name of a job
 _JOB = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
@@ -97,9 +100,9 @@ class SlurmQueue:
         token: str = "",
         needs: Sequence[str] = (),
     ) -> list[str]:
-        """Queue the calls as one array, or as several if it is longer than the site allows.
+        """Submit the calls as one array, or as several if there are more calls than MaxArraySize.
 
-        A single call is a plain job. If Slurm refuses one array, all others are cancelled.
+        A single call is a plain job. If Slurm refuses an array, those sent before it are cancelled.
         """
         private_folder(self.folder, self.profile.group)
         self._warn_once()
@@ -130,8 +133,7 @@ class SlurmQueue:
         Finds nothing if the site, or the profile, gives jobs comments of its own.
         """
         found: dict[str, dict[int, str]] = {token: {} for token in tokens}
-        none: dict[str, str] = {}
-        for job_id, comment in self._if_reachable(slurm_cli.comments, none).items():
+        for job_id, comment in self._if_reachable(slurm_cli.comments, dict[str, str]()).items():
             token, _, first = comment.partition("+")
             if token in found and first.isdigit():
                 found[token][int(first) + int(job_id.partition("_")[2] or 0)] = job_id
@@ -140,17 +142,22 @@ class SlurmQueue:
     def job_states(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Return the state of each job, by one squeue call."""
         ids = list(ids)
-        arrays = sorted({job_id.partition("_")[0] for job_id in _of_slurm(ids)})
-        none: dict[str, JobState] = {}
-        seen = self._if_reachable(lambda: slurm_cli.job_states(arrays), none) if arrays else none
+        return self._states_of(ids, self._known(ids))
+
+    def _known(self, ids: Iterable[str]) -> dict[str, JobState]:
+        """Return the jobs in the arrays of `ids` that Slurm knows; {} if it does not answer."""
+        arrays = sorted({_array_of(job_id) for job_id in _of_slurm(ids)})
+        return self._if_reachable(lambda: slurm_cli.job_states(arrays), {}) if arrays else {}
+
+    def _states_of(self, ids: Iterable[str], known: dict[str, JobState]) -> dict[str, JobState]:
         other = JobState("unknown" if self.unreachable else "gone")
-        return {job_id: seen.get(job_id, other) for job_id in ids}
+        return {job_id: known.get(job_id, other) for job_id in ids}
 
     def final_states(self, ids: Iterable[str]) -> dict[str, str]:
         """Return how jobs ended that squeue no longer shows; {} if sacct does not answer."""
         try:
             return slurm_cli.final_states(known) if (known := _of_slurm(ids)) else {}
-        except QueueUnreachable:
+        except (QueueUnreachable, SlurmRefused):
             return {}
 
     def free_slots(self) -> int | None:
@@ -252,7 +259,8 @@ class SlurmQueue:
 
         sbatch may refuse a dependency on a job that Slurm no longer knows.
         """
-        jobs = self.job_states([*after, *needs])
+        known = self._known([*after, *needs])
+        jobs = self._states_of([*after, *needs], known)
         gone = {job_id: jobs[job_id].why for job_id in needs if jobs[job_id].state == "gone"}
         gone |= self.final_states([job_id for job_id, word in gone.items() if not word])
         for job_id, word in gone.items():
@@ -263,6 +271,8 @@ class SlurmQueue:
             kind: [job_id for job_id in dict.fromkeys(ids) if jobs[job_id].state != "gone"]
             for kind, ids in kinds.items()
         }
+        # not for afterok, since an element outside of `needs` may have failed
+        alive["afterany"] = _whole_arrays(alive["afterany"], known)
         return ",".join(f"{kind}:{':'.join(ids)}" for kind, ids in alive.items() if ids)
 
     @cached_property
@@ -277,6 +287,22 @@ class SlurmQueue:
 def _of_slurm(ids: Iterable[str]) -> list[str]:
     """Leave out jobs of the local queue: one such id makes squeue refuse the whole question."""
     return [job_id for job_id in ids if job_id[:1].isdecimal()]
+
+
+def _array_of(job_id: str) -> str:
+    return job_id.partition("_")[0]
+
+
+def _whole_arrays(ids: Iterable[str], known: dict[str, JobState]) -> list[str]:
+    """Name a long array in place of its elements if `ids` has all of them that have not ended.
+
+    Slurm puts the dependency into the job's environment, where a text has 128 KiB at most.
+    """
+    ids = list(ids)
+    left = Counter(_array_of(job_id) for job_id, job in known.items() if job.state != "gone")
+    named = Counter(map(_array_of, ids))
+    whole = {array for array, number in named.items() if number == left[array] >= _LONG_ARRAY}
+    return list(dict.fromkeys(_array_of(i) if _array_of(i) in whole else i for i in ids))
 
 
 def _array_token(token: str, first: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from hpc.account import user_name
-from hpc.cli import one_line
+from hpc.cli import UserError, one_line
 from hpc.scheduler.base import DEFAULT_MAX_ARRAY_SIZE, JobState, QueueUnreachable
 from hpc.scheduler.clean_env import slurm_environ
 from hpc.scheduler.exit_cause import NEVER_SATISFIED
@@ -20,7 +20,16 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
           "PREEMPTED", "REVOKED", "TIMEOUT"}  # fmt: skip
 _TIMEOUT_SECONDS = 60.0
 _LATER = "jobs go on; run it again when Slurm answers"
+_REFUSAL = re.compile(
+    r"Invalid (job|user|account|partition|qos)|denied|operation is presently disabled"
+    r"|already (completing|finished)|no longer pending"
+)
+_IDS_AT_ONCE = 5000  # ids of 20 characters are 100 kB; Linux takes 128 KiB as one argument
 _MIN_RANGE = 16  # shorter runs of array elements are cancelled one by one
+
+
+class SlurmRefused(UserError):
+    """Slurm answered, and refused a question or a request."""
 
 
 def answer(command: Sequence[str], gone_is_fine: bool = False) -> str:
@@ -31,6 +40,7 @@ def answer(command: Sequence[str], gone_is_fine: bool = False) -> str:
         gone_is_fine: If the command fails because a job is gone, return its output.
 
     Raises:
+        SlurmRefused: Slurm refuses the request.
         QueueUnreachable: The command is not on PATH, fails, or does not end within 60 s.
     """
     done = _run(command)
@@ -38,6 +48,8 @@ def answer(command: Sequence[str], gone_is_fine: bool = False) -> str:
         # the last line is the failure; those before it are its attempts
         said = done.stderr.strip().rpartition("\n")[2].strip()
         said = re.sub(r"^\w+: (fatal|error): ", "", said) or f"exit status {done.returncode}"
+        if _REFUSAL.search(said):
+            raise SlurmRefused(f"{command[0]} failed: {one_line(said)}")
         raise QueueUnreachable(f"{command[0]} failed: {one_line(said)}; {_LATER}")
     return done.stdout
 
@@ -46,12 +58,13 @@ def ask(*command: str) -> str:
     """Return what a Slurm command that changes nothing prints on standard output and error.
 
     Raises:
-        QueueUnreachable: The command refuses, or does not answer.
+        SlurmRefused: The command fails.
+        QueueUnreachable: The command is not on PATH, or does not end within 60 s.
     """
     done = _run(command)
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise QueueUnreachable(f"{command[0]} says: {one_line('; '.join(said[-2:]))}")
+        raise SlurmRefused(f"{command[0]} says: {one_line('; '.join(said[-2:]))}")
     return done.stdout + done.stderr  # some commands answer on standard error
 
 
@@ -61,9 +74,12 @@ def not_on_path(name: str) -> QueueUnreachable:
 
 
 def job_states(ids: Iterable[str]) -> dict[str, JobState]:
-    """Return the states of the jobs and arrays that Slurm still knows, by one squeue call."""
+    """Return the states of the jobs and arrays that Slurm still knows, by one squeue call.
+
+    More than 5000 ids take several calls.
+    """
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
-    lines = answer([*command, f"--jobs={','.join(ids)}"], gone_is_fine=True).splitlines()
+    lines = _ask_of(command, list(ids), gone_is_fine=True)
     rows = (line.split(maxsplit=2) for line in lines if line.strip())
     return {job_id: _job_state(word, *reason) for job_id, word, *reason in rows}
 
@@ -81,9 +97,12 @@ def num_queued() -> int:
 
 
 def final_states(ids: Sequence[str]) -> dict[str, str]:
-    """Return the state code of those jobs that accounting says have ended, by one sacct call."""
+    """Return the state code of those jobs that accounting says have ended, by one sacct call.
+
+    More than 5000 ids take several calls.
+    """
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
-    lines = answer([*command, f"--jobs={','.join(ids)}"]).splitlines()
+    lines = _ask_of(command, ids)
     rows = (line.split("|") for line in lines if line.count("|") == 1)
     words = {job_id: state.split(maxsplit=1)[0] for job_id, state in rows if state.strip()}
     return {job_id: words[job_id] for job_id in ids if words.get(job_id) in _ENDED}
@@ -108,7 +127,7 @@ def submit_limit(account: str, qos: str) -> int | None:
     for question in questions:
         try:
             said = answer(["sacctmgr", "--noheader", "--parsable2", "show", *question])
-        except QueueUnreachable:  # no accounting, no limit
+        except (QueueUnreachable, SlurmRefused):  # no accounting, no limit
             continue
         found += [int(word) for word in said.split() if word.isdigit()]
     return min(found, default=None)
@@ -126,20 +145,28 @@ def requeue(job_id: str) -> bool:
     running until its grace time is over.
 
     Args:
-        job_id: `ARRAY_TASK` for an element of an array. The raw id of an array's last element is
-            the array's, and would requeue all elements.
+        job_id: `ARRAY_TASK` for an element of an array. Do not pass SLURM_JOB_ID: for one element
+            it equals the array's id, and Slurm would requeue every element.
 
     Returns:
         False, with nothing done, if Slurm is ending the job already: requeueing would revive a
         cancelled job.
 
     Raises:
-        QueueUnreachable: Slurm does not answer, or refuses.
+        SlurmRefused: Slurm refuses.
+        QueueUnreachable: Slurm does not answer.
     """
     if answer(["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]).strip() != "RUNNING":
         return False
     answer(["scontrol", "requeue", job_id])
     return True
+
+
+def _ask_of(command: Sequence[str], ids: Sequence[str], gone_is_fine: bool = False) -> list[str]:
+    """Return the lines that a command prints about jobs."""
+    portions = (ids[at : at + _IDS_AT_ONCE] for at in range(0, len(ids), _IDS_AT_ONCE))
+    answers = (answer([*command, f"--jobs={','.join(some)}"], gone_is_fine) for some in portions)
+    return [line for text in answers for line in text.splitlines()]
 
 
 def _as_ranges(ids: Iterable[str]) -> list[str]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import submitit
 from submitit.core.core import Job
-from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
+from submitit.core.utils import DelayedSubmission, JobPaths
 
-from hpc.cli import one_line
+from hpc.cli import UserError, one_line
 
 # `ID[;CLUSTER]`, or sbatch's usual line if a wrapper of the site drops --parsable
 _ANSWER = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
@@ -71,13 +71,13 @@ def parse_job_id(answer: str) -> str:
     """Return the last job id in the output of sbatch; a site's wrapper may print other lines.
 
     Raises:
-        FailedSubmissionError: No line is a job id.
+        UserError: No line is a job id.
     """
     lines: Sequence[str] = [line.strip() for line in answer.splitlines()]
     found = [match for match in map(_ANSWER.fullmatch, lines) if match]
     if not found:
-        raise FailedSubmissionError(
-            f"it printed no job id, but {one_line(answer)!r}; see with squeue whether it has queued"
-            " the job"
+        raise UserError(
+            f"sbatch printed no job id: {one_line(answer)!r}; check with squeue whether the job is "
+            "queued"
         )
     return found[-1].group(1)

@@ -20,8 +20,8 @@ from hpc.scheduler.cluster_profile import ClusterProfile, Resources
 from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
 from hpc.scheduler.local import LocalQueue, Runner
-from hpc.scheduler.local_jobs import processes, result_of
-from hpc.storage.atomic import read_json
+from hpc.scheduler.local_jobs import LocalJobs, choose_gpus, processes, result_of
+from hpc.storage.atomic import read_json, write_json
 from hpc.storage.locks import take_lock
 from tests.hpc.scheduler.hostile import HOSTILE
 
@@ -416,6 +416,42 @@ def test_a_job_that_cannot_start_says_why(place, monkeypatch):
     wait_until_gone(queue, [*held, job])
     assert outcome(queue, job) == "failed"
     assert "No such file" in (last_error(queue.log_files(job)) or "")
+
+
+def test_a_damaged_job_fails_and_the_others_go_on(tmp_path):
+    jobs = LocalJobs(tmp_path / "queue")
+    common = {"local_jobs": 1, "after": [], "needs": [], "gpus": 0, "folder": str(tmp_path)}
+    with jobs.locked():
+        started, other = jobs.add([{**common, "tasks": 1}, {**common, "local_jobs": 0}])
+    write_json(jobs.path(started, "started"), {"gpus": []})
+    jobs.path(started, "lock").touch()
+    jobs.path(started, "json").write_text("{")
+    runner = Runner(jobs, (tmp_path / "queue/lock").open("a"))
+    assert runner._step()
+    assert jobs.job_state(started) == ("gone", "failed")
+    assert "damaged" in jobs.path(started, "refused").read_text()
+    assert jobs.state(other) == "waiting"
+
+
+def test_a_running_job_with_a_damaged_file_runs_on(tmp_path):
+    jobs = LocalJobs(tmp_path)
+    (job,) = jobs.add([{}])
+    assert not Runner(jobs, (tmp_path / "lock").open("a"))._lost_a_rank(job)
+
+
+def test_a_job_file_without_a_key_fails(tmp_path):
+    jobs = LocalJobs(tmp_path)
+    (job,) = jobs.add([{"tasks": 1}])
+    assert not Runner(jobs, (tmp_path / "lock").open("a"))._try_start(job, [])
+    assert jobs.outcome(job) == "failed"
+    said = f"error: the job file of {job} has no key 'local_jobs'\n"
+    assert jobs.path(job, "refused").read_text() == said
+
+
+def test_more_gpus_than_are_visible_are_refused():
+    assert choose_gpus(2, ["0", "1", "2"], taken=["0"]) == ["1", "2"]
+    with pytest.raises(UserError, match="needs 2 GPUs, and CUDA_VISIBLE_DEVICES shows 1"):
+        choose_gpus(2, ["0"], taken=[])
 
 
 def test_more_than_one_node_is_refused(place):

@@ -12,6 +12,7 @@ import pytest
 
 from hpc.cli import UserError
 from hpc.config import parse
+from hpc.scheduler import slurm_cli
 from hpc.scheduler.auto import jobs_at_once, open_queue
 from hpc.scheduler.base import JobState, QueueUnreachable
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
@@ -19,7 +20,7 @@ from hpc.scheduler.exit_cause import exit_cause
 from hpc.scheduler.job import ModuleCall, last_error
 from hpc.scheduler.local import LocalQueue
 from hpc.scheduler.slurm import SlurmQueue
-from hpc.scheduler.slurm_cli import requeue
+from hpc.scheduler.slurm_cli import SlurmRefused, requeue
 from tests.hpc.scheduler.hostile import HANDED_ON, HOSTILE
 from tests.hpc.scheduler.test_local import states
 
@@ -489,9 +490,38 @@ def test_the_job_id_is_found_among_other_lines_of_sbatch(slurm, logs, answer):
     assert all(words[0] == "--parsable" for words in slurm.asked("sbatch"))
 
 
+def test_a_stage_waits_for_a_long_array_by_its_name(slurm, logs):
+    """Element by element, 10,000 jobs would not fit into one variable of the job's environment."""
+    ids = [f"7_{n}" for n in range(101)]
+    states = "".join(f"{job} PENDING None\n" for job in ids)
+    slurm.answer("queue", f"7_101 COMPLETED None\n{states}8 RUNNING None\n")
+    queue = open_slurm(logs)
+    queue.submit([call("a")], Resources(), "all", after=[*ids, "7_101", "8"])
+    assert slurm.options()["dependency"] == "afterany:7:8"
+    queue.submit([call("a")], Resources(), "but one", after=ids[1:])
+    assert slurm.options(2)["dependency"] == f"afterany:{':'.join(ids[1:])}"
+
+
+def test_twelve_thousand_jobs_fit_into_commands(slurm, logs):
+    ids = [f"1234567_{n}" for n in range(12_000)]
+    slurm.answer("accounting", "".join(f"{job}|FAILED\n" for job in ids))
+    assert set(open_slurm(logs).final_states(ids).values()) == {"FAILED"}
+    assert len(slurm.asked("sacct")) == 3
+
+
+def test_a_refusal_does_not_ask_to_wait_for_slurm(monkeypatch):
+    said = "scancel: error: Kill job error on job id 7: Access/permission denied"
+    refused = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(slurm_cli, "_run", lambda _: refused)
+    with pytest.raises(SlurmRefused, match=r"^scancel failed: .*/permission denied$"):
+        slurm_cli.cancel(["7"])
+
+
 def test_an_answer_without_a_job_id_is_an_error(slurm, logs):
     slurm.answer("answer", "your job 7 is the best\n")
-    with pytest.raises(UserError, match=r"printed no job id, but 'your job 7 .*; see with squeue"):
+    with pytest.raises(
+        UserError, match=r"^sbatch printed no job id: 'your job 7 .*; check with s"
+    ):
         open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
