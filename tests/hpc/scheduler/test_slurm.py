@@ -519,9 +519,7 @@ def test_a_refusal_does_not_ask_to_wait_for_slurm(monkeypatch):
 
 def test_an_answer_without_a_job_id_is_an_error(slurm, logs):
     slurm.answer("answer", "your job 7 is the best\n")
-    with pytest.raises(
-        UserError, match=r"^sbatch printed no job id: 'your job 7 .*; check with s"
-    ):
+    with pytest.raises(UserError, match=r"^sbatch printed no job id: 'your job 7 .*; check with s"):
         open_slurm(logs).submit([call("a")], Resources(), "one")
 
 
