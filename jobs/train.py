@@ -23,7 +23,7 @@ from data_prep.shards.manifest import Manifest
 from data_prep.shards.reader import SplitReader
 from hpc.cli import UserError, argument_parser, run
 from hpc.distributed.launcher import read_env
-from hpc.distributed.preemption import StopRequest, stop_request
+from hpc.distributed.preemption import STOPPED_BY, StopRequest, stop_request
 from hpc.distributed.process_group import Group, process_group
 from hpc.scheduler.auto import requeue
 from hpc.storage import checkpoint
@@ -285,7 +285,7 @@ def stop_and_requeue(job: JobRun, step: int, total: int) -> bool:
     """
     job.finish("stopped", step, total)
     name = job.stop.signal.name if job.stop.signal else "another rank's signal"
-    job.log(f"stopped by {name} after step {step} of {total}")  # `exit_cause` reads this line
+    job.log(f"{STOPPED_BY} {name} after step {step} of {total}")
     requeued: bool = job.group.broadcast(job.group.is_main and _requeue(job))
     job.log("requeued" if requeued else "not requeued; run grid again to resume")
     return requeued

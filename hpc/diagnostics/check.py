@@ -64,7 +64,7 @@ class Check:
             return CheckResult("skip", self.name, str(reason))
         except Exception as error:  # an unforeseen answer of a site
             broken = f"the check itself failed ({type(error).__name__}: {error})"
-            message = f"{broken}; please report it, and go by the others"
+            message = f"{broken}; please report it; the other checks are valid"
             return CheckResult("FAIL", self.name, message)
 
 

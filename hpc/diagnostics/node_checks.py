@@ -164,7 +164,7 @@ def graphics(profile: ClusterProfile, report: Report) -> str:
     ranks = of_ranks(report, "device", "fix python or setup in the profile")
     if not profile.gpus_per_node:
         raise CheckSkipped("the profile asks for none (gpus_per_node)")
-    if blind := [place for place, device in ranks.items() if device["name"] == "cpu"]:
+    if blind := [rank for rank, device in ranks.items() if device["name"] == "cpu"]:
         raise UserError(
             f"torch sees no GPU on {blind[0]}; install a build of torch for CUDA, or see with "
             "`nvidia-smi` in a job whether the node has one"
@@ -182,9 +182,9 @@ def network(profile: ClusterProfile, report: Report) -> str:
     )
     found = of_ranks(report, "met", remedy)
     right = sum(range(1, report.probe.world_size + 1))
-    for place, met in found.items():
+    for rank, met in found.items():
         if met["sum"] != right:
-            raise UserError(f"{place} has a sum of {met['sum']:g} instead of {right}; {remedy}")
+            raise UserError(f"{rank} has a sum of {met['sum']:g} instead of {right}; {remedy}")
     slowest = max(met["seconds"] for met in found.values())
     return f"{len(found)} ranks added 4 MB up in {1000 * slowest:.0f} ms{over}"
 
@@ -207,10 +207,10 @@ def mpi_world(profile: ClusterProfile, report: Report) -> str:
     """Check that MPI sees every rank that srun started."""
     remedy = "set mpi in the profile to what mpi4py's MPI speaks (`srun --mpi=list`)"
     found = of_ranks(report, "world", remedy)
-    for place, size in found.items():
+    for rank, size in found.items():
         if size != report.probe.world_size:
             raise UserError(
-                f"MPI sees {size} ranks on {place}, but {report.probe.world_size} started; {remedy}"
+                f"MPI sees {size} ranks on {rank}, but {report.probe.world_size} started; {remedy}"
             )
     return f"{report.probe.world_size} ranks in one world, by {profile.mpi or 'the site default'}"
 

@@ -1,4 +1,4 @@
-"""Check the nodes of a partition against a profile, one property per check, so that it is named.
+"""Check the nodes of a partition against a profile, one property per check.
 
 Each check returns its evidence. It raises `UserError` if it fails, `CheckWarning`, or
 `CheckSkipped`.

@@ -68,16 +68,16 @@ class Report:
 @contextmanager
 def temporary_folder(parent: Path, group: str) -> Iterator[Path]:
     """Make a private folder in `parent` for the block; then remove it and all new parents."""
-    made = [place for place in (parent, *parent.parents) if not place.exists()]
+    made = [new for new in (parent, *parent.parents) if not new.exists()]
     folder = parent / f"{TEMPORARY_PREFIX}doctor-{uuid.uuid4().hex[:12]}"
     try:
         private_folder(folder, group)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for place in made:
+        for new in made:
             with suppress(OSError):  # the folder is not empty any more
-                place.rmdir()
+                new.rmdir()
 
 
 def run_probe_jobs(

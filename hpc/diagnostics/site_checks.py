@@ -87,10 +87,10 @@ def account(profile: ClusterProfile, site: SlurmSite) -> str:
     if not own:
         if enforced:
             raise UserError(
-                f"accounting knows no account of {site.user!r}, and Slurm takes no job without; "
+                f"accounting knows no account of {site.user!r}, and Slurm requires one; "
                 "ask the site's administrators for one"
             )
-        raise CheckSkipped(f"accounting knows no account of {site.user!r}, and Slurm wants none")
+        raise CheckSkipped(f"accounting knows no account of {site.user!r}; Slurm requires none")
     if profile.account and profile.account not in own:
         raise UserError(
             f"account = {shown(profile.account)} is no account of {site.user!r}; "
@@ -241,11 +241,11 @@ def _or_skip(question: Callable[[], T]) -> T:
 def _associations(profile: ClusterProfile, site: SlurmSite) -> list[Row]:
     """Return the user's associations in the profile's account, or in the only one, that apply to
     its partition."""
-    places = {"", *profile.partition.split(",")}
+    partitions = {"", *profile.partition.split(",")}
     accounts = {row["Account"] for row in site.associations}
     own = {profile.account} if profile.account else accounts if len(accounts) == 1 else set()
     return [
-        row for row in site.associations if row["Account"] in own and row["Partition"] in places
+        row for row in site.associations if row["Account"] in own and row["Partition"] in partitions
     ]
 
 

@@ -51,23 +51,23 @@ class World:
         if self._communicator:
             self._communicator.Barrier()
 
-    def rows_to_root(self, arrays: Iterable[NDArray[np.int64]], places: NDArray[np.intp]) -> None:
+    def rows_to_root(self, arrays: Iterable[NDArray[np.int64]], rows: NDArray[np.intp]) -> None:
         """Copy the rows of all ranks into rank 0's arrays.
 
         Args:
-            arrays: int64, C-contiguous, as many on each rank, with rows of equal shape. On rank 0
-                they hold all rows, its own already filled in. On another rank they begin with the
-                `len(places)` rows that it sends.
-            places: row numbers in rank 0's arrays, of this rank's rows. Distinct over all ranks.
+            arrays: int64, C-contiguous, the same number on each rank, with rows of equal shape.
+                Rank 0's arrays have space for all rows and already hold its own. Another rank's
+                arrays begin with the `len(rows)` rows that it sends.
+            rows: the numbers of this rank's rows in rank 0's arrays. Distinct over all ranks.
         """
-        of_ranks = self.gather(places)
+        of_ranks = self.gather(rows)
         assert of_ranks is None or len(found := np.concatenate(of_ranks)) == len(np.unique(found))
         for array in arrays:
             assert array.dtype == np.int64 and array.flags.c_contiguous
             most = max(1, _MESSAGE_BYTES // (array.itemsize * math.prod(array.shape[1:])))
             if of_ranks is None:
-                for at in range(0, len(places), most):
-                    self._communicator.Send(array[at : min(at + most, len(places))], dest=0)
+                for at in range(0, len(rows), most):
+                    self._communicator.Send(array[at : min(at + most, len(rows))], dest=0)
                 continue
             received = np.empty((most, *array.shape[1:]), np.int64)
             for source, theirs in enumerate(of_ranks[1:], start=1):

@@ -1,4 +1,4 @@
-"""Define the interface of a job queue: what callers submit, ask and get, whatever runs the jobs."""
+"""Define the interface of a job queue, which Slurm and the local queue implement."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ class Queue(Protocol):
     poll_seconds: float
 
     def gone_is_certain(self, job_id: str) -> bool:
-        """Return whether a job that is `gone` has no process left. It is uncertain for a job of
-        another queue, as after a change of the cluster profile."""
+        """Return True if a job that is `gone` surely has no process left.
+
+        False for a job of another queue: the user may have changed the cluster profile.
+        """
 
     def check(self) -> None:
         """Ask whether the queue answers.

@@ -23,8 +23,9 @@ _OUR_OPTIONS = {
 _OTHER_CLUSTERS = "clusters"
 
 
-# For a script and for `bash -c`. Without errtrace the trap covers the setup lines, and no command
-# inside the functions `module` and `conda`. A sourced file or an `eval` may fail on purpose.
+# For a script and for `bash -c`. Without errtrace, the trap covers the setup lines, but no command
+# inside functions such as `module` and `conda`. Lines with `eval` and sourced commands are exempt,
+# since they may fail on purpose.
 _GUARD = (
     "setup_failed() {  # STATUS LINE",
     '    local line; line=$(sed -n "$2p" <<<"${BASH_EXECUTION_STRING:-$(<"$0")}")',
@@ -89,7 +90,7 @@ class ClusterProfile(Settings):
     gpu_memory_gb: float = Field(16.0, gt=0)
     """Memory of one GPU, for estimates and `cells_per_job = "fit"`. Unit: GB."""
     memory_gb: float | None = Field(None, gt=0)
-    """Memory per node. Not given: the default of the site. Unit: GB."""
+    """Memory per node. Not given: the default of the site. Unit: GiB."""
     minutes: int = Field(60, ge=1, le=60 * 24 * 3650)
     """Time limit of a job. Unit: minutes."""
     lead_seconds: int = Field(120, ge=0, le=65535)
@@ -109,7 +110,7 @@ class ClusterProfile(Settings):
 
     setup: tuple[str, ...] = ()
     """Shell lines before a job (`module load`, `conda activate`, `export`). A line that fails ends
-    the job."""
+    the job; lines with `eval` and sourced commands are exempt."""
     python: str = ""
     """Command that starts Python on a node. Empty: the interpreter that submits."""
     mpi: str = ""
@@ -203,8 +204,11 @@ class ClusterProfile(Settings):
         return shlex.join(shlex.split(self.python) or [sys.executable])
 
     def setup_lines(self) -> list[str]:
-        """Return the shell lines before a job. A line of `setup` that fails ends the shell with an
-        error that names the line."""
+        """Return the shell lines before a job.
+
+        A line of `setup` that fails ends the shell with an error that names the line. Lines with
+        `eval` and sourced commands are exempt.
+        """
         lines = [*_GUARD, *self.setup, "trap - ERR"] if self.setup else []
         if not self.network_interface:
             return lines
@@ -216,8 +220,8 @@ def read_profile(name: str | None, near: Path | None = None) -> ClusterProfile:
     """Return a cluster profile.
 
     Args:
-        name: A path, or the name of configs/clusters/NAME.toml in the working directory or of
-            clusters/NAME.toml in `near`. None means the defaults.
+        name: A path, or the name of configs/clusters/NAME.toml in the working directory, or of
+            clusters/NAME.toml or NAME.toml in `near`. None means the defaults.
         near: The folder of the grid file.
 
     Raises:

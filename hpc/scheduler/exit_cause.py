@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from hpc.distributed.preemption import STOPPED_BY
 from hpc.scheduler.base import DEPENDENCY_FAILED
 from hpc.scheduler.job import ERROR_PREFIX, is_launchers, last_start
 
@@ -28,7 +29,7 @@ Cause = Literal[
 
 
 class ExitCause(NamedTuple):
-    """The cause of a job's end, and the line of a log that shows it ("" if none does)."""
+    """The cause of a job's end, and the evidence: a log line, or a remark ("" if there is none)."""
 
     cause: Cause
     line: str = ""
@@ -51,11 +52,11 @@ _WORDS: dict[str, Cause] = {
 _FAILED = "FAILED"
 _WITHOUT_RESULT = "failed"  # of the local queue: a rank left no result
 # slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***
-# Without a reason, Slurm may have ended a step because one of its ranks had failed.
+# Slurm gives no reason for a step that it ended because one of its ranks had failed.
 _BY_SLURM: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     ("node failure", re.compile(r"DUE TO NODE FAILURE|^srun: error: Node failure on ")),
     ("preemption", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
-    ("time limit", re.compile(r"CANCELLED AT \S+ DUE TO TIME LIMIT|: stopped by SIGUSR2 ")),
+    ("time limit", re.compile(rf"CANCELLED AT \S+ DUE TO TIME LIMIT|: {STOPPED_BY} SIGUSR2 ")),
     ("cancelled", re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*")),
 )
 _OUT_OF_MEMORY = re.compile(
@@ -72,7 +73,7 @@ _LOST_PEER = re.compile(
     r"|Socket Timeout|remote process exited|DistNetworkError|DistBackendError"
     r"|loader process \d+ was killed by signal 9 "
 )
-_STOPPED = re.compile(r": stopped by SIG(TERM|INT) ")
+_STOPPED = re.compile(rf": {STOPPED_BY} SIG(TERM|INT) ")
 _RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? \S+: (.*)")
 _STEP_ENDED = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED AT ")
 
@@ -85,8 +86,17 @@ def names_error(line: str) -> bool:
 def exit_cause(word: str, logs: Iterable[Path]) -> ExitCause:
     """Return why a job has ended.
 
-    An out-of-memory error of one rank comes first, since it explains all other signs. Then come
-    Slurm's actions on the job, killed ranks, and errors of ranks other than a lost peer.
+    The first of these signs decides:
+
+    1. an out-of-memory error of one rank, since it explains all others
+    2. the queue's word
+    3. Slurm's lines about the job
+    4. the first rank that ended, if it was killed
+    5. an error of a rank, other than a lost peer
+    6. a lost peer, or our own line on a stop signal: another rank was killed
+    7. srun's line about a rank that ended
+    8. a cancelled step
+    9. the word FAILED
 
     Args:
         word: The queue's last word for the job; "" if it has none.
@@ -110,11 +120,10 @@ def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> Ex
     if first_lost.endswith(": Killed"):
         return ExitCause("killed", first_lost)
     errors = sorted(filter(None, map(error_of, ranks)), key=_is_no_refusal)
-    own = [error for error in errors if not _LOST_PEER.search(error)]
-    if own:
+    if own := [error for error in errors if not _LOST_PEER.search(error)]:
         return ExitCause("error", own[0])
-    if errors or (line := _first(_STOPPED, lines)):
-        return ExitCause("killed", errors[0] if errors else line)
+    if line := [*errors, _first(_STOPPED, lines)][0]:
+        return ExitCause("killed", line)
     if first_lost:
         return ExitCause("error", first_lost)
     if line := _first(_STEP_ENDED, lines):
@@ -130,7 +139,8 @@ def _by_ranks(word: str, ranks: Sequence[list[str]], lines: Sequence[str]) -> Ex
 def error_of(lines: Sequence[str]) -> str:
     """Return the line of a rank's log that says why it failed; "" if none does.
 
-    It is our own `error: `, the end of the last traceback, or a last line that names an error.
+    Look for our own `error: ` first, then for the end of the last traceback, then for a last line
+    that names an error.
     """
     own = [line for line in lines if not is_launchers(line)]
     refusals = [line for line in own if line.startswith(ERROR_PREFIX)]

@@ -26,9 +26,8 @@ _LAUNCHER_PREFIXES = ("srun: ", "slurmstepd", "submitit ")
 class ModuleCall:
     """A call of `main(list(arguments))` of the module named `module`.
 
-    submitit pickles this object. It holds only strings, so that a job started days later runs the
-    code as it is then. It has no `checkpoint` method, since the job's own signal handlers replace
-    submitit's, save, and requeue.
+    submitit pickles this object. It holds only strings, so a job that starts days later runs the
+    code of that day. It has no `checkpoint` method: the job's own signal handlers save and requeue.
     """
 
     module: str
@@ -56,7 +55,8 @@ class ModuleCall:
 
 def _drop_submitit_handlers() -> None:
     # submitit's handlers would ignore SIGTERM, also in every child. There is nothing to save until
-    # the job sets its own handlers. A job that sets none may use its time to the end.
+    # the job sets its own handlers. USR2 is only recorded, so a job without handlers runs until its
+    # time limit.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     keep_early_notice()
@@ -66,8 +66,8 @@ def _mark_start() -> None:
     """Write a line that separates this start in the log, since a requeued job appends to it."""
     env = read_env()
     if env.start_id:
-        place = f"rank {env.rank} of {env.world_size} on {env.node}"
-        line = f"{START_PREFIX}{env.start_id}: {place}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        rank = f"rank {env.rank} of {env.world_size} on {env.node}"
+        line = f"{START_PREFIX}{env.start_id}: {rank}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
         print(line, file=sys.stderr, flush=True)
 
 

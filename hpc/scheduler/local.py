@@ -278,8 +278,8 @@ class Runner:
             write_json(self.jobs.path(job_id, "started"), {"gpus": gpus, "time": time.time()})
             os.chdir(job["working_directory"])
             folder = Path(job["folder"]) / job_id
-            for place in (folder.parent, folder):  # private, since submitit pickles into it
-                private_folder(place, self.jobs.group)
+            for private in (folder.parent, folder):  # private, since submitit pickles into it
+                private_folder(private, self.jobs.group)
             import submitit  # takes 0.2 s, and only the runner needs it
 
             executor = submitit.LocalExecutor(folder, python=_python_command(job_id, job, gpus))

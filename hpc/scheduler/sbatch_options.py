@@ -1,4 +1,7 @@
-"""Translate a cluster profile into options of sbatch and srun, for all writers of scripts."""
+"""Translate a cluster profile into options of sbatch and srun, for all writers of scripts.
+
+The writers add `signal`, `array`, `comment` and `dependency`.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,18 @@ def free_options(profile: ClusterProfile) -> dict[str, Any]:
 
     True is an option without a value. They win over `options`.
     """
-    extra = {key.replace("-", "_"): v for key, v in profile.extra.items() if v is not False}
+    extra = {key: value for key, value in _extra(profile).items() if value is not False}
     return extra | ({"requeue": True} if requeues(profile) else {"no_requeue": True})
 
 
 def requeues(profile: ClusterProfile) -> bool:
     """Return True if the profile lets Slurm put a job back into the queue."""
-    extra = {key.replace("-", "_"): value for key, value in profile.extra.items()}
+    extra = _extra(profile)
     return extra.get("requeue", True) is not False and not extra.get("no_requeue", False)
+
+
+def _extra(profile: ClusterProfile) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in profile.extra.items()}
 
 
 def warnings(profile: ClusterProfile) -> list[str]:

@@ -108,7 +108,7 @@ def save(
         return
     with new_folder(path, generation.check) as temporary:
         checksums = _dump_entries(entries, temporary)
-        write_json(temporary / _INDEX, {**record, **_place(path), "entries": checksums})
+        write_json(temporary / _INDEX, {**record, **_location(path), "entries": checksums})
     prune(folder, generation, finished=(), resumed=resumed)
 
 
@@ -202,18 +202,18 @@ def _read(path: Path) -> Checkpoint:
         index = read_json(path / _INDEX)
     except FileNotFoundError as error:
         raise Damaged(f"{path} has no {_INDEX}") from error
-    place = _place(path)
+    location = _location(path)
     checksums = index.pop("entries", None)
-    if {key: index.pop(key, None) for key in place} != place or not _are_texts(checksums):
+    if {key: index.pop(key, None) for key in location} != location or not _are_texts(checksums):
         raise Damaged(f"{path / _INDEX} does not match (it is not the index of this checkpoint)")
-    return Checkpoint(path, place["step"], place["generation"], checksums, index)
+    return Checkpoint(path, location["step"], location["generation"], checksums, index)
 
 
 def _are_texts(checksums: Any) -> bool:
     return isinstance(checksums, dict) and set(map(type, checksums.values())) <= {str}
 
 
-def _place(path: Path) -> dict[str, Any]:
+def _location(path: Path) -> dict[str, Any]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return {"folder": path.parent.name, "step": int(match[1]), "generation": int(match[2])}

@@ -1,4 +1,4 @@
-"""Lock open files. The kernel frees a lock with the last process that has the file open.
+"""Lock open files. The kernel releases a lock when the last process that has the file open ends.
 
 Not every file system has locks: Lustre needs the mount option `flock`, NFS a running lock daemon.
 """

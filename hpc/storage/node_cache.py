@@ -1,10 +1,11 @@
 """Copy shared files to a node's own disk, once per node.
 
-The processes of a node share a checked copy, and the last of them removes it. Copies that killed
-processes left are removed by the next user.
+The processes of a node share a checked copy, and the last of them removes it. The next process
+deletes copies that killed processes left.
 
-Every copy has a lock file beside it, and its users hold the lock shared. The kernel frees it with
-the last of them, however they end. A copy is unused if its lock can be taken exclusively.
+Every copy has a lock file beside it. Each process that uses a copy holds its lock shared. The
+kernel releases the lock when the last of them ends, even if it is killed. A copy is unused if its
+lock can be taken exclusively.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ def cached_copy(
     source: Path,
     files: Sequence[SharedFile],
     identity: str,
-    place: str,
+    node_local: str,
 ) -> Iterator[Path]:
     """Yield the folder in which this node finds `files` while the block runs.
 
-    It is a copy on the node's disk. If `place` cannot be used or has too little space, warn and
-    yield `source` itself.
+    It is a copy on the node's disk. If `node_local` cannot be used or has too little space, warn
+    and yield `source` itself.
 
     Args:
         source: the shared folder of the files.
         files: the files to copy and their checksums.
         identity: names their content; users of equal identities share a copy.
-        place: a folder on the node; may use its environment variables ($TMPDIR).
+        node_local: a folder on the node; may use its environment variables ($TMPDIR).
 
     Raises:
         Damaged: a file is missing or not what it should be.
     """
     try:
-        own = _own_folder(place)
+        own = _own_folder(node_local)
         _sweep(own)
         copy = _Copy(own, identity)
         copy.take(source, files)
@@ -75,10 +76,10 @@ def cached_copy(
         copy.give_back()
 
 
-def _own_folder(place: str) -> Path:
-    expanded = os.path.expandvars(place)
+def _own_folder(node_local: str) -> Path:
+    expanded = os.path.expandvars(node_local)
     if "$" in expanded or not Path(expanded).is_absolute():
-        raise UserError(f"node_local = {place!r} names no folder on {socket.gethostname()}")
+        raise UserError(f"node_local = {node_local!r} names no folder on {socket.gethostname()}")
     own = Path(expanded) / f"lossgrid-{os.geteuid()}"
     private_folder(own)
     return own

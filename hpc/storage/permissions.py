@@ -4,11 +4,10 @@ submitit unpickles the files in its folder, and a local job is a command. Anothe
 there, or replace a parent folder, can run code as this user.
 
 Owners, mode bits and POSIX access lists decide:
-- The mask of an access list shows as the group's bits. So an entry for another user can only hide
-  where a trusted group may write.
+- With a POSIX access list, the group bits show its mask. If they deny writing, no entry can grant
+  it. So entries are read only where the group bits allow writing.
 - The server applies NFSv4 access lists, and shows in the mode bits what they grant.
-- The owner of a parent folder that no other user can write to administers the place, as root does,
-  and is not refused.
+- The owner of a parent folder that no other user can write to is trusted, as root is.
 - In a user namespace (containers without root) the machine's root shows as the overflow user. So
   that user may own a sticky parent folder, such as /tmp or /scratch.
 """
@@ -81,18 +80,18 @@ def require_private(path: str | Path, group: str = "", remedy: str = _ELSEWHERE)
     """
     trusted = _trusted(os.geteuid(), group)
     writers: dict[Path, str] = {}
-    for place in _folders_on_the_way(Path(path).absolute()):
-        info = place.lstat()
+    for entry in _folders_on_the_way(Path(path).absolute()):
+        info = entry.lstat()
         ours = info.st_uid in (0, os.geteuid())
         # its owner may rename or remove it in a folder that others can write to
-        if writers.get(place.parent) and not (ours or _is_of_group(info, group)):
-            raise _not_ours(place, info, remedy)
+        if writers.get(entry.parent) and not (ours or _is_of_group(info, group)):
+            raise _not_ours(entry, info, remedy)
         if stat.S_ISLNK(info.st_mode):
             continue
-        writers[place] = _writers(place, info, trusted)
+        writers[entry] = _writers(entry, info, trusted)
         administered = ours or info.st_uid == _outer_root()
-        if writers[place] and not (administered and info.st_mode & stat.S_ISVTX):
-            raise _open_to_others(place, info, writers[place], remedy)
+        if writers[entry] and not (administered and info.st_mode & stat.S_ISVTX):
+            raise _open_to_others(entry, info, writers[entry], remedy)
     real = Path(os.path.realpath(path))
     if real.exists():
         if real not in writers:  # another process has made it meanwhile
@@ -151,7 +150,7 @@ def _trusted(user: int, group: str) -> frozenset[int]:
 
 @lru_cache
 def _outer_root() -> int | None:
-    """Return the user id as which a user namespace shows the machine's root; None outside one."""
+    """Return the id that stands for the machine's root in a user namespace; None outside one."""
     try:
         if Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]:
             return None
@@ -162,21 +161,21 @@ def _outer_root() -> int | None:
 
 def _folders_on_the_way(path: Path) -> Iterator[Path]:
     """Yield every existing folder and link on the way from / to `path`."""
-    place, ahead = Path("/"), list(reversed(path.parts[1:]))
-    yield place
+    entry, ahead = Path("/"), list(reversed(path.parts[1:]))
+    yield entry
     links = 0
     while ahead:
         part = ahead.pop()
-        place = place.parent if part == ".." else place / part
-        if not os.path.lexists(place):
+        entry = entry.parent if part == ".." else entry / part
+        if not os.path.lexists(entry):
             return
-        yield place
-        if place.is_symlink():
+        yield entry
+        if entry.is_symlink():
             links += 1
             if links > _MAX_LINKS:
                 raise UserError(f"{path}: its symbolic links lead nowhere; choose another folder")
-            target = place.readlink()
-            place = Path("/") if target.is_absolute() else place.parent
+            target = entry.readlink()
+            entry = Path("/") if target.is_absolute() else entry.parent
             ahead += reversed(target.parts[target.is_absolute() :])
 
 
@@ -184,7 +183,7 @@ def _is_of_group(info: os.stat_result, group: str) -> bool:
     return bool(group and info.st_gid == group_number(group) and info.st_mode & stat.S_ISGID)
 
 
-def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
+def _writers(entry: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
     """Return which other users may write, as a phrase; "" if none."""
     if info.st_mode & stat.S_IWOTH:
         return "everybody"
@@ -193,7 +192,7 @@ def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
     if info.st_gid not in trusted:
         return f"the group {_group_name(info.st_gid)}"
     try:
-        entries = os.getxattr(place, _ACCESS_LIST)[4:]  # after the version
+        entries = os.getxattr(entry, _ACCESS_LIST)[4:]  # after the version
     except OSError:  # no list, or a file system without them
         return ""
     for kind, rights, number in struct.iter_unpack("<HHI", entries):
@@ -204,24 +203,24 @@ def _writers(place: Path, info: os.stat_result, trusted: frozenset[int]) -> str:
     return ""
 
 
-def _open_to_others(place: Path, info: os.stat_result, whom: str, remedy: str) -> UserError:
-    name = shlex.quote(str(place))
+def _open_to_others(entry: Path, info: os.stat_result, whom: str, remedy: str) -> UserError:
+    name = shlex.quote(str(entry))
     fix = f"make sure that all in it is yours and run `chmod go-w {name}`"
     if info.st_uid != os.geteuid():
         fix = f"ask {user_name(info.st_uid)} to run `chmod +t {name}`"
     name_of_group = whom.removeprefix("the group ")
     trust = "" if name_of_group == whom else f", or set group = {name_of_group!r} in [cluster]"
     return UserError(
-        f"{place} can be written to by {whom}, who could change what your jobs run; "
+        f"{entry} can be written to by {whom}, who could change what your jobs run; "
         f"{remedy}{trust}, or {fix}"
     )
 
 
-def _not_ours(place: Path, info: os.stat_result, remedy: str) -> UserError:
+def _not_ours(entry: Path, info: os.stat_result, remedy: str) -> UserError:
     me = user_name(os.geteuid())
     return UserError(
-        f"{place} belongs to {user_name(info.st_uid)}, who could change what your jobs run; "
-        f"{remedy}, or make it yours: `chown -hR {me} {shlex.quote(str(place))}`"
+        f"{entry} belongs to {user_name(info.st_uid)}, who could change what your jobs run; "
+        f"{remedy}, or make it yours: `chown -hR {me} {shlex.quote(str(entry))}`"
     )
 
 
