@@ -89,7 +89,7 @@ def test_status_asks_once(grid, slurm):
 def test_after_a_submission_that_died_there_is_one_more_until_the_next(grid, slurm, monkeypatch):
     queue = open_queue(grid.cluster, grid.run.logs, grid.run.queue)
     with monkeypatch.context() as dying:
-        dying.setattr(Submission, "sent", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        dying.setattr(Submission, "submitted", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             submit(grid, queue, ["grid"])
     mark = slurm.options()["comment"]
