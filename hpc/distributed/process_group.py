@@ -100,9 +100,9 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
         dist.init_process_group(
             backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
         )
-    if env.rank == 0:
-        remove_file(_address_file(env, rendezvous))  # all ranks have read it
     try:
+        if env.rank == 0:
+            remove_file(_address_file(env, rendezvous))  # all ranks have read it
         yield Group(env, device)
     except BaseException as error:
         # free what the frames hold, such as DDP's hooks, before the group: freed after it, at the
