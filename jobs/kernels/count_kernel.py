@@ -23,9 +23,10 @@ Longs = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 MOST_ROWS, MOST_COLUMNS = 4096, 512  # of a tile; wider rows would leave the caches
-# Each bin has 8 places of count * 2^44 + sum, and pixels of one column modulo 8 share a place:
-# additions to one place wait for each other. A place has room for 2^19 pixels; a tile has 2^18.
-PLACES = 8
+# Each bin is split into 8 slots, by column modulo 8, because consecutive additions to one slot wait
+# for each other. A slot holds count * 2^44 + sum: room for 2^19 - 1 pixels. A tile adds at most
+# 2^18 to one slot.
+SLOTS = 8
 _COUNT_BIT = np.int64(44)
 _COUNTED = np.int64(1 << 44)
 
@@ -33,7 +34,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _FIXED_POINT, _NLL_FIXED_POINT, _LARGEST_NLL = np.float32(2**24), 2.0**16, 2.0**16
 _VOID = np.uint8(VOID)
 
-_LEAST = np.float32(-87)  # exp(-87) is far below the last place of every count
+_LEAST = np.float32(-87)  # exp(-87) is about 2^-126, and the sums count in units of 2^-24
 _PER_LN2, _SHIFT = np.float32(1 / np.log(2)), np.float32(1.5 * 2**23)
 _LN2_HIGH = np.float32(0.693359375)  # 9 bits: its products with exponents are exact
 _LN2_LOW = np.float32(np.log(2) - 0.693359375)
@@ -110,9 +111,9 @@ def _exponentiate(plane: Reals, highest: Reals, total: Reals) -> None:
 
 @njit
 def add_scores(plane: Reals, scale: Reals, squares: Reals, packed: Longs) -> None:
-    """Add the scores `plane` * `scale` to `packed` [C, N * PLACES]; sum their squares."""
-    width, bins = plane.shape[1], packed.shape[1] // PLACES
-    place, added, most = np.empty(width, np.uint64), np.empty(width, np.int64), np.int32(bins - 1)
+    """Add the scores `plane` * `scale` to `packed` [C, N * SLOTS]; sum their squares."""
+    width, bins = plane.shape[1], packed.shape[1] // SLOTS
+    slot, added, most = np.empty(width, np.uint64), np.empty(width, np.int64), np.int32(bins - 1)
     squares[:] = _ZERO
     for c in range(plane.shape[0]):
         for x in range(width):
@@ -120,11 +121,11 @@ def add_scores(plane: Reals, scale: Reals, squares: Reals, packed: Longs) -> Non
             squares[x] += score * score
             k = np.int32(score * np.float32(bins))
             k = most if k > most else k
-            place[x] = np.uint32(k * np.int32(PLACES) + (np.int32(x) & np.int32(PLACES - 1)))
+            slot[x] = np.uint32(k * np.int32(SLOTS) + (np.int32(x) & np.int32(SLOTS - 1)))
             added[x] = _COUNTED + np.int32(np.rint(score * _FIXED_POINT))
         line = packed[c]
         for x in range(width):
-            line[place[x]] += added[x]
+            line[slot[x]] += added[x]
 
 
 @njit
@@ -132,8 +133,8 @@ def unpack(packed: Longs, class_bins: Longs) -> None:
     """Add counts and sums of `packed` to `class_bins` [C, N, (count, ., sum)]."""
     for c in range(packed.shape[0]):
         for at in range(packed.shape[1]):
-            class_bins[c, at // PLACES, 0] += packed[c, at] >> _COUNT_BIT
-            class_bins[c, at // PLACES, 2] += packed[c, at] & (_COUNTED - 1)
+            class_bins[c, at // SLOTS, 0] += packed[c, at] >> _COUNT_BIT
+            class_bins[c, at // SLOTS, 2] += packed[c, at] & (_COUNTED - 1)
 
 
 @njit
@@ -174,7 +175,7 @@ def count_tile(
     highest, behind = np.empty(width, np.float32), np.empty(width, np.float32)
     total, scale = np.empty(width, np.float32), np.empty(width, np.float32)
     squares, prediction = np.empty(width, np.float32), np.zeros(width, np.int32)
-    packed, held = np.zeros((classes, bins * PLACES), np.int64), np.array([-1, -1])
+    packed, held = np.zeros((classes, bins * SLOTS), np.int64), np.array([-1, -1])
     for y in range(height):
         labels, above = target[y], int(rows[y])
         below = min(above + 1, logits.shape[1] - 1)

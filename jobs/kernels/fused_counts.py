@@ -1,9 +1,10 @@
 """Count one image in a single pass over its logits at any stride.
 
 The pass upsamples, takes the softmax, predicts and counts row by row, so it stores nothing of the
-image's size. The counts are those of the reference, `upsample` and
-`jobs.metrics.reference.count_image`, but for rounding: decisions differ only for pixels that are a
-few last places from another one. It runs on the CPU, for logits of any device.
+image's size. The counts equal those of the reference, `upsample` and
+`jobs.metrics.reference.count_image`, up to rounding. Only a pixel whose scores are a few units in
+the last place from a tie or from the edge of a bin may get another prediction or bin. The pass runs
+on the CPU, for logits of any device.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ def count_upsampled(logits: Tensor, target: Tensor, bins: int, threads: int = 1)
     planes = logits.float().cpu().contiguous().numpy()
     labels = target.cpu().contiguous().numpy()
     _check_values(planes, labels)
-    where = tuple(map(positions, planes.shape[1:], labels.shape))
-    count, tiles = partial(_count_tile, planes, labels, where, bins), _tiles(labels.shape, threads)
+    source_positions = tuple(map(positions, planes.shape[1:], labels.shape))
+    count = partial(_count_tile, planes, labels, source_positions, bins)
+    tiles = _tiles(labels.shape, threads)
     with ThreadPoolExecutor(threads) as pool:
         found = list((pool.map if threads > 1 else map)(count, tiles))
-    void, counts = np.count_nonzero(labels == VOID), sum(found, Counts.zeros(len(planes), bins))
-    counts.class_bins[:, 0, 0] -= void
+    counts = sum(found, Counts.zeros(len(planes), bins))
+    void = np.count_nonzero(labels == VOID)
+    counts.class_bins[:, 0, 0] -= void  # the kernel counts void pixels as scores of 0
     pixels, void, images = np.array([labels.size - void, void, 1])
     return replace(counts, pixels=pixels, void=void, images=images)
 
@@ -76,10 +79,10 @@ def _check_shapes(logits: Tensor, target: Tensor, bins: int) -> None:
 
 
 def _check_values(planes: Reals, labels: Bytes) -> None:
-    # by numpy: torch's own threads would spin beside ours; nan is both the lowest and the highest
+    # numpy, because torch's threads would spin beside ours; both are nan if one value is
     if not (math.isfinite(planes.min()) and math.isfinite(planes.max())):
         raise ValueError("logits contain nan or infinity, so they give no scores")
-    highest = int((labels + np.uint8(1)).max(initial=0)) - 1  # VOID + 1 is 0 there
+    highest = int((labels + np.uint8(1)).max(initial=0)) - 1  # void + 1 is 0 in uint8
     if highest >= len(planes):
         raise ValueError(
             f"label {highest} is neither one of {len(planes)} classes nor void ({VOID})"
@@ -99,9 +102,10 @@ def _split(length: int, parts: int) -> list[slice]:
 
 
 def _count_tile(
-    planes: Reals, labels: Bytes, where: tuple[Reals, ...], bins: int, tile: tuple[slice, slice]
-) -> Counts:
-    rows, columns = (axis[part] for axis, part in zip(where, tile, strict=True))
+    planes: Reals, labels: Bytes, source_positions: tuple[Reals, ...], bins: int,
+    tile: tuple[slice, slice],
+) -> Counts:  # fmt: skip
+    rows, columns = (axis[part] for axis, part in zip(source_positions, tile, strict=True))
     counts, sums = Counts.zeros(len(planes), bins), np.zeros(2, np.int64)
     count_tile(
         planes, np.ascontiguousarray(labels[tile]), rows, columns,

@@ -1,6 +1,7 @@
-"""Resize only the window of an image that a crop shows, with the bytes of Pillow.
+"""Resize only the window of an image that a crop shows, with the bytes of Pillow 13.
 
-The result equals that of Pillow for the whole image, cropped. Pillow (`Resample.c`) resizes one
+The result equals that of Pillow 13 for the whole image, cropped; older releases may differ by
+rounding. Pillow (`Resample.c`) resizes one
 axis, rounds to uint8, and then resizes the other, with integer weights of 22 fractional bits. Its
 `resize(box=...)` differs, because it computes other weights. Here the weights are those of the
 whole image, but only pixels of the window are computed, from the rows that they depend on.
@@ -24,9 +25,9 @@ _BITS = 22  # PRECISION_BITS of Resample.c: 32 - 8 of a value - 2 of overshoot
 
 
 class Span(NamedTuple):
-    """The part [start, stop) of an axis that is resized from `length` to `resized` pixels.
+    """The pixels [start, stop) of an axis of a resized image: `resized` pixels made from `length`.
 
-    If `mirrored`, the window shows the part in reverse order.
+    If `mirrored`, the window shows them in reverse order.
     """
 
     length: int
@@ -160,7 +161,7 @@ def _nearest(length: int, resized: int, start: int, stop: int, mirrored: bool) -
     scale = length / resized
     nearest = np.empty(stop - start, np.int32)
     place = 0.5 * scale
-    for i in range(stop):  # Pillow adds up step by step, and a product would round otherwise
+    for i in range(stop):  # as Pillow: the product i * scale would round otherwise
         if i >= start:
             nearest[stop - 1 - i if mirrored else i - start] = int(place)
         place += scale
@@ -179,9 +180,9 @@ def _pick(label: Bytes, rows: Ints, columns: Ints, window: Bytes) -> None:
             window[y, x] = line[column[x]]
 
 
-# LLVM vectorises the functions below. A row of bytes is first packed to one integer for each pixel,
-# so that a tap loads a whole pixel, apart from the arithmetic. All numbers are unsigned, because
-# numba would handle negative indices otherwise, and use 64 bits instead of 32.
+# LLVM vectorises the functions below. `_pack` makes one integer of the three bytes of a pixel, so
+# that a tap loads a pixel at once. All numbers are unsigned 32-bit integers: with signed ones numba
+# checks for negative indices and computes in 64 bits.
 _ROUNDED_UP, _SHIFT, _MOST = np.uint32(1 << (_BITS - 1)), np.uint32(_BITS), np.uint32(255)
 _ONE, _TWO, _THREE, _BYTE, _TWO_BYTES = (np.uint32(number) for number in (1, 2, 3, 8, 16))
 

@@ -17,7 +17,7 @@ from numba import njit
 from jobs.kernels.count_kernel import (
     MOST_COLUMNS,
     MOST_ROWS,
-    PLACES,
+    SLOTS,
     add_scores,
     exp_negative,
     log_of_sum,
@@ -76,7 +76,7 @@ def test_a_bin_begins_where_the_reference_has_it(bins):
     around = [torch.nextafter(begins, torch.tensor(end)) for end in (-1.0, 2.0)]
     scores = torch.cat([begins, *around]).clamp(0, 1)
     plane, ones = scores.numpy()[None], np.ones(len(scores), np.float32)
-    packed, found = np.zeros((1, bins * PLACES), np.int64), np.zeros((1, bins, 3), np.int64)
+    packed, found = np.zeros((1, bins * SLOTS), np.int64), np.zeros((1, bins, 3), np.int64)
     add_scores(plane, ones, np.empty_like(ones), packed)
     unpack(packed, found)
     expected = np.zeros((bins, 3), np.int64)
