@@ -1,3 +1,3 @@
 """Training and evaluating one bundle."""
 
-import hpc  # noqa: F401  # before torch, which wants a user's name as it is imported
+import hpc  # noqa: F401  # before torch, whose import needs a user name

@@ -1,8 +1,8 @@
 """Make training batches and evaluation images from shards.
 
-The batch of step i is a function of (seed, i) alone. Neither the step at which training started
-nor the numbers of loader processes and ranks change it. Images are resized, flipped and cropped as
-uint8.
+For a given data set and protocol, the global batch of step i depends only on (seed, i). Neither the
+step at which training started nor the numbers of loader processes and ranks change it. Images are
+resized, flipped and cropped as uint8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_prep.shards.reader import Bytes, SplitReader
 from jobs.kernels.resample import Span, Window
 from jobs.spec.protocol import Protocol
 
-# The sample number for drawing the order of an epoch; no sample has it.
+# Reserved sample number whose random numbers give the order of an epoch.
 _ORDER = 2**32 - 1
 
 
@@ -178,7 +178,10 @@ class View(NamedTuple):
     mirrored: bool
 
     def window(self, height: int, width: int) -> Window:
-        """Return the window of an image of `height` x `width` pixels that the crop shows."""
+        """Return the region of the resized image that the crop covers.
+
+        The image has `height` x `width` pixels before the resize.
+        """
         rows, columns = self.shape
         # the left of the mirrored image is the right of the image
         left = self.size[1] - self.left - columns if self.mirrored else self.left
@@ -214,7 +217,7 @@ def augmented_sample(
 ) -> tuple[Bytes, Bytes]:
     """Return sample `i`, augmented. Read and resize only the rows that its crop needs.
 
-    The result equals that of `augment` byte for byte.
+    The result equals that of `augment` with Pillow 13 byte for byte.
 
     Args:
         draw: the random numbers of the sample.
@@ -288,7 +291,7 @@ def resize_short_side(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[B
     """Resize an image and its label map for validation: the reference for `evaluation_view`.
 
     It uses Pillow: bilinear with antialiasing for the image, nearest neighbour for the label. The
-    shorter side gets `eval_size` pixels; 0 keeps the size.
+    bytes are equal with Pillow 13. The shorter side gets `eval_size` pixels; 0 keeps the size.
     """
     height, width = label.shape
     return _resize(image, label, resized(height, width, protocol.eval_size, protocol.long_side))

@@ -3,16 +3,18 @@
 It is the weighted mean over pixels with the weights that make it largest, under a bound on their
 norm and on each weight.
 
-The weights maximise sum w_u l_u over all n labelled pixels of the global batch under w >= 0,
-||w||_p <= gamma and max w <= tau. Here gamma = n^(-1/q), q = p / (p - 1), tau = gamma m^(-1/p).
-The solution caps the weights of the largest losses, the set J, at tau. The others get
-tau (l_u / alpha)^(q - 1), alpha^q = sum_{u not in J} l_u^q / (m - |J|). J holds the losses above
-the largest threshold t with
+Let n be the number of labelled pixels of the global batch, m = share * n, q = p / (p - 1),
+gamma = n^(-1/q) and tau = gamma m^(-1/p). The weights maximise sum w_u l_u under w >= 0,
+||w||_p <= gamma and max w <= tau.
 
-    t^q (m - |J(t)|) <= sum_{l_u <= t} l_u^q,    J(t) = {u: l_u > t}.
+The losses above a threshold t, the set J(t) = {u: l_u > t}, get the weight tau. The others get
+tau (l_u / alpha)^(q - 1), with alpha^q = sum_{u not in J} l_u^q / (m - |J|). The threshold is the
+largest t with
 
-This is true at t = 0 and, once false, false for every larger t. Each rank sorts its own losses, and
-all ranks search t together, by sums over ranks alone.
+    t^q (m - |J(t)|) <= sum_{l_u <= t} l_u^q.
+
+This is true at t = 0 and, once false, false for every larger t. Each rank sorts its own losses. All
+ranks search t together, by sums over ranks alone.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ def pooling_weights(
     Args:
         losses: float64 [n], none below 0; may be empty on a rank.
         global_sum: adds a tensor over all ranks.
-        p: of the norm that bounds the weights, at least 1.05.
-        share: m / n, the smallest share of all losses that gets weight, in (0, 1].
+        p: exponent of the norm that bounds the weights, at least 1.05.
+        share: m / n, in (0, 1]. At least this share of all losses gets weight.
 
     The sum over all ranks of weights x losses lies between the mean of all losses and the mean of
     the m largest. With a share of 1 it is the mean.

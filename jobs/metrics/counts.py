@@ -15,13 +15,15 @@ Int64 = NDArray[np.int64]
 
 # A real x is stored as round(x * FIXED_POINT), because integer sums do not depend on their order.
 FIXED_POINT = 2**24
-# -log p exceeds 1 by far and needs more bits before the point.
+# -log p can exceed 1 by far, so its integer part needs more bits.
 NLL_FIXED_POINT = 2**16
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Sums over the labelled pixels of any number of images, all int64; scalars have the shape [].
+    """Sums over any number of images, all int64; scalars have the shape [].
+
+    All but `void` and `images` are sums over labelled pixels.
 
     Attributes:
         confusion: [C, C], pixels by (label, prediction).

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jobs.metrics.counts import FIXED_POINT, NLL_FIXED_POINT, Counts, Int64
 
-# In nats, because -log p in float32 can be infinite; 2^31 pixels with this value fit into int64.
+# Cap in nats, because -log p can be infinite. Up to 2^31 - 1 pixels at the cap fit into int64.
 LARGEST_NLL = 2.0**16
 
 

@@ -72,8 +72,8 @@ def recall(counts: Counts) -> float:
 def class_f1(counts: Counts) -> Reals:
     """Return F1 = 2 TP / (labelled + predicted) of every class, [C].
 
-    It is nan for a class that is absent, never predicted or never right, because its precision or
-    its harmonic mean is 0/0.
+    It is nan for a class that is absent, never predicted or never right, because its recall, its
+    precision or their harmonic mean is 0/0.
     """
     right = np.diag(counts.confusion)
     f1s = _ratios(2 * right, counts.confusion.sum(axis=0) + counts.confusion.sum(axis=1))

@@ -122,7 +122,7 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize logits [B, C, h, w] bilinearly to `size`, (height, width) in pixels."""
-    # losses and counts go class by class; at the backbone's stride the copy is small
+    # contiguous, because losses and counts read class by class; before the resize a copy is cheap
     return resize(logits.contiguous(), size)
 
 

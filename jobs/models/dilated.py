@@ -19,8 +19,8 @@ from torchvision.models.segmentation.deeplabv3 import ASPP, ASPPConv
 
 from jobs.models.memory_format import by_pixel
 
-# Smallest number of feature values of an image (channels x height x width) for this algorithm. With
-# fewer a step is short, and the published results stay as torch rounds them.
+# Images with fewer feature values (channels x height x width) take torch's own convolution: their
+# steps are short, and published results keep torch's rounding.
 LARGE = 500_000
 
 _TAPS = 3  # of a kernel along an axis
@@ -66,8 +66,8 @@ def gradient_of_kernel(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
         gradient: gradient of the output [B, K, h, w]; channels-last is fastest.
         dilation: in pixels; padding is the same.
     """
-    pixels, above = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-    channels, kernels = pixels.shape[-1], above.shape[-1]
+    pixels, output_gradient = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
+    channels, kernels = pixels.shape[-1], output_gradient.shape[-1]
     # tap by tap, so that each matrix is aligned: rounding may depend on the alignment
     by_tap = x.new_zeros(_TAPS, _TAPS, kernels, channels)
     for rows in _pieces(x.shape[2], dilation):
@@ -75,7 +75,8 @@ def gradient_of_kernel(x: Tensor, gradient: Tensor, dilation: int) -> Tensor:
             piece = pixels[:, rows.read, columns.read].reshape(-1, channels)
             for i, down in rows.taps:
                 for j, across in columns.taps:
-                    by_tap[i, j].addmm_(above[:, down, across].reshape(-1, kernels).T, piece)
+                    written = output_gradient[:, down, across].reshape(-1, kernels)
+                    by_tap[i, j].addmm_(written.T, piece)
     return by_tap.permute(2, 3, 0, 1).contiguous()
 
 

@@ -50,9 +50,10 @@ class Cell(Settings):
 
     @cached_property
     def bundle_key(self) -> str:
-        """Return the key of the bundle: equal for cells that can share a backbone's forward pass.
+        """Return the key of the bundle: one data set, seed, protocol and backbone.
 
-        A cell that trains the whole network shares with none.
+        If the weights file belongs to one model, the bundle has cells of that model alone. A cell
+        that trains the whole network shares its bundle with none.
         """
         shared = self._shared()
         shared["backbone"] = canonical(MODELS[self.model].backbone)

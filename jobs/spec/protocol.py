@@ -23,7 +23,7 @@ Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 WEIGHTS = (*PUBLISHED, *WITHOUT_FILE)
 MAX_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 
-# Settings that change the speed or safety of training, not its result: no part of the identity.
+# Settings that change results by rounding at most; not part of the identity.
 RUNTIME_FIELDS = frozenset({"threads", "workers", "deterministic", "checkpoint_minutes", "profile"})
 
 

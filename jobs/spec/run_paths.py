@@ -1,4 +1,4 @@
-"""The names of all files and folders of a run directory."""
+"""The names of files and folders of a run directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class RunPaths:
-    """Every path of a run directory; no other module knows these names."""
+    """The names that several modules use."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)

@@ -34,9 +34,9 @@ class Task(Settings):
 
 
 def bundle_task_name(cells: list[Cell], step: int) -> str:
-    """Return the name of a task, readable at its start.
+    """Return the name of a task: its data set, its seed, and a hash of `step` and its cells.
 
-    The same cells at the same step always get the same name, so that planning can be repeated.
+    The same cells at the same step get the same name, so that planning can be repeated.
     """
     first = cells[0]
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in first.dataset)[:40]

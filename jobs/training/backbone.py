@@ -1,4 +1,4 @@
-"""Load the backbone of a bundle, its weights and their hash, and the first weights of heads."""
+"""Load the backbone of a bundle with its weights, and the initial weights of heads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 from jobs.spec.run_paths import RunPaths
 
-# Prefixes of a weights file that are ignored, by the setting `weights`; for a user's own file they
-# are those of `_ANY_HEAD`. All other names must match the network.
+# Tensors with these prefixes in a weights file are ignored, by the setting `weights`. All other
+# names must match the network. In a user's own file the prefixes of `_ANY_HEAD` are ignored.
 _IGNORED = {
     "imagenet": ("fc.", "classifier."),
     "coco": ("classifier.", "aux_classifier."),
@@ -40,7 +40,7 @@ class LoadedBackbone(NamedTuple):
         module: the backbone.
         sha256: hash of the file; "" for random weights, which are a function of the seed.
         path: the file; None for random weights.
-        head: the first weights of heads; None if they are random.
+        head: the initial weights of heads; None if they are random.
     """
 
     module: Backbone

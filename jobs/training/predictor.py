@@ -36,7 +36,9 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """The network of a trained cell, with the bits that evaluation scored on the same machine type.
+    """The network of a trained cell.
+
+    On the same type of machine its logits have the same bits as in evaluation.
 
     It sets torch's threads, determinism and precision for the whole process, by the cell's
     protocol. It raises `UserError` if the file is not a trained head, or if its backbone is missing

@@ -2,9 +2,11 @@
 
 The parts of training are data (waiting for the loaders, and copies to the GPU), backbone, heads
 (forward and backward), losses (resizing, the loss, and the gradient of both), optimiser,
-communication, checkpoints, and other. Communication is the part of a head's all-reduce after its
-backward pass. Communication of batch norm counts as part of its network. Measuring waits for the
-GPU at the end of each part, so a profiled run is slower; its bits are the same.
+communication, checkpoints, and other. Communication is all collectives of `Group`, and the rest of
+a head's all-reduce after its backward pass. Communication of batch norm counts as part of its
+network. The parts of evaluation are data, backbone, heads, counts, communication, and other.
+Measuring waits for the GPU at the end of each part, so a profiled run is slower; its bits are the
+same.
 """
 
 from __future__ import annotations
