@@ -58,7 +58,7 @@ def an_image(classes, size, pixels, scale, seed=0, void=0.1):
 
 
 def by(counting, logits, target, bins, threads=1):
-    return count(logits, target, Protocol(counting=counting, bins=bins, threads=threads))
+    return count(logits, target, Protocol(counting=counting, bins=bins), threads)
 
 
 def between(places, pixels):
