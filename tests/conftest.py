@@ -22,9 +22,9 @@ _CLUSTER = "tests/cluster/"
 # Each group has a cluster of its own, so that one waits while another works. They take about the
 # same time; only in the first are tests on a cluster that are not slow.
 _GROUPS = (
-    ("submission", "interruptions", "nodes", "reduce", "reduce_faults"),
-    ("faults", "chaos", "held"),
-    ("queue_faults", "all", "doctor"),
+    ("submission", "interruptions", "nodes", "reduce", "reduce_faults", "held", "doctor"),
+    ("faults", "chaos"),
+    ("queue_faults", "all"),
 )
 _PLACES = {
     f"{_CLUSTER}test_{name}.py": (number, position)
