@@ -29,7 +29,7 @@ from hpc.scheduler.auto import requeue
 from hpc.storage import checkpoint
 from jobs.data.batches import TrainingBatches
 from jobs.data.loader import Transfer, load_steps
-from jobs.losses.functional import class_weights
+from jobs.losses.functional import inverse_frequencies
 from jobs.metrics.counts import Counts
 from jobs.models.build import Backbone, Features, normalise
 from jobs.models.memory_format import for_file
@@ -106,7 +106,7 @@ def make_trainers(
     if not whole:
         freeze(backbone.module, task.cells[0])
     failed = failed_cells(task, group)
-    weights = class_weights(manifest.splits["train"].class_pixels)
+    weights = inverse_frequencies(manifest.splits["train"].class_pixels)
     trainers = [
         CellTrainer(cell, len(manifest.classes), weights, group, backbone.module if whole else None)
         for cell in task.cells

@@ -126,10 +126,10 @@ class EvaluationImages:
         """Overwrite `into` with the image and label map of `index`."""
         image, label = (tensor.numpy() for tensor in into)
         read = self._reader.image(index), self._reader.label(index)
-        evaluation_view(*read, self._protocol, (image, label))
+        resized_for_evaluation(*read, self._protocol, (image, label))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        return resized(height, width, self._protocol.eval_size, self._protocol.long_side)
+        return resized_size(height, width, self._protocol.eval_size, self._protocol.long_side)
 
 
 def share(batch_size: int, rank: int, world_size: int) -> range:
@@ -198,7 +198,7 @@ def draw_view(height: int, width: int, protocol: Protocol, draw: Draw) -> View:
     """
     smallest, largest = protocol.resize
     short_side = smallest + draw.below(largest - smallest + 1)
-    size = resized(height, width, short_side, protocol.long_side)
+    size = resized_size(height, width, short_side, protocol.long_side)
     mirrored = draw.chance(protocol.flip)
     top, left = (
         draw.below(max(length - crop, 0) + 1)
@@ -264,7 +264,7 @@ def augment(image: Bytes, label: Bytes, protocol: Protocol, draw: Draw) -> tuple
     return _pad(image[window], protocol.crop, 0), _pad(label[window], protocol.crop, VOID)
 
 
-def evaluation_view(
+def resized_for_evaluation(
     image: Bytes, label: Bytes, protocol: Protocol, into: tuple[Bytes, Bytes] | None = None
 ) -> tuple[Bytes, Bytes]:
     """Return a validation image and its label map, resized: the bytes of `resize_short_side`.
@@ -278,7 +278,7 @@ def evaluation_view(
         Image uint8 [3, h, w], channels first, and label map uint8 [h, w].
     """
     height, width = label.shape
-    rows, columns = resized(height, width, protocol.eval_size, protocol.long_side)
+    rows, columns = resized_size(height, width, protocol.eval_size, protocol.long_side)
     seen, classes = into or (np.empty((3, rows, columns), "u1"), np.empty((rows, columns), "u1"))
     if (rows, columns) == label.shape:
         seen[:], classes[:] = image.transpose(2, 0, 1), label
@@ -288,16 +288,18 @@ def evaluation_view(
 
 
 def resize_short_side(image: Bytes, label: Bytes, protocol: Protocol) -> tuple[Bytes, Bytes]:
-    """Resize an image and its label map for validation: the reference for `evaluation_view`.
+    """Resize an image and its label map for validation: the reference for `resized_for_evaluation`.
 
     It uses Pillow: bilinear with antialiasing for the image, nearest neighbour for the label. The
     bytes are equal with Pillow 13. The shorter side gets `eval_size` pixels; 0 keeps the size.
     """
     height, width = label.shape
-    return _resize(image, label, resized(height, width, protocol.eval_size, protocol.long_side))
+    return _resize(
+        image, label, resized_size(height, width, protocol.eval_size, protocol.long_side)
+    )
 
 
-def resized(height: int, width: int, short_side: int, long_side: str) -> tuple[int, int]:
+def resized_size(height: int, width: int, short_side: int, long_side: str) -> tuple[int, int]:
     """Return (height, width) of an image whose shorter side is resized to `short_side` pixels.
 
     Args:

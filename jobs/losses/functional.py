@@ -41,7 +41,7 @@ def alone(value: Tensor) -> Tensor:
     return value.detach()
 
 
-def class_weights(class_pixels: Sequence[int]) -> np.ndarray:
+def inverse_frequencies(class_pixels: Sequence[int]) -> np.ndarray:
     """Return inverse class frequencies, scaled to sum to the number of classes C; float64 [C].
 
     Args:

@@ -47,8 +47,8 @@ def scores(counts: Counts) -> dict[str, float]:
         "s_acc": harmonic_with_calibration(cal, acc),
         "s_rec": harmonic_with_calibration(cal, rec),
         "miou": mean_iou(counts),
-        "ece": top1_error(counts),
-        "cece": classwise_error(counts),
+        "ece": expected_calibration_error(counts),
+        "cece": classwise_calibration_error(counts),
         "brier": brier(counts),
         "nll": nll(counts),
     }
@@ -114,7 +114,7 @@ def harmonic_with_calibration(cal: float, score: float) -> float:
     return 2 * cal * score / (cal + score)
 
 
-def top1_error(counts: Counts) -> float:
+def expected_calibration_error(counts: Counts) -> float:
     """Return the expected calibration error (ECE) of the highest score, in [0, 1].
 
     ECE = Σ_i count_i / n |accuracy_i - confidence_i|.
@@ -122,7 +122,7 @@ def top1_error(counts: Counts) -> float:
     return _weighted_gap(counts.top1_bins)
 
 
-def classwise_error(counts: Counts) -> float:
+def classwise_calibration_error(counts: Counts) -> float:
     """Return the class-wise expected calibration error, in [0, 1].
 
     It is the mean over all C classes of Σ_i count_i / n |positives_i / count_i - mean score_i|.

@@ -21,7 +21,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from jobs.models.dilated import replace_dilated
 from jobs.models.dropout import replace_dropout
-from jobs.models.registry import FEATURES, MODELS
+from jobs.models.registry import FEATURE_CHANNELS, MODELS
 from jobs.models.resize import replace_resizing, resize
 from jobs.models.sync_batchnorm import replace_batchnorm
 from jobs.models.unet import UNetHead
@@ -41,11 +41,11 @@ _HEADS: dict[str, Callable[[Any, int], nn.Module]] = {
     "unet": UNetHead,
 }
 
-Features = Tensor | list[Tensor]  # a list if `FEATURES` has several numbers of channels
+Features = Tensor | list[Tensor]  # a list if `FEATURE_CHANNELS` has several numbers of channels
 
 
 class Backbone(nn.Module):
-    """Normalised images [B, 3, H, W] -> features [B, `FEATURES`, H / stride, W / stride].
+    """Normalised images [B, 3, H, W] -> features [B, `FEATURE_CHANNELS`, H / stride, W / stride].
 
     The stride is 8 or 16. A pyramid gives a list of features at strides 2, 4, 8, 16 and 32. Names
     in the state dict are torchvision's after the prefix `backbone.`.
@@ -96,7 +96,7 @@ def build_head(
     """
     architecture = MODELS[model]
     with seeded(f"{seed}/{model}"):
-        head = _HEADS[architecture.head](FEATURES[architecture.backbone], num_classes)
+        head = _HEADS[architecture.head](FEATURE_CHANNELS[architecture.backbone], num_classes)
     replace_batchnorm(head, momentum, group)
     replace_dropout(head)
     replace_resizing(head)

@@ -16,7 +16,7 @@ class Architecture(NamedTuple):
 
 
 # `resnet50_pyramid` is an undilated ResNet-50 whose features are those at strides 2, 4, 8, 16, 32.
-FEATURES: dict[str, Channels] = {
+FEATURE_CHANNELS: dict[str, Channels] = {
     "resnet50": 2048,
     "resnet101": 2048,
     "mobilenet_v3_large": 960,
@@ -27,7 +27,7 @@ FEATURES: dict[str, Channels] = {
 HEAD_PARAMETERS: dict[Head, dict[Channels, float]] = {
     "fcn": {2048: 9.45e6, 960: 2.08e6},
     "deeplabv3": {2048: 16.1e6, 960: 8.1e6},
-    "unet": {FEATURES["resnet50_pyramid"]: 9.01e6},
+    "unet": {FEATURE_CHANNELS["resnet50_pyramid"]: 9.01e6},
 }
 BACKBONE_PARAMETERS = {
     "resnet50": 23.5e6,
@@ -53,7 +53,7 @@ BACKBONE_ACTIVATIONS = {
 HEAD_MACS: dict[Head, dict[Channels, float]] = {
     "fcn": {2048: 147.6e3, 960: 8.12e3},
     "deeplabv3": {2048: 243.8e3, 960: 30.5e3},
-    "unet": {FEATURES["resnet50_pyramid"]: 73.9e3},
+    "unet": {FEATURE_CHANNELS["resnet50_pyramid"]: 73.9e3},
 }
 # Operations of a head's step on frozen features, in forward passes. The gradient of the features is
 # not computed.
@@ -61,7 +61,7 @@ HEAD_PASSES: dict[Head, float] = {"fcn": 2.0, "deeplabv3": 2.1, "unet": 2.6}
 HEAD_ACTIVATIONS: dict[Head, dict[Channels, float]] = {
     "fcn": {2048: 64, 960: 7.6},
     "deeplabv3": {2048: 108, 960: 22.9},
-    "unet": {FEATURES["resnet50_pyramid"]: 141},
+    "unet": {FEATURE_CHANNELS["resnet50_pyramid"]: 141},
 }
 # Pixels of the image for each position of the logits, along one axis
 STRIDE = {"resnet50": 8, "resnet101": 8, "mobilenet_v3_large": 16, "resnet50_pyramid": 2}

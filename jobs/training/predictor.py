@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpc.cli import UserError
 from hpc.distributed.process_group import Group
-from jobs.data.batches import evaluation_view
+from jobs.data.batches import resized_for_evaluation
 from jobs.metrics.reference import lowest_argmax
 from jobs.models.build import Network, build_head, normalise, upsample
 from jobs.models.memory_format import place
@@ -83,7 +83,7 @@ class Predictor:
         The image is resized as validation images were.
         """
         blank = np.zeros(image.shape[:2], np.uint8)
-        seen, _ = evaluation_view(np.ascontiguousarray(image), blank, self.cell.protocol)
+        seen, _ = resized_for_evaluation(np.ascontiguousarray(image), blank, self.cell.protocol)
         logits: Tensor = self._network(normalise(torch.from_numpy(seen)[None].to(self._device)))
         return logits
 

@@ -14,7 +14,7 @@ from jobs.models.registry import (
     BACKBONE_ACTIVATIONS,
     BACKBONE_MACS,
     BACKBONE_PARAMETERS,
-    FEATURES,
+    FEATURE_CHANNELS,
     HEAD_ACTIVATIONS,
     HEAD_MACS,
     HEAD_PARAMETERS,
@@ -138,7 +138,9 @@ def gpu_bytes(job: Job, ranks: int) -> float:
     # weights, momentum, and gradients, which are views of the buckets in which they travel
     weights = sum(3 * _head_parameters(cell) for cell in job.cells)
     weights += BACKBONE_PARAMETERS[backbone] * (3 if whole else 1)
-    of_head = max(HEAD_ACTIVATIONS[MODELS[c.model].head][FEATURES[backbone]] for c in job.cells)
+    of_head = max(
+        HEAD_ACTIVATIONS[MODELS[c.model].head][FEATURE_CHANNELS[backbone]] for c in job.cells
+    )
     numbers = pixels * of_head
     numbers += pixels * (BACKBONE_ACTIVATIONS[backbone] if whole else _BACKBONE_BUFFERS)
     numbers += pixels * job.num_classes * _LOGIT_COPIES
@@ -202,9 +204,9 @@ def _backbone_macs(job: Job) -> float:
 
 def _head_macs(cell: Cell) -> float:
     head, backbone = MODELS[cell.model]
-    return HEAD_MACS[head][FEATURES[backbone]]
+    return HEAD_MACS[head][FEATURE_CHANNELS[backbone]]
 
 
 def _head_parameters(cell: Cell) -> float:
     head, backbone = MODELS[cell.model]
-    return HEAD_PARAMETERS[head][FEATURES[backbone]]
+    return HEAD_PARAMETERS[head][FEATURE_CHANNELS[backbone]]

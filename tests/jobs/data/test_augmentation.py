@@ -14,9 +14,9 @@ from jobs.data.batches import (
     Draw,
     augment,
     draw_view,
-    evaluation_view,
     resize_short_side,
-    resized,
+    resized_for_evaluation,
+    resized_size,
 )
 from jobs.spec.protocol import Protocol
 
@@ -166,7 +166,7 @@ def test_a_resized_image_is_that_of_pillow(size, short_side, expected):
 @pytest.mark.parametrize("short_side", [260, 261, 520, 1040])
 def test_a_truncated_long_side_is_that_of_torchvision(size, short_side):
     expected = tuple(resize_in_torchvision(torch.zeros(1, *size), [short_side]).shape[1:])
-    assert resized(*size, short_side, "truncate") == expected
+    assert resized_size(*size, short_side, "truncate") == expected
 
 
 def test_the_long_side_is_rounded_unless_the_protocol_says_otherwise():
@@ -175,7 +175,7 @@ def test_the_long_side_is_rounded_unless_the_protocol_says_otherwise():
     for long_side, size in sizes.items():
         settings = Protocol(eval_size=520, resize=(520, 520), long_side=long_side)
         assert resize_short_side(image, label, settings)[1].shape == size
-        assert evaluation_view(image, label, settings)[1].shape == size
+        assert resized_for_evaluation(image, label, settings)[1].shape == size
         assert draw_view(333, 500, settings, Draw(0, 0, 0)).size == size
 
 

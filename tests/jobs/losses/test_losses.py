@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from jobs.losses.functional import LOSSES, class_weights, combined_loss
+from jobs.losses.functional import LOSSES, combined_loss, inverse_frequencies
 from jobs.losses.grammar import KINDS, parse_loss, term_weights
 from tests.jobs import oracles
 from tests.jobs.meeting_point import MeetingPoint
@@ -93,7 +93,7 @@ def test_four_pixels_worked_out_by_hand(four_pixels, name, expected):
 
 
 def test_class_weights_worked_out_by_hand():
-    assert class_weights([1, 0, 2]).tolist() == [2, 0, 1]
+    assert inverse_frequencies([1, 0, 2]).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["WCE", "WFL", "WCEMP", "WFLMP"])
@@ -104,7 +104,7 @@ def test_a_weighted_mean_depends_on_ratios_of_the_weights_alone(four_pixels, nam
 
 def test_class_weights_are_inverse_frequencies_that_sum_to_the_number_of_classes():
     pixels = [5_000_000_007, 3, 0, 812, 70_000]
-    weights = class_weights(pixels)
+    weights = inverse_frequencies(pixels)
     assert weights.dtype == np.float64
     assert weights.sum() == pytest.approx(5, rel=1e-14)
     assert weights[2] == 0
@@ -114,7 +114,7 @@ def test_class_weights_are_inverse_frequencies_that_sum_to_the_number_of_classes
 
 
 def test_no_class_weighs_anything_where_nothing_is_labelled():
-    assert class_weights([0, 0]).tolist() == [0, 0]
+    assert inverse_frequencies([0, 0]).tolist() == [0, 0]
 
 
 # --- independent implementations --------------------------------------------------------------

@@ -17,7 +17,13 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from data_prep.settings import VOID
 from jobs.metrics.reference import count_image
-from jobs.metrics.scores import brier, classwise_error, nll, scores, top1_error
+from jobs.metrics.scores import (
+    brier,
+    classwise_calibration_error,
+    expected_calibration_error,
+    nll,
+    scores,
+)
 
 STEP, NLL_STEP, FLOAT32, FLOAT64 = 2.0**-24, 2.0**-16, 2.0**-24, 1e-12
 # few pixels, whose rounding does not average out, and many; classes; bins
@@ -69,9 +75,9 @@ def test_calibration_errors(pixels, error):
     in_float32 = p.astype(np.float32) * np.float32(bins)
     assert (in_float32.astype(int) == (p * bins).astype(int)).all()  # else not the same bins
     top1 = error(p.max(1), p.argmax(1) == labels, bins)
-    assert abs(top1_error(counts) - top1) <= STEP / 2 + FLOAT64
+    assert abs(expected_calibration_error(counts) - top1) <= STEP / 2 + FLOAT64
     each = [error(p[:, c], labels == c, bins) for c in range(len(logits))]
-    assert abs(classwise_error(counts) - np.mean(each)) <= STEP / 2 + FLOAT64
+    assert abs(classwise_calibration_error(counts) - np.mean(each)) <= STEP / 2 + FLOAT64
 
 
 def test_brier_score(pixels):
@@ -106,5 +112,10 @@ def test_they_are_the_scores_of_a_results_table(pixels):
     logits, target, bins = pixels
     counts = count_image(logits, target, bins, VOID)
     found = scores(counts)
-    expected = (top1_error(counts), classwise_error(counts), brier(counts), nll(counts))
+    expected = (
+        expected_calibration_error(counts),
+        classwise_calibration_error(counts),
+        brier(counts),
+        nll(counts),
+    )
     assert tuple(found[name] for name in ("ece", "cece", "brier", "nll")) == expected

@@ -15,7 +15,8 @@ from jobs.metrics.scores import (
     accuracy,
     calibration,
     class_recall,
-    classwise_error,
+    classwise_calibration_error,
+    expected_calibration_error,
     f1,
     harmonic_with_calibration,
     mean_iou,
@@ -24,7 +25,6 @@ from jobs.metrics.scores import (
     reliability,
     scores,
     summarise,
-    top1_error,
 )
 
 
@@ -119,8 +119,8 @@ def test_cal_by_hand_with_empty_bins():
     # gaps: |.5 - .95| = .45 and |.5 - .05| = .45, eight bins empty: 1 - .4 * .9 = .64
     counts = scored(np.array([[0.95, 0.05], [0.95, 0.05]]), np.array([0, 1]))
     assert calibration(counts) == pytest.approx(0.64, abs=1e-6)
-    assert top1_error(counts) == pytest.approx(0.45, abs=1e-6)
-    assert classwise_error(counts) == pytest.approx(0.45, abs=1e-6)
+    assert expected_calibration_error(counts) == pytest.approx(0.45, abs=1e-6)
+    assert classwise_calibration_error(counts) == pytest.approx(0.45, abs=1e-6)
 
 
 def test_cal_falls_below_zero_and_takes_the_harmonic_means_along():
@@ -163,9 +163,11 @@ def test_expected_calibration_errors_agree_with_pixels():
             for i in set(place)
         )
 
-    assert top1_error(counts) == pytest.approx(ece(p.max(1), p.argmax(1) == labels), abs=1e-4)
+    assert expected_calibration_error(counts) == pytest.approx(
+        ece(p.max(1), p.argmax(1) == labels), abs=1e-4
+    )
     each = [ece(p[:, c], labels == c) for c in range(4)]
-    assert classwise_error(counts) == pytest.approx(np.mean(each), abs=1e-4)
+    assert classwise_calibration_error(counts) == pytest.approx(np.mean(each), abs=1e-4)
 
 
 def test_reliability_of_an_empty_bin_is_nan():

@@ -18,7 +18,7 @@ from jobs.models.dropout import PositionalDropout, set_dropout_position
 from jobs.models.registry import (
     BACKBONE_MACS,
     BACKBONE_PARAMETERS,
-    FEATURES,
+    FEATURE_CHANNELS,
     HEAD_MACS,
     HEAD_PARAMETERS,
     MODELS,
@@ -89,16 +89,18 @@ def test_logits_are_those_of_torchvision(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in FEATURES if not name.endswith("pyramid")])
+@pytest.mark.parametrize(
+    "name", [name for name in FEATURE_CHANNELS if not name.endswith("pyramid")]
+)
 def test_features_have_the_channels_of_the_table(name):
     backbone = without_values(lambda: Backbone(name)).eval()
     features = backbone(torch.zeros(1, 3, 32, 64, device="meta"))
     stride = 16 if name.startswith("mobilenet") else 8
-    assert features.shape == (1, FEATURES[name], 32 // stride, 64 // stride)
+    assert features.shape == (1, FEATURE_CHANNELS[name], 32 // stride, 64 // stride)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", FEATURE_CHANNELS)
 def test_features_have_the_stride_of_the_table(name):
     backbone = without_values(lambda: Backbone(name)).eval()
     for side, positions in ((STRIDE[name], 1), (STRIDE[name] + 1, 2), (3 * STRIDE[name], 3)):
@@ -130,10 +132,10 @@ def test_the_heads_of_the_paper_have_its_number_of_parameters():
 def test_the_table_of_head_sizes_holds(model, num_classes):
     head, backbone = MODELS[model]
     built = num_parameters(without_values(lambda: head_of(model, num_classes)))
-    assert HEAD_PARAMETERS[head][FEATURES[backbone]] == pytest.approx(built, rel=0.02)
+    assert HEAD_PARAMETERS[head][FEATURE_CHANNELS[backbone]] == pytest.approx(built, rel=0.02)
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", FEATURE_CHANNELS)
 def test_the_table_of_backbone_sizes_holds(name):
     built = num_parameters(without_values(lambda: Backbone(name)))
     assert BACKBONE_PARAMETERS[name] == pytest.approx(built, rel=0.02)
@@ -162,11 +164,11 @@ def test_the_tables_of_operations_hold(model):
     whole = without_values(lambda: Network(Backbone(backbone), head_of(model, 21)))
     assert BACKBONE_MACS[backbone] == pytest.approx(macs_per_pixel(body, images), rel=0.02)
     found = macs_per_pixel(whole, images) - BACKBONE_MACS[backbone]
-    assert HEAD_MACS[head][FEATURES[backbone]] == pytest.approx(found, rel=0.02)
+    assert HEAD_MACS[head][FEATURE_CHANNELS[backbone]] == pytest.approx(found, rel=0.02)
 
 
 def test_the_table_of_models_is_both_heads_of_the_paper_on_every_backbone_and_a_unet():
-    *paper, pyramid = FEATURES
+    *paper, pyramid = FEATURE_CHANNELS
     pairs = {f"{head}_{name}": (head, name) for head in ("fcn", "deeplabv3") for name in paper}
     assert {**pairs, "unet_resnet50": ("unet", pyramid)} == MODELS
 

@@ -16,7 +16,7 @@ from hpc.distributed.preemption import StopRequest
 from hpc.storage.atomic import read_json
 from jobs import pretrain, train
 from jobs.models.build import build_backbone, build_head
-from jobs.models.registry import FEATURES
+from jobs.models.registry import FEATURE_CHANNELS
 from jobs.spec.counts_file import read_counts, read_index
 from jobs.spec.task import Task, write_task
 from jobs.training import cell_trainer
@@ -58,7 +58,7 @@ def test_features_are_those_of_an_undilated_resnet_at_five_strides(backbone, siz
     for name, features, stride in zip(names, found, (2, 4, 8, 16, 32), strict=True):
         assert features.shape[2:] == tuple(-(-length // stride) for length in size)
         assert torch.equal(features, expected[name])
-    assert tuple(features.shape[1] for features in found) == FEATURES[PYRAMID]
+    assert tuple(features.shape[1] for features in found) == FEATURE_CHANNELS[PYRAMID]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from jobs.losses.functional import combined_loss
 from jobs.losses.grammar import KINDS, parse_loss
 from jobs.models.build import _HEADS, Network, build_backbone, build_head, upsample
 from jobs.models.dropout import set_dropout_position
-from jobs.models.registry import FEATURES
+from jobs.models.registry import FEATURE_CHANNELS
 from jobs.training.cell_trainer import CellTrainer, learning_rate
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell
 from tests.jobs.ranks import on_ranks
@@ -125,7 +125,7 @@ def whole_batch(case, step):
 def set_up(case):
     """The cell of a case. Changes are to the process of this rank alone."""
     torch.set_default_dtype(getattr(torch, case.precision))
-    FEATURES[MOBILE] = case.channels
+    FEATURE_CHANNELS[MOBILE] = case.channels
     _HEADS["deeplabv3"] = narrow_deeplab if case.channels == NARROW else DeepLabHead
     return a_cell(case.loss, case.model, learning_rate=0.1, train=case.train)
 
