@@ -21,7 +21,7 @@ from jobs.data.batches import Batch
 from jobs.losses.functional import combined_loss
 from jobs.models.build import Backbone, Features, Network, build_head, upsample
 from jobs.models.dropout import set_dropout_position
-from jobs.models.memory_format import alike, for_file, place
+from jobs.models.memory_format import for_file, place
 from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
 
@@ -62,16 +62,7 @@ class CellTrainer:
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
-        self._optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=protocol.learning_rate,
-            momentum=protocol.momentum,
-            weight_decay=protocol.weight_decay,
-        )
-        if protocol.momentum:
-            # allocated in the first step, it would fragment the memory of activations
-            for parameter in self.network.parameters():
-                self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._optimizer = sgd(self.network, protocol)
         self._half = half_precision(protocol, group)
         scaled = self._half == torch.float16  # bf16 has the range of fp32 and needs no scaler
         self._scaler = torch.amp.GradScaler(group.device.type, enabled=scaled)
@@ -132,10 +123,9 @@ class CellTrainer:
     def load(self, state: dict[str, Any]) -> None:
         """Load a state that `state` returned."""
         self.network.load_state_dict(state["network"])
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-        for parameter, one in self._optimizer.state.items():  # contiguous in files
-            one.update({n: alike(t, parameter) for n, t in one.items() if t is not None})
+        momentum = self._optimizer.state_dict()["state"]
+        for i, one in momentum.items():  # copied, to keep the strides of the weights
+            one["momentum_buffer"].copy_(state["momentum"][i]["momentum_buffer"])
         if state["scaler"]:  # empty if it was saved without mixed precision
             self._scaler.load_state_dict(state["scaler"])
 
@@ -146,25 +136,43 @@ class CellTrainer:
             state: what a checkpoint holds, possibly of another program.
             buffers: the running statistics of the frozen backbone that training moves.
         """
-        parameters = list(self.network.parameters())
+        own = self._optimizer.state_dict()["state"]
         try:
-            momentum = {i: one["momentum_buffer"] for i, one in state["momentum"].items()}
             return (
                 _shapes(state["network"]) == _shapes(self.network.state_dict())
-                and all(
-                    buffer is None or _shapes({i: buffer}) == _shapes({i: parameters[i]})
-                    for i, buffer in momentum.items()
-                )
+                and {i: _shapes(one) for i, one in state["momentum"].items()}
+                == {i: _shapes(one) for i, one in own.items()}
                 and _shapes(state["backbone"]) == _shapes(buffers)
                 and isinstance(state["scaler"], dict)
             )
-        except (AttributeError, IndexError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             return False
 
 
 def _shapes(tensors: Mapping[Any, Tensor]) -> dict[Any, tuple[torch.Size, torch.dtype]]:
     """Return shape and dtype of each tensor. Raises `AttributeError` if one is no tensor."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def sgd(network: nn.Module, protocol: Protocol) -> torch.optim.SGD:
+    """Return the optimiser of `network`, with momentum buffers.
+
+    On a GPU one kernel updates many tensors, element by element. With a gradient scaler it also
+    divides by the scale, and skips the update without a copy to the host.
+    """
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=protocol.learning_rate,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        fused=parameters[0].is_cuda,
+    )
+    if protocol.momentum:
+        # allocated in the first step, it would fragment the memory of activations
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(protocol: Protocol, step: int, total: int) -> float:

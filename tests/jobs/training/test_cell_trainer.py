@@ -7,13 +7,14 @@ import platform
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc.distributed.allocator import keep_freed_memory
 from jobs.models.build import Backbone, build_backbone, build_head
 from jobs.models.dropout import set_dropout_position
-from jobs.training.cell_trainer import CellTrainer, learning_rate
+from jobs.training.cell_trainer import CellTrainer, learning_rate, sgd
 from tests.jobs.cells import CLASS_WEIGHTS, VOID, a_cell, a_share
 from tests.jobs.ranks import on_ranks
 
@@ -123,6 +124,36 @@ def test_the_schedule_follows_the_step(alone):
     for scheduled, single, step in (("DLNCE", "DL", 0), ("DLNCE", "CE", 9), ("DLACE", "CE", 0)):
         values = [train(trainee_of(a_cell(loss), alone), [step]) for loss in (scheduled, single)]
         assert values[0] == values[1]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The optimiser of a GPU, whose kernel torch has for a CPU too."""
+    usual = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **k: usual(*a, **{**k, "fused": True}))
+
+
+def test_on_a_gpu_one_kernel_updates_all_weights():
+    protocol = a_cell().protocol
+    assert sgd(nn.Conv2d(2, 3, 1), protocol).defaults["fused"] is False
+    with FakeTensorMode(), torch.device("cuda"):  # a device without memory
+        assert sgd(nn.Conv2d(2, 3, 1), protocol).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_that_kernel_updates_as_sgd_does_also_after_a_resume(alone, request, momentum):
+    cell = a_cell("WDLACE", learning_rate=0.1, weight_decay=0.01, momentum=momentum)
+    usual = trainee_of(cell, alone)
+    start = weights(usual)
+    train(usual, range(4))
+    request.getfixturevalue("fused")
+    through, resumed = trainee_of(cell, alone), trainee_of(cell, alone)
+    train(through, range(2))
+    resumed.load(copy.deepcopy(through.state()))
+    assert train(through, range(2, 4)) == train(resumed, range(2, 4))
+    assert_equal_states(resumed.state(), through.state())
+    assert through._optimizer.defaults["fused"]
+    assert (weights(through) - weights(usual)).norm() < 1e-6 * (weights(usual) - start).norm()
 
 
 @pytest.mark.parametrize("step", range(TOTAL))
