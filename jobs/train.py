@@ -10,6 +10,7 @@ finds a checkpoint.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -40,10 +41,13 @@ from jobs.training.backbone import LoadedBackbone, freeze, load_backbone, moving
 from jobs.training.cell_trainer import CellTrainer, autocast, half_precision
 from jobs.training.evaluate import evaluate, stack
 from jobs.training.job_run import Action, JobRun, require_data
+from jobs.training.overflow import all_finite, remember
 from jobs.training.timings import report
 from jobs.training.torch_settings import configure_torch
 
 NOT_FINITE = "the trained network's output is not finite"
+
+_SLOW = "the backbone's features overflow fp16; in such steps they are computed again in fp32"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -184,14 +188,22 @@ def features(backbone: nn.Module | None, images: Tensor, cell: Cell, group: Grou
     """Return the input of the trainers for uint8 images [b, 3, h, w].
 
     It is the output of the frozen backbone, without a gradient. If the whole network trains, it is
-    the normalised images.
+    the normalised images. Features that overflow fp16 on any rank are computed in fp32.
     """
     inputs = normalise(images)
     if backbone is None:
         return inputs
-    with torch.no_grad(), autocast(group.device, half_precision(cell.protocol, group)):
-        found: Features = backbone(inputs)
-        return found
+    half = half_precision(cell.protocol, group)
+    in_fp16 = half == torch.float16
+    restore = remember(moving_buffers(backbone, cell.protocol).values() if in_fp16 else ())
+    with torch.no_grad():
+        with autocast(group.device, half):
+            found: Features = backbone(inputs)
+        if in_fp16 and not all_finite(found, group):
+            warnings.warn(_SLOW, RuntimeWarning, stacklevel=1)  # printed once in each process
+            restore()
+            found = backbone(inputs)
+    return found
 
 
 def evaluate_cells(
@@ -250,7 +262,7 @@ def publish(
     if finished:
         write_counts(
             paths.counts_of(job.task.name, job.generation.number),
-            [cell_record(trainer.cell, backbone.sha256) for trainer, _ in finished],
+            [cell_record(t.cell, backbone.sha256) | t.overflows for t, _ in finished],
             stack([cell_counts for _, cell_counts in finished]),
             job.counts_record(manifest),
             job.generation.check,

@@ -24,12 +24,13 @@ from jobs.models.dropout import set_dropout_position
 from jobs.models.memory_format import for_file, place
 from jobs.spec.cell import Cell
 from jobs.spec.protocol import Protocol
+from jobs.training.overflow import LossScaler, in_fp32, remember
 
 
 class CellTrainer:
     """Trains the head of `cell` on frozen features, or, given a `backbone`, the whole network.
 
-    The state is that of the network, the momentum and the gradient scaler; everything else is a
+    The state is that of the network, the momentum and the loss scaler; everything else is a
     function of the step.
     """
 
@@ -65,13 +66,14 @@ class CellTrainer:
         self._optimizer = sgd(self.network, protocol)
         self._half = half_precision(protocol, group)
         scaled = self._half == torch.float16  # bf16 has the range of fp32 and needs no scaler
-        self._scaler = torch.amp.GradScaler(group.device.type, enabled=scaled)
+        self._scaler = LossScaler(group.device, enabled=scaled)
         self.network.train()
 
     def step(self, inputs: Features, batch: Batch, target: Tensor, step: int, total: int) -> float:
         """Update the weights once. Return the loss of the global batch, for tests and benchmarks.
 
-        If the loss is not finite, set `failure` and leave the weights as they are.
+        If the loss is not finite, set `failure` and leave the weights as they are. In fp16 this
+        holds for a loss that is not finite in fp32 either, and for gradients; see `LossScaler`.
 
         Args:
             inputs: Features or normalised images of this rank's share of the batch.
@@ -80,25 +82,47 @@ class CellTrainer:
             step: Number of this step, from 0.
             total: Number of steps of the whole training.
         """
-        cell, position = self.cell, step / total
+        cell, scaler = self.cell, self._scaler
         set_dropout_position(self.network, cell.seed, cell.model, step, batch.positions)
+        restore = remember(self.network.buffers() if scaler.is_enabled() else ())
+        loss = self._loss(inputs, target, step / total, self._half)
+        value = scaler.read(self._group.sum(loss), step)
+        if scaler.is_enabled() and not math.isfinite(value):
+            del loss  # frees its graph
+            restore()
+            scaler.count("recomputed", step)
+            loss = self._loss(in_fp32(inputs), target, step / total, None)
+            value = scaler.read(self._group.sum(loss), step)
+        self.failure = scaler.fault
+        if not math.isfinite(value):
+            self.failure = f"the loss was {value} at step {step} of {total}"
+        if self.failure is None:
+            self._update(loss, learning_rate(cell.protocol, step, total))
+        if step == total - 1:  # no loss follows
+            scaler.settle()
+            self.failure = self.failure or scaler.fault
+        return value
+
+    def _loss(
+        self, inputs: Features, target: Tensor, position: float, half: torch.dtype | None
+    ) -> Tensor:
+        """Return the loss of this rank; the network computes in `half`, or in fp32 if None."""
         watch = self._group.watch
-        with watch.part("heads"), autocast(self._group.device, self._half):
+        with watch.part("heads"), autocast(self._group.device, half):
             logits = self._parallel(inputs)
         if watch.running:
             logits.register_hook(partial(_time_network_backward, watch))
         with watch.part("losses"):
-            logits = logits if self._half is None else logits.float()
-            loss = combined_loss(  # no name keeps the upsampled logits alive
+            logits = logits if half is None else logits.float()
+            return combined_loss(  # no name keeps the upsampled logits alive
                 upsample(logits, _size(target)),
-                target, cell.loss, position, self._class_weights, VOID, self._group.sum,
+                target, self.cell.loss, position, self._class_weights, VOID, self._group.sum,
             )  # fmt: skip
-            value = float(self._group.sum(loss))
-        if not math.isfinite(value):
-            self.failure = f"the loss was {value} at step {step} of {total}"
-            return value
-        self._update(loss, learning_rate(cell.protocol, step, total))
-        return value
+
+    @property
+    def overflows(self) -> dict[str, int]:
+        """Return the history of fp16 overflows; see `LossScaler`. Empty in other precisions."""
+        return self._scaler.history
 
     def _update(self, loss: Tensor, rate: float) -> None:
         for group in self._optimizer.param_groups:
