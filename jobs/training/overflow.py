@@ -33,7 +33,7 @@ class LossScaler(torch.amp.GradScaler):
         super().__init__(device.type, enabled=enabled)
         none = {"recomputed": 0, "last_recomputed": -1, "skipped": 0, "last_skipped": -1}
         self.history: dict[str, int] = none if enabled else {}
-        self._seen = 0.0  # the last scale on the host
+        self._seen: float | None = None  # the last scale on the host
         self._step = -1  # the last step that was read
 
     def read(self, loss: Tensor, step: int) -> float:
@@ -51,7 +51,7 @@ class LossScaler(torch.amp.GradScaler):
         self._note(self.get_scale())
 
     def _note(self, scale: float) -> None:
-        if scale < self._seen:
+        if self._seen is not None and scale < self._seen:
             self.count("skipped", self._step)
         self._seen = scale
 
@@ -63,7 +63,7 @@ class LossScaler(torch.amp.GradScaler):
     @property
     def fault(self) -> str | None:
         """Return why the cell must stop, or None."""
-        if not 0 < self._seen < 1:
+        if self._seen is None or self._seen >= 1:
             return None
         return (
             "gradients overflow fp16 even at a scale of 1 ({skipped} updates were skipped, the "
@@ -79,7 +79,7 @@ class LossScaler(torch.amp.GradScaler):
         """Load a state of `state_dict`; one of torch's own scaler has no history."""
         super().load_state_dict(state_dict)
         self.history |= {name: state_dict[name] for name in self.history if name in state_dict}
-        self._seen = 0.0
+        self._seen = None
 
 
 def remember(buffers: Iterable[Tensor]) -> Callable[[], None]:

@@ -169,14 +169,27 @@ def test_a_cell_without_finite_gradients_stops_after_17_updates(alone, poison):
     assert all(m.count_nonzero() == 0 for m in everything(trainer.state()["momentum"]).values())
 
 
+def with_scale(trainer, scale):
+    state = copy.deepcopy(trainer.state())
+    state["scaler"]["scale"] = scale
+    trainer.load(state)
+    return trainer
+
+
 def test_the_last_step_is_looked_at_too(alone, poison):
     poison(range(TOTAL))
-    trainer = trainee_of(mixed(), alone)
-    state = copy.deepcopy(trainer.state())
-    state["scaler"]["scale"] = 1.0
-    trainer.load(state)
+    trainer = with_scale(trainee_of(mixed(), alone), 1.0)
     train(trainer, [TOTAL - 1])
     assert "(1 updates were skipped, the last one at step 99)" in trainer.failure
+
+
+def test_a_checkpoint_whose_scale_had_fallen_to_zero_trains_no_more(alone):
+    """A program that did not look at the scale could save one."""
+    trainer = with_scale(trainee_of(mixed(), alone), 0.0)
+    before = weights(trainer)
+    train(trainer, [5])
+    assert trainer.failure.startswith("gradients overflow fp16 even at a scale of 1")
+    assert torch.equal(weights(trainer), before)
 
 
 def test_a_cell_goes_on_after_skipped_updates_and_resumes_to_the_same_bits(alone, poison):
