@@ -20,7 +20,7 @@ test: lint
 	$(BIN)/python -m pytest -n 3 -m "not slow" --fuzz-cases 300
 
 test-all: test
-	$(BIN)/python -m pytest -n 3 -m "slow or fuzz"
+	$(BIN)/python -m pytest -n 4 -m "slow or fuzz"
 
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu_check

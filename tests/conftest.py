@@ -40,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=cases.DEFAULT,
         metavar="N",
-        help=f"cases that the fuzz tests try in all (default {cases.DEFAULT}: always the same "
-        "ones; any other number: new ones at every run)",
+        help=f"cases that the fuzz tests try in all (default {cases.DEFAULT}; up to that number "
+        "always the same ones, beyond it new ones at every run)",
     )
 
 
