@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import fcntl
 import gc
 import io
 import os
 import signal
+import stat
 import sys
+import termios
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 USER_ERROR_EXIT_CODE = 2
 SLOW_SECONDS = 30.0  # a wait that takes longer is reported
+_READING_SECONDS = 2.0
 # logs are read as UTF-8
 _ENCODING_OF_CHILDREN = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
 
@@ -91,15 +97,62 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         if lost := lost_output():
             raise UserError(f"cannot write all of the output: {lost.strerror}; the rest was done")
         sys.exit(code)
-    except UserError as error:
-        if "--debug" in arguments:
-            raise
-        # one write, so that lines of several ranks do not mix
-        sys.stderr.write(f"error: {one_line(str(error))}\n")
-        sys.exit(USER_ERROR_EXIT_CODE)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(report_error(error, "--debug" in arguments))
+
+
+def report_error(error: BaseException, debug: bool = False, rank: str = "") -> int:
+    """Write the error that ends this process to stderr, and return the exit code.
+
+    A `UserError` is one line, unless `debug`; another error is shown with its traceback, below a
+    line with the name of this `rank`.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        text, code = "interrupted\n", 128 + signal.SIGINT
+    elif isinstance(error, UserError) and not debug:
+        text, code = f"error: {one_line(str(error))}\n", USER_ERROR_EXIT_CODE
+    else:
+        failed = f"{rank} failed:\n" if rank else ""
+        text, code = failed + "".join(traceback.format_exception(error)), 1
+    sys.stderr.write(text)  # one write, so that lines of several ranks do not mix
+    return code
+
+
+def flush_output() -> None:
+    """Flush stdout and stderr, and wait at most 2 s each until the readers of pipes have read.
+
+    mpiexec drops what it has not read when a rank aborts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        end = time.monotonic() + _READING_SECONDS
+        while _unread(stream) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _unread(stream: TextIO) -> int:
+    """Return the number of unread bytes in the pipe behind `stream`; 0 if it is no pipe."""
+    try:
+        descriptor = stream.fileno()
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            return 0
+        answer = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
+    except (OSError, ValueError):
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def leave(error: BaseException, rank: str) -> NoReturn:
+    """Report `error` as `run` does, and end this process without any clean-up.
+
+    For a rank whose clean-up would wait for other ranks.
+    """
+    code = 1
+    try:
+        code = report_error(error, "--debug" in sys.argv, rank)
+        flush_output()
+    finally:
+        os._exit(code)
 
 
 class _Sink(io.FileIO):

@@ -98,9 +98,9 @@ def pretrain_on(
     (counts,) = evaluated
     if counts is None:
         trainer.failure = NOT_FINITE
-        job.on_main(lambda: job.give_up(trainer, None))
+        job.group.on_main(lambda: job.give_up(trainer, None))
         raise _failed(trainer)
-    job.on_main(lambda: publish_backbone(job, trainer, user_cell, manifest, counts))
+    job.group.on_main(lambda: publish_backbone(job, trainer, user_cell, manifest, counts))
     job.finish("done", total, total)
     return True
 

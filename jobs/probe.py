@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.shards.manifest import Manifest
 from hpc.cli import argument_parser, run
@@ -27,6 +27,9 @@ from hpc.diagnostics.node_facts import (
 )
 from hpc.distributed.launcher import RankEnv, read_env
 from hpc.storage.atomic import read_json
+
+if TYPE_CHECKING:
+    from hpc.distributed.process_group import Group
 
 PACKAGES = ("torch", "torchvision", "numpy", "h5py", "mpi4py", "submitit", "isal")
 SOURCES = tuple(
@@ -47,9 +50,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.launch == "reduce":
         return 0 if facts.note("world", _mpi_world) else 1
     note_node(read_json(arguments.request), folder, env, facts)
-    joined = facts.note("device", lambda: _device(env)) and facts.note(
-        "met", lambda: _meet(env, folder / "rendezvous")
-    )
+    joined = facts.note("device", lambda: _device(env)) and _meet(env, folder / "rendezvous", facts)
     return 0 if joined else 1
 
 
@@ -90,7 +91,7 @@ def _device(env: RankEnv) -> dict[str, Any]:
     """Return the name of this rank's GPU, or `cpu`, and the number of GPUs it sees."""
     import torch
 
-    from hpc.distributed.process_group import own_device
+    from hpc.distributed.device import own_device
 
     device = own_device(env)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -101,18 +102,38 @@ def _device(env: RankEnv) -> dict[str, Any]:
     }
 
 
-def _meet(env: RankEnv, rendezvous: Path) -> dict[str, float]:
-    """Return the sum of rank + 1 over all ranks, by training's process group, and its seconds."""
-    import torch
+def _meet(env: RankEnv, rendezvous: Path, facts: Facts) -> bool:
+    """Note the sum of rank + 1 over all ranks, by training's process group, and its seconds.
 
+    Return True if the ranks can join.
+    """
+    from hpc.distributed.device import DeviceError
     from hpc.distributed.process_group import process_group
 
-    with process_group(env, rendezvous) as group:
-        mine = torch.full((_NUMBERS,), env.rank + 1.0, device=group.device)
-        group.sum(mine)  # connects the ranks
-        begin = time.perf_counter()
-        total = float(group.sum(mine).mean())
-        return {"sum": total, "seconds": time.perf_counter() - begin}
+    try:
+        with process_group(env, rendezvous) as group:
+            try:
+                met = _sum(group)
+            except Exception as error:  # a rank that fails alone leaves the process with the block
+                facts.note_error("met", error)
+                raise
+    except DeviceError as error:
+        facts.note_error("device", error)
+        return False
+    except Exception as error:
+        facts.note_error("met", error)
+        return False
+    return facts.note("met", lambda: met)
+
+
+def _sum(group: Group) -> dict[str, float]:
+    import torch
+
+    mine = torch.full((_NUMBERS,), group.rank + 1.0, device=group.device)
+    group.sum(mine)  # connects the ranks
+    begin = time.perf_counter()
+    total = float(group.sum(mine).mean())
+    return {"sum": total, "seconds": time.perf_counter() - begin}
 
 
 def _mpi_world() -> int:

@@ -76,7 +76,7 @@ def train_bundle(task: Task, group: Group, stop: StopRequest) -> None:
 
 def unfinished(task: Task, group: Group) -> Task:
     """Return `task` without finished cells, so that rerunning an old script is safe."""
-    done = group.broadcast(counted_cells(task.paths.counts) if group.is_main else None)
+    done = group.on_main(lambda: counted_cells(task.paths.counts))
     cells = tuple(cell for cell in task.cells if cell.signature not in done)
     if group.is_main and len(cells) < len(task.cells):
         left = f"the other {len(cells)} go on" if cells else "there is nothing to do"
@@ -98,7 +98,7 @@ def train_on(manifest: Manifest, task: Task, group: Group, stop: StopRequest) ->
     if counts is None:
         stop_and_requeue(job, step, total)
         return
-    job.on_main(lambda: publish(job, trainers, counts, manifest, backbone))
+    job.group.on_main(lambda: publish(job, trainers, counts, manifest, backbone))
     job.finish("done", total, total)
 
 
@@ -165,7 +165,7 @@ def train(
             for trainer in active:  # all ranks train them in this order
                 trainer.step(inputs, batch, target, step, total)
                 if trainer.failure:
-                    job.on_main(partial(job.give_up, trainer, step))
+                    job.group.on_main(partial(job.give_up, trainer, step))
             step += 1
             batch = job.fetch(items)  # before `decide`, which reports a damaged sample to all ranks
             action = job.decide()

@@ -42,10 +42,16 @@ class Facts:
         try:
             self._known[name] = look()
         except (Exception, SystemExit) as error:
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self._known["errors"][name] = one_line(f"{kind}{error}")
+            self.note_error(name, error)
+            return False
         write_json(self._path, self._known)
-        return name in self._known
+        return True
+
+    def note_error(self, name: str, error: BaseException) -> None:
+        """Record why a fact could not be found out."""
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        self._known["errors"][name] = one_line(f"{kind}{error}")
+        write_json(self._path, self._known)
 
 
 def versions(packages: Iterable[str], sources: Sequence[Path]) -> dict[str, str]:

@@ -6,23 +6,17 @@ every rank silently sees a world of size 1. The sizes are compared, so that a mi
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import stat
-import sys
-import termios
-import time
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc.cli import USER_ERROR_EXIT_CODE, UserError, one_line
+from hpc.cli import UserError, flush_output, report_error
 from hpc.distributed.launcher import announced_mpi_size, speaks_only_pmix, srun_tasks
 
 T = TypeVar("T")
@@ -91,34 +85,9 @@ class World:
             self._abort(error)
 
     def _abort(self, error: BaseException) -> None:
-        if isinstance(error, UserError):
-            sys.stderr.write(f"error: {one_line(str(error))}\n")
-        else:
-            print(f"rank {self.rank} of {self.size} failed:", file=sys.stderr)
-            traceback.print_exception(error)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            _await_reader(stream)
-        self._communicator.Abort(USER_ERROR_EXIT_CODE if isinstance(error, UserError) else 1)
-
-
-def _await_reader(stream: TextIO, seconds: float = 2.0) -> None:
-    # on an abort mpiexec drops all unread output, the message included
-    end = time.monotonic() + seconds
-    while _unread(stream) and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def _unread(stream: TextIO) -> int:
-    """Return the number of unread bytes in the pipe behind `stream`; 0 if it is no pipe."""
-    try:
-        descriptor = stream.fileno()
-        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            return 0
-        answer = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
-    except (OSError, ValueError):
-        return 0
-    return int.from_bytes(answer, sys.byteorder)
+        code = report_error(error, rank=f"rank {self.rank} of {self.size}")
+        flush_output()
+        self._communicator.Abort(code)
 
 
 def world(environ: Mapping[str, str] = os.environ) -> World:

@@ -10,16 +10,17 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc.cli import UserError, named_wait
+from hpc.cli import UserError, leave, named_wait
+from hpc.distributed.device import agreed_device
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.timer import Stopwatch
 from hpc.storage.atomic import remove_file, write_text
@@ -29,9 +30,16 @@ COMMUNICATION = "communication"
 _POLL_SECONDS = 0.1
 _LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
+T = TypeVar("T")
+
 
 class Group:
-    """All ranks of one job. `watch`, this rank's stopwatch, counts collectives as a part."""
+    """All ranks of one job.
+
+    Attributes:
+        watch: this rank's stopwatch, which counts collectives as a part.
+        common_error: the error that `raise_together` has raised on all ranks.
+    """
 
     def __init__(self, env: RankEnv, device: torch.device) -> None:
         self.env = env
@@ -39,6 +47,7 @@ class Group:
         self.world_size = env.world_size
         self.device = device
         self.watch = Stopwatch(device)
+        self.common_error: Exception | None = None
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +86,33 @@ class Group:
             dist.broadcast_object_list(box, src=source)
         return box[0]
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the error of one rank on all ranks, or return if none has an error.
+
+        All ranks must call this together. After any other error a rank leaves alone, see
+        `process_group`.
+        """
+        rank = self.max(self.rank + 1 if error is not None else 0)
+        if rank:
+            self.common_error = self.broadcast(error, source=rank - 1)
+            assert self.common_error is not None
+            raise self.common_error
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0; return its result, or raise its `UserError`, on all ranks.
+
+        All ranks must call this together. The result must be picklable.
+        """
+        result: Any = None
+        error = None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as raised:
+                error = raised
+        self.raise_together(error)
+        return cast(T, self.broadcast(result))
+
 
 @contextmanager
 def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
@@ -84,57 +120,39 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
 
     Rank 0 listens on a free port, so that two jobs on one node cannot collide.
 
+    A rank that fails alone reports its error and leaves the process at once. Ending the group, or
+    the interpreter, would wait for collectives that the others never join. Their next one fails.
+
     Args:
         env: the place of this process in the job.
         rendezvous: a folder that all ranks see; rank 0 writes its address there.
 
     Raises:
-        UserError: torch has no kernels for the GPU, or rank 0 does not write its address.
+        UserError: the ranks cannot use their devices, or rank 0 does not write its address.
     """
-    device = own_device(env)
     _use_loopback(env)
     store = _store(env, rendezvous)
-    # gloo beside NCCL: integers that ranks agree on lie in main memory
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with named_wait(f"all {env.world_size} ranks of this job to meet"):
+        device = agreed_device(env, store)
+        # gloo beside NCCL: integers that ranks agree on lie in main memory
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=env.rank, world_size=env.world_size, timeout=TIMEOUT
         )
+    group = Group(env, device)
     try:
         if env.rank == 0:
             remove_file(_address_file(env, rendezvous))  # all ranks have read it
-        yield Group(env, device)
+        yield group
     except BaseException as error:
+        if env.world_size > 1 and error is not group.common_error:
+            leave(error, f"rank {env.rank} of {env.world_size} on {env.node}")
         # free what the frames hold, such as DDP's hooks, before the group: freed after it, at the
         # end of the process, they sometimes wait forever
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         dist.destroy_process_group()
-
-
-def own_device(env: RankEnv) -> torch.device:
-    """Return this rank's GPU, or the CPU if no GPU is visible.
-
-    Raises:
-        UserError: torch has no kernels for the GPU.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    device = torch.device("cuda", env.local_rank % visible)
-    major, minor = torch.cuda.get_device_capability(device)
-    kernels = torch.cuda.get_arch_list()
-    if f"sm_{major}{minor}" not in kernels and not any(
-        k.startswith(f"sm_{major}") for k in kernels
-    ):
-        raise UserError(
-            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
-            f"(sm_{major}{minor}), only {', '.join(kernels)}; install a build that has them "
-            "(for V100 torch 2.10 or older from the default wheels)"
-        )
-    torch.cuda.set_device(device)
-    return device
 
 
 def _store(env: RankEnv, rendezvous: Path) -> dist.Store:

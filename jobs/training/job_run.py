@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -75,7 +75,7 @@ class JobRun:
     def __post_init__(self) -> None:
         signatures = [cell.signature for cell in self.task.cells]
         folder = self.task.paths.generations(self.bundle_key)
-        self.generation = self.on_main(lambda: claim(folder, signatures))
+        self.generation = self.group.on_main(lambda: claim(folder, signatures))
         self.provenance = [_provenance(self.task.cells[0], self.group)]
 
     @property
@@ -85,22 +85,6 @@ class JobRun:
     @property
     def label(self) -> str:
         return f"{self.task.name} (generation {self.generation.number})"
-
-    def on_main(self, write: Callable[[], T]) -> T:
-        """Call `write` on rank 0; return its result, or raise its `UserError`, on all ranks.
-
-        All ranks must call this together.
-        """
-        result, error = None, None
-        if self.group.is_main:
-            try:
-                result = write()
-            except UserError as raised:
-                error = raised
-        result, error = self.group.broadcast((result, error))
-        if error is not None:
-            raise error
-        return result
 
     def resume(self, trainers: Sequence[CellTrainer], backbone: Backbone | None) -> int:
         """Load the newest checkpoint that all cells have and all ranks can read.
@@ -198,9 +182,7 @@ class JobRun:
 
     def raise_trouble(self) -> None:
         """Raise the error of one rank, if any, on all ranks. All ranks must call it together."""
-        rank = self.group.max(self.group.rank + 1 if self._trouble is not None else 0)
-        if rank:
-            raise self.group.broadcast(self._trouble, source=rank - 1)
+        self.group.raise_together(self._trouble)
 
     def fetch(self, items: Iterator[T]) -> T | None:
         """Return the next of `items`, or None at their end or after a `UserError`.
@@ -218,7 +200,7 @@ class JobRun:
         """Publish a checkpoint of the cells that still train. All ranks must call it together."""
         if trainers:
             with self.group.watch.part("checkpoints"):
-                self.on_main(lambda: self._write_checkpoint(step, trainers, backbone))
+                self.group.on_main(lambda: self._write_checkpoint(step, trainers, backbone))
         self._saved_at = time.monotonic()
 
     def _write_checkpoint(
@@ -313,7 +295,7 @@ def require_data(task: Task, manifest: Manifest, group: Group) -> None:
     It also raises if the ranks see different data sets, because it was packed again meanwhile. A
     data set whose source files only moved is the same. All ranks must call this together.
     """
-    problem = ""
+    problem = None
     try:
         cell = task.cells[0]
         if manifest.differences(task.origin).keys() - ROOTS:
@@ -321,12 +303,10 @@ def require_data(task: Task, manifest: Manifest, group: Group) -> None:
         if task.kind == "bundle" and cell.protocol.weights == "pretrain":
             _require_same_backbone(task, manifest)
     except UserError as error:
-        problem = str(error)
+        problem = error
     if group.broadcast(manifest.fingerprint) != manifest.fingerprint:
-        problem = f"{task.data} was packed anew while the ranks started; run grid again"
-    rank = group.max(group.rank + 1 if problem else 0)
-    if rank:
-        raise UserError(group.broadcast(problem, source=rank - 1))
+        problem = UserError(f"{task.data} was packed anew while the ranks started; run grid again")
+    group.raise_together(problem)
 
 
 def _require_same_backbone(task: Task, manifest: Manifest) -> None:

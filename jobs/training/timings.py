@@ -41,7 +41,7 @@ def report(job: JobRun, stage: str, unit: str, done: int) -> None:
               "provenance": job.provenance}  # fmt: skip
     path = job.task.paths.profile(job.task.name, job.generation.number, stage)
     if done:
-        job.on_main(lambda: write_json(path, record, job.generation.check))
+        job.group.on_main(lambda: write_json(path, record, job.generation.check))
     watch.lap()
 
 

@@ -10,17 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from hpc import cli
-from hpc.cli import UserError
+from hpc.cli import USER_ERROR_EXIT_CODE, UserError
 from hpc.distributed import process_group as groups
 from hpc.distributed.launcher import RankEnv, read_env
 from hpc.distributed.process_group import Group, process_group
+from hpc.scheduler.exit_cause import exit_cause
 
 REPOSITORY = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
@@ -206,6 +210,89 @@ def test_when_rank_0_dies_the_others_end_at_their_next_agreement(tmp_path):
         message, seconds = json.loads((tmp_path / f"told-{rank}.json").read_text())
         assert "onnection" in message  # closed or reset by peer
         assert seconds < 30  # and not only after the time limit of a collective
+
+
+def in_the_log(env: RankEnv, folder: Path) -> Path:
+    """Let the standard error of this process, and of nothing else, go to a file."""
+    log = folder / f"{env.rank}.err"
+    sys.stderr = log.open("w")
+    return log
+
+
+def wait_for_ever(*_: object) -> None:
+    threading.Event().wait()
+
+
+def fail_alone(env: RankEnv, rendezvous: Path, results: Path) -> None:
+    """Rank 1 has no memory left, while the others wait for it.
+
+    Ending the group waits for ever, as NCCL's does for kernels of ranks that will not come. So does
+    the end of the interpreter.
+    """
+    in_the_log(env, results)
+    torch.distributed.destroy_process_group = wait_for_ever
+    threading.Thread(target=wait_for_ever).start()
+    with process_group(env, rendezvous) as group:
+        try:
+            if group.rank == 1:
+                raise FAILURES[(results / "failure").read_text()]
+            group.max(1)
+        finally:
+            (results / f"{env.rank}.cleaned up").touch()
+
+
+FAILURES = {
+    "out of memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "error": UserError("the shard is damaged"),
+}
+
+
+@pytest.mark.parametrize(
+    ("cause", "line", "code"),
+    [
+        ("out of memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", 1),
+        ("error", "error: the shard is damaged", USER_ERROR_EXIT_CODE),
+    ],
+)
+def test_a_rank_that_fails_alone_says_why_and_keeps_no_other_waiting(tmp_path, cause, line, code):
+    (tmp_path / "failure").write_text(cause)
+    ranks = [start(rank_env(rank, 3), tmp_path, fail_alone) for rank in range(3)]
+    assert codes(ranks) == [1, code, 1]
+    assert time.time() - (tmp_path / "1.cleaned up").stat().st_mtime < 10
+    found = exit_cause("failed", sorted(tmp_path.glob("*.err")))
+    assert found.cause == cause and found.line.startswith(line)
+    assert len(list(tmp_path.glob("*.cleaned up"))) == 3
+    said = (tmp_path / "1.err").read_text()
+    if code == 1:
+        assert said.startswith("rank 1 of 3 on node failed:\nTraceback (most recent call last):\n")
+    else:
+        assert said == f"{line}\n"
+
+
+def fail_together(env: RankEnv, rendezvous: Path, results: Path) -> None:
+    """Rank 1 has an error when all ranks ask, or rank 0 when it works for all."""
+    for number, error in enumerate((UserError("rank 1's"), UserError("rank 0's"))):
+        try:
+            with process_group(replace(env, start_id=f"start {number}"), rendezvous) as group:
+                assert group.on_main(lambda: [group.rank]) == [0]
+                group.raise_together(None)
+                if number == 0:
+                    group.raise_together(error if group.rank == 1 else None)
+                else:
+                    group.on_main(partial(raise_, error))
+        except UserError as raised:
+            assert not torch.distributed.is_initialized()
+            (results / f"{env.rank}-{number}.json").write_text(json.dumps(str(raised)))
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_an_error_that_all_ranks_raise_together_ends_the_group_in_order(tmp_path):
+    ranks = [start(rank_env(rank, 2), tmp_path, fail_together) for rank in range(2)]
+    assert codes(ranks) == [0, 0]
+    assert answers(tmp_path) == ["rank 1's", "rank 0's"] * 2
 
 
 def test_the_time_limit_of_a_collective_is_minutes():

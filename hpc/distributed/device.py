@@ -1,0 +1,174 @@
+"""Choose the GPU of each rank, and refuse devices that do not go together before any collective."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hpc.cli import UserError
+from hpc.distributed.launcher import RankEnv
+
+_GRANTS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES")
+_HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last one is Slurm's
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(\w?)")
+_READING = timedelta(seconds=10)
+
+
+class DeviceError(UserError):
+    """The devices of the ranks cannot be used."""
+
+
+@dataclass(frozen=True)
+class RankDevice:
+    """The device of a rank: `cpu`, the UUID of its GPU, or the reason why it has none."""
+
+    node: str
+    device: str = ""
+    problem: str = ""
+
+
+def agreed_device(env: RankEnv, store: dist.Store) -> torch.device:
+    """Return this rank's device after all ranks have compared theirs through `store`.
+
+    Raises:
+        DeviceError: on all ranks, if one cannot use its device, two share a GPU, or only some have
+            one.
+    """
+    if env.world_size == 1:
+        return own_device(env)
+    device, mine = _looked_at(env)
+    store.set(_key("device", env.rank), json.dumps(asdict(mine)))
+    texts = store.multi_get([_key("device", rank) for rank in range(env.world_size)])
+    problem = disagreement([RankDevice(**json.loads(text)) for text in texts])
+    if device is None or problem:
+        _await_readers(env, store)
+        raise DeviceError(problem)
+    return device
+
+
+def _looked_at(env: RankEnv) -> tuple[torch.device | None, RankDevice]:
+    try:
+        device = own_device(env)
+    except DeviceError as error:
+        return None, RankDevice(env.node, problem=str(error))
+    if device.type == "cpu":
+        return device, RankDevice(env.node, "cpu")
+    return device, RankDevice(env.node, str(torch.cuda.get_device_properties(device).uuid))
+
+
+def _await_readers(env: RankEnv, store: dist.Store) -> None:
+    """Keep rank 0's store until all ranks know what it holds."""
+    store.set(_key("read", env.rank), "")
+    if env.rank == 0:
+        with suppress(RuntimeError):  # a rank died meanwhile
+            store.wait([_key("read", rank) for rank in range(env.world_size)], _READING)
+
+
+def _key(what: str, rank: int) -> str:
+    return f"lossgrid-{what}-{rank}"
+
+
+def disagreement(ranks: Sequence[RankDevice]) -> str:
+    """Return why ranks, in order of their number, cannot work together; "" if they can."""
+    for number, rank in enumerate(ranks):
+        if rank.problem:
+            return f"rank {number} on {rank.node}: {rank.problem}"
+    on_device = defaultdict[str, list[int]](list)
+    for number, rank in enumerate(ranks):
+        on_device[rank.device].append(number)
+    on_cpu = on_device.pop("cpu", [])
+    if on_cpu and on_device:
+        with_gpu = [number for numbers in on_device.values() for number in numbers]
+        return (
+            f"torch sees no GPU for {_named(on_cpu, ranks)}, but one for "
+            f"{_named(sorted(with_gpu), ranks)}; exclude the node in the profile, or ask for GPUs "
+            "on all nodes (gpus_per_node)"
+        )
+    for sharing in on_device.values():
+        if len(sharing) > 1:
+            return (
+                f"{_named(sharing, ranks)} share one GPU, but each needs its own; set "
+                "tasks_per_node in the profile to gpus_per_node"
+            )
+    return ""
+
+
+def _named(numbers: Iterable[int], ranks: Sequence[RankDevice]) -> str:
+    """Return `rank 2 on n1` or `ranks 2, 3 on n1, n2`."""
+    found = list(numbers)
+    nodes = ", ".join(dict.fromkeys(ranks[number].node for number in found))
+    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))} on {nodes}"
+
+
+def own_device(env: RankEnv, environ: Mapping[str, str] = os.environ) -> torch.device:
+    """Return this rank's GPU, or the CPU if there is none.
+
+    Raises:
+        DeviceError: GPUs were granted and torch sees none, or torch has no kernels for the GPU.
+    """
+    if not torch.cuda.is_available():
+        _refuse_granted(environ)
+        return torch.device("cpu")
+    # a launcher shows each rank all GPUs of the node, or its own alone
+    device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
+    _require_kernels(device)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _refuse_granted(environ: Mapping[str, str]) -> None:
+    if grant := granted_gpus(environ):
+        raise DeviceError(
+            f"the job has GPUs ({grant}), but torch {torch.__version__} sees none; install a build "
+            "of torch for a CUDA that the node's driver supports (`nvidia-smi`); to compute on "
+            "CPUs, set gpus_per_node = 0 in the profile, or CUDA_VISIBLE_DEVICES= outside a job"
+        )
+
+
+def granted_gpus(environ: Mapping[str, str]) -> str:
+    """Return the variable by which Slurm or the local queue grants GPUs; "" if there is none.
+
+    A user who hides all GPUs with an empty CUDA_VISIBLE_DEVICES wants the CPU.
+    """
+    if environ.get("CUDA_VISIBLE_DEVICES", "unset") in _HIDDEN:
+        return ""
+    given = [f"{name}={environ[name]}" for name in _GRANTS if environ.get(name)]
+    return next((grant for grant in given if grant != "SLURM_GPUS_ON_NODE=0"), "")
+
+
+def _require_kernels(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    architectures = torch.cuda.get_arch_list()
+    if not has_kernels(architectures, capability):
+        major, minor = capability
+        raise DeviceError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+            f"(sm_{major}{minor}), only {', '.join(architectures)}; install a build that has them "
+            "(for V100 the wheels for CUDA 12.6, or the default ones up to torch 2.10)"
+        )
+
+
+def has_kernels(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Return whether a build for `architectures` runs on a GPU of the compute capability.
+
+    Machine code (`sm_XY`) runs on the same major version, from its minor version on. The driver
+    compiles PTX (`compute_XY`) for the same and all newer GPUs. Code for one architecture alone
+    (`sm_90a`) runs nowhere else. Source: CUDA C++ Programming Guide, sections "Binary
+    Compatibility", "PTX Compatibility" and "Feature Set Compiler Targets".
+    """
+    for match in filter(None, map(_ARCHITECTURE.fullmatch, architectures)):
+        kind, built, alone = match[1], (int(match[2]), int(match[3])), match[4]
+        if built == capability:
+            return True
+        if not alone and built < capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
