@@ -103,7 +103,7 @@ class Protocol(Settings):
     workers: Annotated[int, Field(ge=0, le=64)] = 1
     """Loader processes per rank; 0 loads in the rank itself."""
     deterministic: bool = False
-    """Use deterministic algorithms on a GPU; changes no bit on a CPU."""
+    """Use deterministic algorithms. Equal bits on a GPU need this; it changes no bit on a CPU."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
     """Time between two checkpoints. Unit: minutes."""
     profile: bool = False

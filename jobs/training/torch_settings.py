@@ -20,5 +20,8 @@ def configure_torch(protocol: Protocol) -> None:
     if protocol.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
     torch.use_deterministic_algorithms(protocol.deterministic)
+    # deterministic algorithms would also fill each new tensor of `torch.empty` with NaN, one more
+    # pass over its memory; a program that reads no such memory has the same bits without
+    torch.utils.deterministic.fill_uninitialized_memory = False
     # torch's default for convolutions on a GPU is TF32, with 10 bits of precision
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

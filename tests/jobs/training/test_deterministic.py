@@ -23,6 +23,8 @@ from jobs.models.build import Network, build_backbone, build_head, upsample
 from jobs.models.dropout import set_dropout_position
 from jobs.models.registry import MODELS
 from jobs.models.resize import Resize, replace_resizing, resize
+from jobs.spec.protocol import Protocol
+from jobs.training.torch_settings import configure_torch
 from tests.jobs.oracles import a_batch
 
 # What `torch.use_deterministic_algorithms` says raises on a GPU, by the names it has inside torch.
@@ -191,3 +193,13 @@ def test_pooling_by_rows_gives_the_same_weights(monkeypatch):
     monkeypatch.setattr(pooling, "prefix_sums", pooling.sums_by_rows)
     weights = pooling.pooling_weights(losses, lambda total: total)
     assert torch.allclose(weights, expected, rtol=1e-12, atol=0)
+
+
+def test_new_tensors_are_not_filled(deterministic, monkeypatch):
+    """By default torch fills them with NaN here; no number of NaNs is there by chance."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    assert torch.empty(1 << 16).isnan().all()
+    configure_torch(Protocol(threads=1, deterministic=True))
+    assert not torch.empty(1 << 16).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled()
