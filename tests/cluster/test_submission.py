@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc.scheduler.cluster_profile import ClusterProfile, Resources, read_profile
-from hpc.scheduler.exit_cause import NEVER_SATISFIED
+from hpc.scheduler.exit_cause import NEVER_SATISFIED, exit_cause
 from hpc.scheduler.job import ModuleCall
 from hpc.scheduler.slurm import SlurmQueue
 from pipeline.submission.batch_scripts import Part, ScriptSite, render
@@ -107,6 +107,18 @@ def test_two_jobs_that_start_together_on_one_node_do_not_meet_each_other(cluster
         ranks = seen_by(folder, job)
         assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["n1", "n1"]
         assert [rank["met"] for rank in ranks] == [[1.0, 1.0]] * 2
+
+
+def test_ranks_do_not_compute_on_cpus_if_slurm_granted_gpus(cluster, folder):
+    """The cluster's GPUs are files; torch sees none."""
+    queue = queue_of(folder)
+    wanted = Resources(tasks_per_node=2, gpus_per_node=2)
+    (job,) = queue.submit([probe(folder, "this", "that")], wanted, "gpus")
+    cluster.wait_until_gone(job)
+    assert seen_by(folder, job) == []
+    cause, line = exit_cause("", queue.log_files(job))
+    assert cause == "error"
+    assert re.match(r"error: rank 0 on n\d: the job has GPUs \(SLURM_\w+=[\d,]+\), but torch", line)
 
 
 def test_nothing_that_a_shell_has_left_over_changes_a_job(cluster, folder, monkeypatch):

@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hpc.cli import UserError
 from hpc.diagnostics.check import run_checks
 from hpc.diagnostics.node_facts import Facts, answer_hellos, free_bytes
 from hpc.diagnostics.probe_jobs import ProbeJob, Report
+from hpc.distributed import process_group
+from hpc.distributed.device import DeviceError
 from hpc.distributed.launcher import RankEnv
 from hpc.scheduler.cluster_profile import Resources
 from hpc.scheduler.job import ModuleCall
@@ -48,6 +51,7 @@ from tests.pipeline.doctor.sick_ranks import (
 )
 from tests.pipeline.grids import grid_file
 
+ALONE = RankEnv("single", 0, 1, 0, "n1", "7", "")
 CALL, RESOURCES = ModuleCall("jobs.probe"), Resources(nodes=2, tasks_per_node=2)
 
 
@@ -264,6 +268,40 @@ def test_a_torch_without_kernels_for_the_gpu(examine, monkeypatch, tmp_path):
     line = only_failure(examine(change))
     assert line.startswith("GPUs as torch sees them: rank 1 on n1: torch ")
     assert "has no kernels for Tesla V100 (sm_70), only sm_80, sm_90; install a build that" in line
+
+
+def test_ranks_that_share_a_gpu_are_no_fault_of_the_network(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise DeviceError("ranks 0, 1 on n1 share one GPU")
+
+    monkeypatch.setattr(process_group, "agreed_device", refuse)
+    facts = Facts(tmp_path, "train", ALONE)
+    assert not probe._meet(ALONE, tmp_path, facts)
+    assert read_json(tmp_path / "train-0.json")["errors"] == {
+        "device": "ranks 0, 1 on n1 share one GPU"
+    }
+
+
+def test_a_rank_notes_its_error_before_it_leaves_the_group(tmp_path, monkeypatch):
+    """Of several ranks, the one that fails alone ends its process there."""
+
+    @contextmanager
+    def left_in_haste(*_: object) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            raise SystemExit(1) from None
+
+    def no_route(_: object) -> None:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(process_group, "process_group", left_in_haste)
+    monkeypatch.setattr(probe, "_sum", no_route)
+    with pytest.raises(SystemExit):
+        probe._meet(ALONE, tmp_path, Facts(tmp_path, "train", ALONE))
+    assert read_json(tmp_path / "train-0.json")["errors"] == {
+        "met": "RuntimeError: no route to host"
+    }
 
 
 def test_a_torch_that_does_not_load_is_reported_without_gpus_too(examine, grid):
