@@ -167,6 +167,11 @@ class ClusterProfile(Settings):
             raise ValueError("lead_seconds must be less than the time limit (minutes)")
         if self.gres and not self.gpus_per_node:
             raise ValueError("gres needs gpus_per_node, the number of GPUs that it means")
+        if 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node = {self.tasks_per_node} ranks need a GPU each; set gpus_per_node "
+                "to as many, or to 0 for CPUs"
+            )
         by_mpi = self.kind != "local" and self.reduce_nodes * self.reduce_tasks_per_node > 1
         if by_mpi and not self.mpi:
             raise ValueError(

@@ -664,6 +664,7 @@ def test_profiles_are_found_by_name_or_path(tmp_path, monkeypatch):
         ({"extra": {"clusters": "x"}}, "'clusters' cannot be given: jobs are looked for on"),
         ({"extra": {"cluster": "x"}}, "'cluster' cannot be given"),
         ({"gres": "gpu:4"}, "gres needs gpus_per_node"),
+        ({"tasks_per_node": 4, "gpus_per_node": 2}, "tasks_per_node = 4 ranks need a GPU each"),
         ({"python": "'/opt/my python"}, "python: No closing quotation"),
         ({"minutes": 2}, "lead_seconds must be less"),
         ({"reduce_nodes": 2}, "need mpi, srun's plugin"),
