@@ -75,7 +75,7 @@ def test_a_profile_without_requeueing_is_a_warning(examine):
 
 
 def test_too_many_nodes(examine):
-    two_gpus = {"gpus_per_node": 2, "gres": "gpu:v100:2"}
+    two_gpus = {"gpus_per_node": 2, "tasks_per_node": 2, "gres": "gpu:v100:2"}
     assert examine(nodes=4, exclude="", **two_gpus)[0] == 0
     assert only_failure(examine(nodes=4, **two_gpus)).startswith(
         "nodes of the partition: nodes = 4, but the partition has 3, without those that it excludes"
@@ -130,7 +130,7 @@ def test_a_site_that_has_or_allows_less(examine, site, where, change, what, said
 
 def test_nodes_that_are_down_are_a_warning(examine, site):
     site.node(state="DOWN*+DRAIN")
-    code, lines = examine(nodes=3, gpus_per_node=2, gres="gpu:v100:2")
+    code, lines = examine(nodes=3, gpus_per_node=2, tasks_per_node=2, gres="gpu:v100:2")
     assert code == 0
     (line,) = [line for line in lines if line.startswith("warn")]
     assert line.startswith("warn  nodes that are up: n1 cannot take jobs now, which leaves 2 of 3")
