@@ -18,7 +18,7 @@ from torchvision.models import segmentation
 from benchmarks.measure import Work
 from hpc.distributed.launcher import RankEnv
 from hpc.distributed.process_group import Group, process_group
-from jobs.data.batches import Batch
+from jobs.data.batches import Batch, share
 from jobs.losses.grammar import parse_loss
 from jobs.models.build import Backbone, Features, build_backbone, normalise
 from jobs.models.memory_format import place
@@ -47,16 +47,19 @@ class Job:
         number, crop = protocol.batch_size, protocol.crop
         images = torch.randint(256, (number, 3, *crop), generator=draw, dtype=torch.uint8)
         target = torch.randint(CLASSES, (number, *crop), generator=draw, dtype=torch.uint8)
-        self.batch = Batch(images, target, range(number)).to(group.device)
+        mine = share(number, group.rank, group.world_size)
+        own = slice(mine.start, mine.stop)
+        self.batch = Batch(images[own], target[own], mine).to(group.device)
         self.target = self.batch.target.long()
         backbone = settled(model.partition("_")[2], self.batch.images)
         self.backbone = place(backbone, group.device, protocol.precision)
         freeze(self.backbone, self._cell("CE"))
 
-    def cells(self, losses: Sequence[str]) -> list[CellTrainer]:
-        """Return a new trainer for each loss."""
+    def cells(self, losses: Sequence[str], model: str = "") -> list[CellTrainer]:
+        """Return a new trainer for each loss, of the job's model or another one."""
         return [
-            CellTrainer(self._cell(loss), CLASSES, np.ones(CLASSES), self.group) for loss in losses
+            CellTrainer(self._cell(loss, model), CLASSES, np.ones(CLASSES), self.group)
+            for loss in losses
         ]
 
     def pass_backbone(self) -> Features:
@@ -76,10 +79,10 @@ class Job:
             if trainer.failure:
                 raise RuntimeError(f"{trainer.cell.name} stopped: {trainer.failure}")
 
-    def _cell(self, loss: str) -> Cell:
+    def _cell(self, loss: str, model: str = "") -> Cell:
         return Cell(
-            dataset="random", data="0" * 16, model=self.model, loss=parse_loss(loss), seed=0,
-            protocol=self.protocol,
+            dataset="random", data="0" * 16, model=model or self.model, loss=parse_loss(loss),
+            seed=0, protocol=self.protocol,
         )  # fmt: skip
 
 
@@ -96,13 +99,13 @@ def settled(name: str, images: Tensor) -> Backbone:
 
 
 @contextmanager
-def ready(protocol: Protocol) -> Iterator[Group]:
-    """Start a process group of one rank with the torch settings of `protocol`.
+def ready(protocol: Protocol, env: RankEnv | None = None) -> Iterator[Group]:
+    """Start a process group with the torch settings of `protocol`; without `env` of one rank.
 
     Raises `UserError` if torch has no kernels for the GPU.
     """
     configure_torch(protocol)
-    env = RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
+    env = env or RankEnv("single", 0, 1, 0, node="", job_id="", start_id="")
     with TemporaryDirectory() as folder, process_group(env, Path(folder)) as group:
         yield group
 

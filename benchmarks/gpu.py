@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -44,11 +44,22 @@ def copy_bandwidth(size: int = 2**30) -> float:
     return 2 * size / best_seconds(synchronised(lambda: target.copy_(source), target.device))
 
 
-def peak_gb(work: Work, device: torch.device) -> float:
-    """Return the peak memory of all tensors on the GPU while `work` runs, in GB."""
+class Peak(NamedTuple):
+    """Peak memory in GB: of all tensors, and of the whole GPU with torch's cache and CUDA."""
+
+    tensors: float
+    whole: float
+
+
+def peak(work: Work, device: torch.device) -> Peak:
+    """Return the peak memory of the GPU while `work` runs."""
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     synchronised(work, device)()
-    return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    return Peak(torch.cuda.max_memory_allocated(device) / 1e9, (reserved + outside) / 1e9)
 
 
 def in_own_process(work: Callable[..., T], *arguments: object) -> T:

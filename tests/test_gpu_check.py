@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_check
 from benchmarks.bundle_job import Job
+from benchmarks.gpu import Peak
 from benchmarks.gpu_check import SMALL, Row
+from hpc.distributed.process_group import COMMUNICATION
 from jobs.training.cell_trainer import CellTrainer
+from tests.jobs.job_processes import lives
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +42,9 @@ def test_a_bundle_that_changes_a_cell_fails(monkeypatch):
     """One last place in one weight, if other cells have trained before."""
     honest, cells = CellTrainer.step, Job.cells
 
-    def counted(job, losses):
+    def counted(job, losses, *model):
         monkeypatch.setattr(CellTrainer, "others", len(losses) - 1, raising=False)
-        return cells(job, losses)
+        return cells(job, losses, *model)
 
     def disturbed(trainer, *arguments):
         value = honest(trainer, *arguments)
@@ -73,11 +77,10 @@ def test_a_resumed_bundle_has_equal_bits_and_one_that_lost_its_momentum_has_not(
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        (gpu_check.formats, ["channels last", "contiguous"]),
         (gpu_check.upsampling, ["matrix products", "torch"]),
         (
             gpu_check.evaluation,
-            ["3 cells, 1 counting", "3 cells, 2 counting"],
+            ["3 cells, 1 threads", "3 cells, 2 threads"],
         ),
         (gpu_check.published_way, ["as published, fp32", "as published, bf16"]),
     ],
@@ -91,13 +94,22 @@ def test_each_way_is_timed_beside_its_arithmetic(part, words):
         assert " to " in row.expected
 
 
+def test_the_better_memory_format_in_fp32_is_named():
+    *ways, best = gpu_check.formats(SMALL)
+    assert [row.what for row in ways] == [
+        f"a step of 1 FCN and 1 DeepLabV3, fp32, {name}" for name in ("channels last", "contiguous")
+    ]
+    fastest = min(ways, key=lambda row: row.numbers["seconds"])
+    assert fastest.what.endswith(best.found)
+
+
 def test_bundles_tell_steps_a_second_and_the_time_to_save(monkeypatch):
     monkeypatch.setattr(gpu_check, "precisions", lambda: ["fp32"])
     rows = list(gpu_check.bundles(SMALL))
     assert [row.what for row in rows] == [
-        text.format(cells)
-        for cells in SMALL.bundles
-        for text in ("a step of {} cells, fp32", "saving {} cells, fp32")
+        f"{text} {cells}, fp32"
+        for cells in ("1 FCN", "2 FCN and 1 DeepLabV3")
+        for text in ("a step of", "saving")
     ]
     few, many = rows[0].numbers, rows[2].numbers
     assert few["steps a second"] == pytest.approx(1 / few["seconds"])
@@ -105,13 +117,22 @@ def test_bundles_tell_steps_a_second_and_the_time_to_save(monkeypatch):
 
 
 def test_memory_is_compared_with_the_estimate_where_there_is_a_gpu(monkeypatch):
-    peaks = iter([5.0, 6.5])
+    peaks = iter([Peak(5.0, 6.0), Peak(6.5, 7.0)])
     monkeypatch.setattr(gpu_check, "_peak", lambda work, group: (work(), next(peaks))[1])
     monkeypatch.setattr(gpu_check, "precisions", lambda: ["fp32"])
-    rows = list(gpu_check.bundles(replace(SMALL, bundles=(1,))))
-    step, saving = rows[2:]
-    assert step.expected.startswith("at most ") and step.found == "5.00 GB"
-    assert (saving.expected, saving.found) == ("at most 5.00 GB", "6.50 GB")
+    *_, whole, tensors, saving = gpu_check.bundles(replace(SMALL, bundles=((1, 0),)))
+    assert (whole.found, tensors.found, saving.found) == ("6.00 GB", "5.00 GB", "6.50 GB")
+    estimate = whole.numbers["expected GB"]
+    assert tensors.numbers["expected GB"] == pytest.approx((estimate - 1.5) / 1.2)
+    assert saving.expected == "at most 5.00 GB"
+
+
+def test_ranks_agree_to_the_bit_and_one_without_memory_ends_all_with_its_reason():
+    *pairs, lost = gpu_check.ranks(SMALL)
+    assert [row.found for row in pairs[::2]] == ["equal bits"] * 2
+    assert all(row.numbers[COMMUNICATION] > 0 for row in pairs[1::2])
+    assert lost.what == "rank 1 of 2 out of memory"
+    assert lost.found.startswith("all gone after ") and not lost.failed
 
 
 def test_the_table_and_a_file_are_written_and_the_exit_code_says_that_nothing_failed(
@@ -132,11 +153,12 @@ def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "executable", str(program))
     assert gpu_check.main(["bits", "--small", "--out", str(tmp_path / "out")]) == 1
     assert "| bits |  | ValueError: no room |" in capsys.readouterr().out
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
-    assert gpu_check._part("bits", True, 0.2) == [
-        Row("bits", "", "ended: the 600 s are over", failed=True)
-    ]
-    assert gpu_check._part("bits", True, 0.0) == [Row("bits", "", "not run: the 600 s are over")]
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/pid\nwait\n")
+    assert gpu_check._run("bits", True, 0.5) == [Row("bits", "", "killed after 0 s", failed=True)]
+    assert not lives(Path("/proc") / (tmp_path / "pid").read_text().strip())
+    monkeypatch.setattr(gpu_check, "SECONDS", 0)
+    assert gpu_check.main(["bits", "--small", "--out", str(tmp_path / "out")]) == 0
+    assert "| bits |  | not run: the 0 s are over |" in capsys.readouterr().out
 
 
 def test_a_failed_test_on_a_gpu_fails_the_run(monkeypatch):

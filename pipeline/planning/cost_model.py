@@ -29,13 +29,14 @@ ASSUMPTIONS = (
     f"a V100 does {FLOPS['gpu fp32'] / 1e12:.0f} TFLOP/s in fp32 and "
     f"{FLOPS['gpu mixed'] / 1e12:.0f} in mixed precision, a CPU thread "
     f"{FLOPS['cpu'] / 1e9:.0f} GFLOP/s (a third to a half of their peaks); a backward pass costs "
-    "two forward passes, and one where the backbone is frozen; loading, losses and communication "
-    "overlap with computing; ranks share a batch evenly; unknown images have 4:3 format; a process "
-    "takes 3 GB of node memory, a loader 0.5 GB, CUDA 1.5 GB of a GPU, and a fifth of the rest is "
-    "lost to fragmentation"
+    "two forward passes, and one where the backbone is frozen; loading overlaps with computing; "
+    "losses and the exchange of gradients are not counted; ranks share a batch evenly; unknown "
+    "images have 4:3 format; a process takes 3 GB of node memory, a loader 0.5 GB, CUDA 1.5 GB of "
+    "a GPU, and a fifth of the rest is lost to fragmentation"
 )
 _BYTES = 4  # a float32
-_PROCESS, _LOADER, _CUDA, _LOST = 3e9, 0.5e9, 1.5e9, 1.2
+_PROCESS, _LOADER = 3e9, 0.5e9
+CUDA, LOST = 1.5e9, 1.2  # bytes of CUDA itself, and the factor of fragmentation
 _LOGIT_COPIES = 6  # full-size logits, their log-softmax, what losses keep, gradients
 _BACKBONE_BUFFERS = 150  # numbers a pixel that a forward pass without gradient holds at its widest
 _FILES = {"task": 12, "cell": 1, "checkpoint": 1}  # records, counts, logs; a head; an index
@@ -144,7 +145,7 @@ def gpu_bytes(job: Job, ranks: int) -> float:
     numbers = pixels * of_head
     numbers += pixels * (BACKBONE_ACTIVATIONS[backbone] if whole else _BACKBONE_BUFFERS)
     numbers += pixels * job.num_classes * _LOGIT_COPIES
-    return _CUDA + _LOST * _BYTES * (weights + numbers)
+    return CUDA + LOST * _BYTES * (weights + numbers)
 
 
 def files_of(cells: Sequence[Cell]) -> int:

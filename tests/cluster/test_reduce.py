@@ -15,7 +15,8 @@ from tests.pipeline.grids import finish, small_grid
 
 pytestmark = pytest.mark.slow
 
-SRUN = ("srun", "--nodes=2", "--ntasks=4")
+# as many on each node: MPICH cannot start three beside one
+SRUN = ("srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1")
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def kill_at_random(
             return job
         shutil.rmtree(grid.run.root)
         before.rename(grid.run.root)
-    raise AssertionError(f"not hit in {ATTEMPTS} attempts")
+    raise AssertionError(f"not hit in {ATTEMPTS} attempts; the last log:\n{job.log}")
 
 
 def finish(start: Callable[..., Job], grid: Grid) -> str:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bundle_job
 from benchmarks.bundle_job import ready
+from benchmarks.gpu_check import ASSUMED
 from hpc.scheduler.cluster_profile import ClusterProfile
 from hpc.storage.atomic import write_json
 from jobs.models.build import Backbone, Network, build_backbone, build_head
@@ -236,15 +237,14 @@ def test_a_run_that_has_shown_its_steps_is_estimated_from_them(tmp_path, shards)
     assert "days for the longest job" in asked[0]
 
 
-CHIPS = {"V100, fp32": 9e12, "V100, mixed": 36e12, "A100, mixed": 90e12, "H100, mixed": 150e12}
 BUNDLES = {"1 FCN": PAPER[:1], "8 FCN": PAPER[:1] * 8, "16 FCN and 16 DeepLabV3": PAPER * 16}
 
 
 def test_the_page_on_cost_has_the_numbers_of_the_model():
     page = (REPOSITORY / "docs/explanation/cost.md").read_text()
-    for chip, rate in CHIPS.items():
+    for (chip, precision), rate in ASSUMED.items():
         steps = [f"{step_flops(a_job(*models)) / rate:.2g} s" for models in BUNDLES.values()]
-        (row,) = (line for line in page.splitlines() if line.startswith(f"| {chip} |"))
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {chip}, {precision} |"))
         assert row.endswith(f" | {rate / 1e12:.0f} | {' | '.join(steps)} |")
     for bundle, models in BUNDLES.items():
         sizes = [f"{gpu_bytes(a_job(*models), ranks) / 1e9:.1f} GB" for ranks in (1, 4)]
