@@ -72,6 +72,13 @@ def test_the_queues_word_is_enough(ended, word, cause):
         ("srun: error: n1: task 0: Segmentation fault (core dumped)", "error"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
         ("[rank0]: torch.OutOfMemoryError: CUDA out of memory.", "out of memory"),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`",
+         "out of memory"),
+        ("RuntimeError: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "out of memory"),
+        ("RuntimeError: GET was unable to find an engine to execute this computation",
+         "out of memory"),
+        ("RuntimeError: FIND was unable to find an engine to execute this computation",
+         "out of memory"),
         ("MemoryError", "out of memory"),
         ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate", "out of memory"),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory", "out of memory"),
@@ -94,6 +101,31 @@ def test_an_out_of_memory_rank_explains_all_other_errors(ended):
     """Its peers lose it, srun ends them, and the user cancels the rest."""
     rank0 = f"{LOST_PEER}\nsrun: error: n1: task 1: Out Of Memory\n{STEP_ENDED}\n{CANCELLED}"
     assert ended(rank0, OOM_KILL, word="CANCELLED")[0] == "out of memory"
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "Cuda failure 2 'out of memory'",
+        "Cuda failure 'out of memory'",  # older releases
+        "Failed to CUDA calloc 6291456 bytes",
+        "Failed to CUDA calloc async 608 bytes",
+        "Failed to CUDA host alloc 4096 bytes",
+    ],
+)
+def test_nccl_without_memory_is_no_lost_peer(ended, why):
+    """Its error has the same name for both, and says why in the last of several lines."""
+    error = (
+        "[rank0]: torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled "
+        "cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5"
+    )
+    trace = f"[rank0]: Traceback (most recent call last):\n{error}"
+    assert ended(f"{trace}\n[rank0]: Last error:\n[rank0]: {why}", LOST_PEER) == (
+        "out of memory",
+        f"[rank0]: {why}",
+    )
+    closed = f"{trace}\n[rank0]: Last error:\n[rank0]: socketProgress: Connection closed by peer"
+    assert ended(closed, LOST_PEER) == ("killed", error)
 
 
 def test_a_rank_that_only_lost_its_peer_has_no_error_of_its_own(ended):
