@@ -6,9 +6,9 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -29,40 +29,67 @@ class DeviceError(UserError):
 
 @dataclass(frozen=True)
 class RankDevice:
-    """The device of a rank: `cpu`, the UUID of its GPU, or the reason why it has none."""
+    """The device of a rank: `cpu`, UUID and model of its GPU, or the reason why it has none."""
 
     node: str
     device: str = ""
     problem: str = ""
+    model: str = ""
 
 
 def agreed_device(env: RankEnv, store: dist.Store) -> torch.device:
     """Return this rank's device after all ranks have compared theirs through `store`.
 
     Raises:
-        DeviceError: on all ranks, if one cannot use its device, two share a GPU, or only some have
-            one.
+        DeviceError: on all ranks, if one cannot use its device, two share a GPU, only some have
+            one, or their GPUs are of different models.
     """
-    if env.world_size == 1:
-        return own_device(env)
     device, mine = _looked_at(env)
-    store.set(_key("device", env.rank), json.dumps(asdict(mine)))
-    texts = store.multi_get([_key("device", rank) for rank in range(env.world_size)])
-    problem = disagreement([RankDevice(**json.loads(text)) for text in texts])
-    if device is None or problem:
-        _await_readers(env, store)
-        raise DeviceError(problem)
+    _compare(env, store, "found", mine)
+    assert device is not None
+    # only now: a GPU in exclusive mode refuses the second of two ranks that share it
+    _compare(env, store, "taken", _taken(device, mine))
     return device
 
 
 def _looked_at(env: RankEnv) -> tuple[torch.device | None, RankDevice]:
+    """Return this rank's device and its description, without a context on a GPU."""
     try:
         device = own_device(env)
+        if device.type == "cpu":
+            return device, RankDevice(env.node, "cpu")
+        found = torch.cuda.get_device_properties(device)
     except DeviceError as error:
         return None, RankDevice(env.node, problem=str(error))
+    except RuntimeError as error:
+        return None, RankDevice(env.node, problem=_of_cuda(error))
+    return device, RankDevice(env.node, str(found.uuid), model=found.name)
+
+
+def _taken(device: torch.device, mine: RankDevice) -> RankDevice:
+    """Make `device` torch's current one; return `mine`, with the problem if CUDA refuses."""
     if device.type == "cpu":
-        return device, RankDevice(env.node, "cpu")
-    return device, RankDevice(env.node, str(torch.cuda.get_device_properties(device).uuid))
+        return mine
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        return replace(mine, problem=_of_cuda(error))
+    return mine
+
+
+def _of_cuda(error: RuntimeError) -> str:
+    """Return the first line of CUDA's error; those after it are hints for debuggers."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    return f"{first}; see `nvidia-smi` on this node"
+
+
+def _compare(env: RankEnv, store: dist.Store, what: str, mine: RankDevice) -> None:
+    """Raise `DeviceError` on all ranks if their descriptions do not go together."""
+    store.set(_key(what, env.rank), json.dumps(asdict(mine)))
+    texts = store.multi_get([_key(what, rank) for rank in range(env.world_size)])
+    if problem := disagreement([RankDevice(**json.loads(text)) for text in texts]):
+        _await_readers(env, store)
+        raise DeviceError(problem)
 
 
 def _await_readers(env: RankEnv, store: dist.Store) -> None:
@@ -82,9 +109,7 @@ def disagreement(ranks: Sequence[RankDevice]) -> str:
     for number, rank in enumerate(ranks):
         if rank.problem:
             return f"rank {number} on {rank.node}: {rank.problem}"
-    on_device = defaultdict[str, list[int]](list)
-    for number, rank in enumerate(ranks):
-        on_device[rank.device].append(number)
+    on_device = _numbers_by(lambda rank: rank.device, ranks)
     on_cpu = on_device.pop("cpu", [])
     if on_cpu and on_device:
         with_gpu = [number for numbers in on_device.values() for number in numbers]
@@ -99,7 +124,23 @@ def disagreement(ranks: Sequence[RankDevice]) -> str:
                 f"{_named(sharing, ranks)} share one GPU, but each needs its own; set "
                 "tasks_per_node in the profile to gpus_per_node"
             )
+    of_model = _numbers_by(lambda rank: rank.model, ranks)
+    if len(of_model) > 1:
+        have = ", ".join(f"{_named(who, ranks)}: {model}" for model, who in of_model.items())
+        return (
+            f"the ranks have different GPUs ({have}), which may round differently; choose one "
+            "model by constraint, gres or exclude in the profile"
+        )
     return ""
+
+
+def _numbers_by(
+    key: Callable[[RankDevice], str], ranks: Sequence[RankDevice]
+) -> dict[str, list[int]]:
+    numbers = defaultdict[str, list[int]](list)
+    for number, rank in enumerate(ranks):
+        numbers[key(rank)].append(number)
+    return numbers
 
 
 def _named(numbers: Iterable[int], ranks: Sequence[RankDevice]) -> str:
@@ -114,6 +155,7 @@ def own_device(env: RankEnv, environ: Mapping[str, str] = os.environ) -> torch.d
 
     Raises:
         DeviceError: GPUs were granted and torch sees none, or torch has no kernels for the GPU.
+        RuntimeError: CUDA does not start.
     """
     if not torch.cuda.is_available():
         _refuse_granted(environ)
@@ -121,7 +163,6 @@ def own_device(env: RankEnv, environ: Mapping[str, str] = os.environ) -> torch.d
     # a launcher shows each rank all GPUs of the node, or its own alone
     device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
     _require_kernels(device)
-    torch.cuda.set_device(device)
     return device
 
 

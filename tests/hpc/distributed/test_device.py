@@ -100,7 +100,9 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: WHEELS["2.10+cu128"].split())
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=uuids[d.index])
+            torch.cuda,
+            "get_device_properties",
+            lambda d: SimpleNamespace(uuid=uuids[d.index], name="Tesla V100"),
         )
 
     return see
@@ -141,9 +143,12 @@ def test_granted_gpus_that_torch_does_not_see_are_refused(gpus, environ, grant):
         assert own_device(rank_env(0), environ) == torch.device("cpu")
 
 
-def ranks(*of: str) -> list[RankDevice]:
+def ranks(*of: str, models: str = "VVVV") -> list[RankDevice]:
     """Ranks on two nodes with two ranks each, by their devices."""
-    return [RankDevice(f"n{1 + rank // 2}", name) for rank, name in enumerate(of)]
+    return [
+        RankDevice(f"n{1 + rank // 2}", name, model=f"{model}100")
+        for rank, (name, model) in enumerate(zip(of, models, strict=False))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,13 @@ def ranks(*of: str) -> list[RankDevice]:
 def test_ranks_need_one_kind_of_device_and_a_gpu_each(devices, problem):
     found = disagreement(ranks(*devices))
     assert found.startswith(problem) and bool(found) == bool(problem)
+
+
+def test_ranks_need_gpus_of_one_model():
+    assert disagreement(ranks("a", "b", "c", "d", models="VVAV")) == (
+        "the ranks have different GPUs (ranks 0, 1, 3 on n1, n2: V100, rank 2 on n2: A100), which "
+        "may round differently; choose one model by constraint, gres or exclude in the profile"
+    )
 
 
 def test_the_problem_of_one_rank_is_that_of_all():
@@ -183,8 +195,17 @@ def answers(world_size: int, local_ranks: int) -> list[object]:
         return list(threads.map(answer, range(world_size)))
 
 
-def test_all_ranks_hear_that_two_share_a_gpu(gpus):
+def busy(*_: object) -> None:
+    raise getattr(torch, "AcceleratorError", RuntimeError)(  # since torch 2.8
+        "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be "
+        "asynchronously reported at some other API call"
+    )
+
+
+def test_all_ranks_hear_that_two_share_a_gpu(gpus, monkeypatch):
+    """Also where a GPU serves one process alone: no rank takes its GPU before."""
     gpus("a", "b")
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
     (heard,) = set(answers(world_size=3, local_ranks=3))
     assert heard == (
         "ranks 0, 2 on n1 share one GPU, but each needs its own; set tasks_per_node in the profile "
@@ -210,3 +231,28 @@ def test_all_ranks_hear_of_the_one_that_cannot_use_its_gpu(monkeypatch):
 
     monkeypatch.setattr(devices, "own_device", look)
     assert answers(world_size=3, local_ranks=1) == ["rank 1 on n2: torch has no kernels"] * 3
+
+
+@pytest.mark.parametrize("where", ["get_device_capability", "get_device_properties", "set_device"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_all_ranks_hear_in_one_line_of_the_gpu_that_cuda_refuses(
+    gpus, monkeypatch, where, world_size
+):
+    gpus("a", "b")
+    working = getattr(torch.cuda, where)
+    last = world_size - 1
+    monkeypatch.setattr(torch.cuda, where, lambda d: busy() if d.index == last else working(d))
+    (heard,) = set(answers(world_size, local_ranks=2))
+    assert heard == (
+        f"rank {last} on n1: CUDA error: all CUDA-capable devices are busy or unavailable; see "
+        "`nvidia-smi` on this node"
+    )
+
+
+def test_each_rank_takes_the_gpu_on_which_all_agreed(gpus, monkeypatch):
+    gpus("a", "b")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    agreed = answers(world_size=2, local_ranks=2)
+    assert agreed == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert sorted(taken, key=str) == agreed
