@@ -11,7 +11,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -121,7 +121,8 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
     Rank 0 listens on a free port, so that two jobs on one node cannot collide.
 
     A rank that fails alone reports its error and leaves the process at once. Ending the group, or
-    the interpreter, would wait for collectives that the others never join. Their next one fails.
+    the interpreter, would wait for collectives that the others never join. Their next collective
+    of gloo fails. One of NCCL waits until the launcher ends its rank.
 
     Args:
         env: the place of this process in the job.
@@ -150,9 +151,10 @@ def process_group(env: RankEnv, rendezvous: Path) -> Iterator[Group]:
         # free what the frames hold, such as DDP's hooks, before the group: freed after it, at the
         # end of the process, they sometimes wait forever
         traceback.clear_frames(error.__traceback__)
+        with suppress(RuntimeError):  # after some errors of CUDA every later call fails
+            dist.destroy_process_group()
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _store(env: RankEnv, rendezvous: Path) -> dist.Store:

@@ -119,6 +119,21 @@ def test_a_group_ends_with_its_job_even_after_an_error(tmp_path):
     assert not torch.distributed.is_initialized()
 
 
+def test_an_error_is_reported_though_the_group_cannot_be_ended_after_it(tmp_path, monkeypatch):
+    """After an illegal access, say, each later call of CUDA fails; so does the group's end."""
+    end = torch.distributed.destroy_process_group
+
+    def fail() -> None:
+        end()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", fail)
+    with pytest.raises(UserError, match="data/x"), process_group(read_env({}), tmp_path):
+        raise UserError("data/x is damaged")
+    with pytest.raises(RuntimeError, match="illegal"), process_group(read_env({}), tmp_path):
+        pass
+
+
 LAUNCHED = """
 import json, sys
 from pathlib import Path
