@@ -1,4 +1,4 @@
-"""On a GPU weights, features and logits are channels-last.
+"""In half precision on a GPU, weights, features and logits are channels-last.
 
 Here a CPU uses that memory format: the numbers are the same, and files do not change.
 """
