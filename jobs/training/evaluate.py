@@ -104,7 +104,10 @@ class _Passed:
         self._logits = [_queue_copy(one) for one in logits] if to_host and on_gpu else logits
         self._finite = _queue_copy(finite) if on_gpu else finite
         self._target = target
-        self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        # blocking, since by default the wait for an event keeps a core busy
+        self._copied = torch.cuda.Event(blocking=True) if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
 
     def wait(self) -> tuple[Sequence[Tensor], list[bool], Tensor]:
         """Return logits, whether each is finite, and target, once the copies have ended."""
