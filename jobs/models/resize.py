@@ -38,7 +38,8 @@ class Resize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, size: Size) -> Tensor:
         ctx.before, ctx.after = x.shape[-2:], size
         # `F.interpolate` would take the slow algorithm forward too
-        return torch.ops.aten.upsample_bilinear2d(x, size, False)
+        resized = torch.ops.aten.upsample_bilinear2d(x, size, False)
+        return resized.to(x.dtype)  # autocast computes in float32
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -325,6 +325,7 @@ def _require_same_backbone(task: Task, manifest: Manifest) -> None:
 def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
     """Return the facts, apart from the cell's settings, that can change its bits."""
     cuda = group.device.type == "cuda"
+    libraries = {"cudnn": torch.backends.cudnn.version()} if cuda else {}
     return {
         "world_size": group.world_size,
         "threads": torch.get_num_threads(),
@@ -334,6 +335,7 @@ def _provenance(cell: Cell, group: Group) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(group.device) if cuda else "cpu",
         "mixed_precision": is_mixed(cell.protocol, group),
         "deterministic": cell.protocol.deterministic or not cuda,
+        **libraries,
     }
 
 

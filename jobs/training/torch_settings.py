@@ -19,6 +19,8 @@ def configure_torch(protocol: Protocol) -> None:
     torch.set_num_threads(protocol.threads)
     if protocol.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
+        # sums in the switch between GPUs, whose order of additions nothing fixes
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.use_deterministic_algorithms(protocol.deterministic)
     # deterministic algorithms would also fill each new tensor of `torch.empty` with NaN, one more
     # pass over its memory; a program that reads no such memory has the same bits without

@@ -5,6 +5,7 @@ Losses look at values, so they run here, and what they ask of torch is listed.
 """
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -149,6 +150,18 @@ def test_a_gradient_of_half_precision_is_added_up_in_single_precision(half):
     assert torch.equal(inner, torch.full_like(inner, 64 * float(torch.tensor(0.1, dtype=half))))
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_dtype_of_resizing(half):
+    """torch alone would give float32, of twice the size, which the next convolution casts back."""
+    x = torch.randn(1, 2, 3, 4).to(half).requires_grad_()
+    with torch.autocast("cpu", half):
+        assert functional.interpolate(x, (6, 8), mode="bilinear").dtype == torch.float32
+        resized = Resize.apply(x, (6, 8))
+    assert resized.dtype == half
+    resized.sum().backward()
+    assert x.grad.dtype == half
+
+
 def test_the_cpu_keeps_torchs_own_gradient(deterministic):
     """It is deterministic there, so the setting changes no bit."""
     x = torch.randn(1, 2, 3, 4, requires_grad=True)
@@ -193,6 +206,20 @@ def test_pooling_by_rows_gives_the_same_weights(monkeypatch):
     monkeypatch.setattr(pooling, "prefix_sums", pooling.sums_by_rows)
     weights = pooling.pooling_weights(losses, lambda total: total)
     assert torch.allclose(weights, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("given, used", [(None, "0"), ("1", "1")])
+def test_gpus_do_not_add_in_their_switch_unless_the_user_wants_it(
+    deterministic, monkeypatch, given, used
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("NCCL_NVLS_ENABLE")
+    configure_torch(Protocol(threads=1))
+    assert os.environ.get("NCCL_NVLS_ENABLE") == given
+    configure_torch(Protocol(threads=1, deterministic=True))
+    assert os.environ["NCCL_NVLS_ENABLE"] == used
 
 
 def test_new_tensors_are_not_filled(deterministic, monkeypatch):
