@@ -226,13 +226,42 @@ def _true_class(
 ) -> tuple[Tensor, Tensor]:
     """Return log p of the true class and its weight, both [B, H, W] and 0 for void pixels."""
     index = torch.where(labelled, target, 0)
-    log_p = log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
+    of_class = OfClass.apply if by_comparison(log_probs.device) else _of_class
+    log_p = of_class(log_probs, index)
     # where, not a product: a void pixel may hold an infinite value
     log_p = torch.where(labelled, log_p, 0.0)
     weight = labelled.to(log_probs.dtype)
     if class_weights is not None:
         weight = weight * class_weights.to(log_probs)[index]
     return log_p, weight
+
+
+def by_comparison(device: torch.device) -> bool:
+    """Return whether the gradient of log p of the true class is `OfClass`'s."""
+    return device.type != "cpu"
+
+
+class OfClass(torch.autograd.Function):
+    """`_of_class` with a gradient that compares each class with `index`.
+
+    Under deterministic algorithms torch's own gradient sorts an index for every pixel on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, index: Tensor) -> Tensor:
+        ctx.num_classes = log_probs.shape[1]
+        ctx.save_for_backward(index)
+        return _of_class(log_probs, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (index,) = gradients, ctx.saved_tensors
+        classes = torch.arange(ctx.num_classes, device=index.device)[:, None, None]
+        return torch.where(index.unsqueeze(1) == classes, gradient.unsqueeze(1), 0.0), None
+
+
+def _of_class(log_probs: Tensor, index: Tensor) -> Tensor:
+    return log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
 
 
 def _weighted_mean(values: Tensor, weight: Tensor, global_sum: GlobalSum) -> Tensor:

@@ -10,13 +10,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from data_prep.settings import VOID
+from jobs.losses import functional as losses
 from jobs.losses import pooling
-from jobs.losses.functional import combined_loss
+from jobs.losses.functional import OfClass, combined_loss
 from jobs.losses.grammar import parse_loss
 from jobs.metrics.reference import count_image
 from jobs.models import resize as resizing
@@ -150,16 +152,23 @@ def test_a_gradient_of_half_precision_is_added_up_in_single_precision(half):
     assert torch.equal(inner, torch.full_like(inner, 64 * float(torch.tensor(0.1, dtype=half))))
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_autocast_changes_no_dtype_of_resizing(half):
-    """torch alone would give float32, of twice the size, which the next convolution casts back."""
-    x = torch.randn(1, 2, 3, 4).to(half).requires_grad_()
-    with torch.autocast("cpu", half):
+@pytest.fixture(params=[torch.float16, torch.bfloat16])
+def half_on_a_gpu(request):
+    """Autocast as on a GPU; `torch.autocast` itself refuses to where there is none."""
+    torch.set_autocast_dtype("cuda", request.param)
+    torch.set_autocast_enabled("cuda", True)
+    yield request.param
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", torch.float16)
+
+
+def test_autocast_changes_no_dtype_of_resizing(half_on_a_gpu):
+    """torch's own result is float32 there, twice as large; the next convolution casts it back."""
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 3, 4, device="cuda", dtype=half_on_a_gpu)
         assert functional.interpolate(x, (6, 8), mode="bilinear").dtype == torch.float32
-        resized = Resize.apply(x, (6, 8))
-    assert resized.dtype == half
-    resized.sum().backward()
-    assert x.grad.dtype == half
+        assert resize(x, (6, 8)).dtype == half_on_a_gpu
+        assert resize(x.float(), (6, 8)).dtype == torch.float32
 
 
 def test_the_cpu_keeps_torchs_own_gradient(deterministic):
@@ -179,6 +188,46 @@ def test_deeplabs_pooling_branch_is_torchvisions():
     for module, images in ((ours, one), (theirs, other)):
         (module(images) ** 2).sum().backward()
     assert torch.equal(one.grad, other.grad)
+
+
+# --- the gradient of the true class -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_true_class_is_that_of_torch(dtype):
+    generator = torch.Generator().manual_seed(5)
+    ours = torch.randn(2, 4, 5, 7, generator=generator, dtype=dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    index = torch.randint(0, 4, (2, 5, 7), generator=generator)
+    found, expected = OfClass.apply(ours, index), theirs.gather(1, index[:, None])[:, 0]
+    assert torch.equal(found, expected)
+    above = torch.randn(2, 5, 7, generator=generator, dtype=dtype)
+    found.backward(above)
+    expected.backward(above)
+    assert torch.equal(ours.grad, theirs.grad)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(OfClass.apply, (ours, index))
+
+
+@pytest.mark.parametrize("name", ["WCE", "WFL", "WDLNWCE"])
+def test_no_loss_scatters_its_gradient_on_a_gpu(deterministic, monkeypatch, name):
+    """Under the setting torch scatters there by sorting."""
+
+    def gradient():
+        logits, target = a_batch()
+        with Asked() as asked:
+            loss = combined_loss(
+                logits.requires_grad_(), target, parse_loss(name), 0.5, torch.ones(4), VOID
+            )
+            loss.backward()
+        return logits.grad, asked.names
+
+    on_cpu, names = gradient()
+    assert "scatter_add" in names
+    monkeypatch.setattr(losses, "by_comparison", lambda device: True)
+    ours, names = gradient()
+    assert {name for name in names if name.startswith("scatter")} | names & SORTED == set()
+    assert torch.equal(ours, on_cpu)
 
 
 # --- the sums of max-pooling ------------------------------------------------------------------
