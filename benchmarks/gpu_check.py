@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -355,7 +355,8 @@ def on_each_rank(size: Size) -> Iterator[Row]:
     losses = ("CE", "DLNWCE", "WDL", "CEMP")
     for precision in precisions():
         protocol = size.protocol(precision, deterministic=True)
-        with ready(protocol, read_env()) as group:
+        env = read_env()  # each group has names of its own in torchrun's store
+        with ready(protocol, replace(env, start_id=f"{env.start_id}-{precision}")) as group:
             once, parts = _trained(size, precision, group, losses)
             again, _ = _trained(size, precision, group, losses)
             same = all(map(_same, once, again))
