@@ -51,7 +51,7 @@ class Job:
         own = slice(mine.start, mine.stop)
         self.batch = Batch(images[own], target[own], mine).to(group.device)
         self.target = self.batch.target.long()
-        backbone = settled(model.partition("_")[2], self.batch.images)
+        backbone = settled(model.partition("_")[2], images.to(group.device))
         self.backbone = place(backbone, group.device, protocol.precision)
         freeze(self.backbone, self._cell("CE"))
 

@@ -61,7 +61,7 @@ def _looked_at(env: RankEnv) -> tuple[torch.device | None, RankDevice]:
         found = torch.cuda.get_device_properties(device)
     except DeviceError as error:
         return None, RankDevice(env.node, problem=str(error))
-    except RuntimeError as error:
+    except Exception as error:  # torch wraps CUDA's errors in types of its own
         return None, RankDevice(env.node, problem=_of_cuda(error))
     return device, RankDevice(env.node, str(found.uuid), model=found.name)
 
@@ -72,12 +72,12 @@ def _taken(device: torch.device, mine: RankDevice) -> RankDevice:
         return mine
     try:
         torch.cuda.set_device(device)
-    except RuntimeError as error:
+    except Exception as error:
         return replace(mine, problem=_of_cuda(error))
     return mine
 
 
-def _of_cuda(error: RuntimeError) -> str:
+def _of_cuda(error: Exception) -> str:
     """Return the first line of CUDA's error; those after it are hints for debuggers."""
     first, *_ = str(error).splitlines() or [type(error).__name__]
     return f"{first}; see `nvidia-smi` on this node"

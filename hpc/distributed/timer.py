@@ -27,6 +27,7 @@ class Stopwatch:
 
     def start(self) -> None:
         """Start measuring."""
+        self._wait_for_gpu()
         self.running, self._since = True, time.perf_counter()
 
     def lap(self) -> dict[str, float]:
@@ -39,12 +40,15 @@ class Stopwatch:
         """Count the time from now on as `part`."""
         if not self.running:
             return
-        if self._device.type == "cuda":
-            # this stream alone: what NCCL still does on its own belongs to no earlier part
-            torch.cuda.current_stream(self._device).synchronize()
+        self._wait_for_gpu()
         now = time.perf_counter()
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
         self._part, self._since = part, now
+
+    def _wait_for_gpu(self) -> None:
+        if self._device.type == "cuda":
+            # this stream alone: what NCCL still does on its own belongs to no earlier part
+            torch.cuda.current_stream(self._device).synchronize()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -62,8 +62,7 @@ _BY_SLURM: tuple[tuple[Cause, re.Pattern[str]], ...] = (
 _OUT_OF_MEMORY = re.compile(
     r"(^|\]: )([\w.]*(OutOfMemory|Memory)Error)\b"
     r"|(CUDA|HIP)( error:)? out of memory|_STATUS_ALLOC_FAILED\b"
-    r"|(CUBLAS|CUDNN)_STATUS_NOT_INITIALIZED\b"  # no memory for the handle
-    r"|(GET|FIND) was unable to find an engine to execute"  # cuDNN: none whose workspace fits
+    r"|CUBLAS_STATUS_NOT_INITIALIZED\b"  # no memory for the handle
     r"|Cuda failure (\d+ )?'out of memory'|Failed to CUDA (calloc|host alloc)"  # NCCL
     r"|can't allocate memory|Cannot allocate memory|std::bad_alloc"
     r"|^slurmstepd.*(oom.kill event|exceeded \S* ?memory limit)"

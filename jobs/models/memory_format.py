@@ -24,11 +24,15 @@ FP32_ON_GPU = torch.contiguous_format
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:
     """Return the format of weights on `device`; a CPU keeps the format they have.
 
-    `precision` is the protocol's. Evaluation in fp32 keeps the format of training.
+    `precision` is the protocol's. Evaluation in fp32 keeps the format of training. With
+    deterministic algorithms torch computes dilated convolutions of contiguous tensors without
+    cuDNN, slowly.
     """
     if device.type != "cuda":
         return torch.preserve_format
-    return FP32_ON_GPU if precision == "fp32" else torch.channels_last
+    if precision == "fp32" and not torch.are_deterministic_algorithms_enabled():
+        return FP32_ON_GPU
+    return torch.channels_last
 
 
 def place(module: M, device: torch.device, precision: str) -> M:

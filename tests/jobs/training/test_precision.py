@@ -49,7 +49,7 @@ def test_a_cell_that_began_with_tf32_has_mixed_provenance(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
     on_gpu = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    assert job_run._provenance(a_cell(), on_gpu)["rounding"] == 5
+    assert job_run._provenance(a_cell(), on_gpu)["rounding"] == 6
     assert job_run._provenance(a_cell(), on_gpu)["cudnn"] == 91002
     assert "cudnn" not in job_run._provenance(a_cell(), alone)
     assert job_run._provenance(a_cell(), alone)["rounding"] == 3
