@@ -16,7 +16,7 @@ from tests.pipeline.grids import finish, small_grid
 pytestmark = pytest.mark.slow
 
 # as many on each node: MPICH cannot start three beside one
-SRUN = ("srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1")
+SRUN = ("srun", "--nodes=2", "--ntasks-per-node=2")
 
 
 @pytest.fixture(scope="module")
