@@ -71,6 +71,19 @@ def test_a_processor_takes_what_there_is():
         assert memory_format(torch.device("cpu"), precision) == torch.preserve_format
 
 
+def test_fp32_stays_with_cudnn_under_deterministic_algorithms(monkeypatch):
+    """Dilated convolutions of contiguous tensors would not."""
+    monkeypatch.setattr(layout, "FP32_ON_GPU", torch.contiguous_format)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = memory_format(torch.device("cuda"), "fp32")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert found == torch.channels_last
+    assert memory_format(torch.device("cuda"), "fp32") == torch.contiguous_format
+
+
 # --- everywhere -------------------------------------------------------------------------------
 
 
