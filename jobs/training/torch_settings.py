@@ -24,6 +24,6 @@ def configure_torch(protocol: Protocol) -> None:
     torch.use_deterministic_algorithms(protocol.deterministic)
     # deterministic algorithms would also fill each new tensor of `torch.empty` with NaN, one more
     # pass over its memory; a program that reads no such memory has the same bits without
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # the module's type lacks it
     # torch's default for convolutions on a GPU is TF32, with 10 bits of precision
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
